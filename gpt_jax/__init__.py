@@ -1,0 +1,1 @@
+"""GPT-2 in JAX/Flax: training, evaluation and sampling of a small chat model."""

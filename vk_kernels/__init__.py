@@ -1,0 +1,1 @@
+"""The hot operations of a transformer, for JAX."""
