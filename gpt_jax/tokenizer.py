@@ -1,0 +1,137 @@
+"""Byte-level BPE with Hugging Face `tokenizers`: every byte is a token, so any text round-trips exactly.
+
+The markers are the first three ids of a tokenizer trained here: 0 `<|user|>`, 1 `<|assistant|>`,
+2 `<|end_of_text|>`. Text never encodes to them, even where it spells one out: only `encode_dialogues` and
+`encode_prompt` put markers down, so no text can forge a turn.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from gpt_jax.config import UserError
+from gpt_jax.corpus import ASSISTANT, END, MARKERS, USER, Dialogue, Turn
+
+SMALLEST_VOCABULARY = 256 + len(MARKERS)  # every byte, and the markers
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a BPE on `texts`, deterministically.
+
+    The result has fewer than `vocab_size` ids where the texts hold too few pairs to merge that occur twice.
+
+    Raises:
+      UserError: `vocab_size` has no room for the 256 bytes and the markers.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"vocab_size is {vocab_size}: a byte-level tokenizer needs {SMALLEST_VOCABULARY} or more "
+            f"(256 bytes and {len(MARKERS)} markers)"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    # Its regex parts `<|`, `user` and `|>`, so no merge can ever spell a marker.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(MARKERS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True  # a marker spelled in a text is text
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, path: str | Path) -> None:
+    """Writes tokenizer.json; a reader never sees half of it."""
+    partial = f"{path}.partial"
+    tokenizer.save(partial)
+    os.replace(partial, path)
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer.json, one of ours or any other that is byte-level and has the markers.
+
+    Raises:
+      UserError: it is missing or damaged, lacks a marker, or changes or forges text.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"tokenizer {path} does not exist: give the path of a tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(
+            f"tokenizer {path} cannot be read, it is damaged: {' '.join(str(error).split())}"
+        ) from None
+    for marker in MARKERS:
+        if tokenizer.token_to_id(marker) is None:
+            raise UserError(
+                f"tokenizer {path} has no token {marker}: add the three markers as special tokens"
+            )
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    sample = "naïve 真\t\r\n  x" + "".join(MARKERS)
+    ids = encode(tokenizer, sample)
+    if tokenizer.decode(ids, skip_special_tokens=False) != sample:
+        raise UserError(f"tokenizer {path} does not give text back as it was: it must be byte-level")
+    if set(ids) & set(marker_ids(tokenizer)):
+        raise UserError(f"tokenizer {path} makes a marker out of text, so that text could forge a turn")
+    return tokenizer
+
+
+def marker_ids(tokenizer: Tokenizer) -> tuple[int, int, int]:
+    """The ids of `<|user|>`, `<|assistant|>` and `<|end_of_text|>`; (0, 1, 2) if it was trained here."""
+    user, assistant, end = map(tokenizer.token_to_id, (USER, ASSISTANT, END))
+    return user, assistant, end
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of plain text; never a marker's."""
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of ids, markers spelled out."""
+    return tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def encode_prompt(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
+    """The ids of turns that end with a user turn, and the `<|assistant|>` that asks for the answer."""
+    user, assistant, _ = marker_ids(tokenizer)
+    ids = []
+    for role, text in turns:
+        ids += [user if role == "user" else assistant, *encode(tokenizer, text)]
+    return [*ids, assistant]
+
+
+def encode_dialogues(
+    tokenizer: Tokenizer, dialogues: Sequence[Dialogue]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Encodes dialogues in one parallel batch.
+
+    Returns for each dialogue of n tokens, as `corpus.render` spells it:
+      ids (n,) uint32, and assistant (n,) bool: true for the tokens that the assistant says, which are those
+      of its text and the marker that follows it, the next `<|user|>` or the `<|end_of_text|>`, by which it
+      says that it has finished.
+    """
+    user, assistant, end = marker_ids(tokenizer)
+    texts = [turn.text for dialogue in dialogues for turn in dialogue.turns]
+    encodings = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    result = []
+    for dialogue in dialogues:
+        ids: list[int] = []
+        said: list[bool] = []
+        answered = False  # whether the turn before was the assistant's
+        for role, _ in dialogue.turns:
+            spoken = next(encodings).ids
+            ids += [user if role == "user" else assistant, *spoken]
+            said += [answered, *[role == "assistant"] * len(spoken)]
+            answered = role == "assistant"
+        result.append((np.array([*ids, end], np.uint32), np.array([*said, answered], bool)))
+    return result
