@@ -36,7 +36,7 @@ def attention(
 
     Args:
       q, k, v: (B, T, H, D), one floating dtype.
-      rng: uint32 (2,): seed and step of the dropout, or None for none. The mask's logical grid is (B * H, T, T).
+      rng: uint32 (2,): seed and step of the dropout, or None for none. The mask's grid is (B * H, T, T).
       scale: of the scores; 1 / sqrt(D) if None.
       cap: soft cap of the scores, or None.
       dropout_rate, stream: as for `dropout`.
@@ -49,7 +49,7 @@ def attention(
     batch, length, heads, head_dim = q.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     scores = attention_scores(q, k, scale=scale, cap=cap)
-    causal = jnp.tril(jnp.ones((length, length), bool))
+    causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
     weights = jax.nn.softmax(jnp.where(causal, scores, MASKED), axis=-1)  # (B, H, T, T)
     if rng is not None and dropout_threshold(dropout_rate) > 0:
         mask = dropout_mask(rng, stream, dropout_rate, (batch * heads, length, length))

@@ -25,8 +25,11 @@ def dropout_scale(rate: float) -> float:
 
 
 def dropout_mask(rng: jax.Array, stream: int, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """Which elements are kept, bool of `shape`. The last axis is the column, the one before it the row, all others
-    the batch of the logical grid of `random_uint16`; a missing axis has size 1."""
+    """Which elements are kept: bool of `shape`.
+
+    The last axis is the column, the one before it the row, all others the batch of the logical grid of
+    `random_uint16`; a missing axis has size 1.
+    """
     rows, columns = (1, 1, *shape)[-2:]
     bits = random_uint16(rng, stream, (math.prod(shape[:-2]), rows, columns))
     return (bits >= jnp.uint32(dropout_threshold(rate))).reshape(shape)

@@ -38,7 +38,7 @@ def matmul(
         raise ValueError(f"activation must be None or 'gelu', found {activation!r}")
     y = jnp.einsum("...k,kn->...n", x, w, preferred_element_type=jnp.float32)
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     y = y.astype(x.dtype)
     if activation == "gelu":
         y = gelu(y)

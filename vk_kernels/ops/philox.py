@@ -1,10 +1,11 @@
 """Philox4x32-7: the counter-based random bits behind dropout.
 
-A bit is a pure function of (seed, stream, step, logical element), so that nothing is stored between the forward and
-the backward pass, every implementation draws the same bits, and no tile or thread shape shows in the result.
+A bit is a pure function of (seed, stream, step, logical element), so that nothing is stored between the
+forward and the backward pass, every implementation draws the same bits, and no tile or thread shape shows in
+the result.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Seven rounds are the fewest that the
-paper found to pass BigCrush; dropout needs no safety margin beyond that, and its cost on a GPU is the rounds.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Seven rounds are the fewest
+that the paper found to pass BigCrush; dropout needs no margin beyond that, and the rounds are what it costs.
 """
 
 import jax
@@ -17,27 +18,18 @@ BITS_PER_DRAW = 16  # bits that decide one element
 DRAWS_PER_BLOCK = 8  # elements decided by one 128-bit Philox block
 
 
-def _multiply_wide(a: jax.Array, multiplier: int) -> tuple[jax.Array, jax.Array]:
-    """High and low 32 bits of the 64-bit product of a uint32 array and a constant, in 32-bit arithmetic."""
-    low16 = jnp.uint32(0xFFFF)
-    a0, a1 = a & low16, a >> 16
-    b0, b1 = jnp.uint32(multiplier & 0xFFFF), jnp.uint32(multiplier >> 16)
-    middle = a1 * b0 + ((a0 * b0) >> 16)  # cannot overflow: (2^16-1)^2 + 2^16-1 < 2^32
-    carry = a0 * b1 + (middle & low16)
-    return a1 * b1 + (middle >> 16) + (carry >> 16), a * jnp.uint32(multiplier)
-
-
 def philox4x32(
     counter: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     key: tuple[jax.Array, jax.Array],
     rounds: int = ROUNDS,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Four uint32 words for each counter; the arguments broadcast against each other. All arrays are uint32."""
+    """Four uint32 words for each counter. All arrays are uint32, of one shape or scalar."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
+    m0, m1 = map(jnp.uint32, MULTIPLIERS)
     for _ in range(rounds):
-        hi0, lo0 = _multiply_wide(c0, MULTIPLIERS[0])
-        hi1, lo1 = _multiply_wide(c2, MULTIPLIERS[1])
+        hi0, lo0 = jax.lax.mulhi(c0, m0), c0 * m0
+        hi1, lo1 = jax.lax.mulhi(c2, m1), c2 * m1
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = k0 + jnp.uint32(KEY_INCREMENTS[0]), k1 + jnp.uint32(KEY_INCREMENTS[1])
     return c0, c1, c2, c3
@@ -51,8 +43,8 @@ def random_uint16(rng: jax.Array, stream: int, shape: tuple[int, int, int]) -> j
       stream: which use of the bits this is (dropout site and layer); part of the key.
       shape: (batch, rows, columns).
 
-    One Philox block with counter (column // 8, row, batch, step) and key (seed, stream) decides eight neighbouring
-    columns: column 8i + 2w + h takes half h (0 = low) of word w.
+    One Philox block with counter (column // 8, row, batch, step) and key (seed, stream) decides eight
+    neighbouring columns: column 8i + 2w + h takes half h (0 = low) of word w.
     """
     batch, rows, columns = shape
     blocks = -(-columns // DRAWS_PER_BLOCK)
