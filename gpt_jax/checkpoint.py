@@ -1,0 +1,467 @@
+"""Checkpoints: one directory a step holds the train state and the position in the run, committed together.
+
+Orbax's `Checkpointer` writes and commits a directory; what stands here is what a run needs around that. Not
+`CheckpointManager`, which counts a damaged directory as a step and refuses to save over it, and not the v1
+API, which is experimental still and renamed its functions between 0.11 and 0.12; neither keeps checksums.
+
+    DIRECTORY/STEP/state/     the leaves of the train state: a nested dict of arrays, for any orbax reader
+    DIRECTORY/STEP/position/  JSON: position, validation loss, CRC-32 of every leaf and of the JSON itself
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gpt_jax.config import UserError
+
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds its checkpoints
+
+_STATE, _POSITION = "state", "position"
+_STEP = re.compile(r"0|[1-9][0-9]*")
+_NEW, _OLD = ".new", ".old"  # a step being replaced, and a step being removed
+_LEFTOVER = re.compile(r"[0-9]+(\.new|\.old|(\.new)?\.orbax-checkpoint-tmp.*)")
+
+logger = logging.getLogger(__name__)
+
+
+def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+# Orbax writes dozens of INFO lines a save to absl's logger; what others write there is left alone.
+logging.getLogger("absl").addFilter(_is_not_orbax_chatter)
+
+
+class Restored(NamedTuple):
+    """What `Checkpointer.restore_latest` found."""
+
+    state: Any  # pytree like the abstract state, of jax arrays
+    position: dict
+    step: int
+
+
+class _Damaged(Exception):
+    """A checkpoint that cannot be used; the message says why in one line."""
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one run.
+
+    Use it as a context manager, so that the last save completes. Only one process may have a directory open:
+    what an interrupted run left half written there is removed, with a warning. Kept are the last `keep_last`
+    checkpoints, those whose step is a multiple of `keep_every`, and the one with the lowest validation loss
+    (the earliest of equals).
+
+    Args:
+      directory: where the steps stand; made if missing.
+      keep_last: at least 1.
+      keep_every: in steps; None or 0: none are kept for their step number.
+      asynchronous: False makes `save` return only after the commit.
+
+    Raises:
+      UserError: keep_last below 1, or the directory cannot be made.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep_last: int,
+        keep_every: int | None,
+        asynchronous: bool = True,
+    ) -> None:
+        if keep_last < 1:
+            raise UserError(f"keep_last must be at least 1, found {keep_last}")
+        self._directory = Path(directory).resolve()  # orbax asks for absolute paths
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot keep checkpoints in {self._directory}: {error.strerror}") from error
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._asynchronous = asynchronous
+        for path in sorted(self._directory.iterdir()):
+            if _LEFTOVER.fullmatch(path.name):
+                logger.warning("removed %s: an interrupted run left it unfinished", path)
+                _delete(path)
+            elif not _STEP.fullmatch(path.name) and not path.name.startswith("."):
+                logger.warning("ignored %s: its name is not a step number", path)
+        # Validation losses of the steps not known to be damaged. The writer thread replaces the dict and
+        # never changes it in place, so that it can be read meanwhile.
+        self._losses = _read_losses(self._directory)
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, step: int, state: Any, position: dict, validation_loss: float | None = None) -> None:
+        """Saves one checkpoint in the background, after waiting for the save before it.
+
+        A step that is saved already stays as it is, unless it is damaged or a new `validation_loss` is given:
+        then it is replaced.
+
+        Args:
+          step: the number of completed steps.
+          state: pytree of arrays of any dtype. Copied before this returns: its buffers may then be donated.
+          position: what JSON can hold; comes back equal from `restore_latest`.
+          validation_loss: lower is better; None or not finite: never the best.
+
+        Raises:
+          UserError: this save or, if asynchronous, the one before it could not be written.
+          TypeError: `position` holds something that JSON cannot.
+        """
+        self.wait()
+        step = int(step)
+        position = json.loads(json.dumps(position))
+        if validation_loss is not None:
+            validation_loss = float(validation_loss) if math.isfinite(validation_loss) else None
+        if step in self._losses and validation_loss in (None, self._losses[step]):
+            return
+        # np.array copies: on the CPU backend a plain view would share the buffer that the caller may donate.
+        leaves = {name: np.array(leaf) for name, leaf in _named_leaves(state).items()}
+        self._pending = self._writer.submit(self._commit, step, leaves, position, validation_loss)
+        if not self._asynchronous:
+            self.wait()
+
+    def restore_latest(self, abstract_state: Any) -> Restored | None:
+        """Restores the newest good checkpoint; newer ones that are damaged are skipped, with a warning each.
+
+        Args:
+          abstract_state: pytree of arrays or `jax.ShapeDtypeStruct`. A restored array has the sharding of its
+            leaf; if that has none, it is on the default device.
+
+        Returns:
+          None if nothing was ever saved.
+
+        Raises:
+          UserError: every checkpoint is damaged, or the newest good one differs from `abstract_state` in its
+            leaves, their shapes or their dtypes.
+        """
+        self.wait()
+        steps = _step_directories(self._directory)
+        for step in sorted(steps, reverse=True):
+            try:
+                record = _read_record(steps[step])
+                _check_fits(steps[step], record, abstract_state)
+                leaves = _read_leaves(steps[step], record)
+            except _Damaged as error:
+                logger.warning("skipped the checkpoint %s: %s", steps[step], error)
+                self._losses = {good: loss for good, loss in self._losses.items() if good != step}
+                continue
+            placed = [
+                jax.device_put(leaves[name], getattr(leaf, "sharding", None))
+                for name, leaf in _named_leaves(abstract_state).items()
+            ]
+            state = jax.tree.unflatten(jax.tree.structure(abstract_state), placed)
+            return Restored(state, record["position"], step)
+        if steps:
+            raise UserError(
+                f"every checkpoint in {self._directory} is damaged (steps {_listing(sorted(steps))}); "
+                "put back a good copy of one, or start afresh with another --workdir"
+            )
+        return None
+
+    def steps(self) -> list[int]:
+        """The committed good steps, in order."""
+        return sorted(self._losses)
+
+    def best_step(self) -> int | None:
+        """The committed good step with the lowest validation loss; None if none has one."""
+        return _best(self._losses)
+
+    def wait(self) -> None:
+        """Waits until the pending save is committed; raises its error."""
+        if self._pending is not None:
+            wait_for([self._pending])  # a KeyboardInterrupt here leaves it pending, for the next call
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Waits, then ends the writer thread. May be called again."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def _commit(
+        self, step: int, leaves: dict[str, np.ndarray], position: dict, validation_loss: float | None
+    ) -> None:
+        """Commits a checkpoint, then removes those that are not kept. Runs in the writer thread."""
+        path = self._directory / str(step)
+        record = {
+            "position": position,
+            "validation_loss": validation_loss,
+            "leaves": {name: [_spec(leaf), _crc32(leaf)] for name, leaf in leaves.items()},
+        }
+        record["crc32"] = _crc32_of_json(record)
+        # What is to be replaced stands until its successor is complete.
+        target = path.with_name(path.name + _NEW) if path.exists() else path
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+                items = {
+                    _STATE: ocp.args.PyTreeSave(unflatten_dict(leaves, sep="/")),
+                    _POSITION: ocp.args.JsonSave(record),
+                }
+                writer.save(target, args=ocp.args.Composite(**items), force=True)
+            if target != path:
+                _remove(path)
+                target.rename(path)
+            losses = {**self._losses, step: validation_loss}
+            kept = _kept(losses, self._keep_last, self._keep_every)
+            for other, directory in _step_directories(self._directory).items():
+                if other not in kept:  # too old, or damaged
+                    _remove(directory)
+        except OSError as error:
+            raise UserError(f"could not write the checkpoint {path}: {error}") from error
+        self._losses = {good: losses[good] for good in kept}
+
+
+def restore_parameters(path: str | os.PathLike) -> tuple[dict, str]:
+    """Reads the parameters of a checkpoint of any architecture.
+
+    Args:
+      path: the directory of one checkpoint; or a run's directory or its `checkpoints` directory, which stand
+        for the checkpoint with the best validation loss, or the latest if that is damaged or there is none.
+
+    Returns:
+      The parameters, a nested dict of numpy arrays, and one line that says which checkpoint they are from.
+
+    Raises:
+      UserError: `path` is none of these, or holds no good checkpoint.
+    """
+    path = Path(path).resolve()
+    if not path.is_dir():
+        raise UserError(f"{path} is not a directory; give that of a run or of a checkpoint")
+    if (path / _STATE).is_dir() or (path / _POSITION).is_dir():
+        try:
+            return _read_parameters(path), f"the checkpoint {path}"
+        except _Damaged as error:
+            raise UserError(f"the checkpoint {path} is damaged: {error}; take another one") from error
+
+    directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    steps = _step_directories(directory)
+    if not steps:
+        found = _listing(sorted(entry.name for entry in directory.iterdir())) or "nothing"
+        raise UserError(f"{path} is neither a run nor a checkpoint: no step directory, found {found}")
+    losses = _read_losses(directory)
+    best = _best(losses)
+    latest_first = sorted(steps, reverse=True)
+    for step in latest_first if best is None else [best, *(step for step in latest_first if step != best)]:
+        try:
+            parameters = _read_parameters(steps[step])
+        except _Damaged as error:
+            logger.warning("skipped the checkpoint %s: %s", steps[step], error)
+            continue
+        why = f"best validation loss {losses[step]:.4f}" if step == best else "the latest good one"
+        return parameters, f"the checkpoint {steps[step]} ({why})"
+    raise UserError(f"every checkpoint in {directory} is damaged (steps {_listing(sorted(steps))})")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge_parameters` did, by path."""
+
+    taken: tuple[str, ...]  # from the checkpoint
+    dropped: Mapping[str, str]  # in the checkpoint only: dtype and shape
+    mismatched: Mapping[str, tuple[str, str]]  # kept fresh: dtype and shape in checkpoint and model
+    new: Mapping[str, str]  # in the model only, kept fresh: dtype and shape
+
+    def __str__(self) -> str:
+        lines = [
+            f"parameters: {len(self.taken)} taken, {len(self.dropped)} dropped, "
+            f"{len(self.mismatched)} mismatched and kept fresh, {len(self.new)} new"
+        ]
+        groups = {
+            "dropped": [f"{name}: {spec}" for name, spec in self.dropped.items()],
+            "mismatched": [
+                f"{name}: {saved} in the checkpoint, {wanted} in the model"
+                for name, (saved, wanted) in self.mismatched.items()
+            ],
+            "new": [f"{name}: {spec}" for name, spec in self.new.items()],
+        }
+        for group, rows in groups.items():
+            lines += [f"  {group} {row}" for row in rows[:10]]
+            if len(rows) > 10:
+                lines.append(f"  {group} {len(rows) - 10} more")
+        return "\n".join(lines)
+
+
+def merge_parameters(fresh: Any, restored: Any) -> tuple[Any, MergeReport]:
+    """Takes from `restored` every leaf that `fresh` has at the same path with the same shape.
+
+    A leaf of another floating dtype is cast to that of `fresh`; any other difference of dtype is a mismatch.
+
+    Args:
+      fresh: pytree of arrays, the model's own parameters.
+      restored: pytree of arrays, for example from `restore_parameters`.
+
+    Returns:
+      A tree like `fresh` of jax arrays, and what became of each leaf.
+
+    Raises:
+      UserError: nothing at all could be taken.
+    """
+    model, saved = _named_leaves(fresh), _named_leaves(restored)
+
+    def fits(name: str) -> bool:
+        a, b = model[name], saved[name]
+        floating = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in (a, b))
+        return a.shape == b.shape and (a.dtype == b.dtype or floating)
+
+    taken = tuple(name for name in model if name in saved and fits(name))
+    report = MergeReport(
+        taken=taken,
+        dropped={name: _spec(leaf) for name, leaf in saved.items() if name not in model},
+        mismatched={
+            name: (_spec(saved[name]), _spec(model[name]))
+            for name in model
+            if name in saved and name not in taken
+        },
+        new={name: _spec(leaf) for name, leaf in model.items() if name not in saved},
+    )
+    if not taken:
+        raise UserError(
+            f"no parameter of the checkpoint fits the model: it has {_listing(_rows(saved))}, "
+            f"the model has {_listing(_rows(model))}"
+        )
+    merged = [jnp.array(saved[name], leaf.dtype) if name in taken else leaf for name, leaf in model.items()]
+    return jax.tree.unflatten(jax.tree.structure(fresh), merged), report
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves by path, such as 'params/h_0/qkv/kernel', in the order of `jax.tree.leaves`."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _spec(leaf: Any) -> str:
+    return f"{leaf.dtype} {leaf.shape}"
+
+
+def _crc32(leaf: np.ndarray) -> int:
+    return zlib.crc32(leaf.reshape(-1).view(np.uint8))
+
+
+def _crc32_of_json(record: dict) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _rows(leaves: Mapping[str, Any]) -> list[str]:
+    return [f"{name}: {_spec(leaf)}" for name, leaf in leaves.items()]
+
+
+def _listing(items: Iterable) -> str:
+    """The first items, for a message of one line."""
+    items = [str(item) for item in items]
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
+def _step_directories(directory: Path) -> dict[int, Path]:
+    return {int(path.name): path for path in directory.iterdir() if _STEP.fullmatch(path.name)}
+
+
+def _best(losses: Mapping[int, float | None]) -> int | None:
+    return min((s for s in losses if losses[s] is not None), key=lambda s: (losses[s], s), default=None)
+
+
+def _kept(losses: Mapping[int, float | None], keep_last: int, keep_every: int | None) -> set[int]:
+    steps = sorted(losses)
+    best = _best(losses)
+    return (
+        set(steps[-keep_last:])
+        | {step for step in steps if keep_every and step % keep_every == 0}
+        | (set() if best is None else {best})
+    )
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _remove(path: Path) -> None:
+    """Deletes what stands at a step's place; if that is cut short, no half of it stands there."""
+    old = path.rename(path.with_name(path.name + _OLD))
+    _delete(old)
+
+
+def _read(item: Path, handler: ocp.CheckpointHandler) -> Any:
+    if not item.is_dir():
+        raise _Damaged(f"it has no {item.name} directory")
+    try:
+        with ocp.Checkpointer(handler) as reader:
+            return reader.restore(item)
+    except Exception as error:  # damaged bytes make orbax and what is under it raise nearly anything
+        reason = " ".join(str(error).split())[:160]
+        raise _Damaged(f"its {item.name} cannot be read ({type(error).__name__}: {reason})") from error
+
+
+def _read_record(path: Path) -> dict:
+    """The JSON of a checkpoint: position, validation_loss, leaves {name: [spec, crc32]}."""
+    record = _read(path / _POSITION, ocp.JsonCheckpointHandler())
+    if not isinstance(record, dict) or record.pop("crc32", None) != _crc32_of_json(record):
+        raise _Damaged(f"its {_POSITION} fails its checksum")
+    return record
+
+
+def _read_losses(directory: Path) -> dict[int, float | None]:
+    """The validation losses of the steps whose JSON is good."""
+    losses = {}
+    for step, path in _step_directories(directory).items():
+        try:
+            losses[step] = _read_record(path)["validation_loss"]
+        except _Damaged:
+            continue  # told by whoever goes on to restore it
+    return losses
+
+
+def _read_leaves(path: Path, record: dict) -> dict[str, np.ndarray]:
+    leaves = flatten_dict(_read(path / _STATE, ocp.PyTreeCheckpointHandler()), sep="/")
+    for name, (spec, crc) in record["leaves"].items():
+        if name not in leaves:
+            raise _Damaged(f"it has no {name}")
+        if (_spec(leaves[name]), _crc32(leaves[name])) != (spec, crc):
+            raise _Damaged(f"{name} fails its checksum")
+    return leaves
+
+
+def _read_parameters(path: Path) -> dict:
+    leaves = _read_leaves(path, _read_record(path))
+    prefix = "params/"
+    parameters = {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+    if not parameters:
+        raise UserError(f"the checkpoint {path} has no params: found {_listing(leaves)}")
+    return unflatten_dict(parameters, sep="/")
+
+
+def _check_fits(path: Path, record: dict, abstract_state: Any) -> None:
+    saved = {name: spec for name, (spec, _) in record["leaves"].items()}
+    wanted = {name: _spec(leaf) for name, leaf in _named_leaves(abstract_state).items()}
+    for name in wanted | saved:
+        if saved.get(name) != wanted.get(name):
+            raise UserError(
+                f"the checkpoint {path} does not fit this config: {name} is {saved.get(name, 'absent')} there "
+                f"and {wanted.get(name, 'absent')} here; use the run's own config, or start afresh with another "
+                "--workdir"
+            )
