@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Give this machine a Vulkan driver: the loader, Mesa's lavapipe (a CPU device) and the validation layer.
+#
+#   scripts/install_vulkan.sh
+#
+# Does nothing where a driver is present. On Debian 12 the packages come from bookworm-backports (Mesa 25.0.7),
+# because bookworm's own Mesa 22.3 is too old for the kernels. Where it may not install (no root, no apt), it says
+# what is missing and still exits 0: everything but the Vulkan tests works without a driver.
+set -euo pipefail
+
+notice() { echo "install_vulkan: $*"; }
+
+# Everything that tells the loader where a driver (ICD) is.
+driver_present() {
+    [ -n "${VK_DRIVER_FILES:-}${VK_ICD_FILENAMES:-}" ] && return 0
+    compgen -G "/usr/share/vulkan/icd.d/*.json" >/dev/null && return 0
+    compgen -G "/usr/local/share/vulkan/icd.d/*.json" >/dev/null && return 0
+    compgen -G "/etc/vulkan/icd.d/*.json" >/dev/null && return 0
+    compgen -G "${XDG_DATA_HOME:-$HOME/.local/share}/vulkan/icd.d/*.json" >/dev/null
+}
+loader_present() { ldconfig -p 2>/dev/null | grep -q 'libvulkan\.so\.1'; }
+
+missing=()
+loader_present || missing+=("the Vulkan loader (libvulkan1)")
+driver_present || missing+=("a Vulkan driver (a GPU vendor's, or mesa-vulkan-drivers for lavapipe)")
+if [ ${#missing[@]} -eq 0 ]; then
+    notice "the Vulkan loader and a driver are present"
+    exit 0
+fi
+missing_text=$(printf '%s and ' "${missing[@]}")
+missing_text=${missing_text% and }
+
+if [ "$(uname -s)" != Linux ] || ! command -v apt-get >/dev/null; then
+    notice "NOT INSTALLED: this machine lacks ${missing_text}, and this script installs only with apt"
+    exit 0
+elif [ "$(id -u)" -eq 0 ]; then
+    as_root=()
+elif sudo -n true 2>/dev/null; then
+    as_root=(sudo -n)
+else
+    notice "NOT INSTALLED: this machine lacks ${missing_text}; run this script as root to install them"
+    exit 0
+fi
+
+install() { "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@" >/dev/null; }
+
+install_packages() {
+    local from=()
+    . /etc/os-release
+    if [ "${VERSION_CODENAME:-}" = bookworm ]; then
+        # The same mirror and key as the machine's own list, so that a local mirror keeps working.
+        local mirror
+        mirror=$(grep -rhoE 'https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d 2>/dev/null |
+            head -n 1 | tr -d ' ' || true)
+        "${as_root[@]}" tee /etc/apt/sources.list.d/bookworm-backports.list >/dev/null <<LIST
+deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${mirror:-http://deb.debian.org/debian} bookworm-backports main
+LIST
+        from=(-t bookworm-backports)
+    fi
+    "${as_root[@]}" apt-get update -q >/dev/null
+    install "${from[@]}" libvulkan1 mesa-vulkan-drivers
+    install vulkan-validationlayers || notice "no validation layer to be had: the tests that need it will be skipped"
+}
+
+notice "installing ${missing_text}"
+if install_packages; then
+    notice "installed"
+else
+    notice "NOT INSTALLED: apt could not install ${missing_text} (see above)"
+fi

@@ -1,0 +1,33 @@
+"""What the Vulkan runtime raises. Every message is one line that names the thing, what was found and the way out."""
+
+
+class VulkanError(RuntimeError):
+    """Any failure of the Vulkan runtime."""
+
+
+class NoDeviceError(VulkanError):
+    """No loader, no driver, or no device that answers to the selector."""
+
+
+class FeatureError(VulkanError):
+    """A kernel needs a feature that the device lacks."""
+
+
+class BufferSizeError(VulkanError, ValueError):
+    """A buffer is larger than the device allows."""
+
+
+class OutOfMemoryError(VulkanError, MemoryError):
+    """The device has no room for a buffer."""
+
+
+class DeviceTimeoutError(VulkanError, TimeoutError):
+    """A submission did not finish within its time limit."""
+
+
+class DeviceLostError(VulkanError):
+    """The driver gave the device up while a submission was running; nothing more can run on it."""
+
+
+class ValidationError(VulkanError):
+    """The Khronos validation layer found a wrong use of the API, a data race or an access out of bounds."""
