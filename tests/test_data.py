@@ -1,0 +1,443 @@
+"""The token cache and the batches: by source, deterministic, resumable, exact."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from gpt_jax import corpus, data
+from gpt_jax import tokenizer as tk
+from gpt_jax.config import UserError
+
+VOCABULARY = 4000
+
+
+def config(cache, **changes):
+    fields = {"source": "default", "validation_fraction": 0.05, "tokenizer": "", "cache_dir": str(cache)}
+    return ConfigDict(fields | changes)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def prepared(cache):
+    """The whole default corpus, prepared once."""
+    return data.prepare(config(cache), VOCABULARY, log=lambda line: None)
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """A small file of the user's own: 200 dialogues."""
+    path = tmp_path / "chats.txt"
+    path.write_text("".join(f"<|user|>word {n}<|assistant|>answer {n}<|end_of_text|>\n" for n in range(200)))
+    return path
+
+
+def prepare(chats, log=lambda line: None, vocab_size=300, **changes):
+    fields = {"source": str(chats), "validation_fraction": 0.2} | changes
+    return data.prepare(config(chats.parent / "cache", **fields), vocab_size, log)
+
+
+def stream(count, assistant=None):
+    """Tokens 0, 1, 2, ..., so that a batch shows where it comes from."""
+    assistant = np.zeros(count) if assistant is None else assistant
+    return data.Tokens(np.arange(count, dtype=np.uint16), np.asarray(assistant, np.uint8))
+
+
+def assert_same(one, two):
+    np.testing.assert_array_equal(one["inputs"], two["inputs"])
+    np.testing.assert_array_equal(one["targets"], two["targets"])
+
+
+# ---- the default corpus, prepared
+
+
+def test_default_corpus_has_the_size_it_is_documented_with(prepared):
+    assert sum(prepared.stats[split]["dialogues"] for split in prepared.stats) == 24_067
+    assert prepared.tokenizer.get_vocab_size() == VOCABULARY
+    assert len(prepared.train) == prepared.stats["train"]["tokens"] == pytest.approx(3.71e6, rel=0.01)
+    assert (
+        len(prepared.validation) == prepared.stats["validation"]["tokens"] == pytest.approx(2.16e5, rel=0.01)
+    )
+    assert prepared.train.ids.dtype == np.uint16
+    assert isinstance(prepared.train.ids, np.memmap)
+
+
+def test_tokens_are_the_dialogues_split_by_source(prepared):
+    """Every dialogue is decoded from its split, whole and in order; no source is in both."""
+    texts = {"train": [], "validation": []}
+    sources = {"train": set(), "validation": set()}
+    for dialogue in corpus.read_corpus("default"):
+        split = "validation" if corpus.is_validation(dialogue.source, 0.05) else "train"
+        texts[split].append(corpus.render(dialogue))
+        sources[split].add(dialogue.source)
+    assert sources["train"].isdisjoint(sources["validation"])
+    assert tk.decode(prepared.tokenizer, prepared.validation.ids) == "".join(texts["validation"])
+    assert (
+        tk.decode(prepared.tokenizer, prepared.train.ids[:200_000])
+        == "".join(texts["train"])[: len(tk.decode(prepared.tokenizer, prepared.train.ids[:200_000]))]
+    )
+    assert (prepared.train.ids == 2).sum() == len(texts["train"])
+
+
+def test_who_says_a_token_agrees_with_the_markers(prepared):
+    """Recomputed from the ids alone: a token is the assistant's if the last marker before it is <|assistant|>."""
+    for tokens in (prepared.train, prepared.validation):
+        ids = np.asarray(tokens.ids)
+        markers = np.flatnonzero(ids < 3)
+        last = markers[np.searchsorted(markers, np.arange(1, len(ids))) - 1]
+        np.testing.assert_array_equal(tokens.assistant[1:], ids[last] == 1)
+
+
+@pytest.fixture(scope="module")
+def excerpt(tmp_path_factory):
+    """An eighth of the default corpus as marked text: large enough for ties and threads, small enough to repeat."""
+    path = tmp_path_factory.mktemp("excerpt") / "excerpt.txt"
+    path.write_text("".join(corpus.render(dialogue) for dialogue in [*corpus.read_corpus("default")][::8]))
+    return path
+
+
+BUILD = """
+import sys
+from ml_collections import ConfigDict
+from gpt_jax import data
+fields = {"source": sys.argv[1], "validation_fraction": 0.2, "tokenizer": "", "cache_dir": sys.argv[2]}
+data.prepare(ConfigDict(fields), 1500, log=lambda line: None)
+"""
+
+
+def test_two_fresh_builds_are_identical(excerpt, tmp_path):
+    """The second in another process, with other hash seeds and one thread."""
+    fields = {"source": str(excerpt), "validation_fraction": 0.2}
+    prepared = data.prepare(config(tmp_path / "one", **fields), 1500, log=lambda line: None)
+    environment = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", BUILD, str(excerpt), str(tmp_path / "two")]
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    (two,) = (tmp_path / "two").iterdir()
+    assert two.name == prepared.fingerprint
+    names = {path.name for path in two.iterdir()}
+    assert names == {"stats.json", "tokenizer.json"} | {
+        f"{split}.{kind}" for split in ("train", "validation") for kind in ("tokens", "assistant")
+    }
+    for name in names:
+        assert (two / name).read_bytes() == (tmp_path / "one" / two.name / name).read_bytes(), name
+
+
+def test_tokenizer_is_trained_on_the_training_split_alone(excerpt, tmp_path):
+    fields = {"source": str(excerpt), "validation_fraction": 0.2}
+    prepared = data.prepare(config(tmp_path, **fields), 1500, log=lambda line: None)
+    texts = [
+        turn.text
+        for dialogue in corpus.read_corpus(str(excerpt))
+        if not corpus.is_validation(dialogue.source, 0.2)
+        for turn in dialogue.turns
+    ]
+    assert tk.train_tokenizer(texts, 1500).to_str() == prepared.tokenizer.to_str()
+
+
+def test_second_call_uses_the_cache_at_once(prepared, cache):
+    lines = []
+    start = time.monotonic()
+    again = data.prepare(config(cache), VOCABULARY, lines.append)
+    assert time.monotonic() - start < 2
+    assert f"using the token cache {cache / prepared.fingerprint}" in lines[0]
+    np.testing.assert_array_equal(again.train.ids, prepared.train.ids)
+
+
+# ---- the cache
+
+
+def test_fingerprint_follows_source_tokenizer_and_split(chats):
+    first = prepare(chats)
+    assert prepare(chats).fingerprint == first.fingerprint
+    assert prepare(chats, validation_fraction=0.3).fingerprint != first.fingerprint
+    assert prepare(chats, vocab_size=301).fingerprint != first.fingerprint
+    chats.write_text(chats.read_text().replace("answer 7<", "answer VII<"))
+    changed = prepare(chats)
+    assert changed.fingerprint != first.fingerprint
+    assert "VII" in tk.decode(changed.tokenizer, [*changed.train.ids, *changed.validation.ids])
+
+
+def test_format_version_is_part_of_the_fingerprint(chats, monkeypatch):
+    first = prepare(chats)
+    monkeypatch.setattr(data, "FORMAT_VERSION", data.FORMAT_VERSION + 1)
+    assert prepare(chats).fingerprint != first.fingerprint
+
+
+def test_a_given_tokenizer_is_used(chats, tmp_path):
+    own = tmp_path / "own" / "tokenizer.json"
+    own.parent.mkdir()
+    tk.save(tk.train_tokenizer(["word answer"] * 9, 270), own)
+    lines = []
+    prepared = prepare(chats, lines.append, tokenizer=str(own))
+    assert prepared.tokenizer.to_str() == tk.load(own).to_str()
+    assert f"the tokenizer has {prepared.tokenizer.get_vocab_size()} ids, the model 300" in lines[-1]
+    with pytest.raises(UserError, match=r"has 2\d\d ids but the model's vocab_size is 260: raise vocab_size"):
+        prepare(chats, tokenizer=str(own), vocab_size=260)
+    with pytest.raises(UserError, match="does not exist"):
+        prepare(chats, tokenizer=str(own) + "x")
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "validation.assistant", "tokenizer.json", "stats.json"])
+@pytest.mark.parametrize("damage", ["short", "missing"])
+def test_a_damaged_cache_is_built_again_with_a_warning(chats, name, damage):
+    first = prepare(chats)
+    ids = np.array(first.train.ids)
+    path = chats.parent / "cache" / first.fingerprint / name
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "short":
+        path.write_bytes(whole[: len(whole) // 2])
+    lines = []
+    again = prepare(chats, lines.append)
+    assert "warning: the token cache" in lines[0]
+    assert "is damaged" in lines[0]
+    assert path.read_bytes() == whole
+    np.testing.assert_array_equal(again.train.ids, ids)
+
+
+KILLED = """
+import os, signal, sys
+from ml_collections import ConfigDict
+from gpt_jax import corpus, data
+read, passes = corpus.read_corpus, []
+def killing(source):  # the first pass trains the tokenizer, the second writes the tokens
+    passes.append(source)
+    for number, dialogue in enumerate(read(source)):
+        if len(passes) == 2 and number == 150:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield dialogue
+corpus.read_corpus = killing
+data._BATCH_CHARACTERS = 100
+fields = {"source": sys.argv[1], "validation_fraction": 0.2, "tokenizer": "", "cache_dir": sys.argv[2]}
+data.prepare(ConfigDict(fields), 300, log=lambda line: None)
+"""
+
+
+def test_a_killed_run_leaves_no_half_cache(chats):
+    cache = chats.parent / "cache"
+    run = subprocess.run([sys.executable, "-c", KILLED, str(chats), str(cache)], timeout=120)
+    assert run.returncode == -9
+    (partial,) = cache.iterdir()
+    assert partial.name.endswith(".partial")
+    lines = []
+    prepared = prepare(chats, lines.append)
+    assert "preparing" in lines[0]
+    assert sum(counts["dialogues"] for counts in prepared.stats.values()) == 200
+    assert partial.exists()  # it might belong to a run that is still at work
+
+    for path in [*partial.iterdir(), partial]:
+        os.utime(path, (0, 0))
+    (cache / prepared.fingerprint / "stats.json").unlink()
+    prepare(chats)
+    assert [path.name for path in cache.iterdir()] == [prepared.fingerprint]
+
+
+def test_a_failed_build_leaves_nothing(chats):
+    chats.write_text(chats.read_text() + "<|user|>")
+    with pytest.raises(UserError, match=r"chats.txt:201: the user turn is empty"):
+        prepare(chats)
+    assert list((chats.parent / "cache").iterdir()) == []
+
+
+def test_cache_folder_by_default(chats, monkeypatch):
+    home = chats.parent / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "xdg"))
+    first = prepare(chats, cache_dir="")
+    assert (home / "xdg" / "gpt_jax" / first.fingerprint).is_dir()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    prepare(chats, cache_dir="")
+    assert (home / ".cache" / "gpt_jax" / first.fingerprint).is_dir()
+
+
+def test_cache_folder_that_cannot_be_written(chats):
+    (chats.parent / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write the token cache: .*set data.cache_dir"):
+        prepare(chats, cache_dir=str(chats.parent / "file" / "cache"))
+
+
+def test_more_than_65536_ids_take_four_bytes(chats):
+    layout = json.loads(tk.train_tokenizer(["word answer"] * 9, 259).to_str())
+    layout["model"]["vocab"] |= {f"unused {n}": n for n in range(259, 70_000)}
+    path = chats.parent / "tokenizer.json"
+    path.write_text(json.dumps(layout))
+    prepared = prepare(chats, tokenizer=str(path), vocab_size=70_000)
+    assert prepared.train.ids.dtype == np.uint32
+    assert tk.decode(prepared.tokenizer, prepared.train.ids).count("<|end_of_text|>") > 100
+
+
+def test_empty_splits_and_sources(chats):
+    with pytest.raises(
+        UserError,
+        match=r"none of the 200 dialogues falls in the validation split .*0.0001: raise it, or give",
+    ):
+        prepare(chats, validation_fraction=0.0001)
+    with pytest.raises(
+        UserError, match=r"in the training split at data.validation_fraction=0.9999: lower it"
+    ):
+        prepare(chats, validation_fraction=0.9999)
+    for fraction in (0.0, 1.0):
+        with pytest.raises(UserError, match="must lie between 0 and 1"):
+            prepare(chats, validation_fraction=fraction)
+    chats.write_text("\n")
+    with pytest.raises(UserError, match="holds no dialogue"):
+        prepare(chats)
+
+
+PEAK = """
+import re, sys
+from ml_collections import ConfigDict
+from gpt_jax import data
+data._BATCH_CHARACTERS = 100_000
+def peak():  # KiB
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
+peaks = []
+for source in sys.argv[2:]:
+    fields = {"source": source, "validation_fraction": 0.2, "tokenizer": "", "cache_dir": sys.argv[1]}
+    data.prepare(ConfigDict(fields), 259, log=lambda line: None)  # a token a character
+    peaks.append(peak())
+print(*peaks)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_the_source(tmp_path):
+    """Holding the ids of the larger source takes 33 MB (tried), its encodings ten times that."""
+    paths = []
+    for name, dialogues in (("small.txt", 250), ("large.txt", 1_500)):
+        paths.append(tmp_path / name)
+        with paths[-1].open("w") as file:
+            for number in range(dialogues):
+                file.write(f"<|user|>word {number}<|assistant|>{' answers' * 500}<|end_of_text|>\n")
+    assert paths[1].stat().st_size > 6e6
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path), *map(str, paths)],
+        capture_output=True, text=True, check=True, timeout=200,
+    )  # fmt: skip
+    small, large = map(int, run.stdout.split())
+    assert large - small < 8_000  # KiB
+
+
+# ---- batches
+
+
+def test_windows_cover_every_target_once_an_epoch():
+    batches = data.windows(stream(1 + 7 * 10 + 4), block_size=10, batch_size=7, seed=3)
+    batch = batches[0]
+    assert batch["inputs"].shape == batch["targets"].shape == (7, 10)
+    assert batch["inputs"].dtype == batch["targets"].dtype == np.int32
+    np.testing.assert_array_equal(batch["targets"], batch["inputs"] + 1)
+    np.testing.assert_array_equal(np.sort(batch["targets"].ravel()), np.arange(1, 71))
+
+
+def test_every_epoch_has_its_own_order_and_batches_span_epochs():
+    batches = data.windows(
+        stream(101), block_size=10, batch_size=4, seed=3
+    )  # 10 windows: 2.5 batches an epoch
+    starts = np.concatenate([batches[n]["inputs"][:, 0] for n in range(50)]).reshape(20, 10)
+    assert len({tuple(epoch) for epoch in starts}) == 20
+    np.testing.assert_array_equal(np.sort(starts, axis=1), np.tile(np.arange(0, 100, 10), (20, 1)))
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_number():
+    shape = {"block_size": 10, "batch_size": 4}
+    one, two = (data.windows(stream(5001), seed=3, **shape) for _ in range(2))
+    for number in (1000, 0, 7, 10**9):
+        assert_same(one[number], two[number])
+    other = data.windows(stream(5001), seed=4, **shape)
+    assert (one[0]["inputs"] != other[0]["inputs"]).any()
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 8])
+def test_loader_starts_anywhere_and_agrees_with_random_access(prepared, prefetch):
+    batches = data.windows(prepared.train, block_size=64, batch_size=3, seed=42)
+    for start in (0, 5, 10**8):
+        iterator = data.loader(batches, start=start, prefetch=prefetch)
+        for number in range(start, start + 4):
+            assert_same(next(iterator), batches[number])
+        iterator.close()
+
+
+def test_closed_loader_leaves_no_thread_and_no_process():
+    before = set(threading.enumerate())
+    iterator = data.loader(data.windows(stream(5001), block_size=10, batch_size=4, seed=0), prefetch=4)
+    next(iterator)
+    (thread,) = set(threading.enumerate()) - before
+    iterator.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def test_assistant_targets_are_masked_by_hand():
+    #             u  q  a  r  s  E  u  q  q  a  r     tokens 1..10 are targets
+    said = np.array([0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1])
+    batches = data.windows(stream(11, said), block_size=5, batch_size=2, seed=0, targets="assistant")
+    batch = {int(inputs[0]): targets for inputs, targets in zip(*batches[0].values(), strict=True)}
+    assert batch[0].tolist() == [-1, -1, 3, 4, 5]
+    assert batch[5].tolist() == [-1, -1, -1, -1, 10]
+    everything = data.windows(stream(11, said), block_size=5, batch_size=2, seed=0)[0]
+    np.testing.assert_array_equal(everything["inputs"], batches[0]["inputs"])
+
+
+def test_assistant_targets_are_exact_in_windows_that_start_mid_turn(prepared):
+    shape = {"block_size": 32, "batch_size": 8, "seed": 1}
+    all_ids = np.asarray(prepared.validation.ids).astype(np.int32)
+    # Positions instead of ids, so that each target is found again in the stream.
+    positions = data.Tokens(np.arange(len(all_ids), dtype=np.uint32), prepared.validation.assistant)
+    where = data.windows(positions, **shape)
+    masked = data.windows(prepared.validation, targets="assistant", **shape)
+    starts_inside = 0
+    for number in range(50):
+        position = where[number]["targets"]
+        expected = np.where(prepared.validation.assistant[position], all_ids[position], data.MASKED)
+        np.testing.assert_array_equal(masked[number]["targets"], expected)
+        starts_inside += (prepared.validation.assistant[position[:, 0]] & (all_ids[position[:, 0]] > 2)).sum()
+    assert starts_inside > 100
+
+
+def test_evaluation_sees_each_window_once_and_pads_with_masked_targets():
+    batches = data.evaluation_batches(stream(1 + 10 * 10), block_size=10, batch_size=4, batches=99)
+    assert len(batches) == 3
+    assert {batch["inputs"].shape for batch in batches} == {(4, 10)}
+    targets = np.concatenate([batch["targets"].ravel() for batch in batches])
+    np.testing.assert_array_equal(np.sort(targets[targets != data.MASKED]), np.arange(1, 101))
+    assert (targets == data.MASKED).sum() == 20
+
+
+def test_evaluation_is_the_same_every_time_and_drawn_from_everywhere(prepared):
+    shape = {"block_size": 64, "batch_size": 4, "batches": 5}
+    one, two = (data.evaluation_batches(prepared.validation, **shape) for _ in range(2))
+    assert len(one) == 5
+    for first, second in zip(one, two, strict=True):
+        assert_same(first, second)
+    first = data.evaluation_batches(stream(6401), **shape)
+    starts = np.concatenate([batch["inputs"][:, 0] for batch in first])
+    assert starts.min() < 1600
+    assert starts.max() > 4800
+
+
+def test_block_longer_than_the_data():
+    message = "block_size is 10 but the training data has 10 tokens, and a window needs 11: lower block_size"
+    with pytest.raises(UserError, match=message):
+        data.windows(stream(10), block_size=10, batch_size=1, seed=0)
+    with pytest.raises(UserError, match=r"the validation data has 3 tokens.*raise data.validation_fraction"):
+        data.evaluation_batches(stream(3), block_size=10, batch_size=1, batches=1)
+    assert (
+        data.windows(stream(11), block_size=10, batch_size=2, seed=0)[5]["inputs"].tolist()
+        == [[*range(10)]] * 2
+    )
+
+
+def test_unknown_targets():
+    with pytest.raises(UserError, match=r"data.targets is 'user': it must be 'all' or 'assistant'"):
+        data.windows(stream(11), block_size=10, batch_size=1, seed=0, targets="user")

@@ -1,0 +1,127 @@
+"""Byte-level BPE: exact round trips, markers that text cannot forge, files that are checked when read."""
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from gpt_jax import tokenizer as tk
+from gpt_jax.config import UserError
+from gpt_jax.corpus import MARKERS, Dialogue, Turn, render
+
+TEXTS = ["the quality of mercy is not strained", "it droppeth as the gentle rain", "the rain, the mercy"] * 5
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return tk.train_tokenizer(TEXTS, 300)
+
+
+def test_size_and_markers(trained):
+    assert trained.get_vocab_size() == 300
+    assert tk.marker_ids(trained) == (0, 1, 2)
+    assert [trained.id_to_token(i) for i in range(3)] == list(MARKERS)
+
+
+def test_merges_shorten_text(trained):
+    assert len(tk.encode(trained, TEXTS[0])) < len(TEXTS[0]) / 2
+
+
+def test_training_is_deterministic(trained):
+    assert tk.train_tokenizer(iter(TEXTS), 300).to_str() == trained.to_str()
+
+
+@hypothesis.given(st.text(st.characters(exclude_categories=["Cs"])))
+@hypothesis.example("naïve 真 \t\r\n\x00 é e\u0301 🇫🇷 ﬁ \u200b\ufeff  ")
+@hypothesis.example("".join(MARKERS) + " <|user|> x<|assistant|>")
+@hypothesis.settings(deadline=None)
+def test_any_text_round_trips_and_makes_no_marker(trained, text):
+    ids = tk.encode(trained, text)
+    assert tk.decode(trained, ids) == text
+    assert min(ids, default=3) >= 3
+
+
+def test_no_merge_spells_a_marker():
+    """Even where the training text is full of markers."""
+    trained = tk.train_tokenizer(["".join(MARKERS) + " <|user|>"] * 100, 400)
+    assert min(tk.encode(trained, "x<|user|> <|assistant|><|end_of_text|>")) >= 3
+
+
+def test_small_corpus_gives_a_smaller_vocabulary():
+    assert tk.SMALLEST_VOCABULARY <= tk.train_tokenizer(["abc"], 4000).get_vocab_size() < 270
+
+
+def test_vocabulary_too_small():
+    with pytest.raises(UserError, match="vocab_size is 258: a byte-level tokenizer needs 259 or more"):
+        tk.train_tokenizer(TEXTS, 258)
+    assert tk.train_tokenizer(TEXTS, 259).get_vocab_size() == 259
+
+
+TURNS = (
+    Turn("user", "the rain"),
+    Turn("assistant", "mercy"),
+    Turn("user", "<|user|>"),
+    Turn("assistant", "it"),
+)
+
+
+def test_dialogues_become_tokens_and_who_says_them(trained):
+    question, answer, forged, last = (tk.encode(trained, turn.text) for turn in TURNS)
+    (ids, said), (short, short_said) = tk.encode_dialogues(
+        trained, [Dialogue("s", TURNS), Dialogue("s", TURNS[:2])]
+    )
+    assert ids.tolist() == [0, *question, 1, *answer, 0, *forged, 1, *last, 2]
+    # Said: the answers and the markers that close them, not the <|assistant|> that opens them.
+    expected = [0, *[0] * len(question), 0, *[1] * len(answer), 1, *[0] * len(forged), 0, *[1] * len(last), 1]
+    assert said.tolist() == [bool(flag) for flag in expected]
+    assert short.tolist() == [0, *question, 1, *answer, 2]
+    assert short_said.tolist() == [False] * (2 + len(question)) + [True] * (len(answer) + 1)
+    assert tk.decode(trained, short) == render(Dialogue("s", TURNS[:2]))
+
+
+def test_prompt_is_the_beginning_of_the_dialogue(trained):
+    ((ids, _),) = tk.encode_dialogues(trained, [Dialogue("s", TURNS)])
+    prompt = tk.encode_prompt(trained, TURNS[:3])
+    assert prompt == ids.tolist()[: len(prompt)]
+    assert prompt[-1] == 1
+
+
+def test_save_and_load(trained, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tk.save(trained, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
+    loaded = tk.load(path)
+    assert loaded.to_str() == trained.to_str()
+    text = "mercy <|user|> 真"
+    assert tk.encode(loaded, text) == tk.encode(trained, text)
+
+
+def test_load_mistakes(trained, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match=r"does not exist: give the path of a tokenizer.json"):
+        tk.load(path)
+    trained.save(str(path))
+    path.write_text(path.read_text()[:-100])
+    with pytest.raises(UserError, match="cannot be read, it is damaged") as error:
+        tk.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_load_refuses_tokenizers_that_would_spoil_the_data(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    bytes_only = Tokenizer(models.BPE())
+    bytes_only.save(str(path))
+    with pytest.raises(UserError, match=r"has no token <\|user\|>: add the three markers"):
+        tk.load(path)
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens(list(MARKERS))
+    words.save(str(path))
+    with pytest.raises(UserError, match="it must be byte-level"):
+        tk.load(path)
+
+    plain = tk.train_tokenizer(TEXTS, 259).to_str().replace('"special":true', '"special":false')
+    path.write_text(plain)
+    with pytest.raises(UserError, match="makes a marker out of text"):
+        tk.load(path)
