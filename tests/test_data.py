@@ -312,7 +312,7 @@ print(*peaks)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from /proc")
 def test_memory_does_not_grow_with_the_source(tmp_path):
-    """Holding the ids of the larger source takes 33 MB (tried), its encodings ten times that."""
+    """Holding the ids of the larger source takes 33 MB more (tried)."""
     paths = []
     for name, dialogues in (("small.txt", 250), ("large.txt", 1_500)):
         paths.append(tmp_path / name)
