@@ -1,11 +1,13 @@
 """Checkpoints: one directory a step holds the train state and the position in the run, committed together.
 
-Orbax's `Checkpointer` writes and commits a directory; what stands here is what a run needs around that. Not
-`CheckpointManager`, which counts a damaged directory as a step and refuses to save over it, and not the v1
-API, which is experimental still and renamed its functions between 0.11 and 0.12; neither keeps checksums.
+Orbax's `Checkpointer` writes the arrays; what stands here is what a run needs around that. Not
+`CheckpointManager`, which counts a damaged directory as a step and refuses to save over it, and not the v1 API,
+which is experimental still and renamed its functions between 0.11 and 0.12; neither notices a flipped bit.
 
-    DIRECTORY/STEP/state/     the leaves of the train state: a nested dict of arrays, for any orbax reader
-    DIRECTORY/STEP/position/  JSON: position, validation loss, CRC-32 of every leaf and of the JSON itself
+    DIRECTORY/STEP/state/         the leaves of the train state: a nested dict of arrays, for any orbax reader
+    DIRECTORY/STEP/position.json  position, validation loss, CRC-32 of every file of `state` and of itself
+
+All is written under DIRECTORY/STEP.new, and one rename commits it.
 """
 
 import json
@@ -32,10 +34,10 @@ from gpt_jax.config import UserError
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds its checkpoints
 
-_STATE, _POSITION = "state", "position"
+_STATE, _POSITION = "state", "position.json"
 _STEP = re.compile(r"0|[1-9][0-9]*")
-_NEW, _OLD = ".new", ".old"  # a step being replaced, and a step being removed
-_LEFTOVER = re.compile(r"[0-9]+(\.new|\.old|(\.new)?\.orbax-checkpoint-tmp.*)")
+_NEW, _OLD = ".new", ".old"  # endings of a step being written, and of one being removed
+_LEFTOVER = re.compile(r"[0-9]+(\.new|\.old|\.orbax-checkpoint-tmp.*)")
 
 logger = logging.getLogger(__name__)
 
@@ -207,24 +209,24 @@ class Checkpointer:
     ) -> None:
         """Commits a checkpoint, then removes those that are not kept. Runs in the writer thread."""
         path = self._directory / str(step)
-        record = {
-            "position": position,
-            "validation_loss": validation_loss,
-            "leaves": {name: [_spec(leaf), _crc32(leaf)] for name, leaf in leaves.items()},
-        }
-        record["crc32"] = _crc32_of_json(record)
-        # What is to be replaced stands until its successor is complete.
-        target = path.with_name(path.name + _NEW) if path.exists() else path
+        new = path.with_name(path.name + _NEW)
         try:
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-                items = {
-                    _STATE: ocp.args.PyTreeSave(unflatten_dict(leaves, sep="/")),
-                    _POSITION: ocp.args.JsonSave(record),
-                }
-                writer.save(target, args=ocp.args.Composite(**items), force=True)
-            if target != path:
+            if new.exists():  # what a save that failed left
+                _delete(new)
+            tree = unflatten_dict(leaves, sep="/")
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+                writer.save(new / _STATE, args=ocp.args.PyTreeSave(tree))
+            files = sorted(file for file in new.rglob("*") if file.is_file())
+            record = {
+                "position": position,
+                "validation_loss": validation_loss,
+                "leaves": {name: _spec(leaf) for name, leaf in leaves.items()},
+                "files": {str(file.relative_to(new)): _crc32_of_file(file) for file in files},
+            }
+            (new / _POSITION).write_text(json.dumps(record | {"crc32": _crc32_of_json(record)}))
+            if path.exists():
                 _remove(path)
-                target.rename(path)
+            new.rename(path)
             losses = {**self._losses, step: validation_loss}
             kept = _kept(losses, self._keep_last, self._keep_every)
             for other, directory in _step_directories(self._directory).items():
@@ -251,7 +253,7 @@ def restore_parameters(path: str | os.PathLike) -> tuple[dict, str]:
     path = Path(path).resolve()
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; give that of a run or of a checkpoint")
-    if (path / _STATE).is_dir() or (path / _POSITION).is_dir():
+    if (path / _STATE).exists() or (path / _POSITION).exists():
         try:
             return _read_parameters(path), f"the checkpoint {path}"
         except _Damaged as error:
@@ -357,8 +359,12 @@ def _spec(leaf: Any) -> str:
     return f"{leaf.dtype} {leaf.shape}"
 
 
-def _crc32(leaf: np.ndarray) -> int:
-    return zlib.crc32(leaf.reshape(-1).view(np.uint8))
+def _crc32_of_file(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 def _crc32_of_json(record: dict) -> int:
@@ -406,20 +412,14 @@ def _remove(path: Path) -> None:
     _delete(old)
 
 
-def _read(item: Path, handler: ocp.CheckpointHandler) -> Any:
-    if not item.is_dir():
-        raise _Damaged(f"it has no {item.name} directory")
-    try:
-        with ocp.Checkpointer(handler) as reader:
-            return reader.restore(item)
-    except Exception as error:  # damaged bytes make orbax and what is under it raise nearly anything
-        reason = " ".join(str(error).split())[:160]
-        raise _Damaged(f"its {item.name} cannot be read ({type(error).__name__}: {reason})") from error
-
-
 def _read_record(path: Path) -> dict:
-    """The JSON of a checkpoint: position, validation_loss, leaves {name: [spec, crc32]}."""
-    record = _read(path / _POSITION, ocp.JsonCheckpointHandler())
+    """The JSON of a checkpoint: position, validation_loss, leaves {name: spec}, files {name: CRC-32}."""
+    try:
+        record = json.loads((path / _POSITION).read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _Damaged(f"it has no {_POSITION}") from error
+    except (OSError, ValueError) as error:
+        raise _Damaged(f"its {_POSITION} cannot be read ({error})") from error
     if not isinstance(record, dict) or record.pop("crc32", None) != _crc32_of_json(record):
         raise _Damaged(f"its {_POSITION} fails its checksum")
     return record
@@ -437,13 +437,19 @@ def _read_losses(directory: Path) -> dict[int, float | None]:
 
 
 def _read_leaves(path: Path, record: dict) -> dict[str, np.ndarray]:
-    leaves = flatten_dict(_read(path / _STATE, ocp.PyTreeCheckpointHandler()), sep="/")
-    for name, (spec, crc) in record["leaves"].items():
-        if name not in leaves:
-            raise _Damaged(f"it has no {name}")
-        if (_spec(leaves[name]), _crc32(leaves[name])) != (spec, crc):
-            raise _Damaged(f"{name} fails its checksum")
-    return leaves
+    for name, crc in record["files"].items():
+        try:
+            good = _crc32_of_file(path / name) == crc
+        except OSError as error:
+            raise _Damaged(f"its {name} cannot be read ({error.strerror})") from error
+        if not good:
+            raise _Damaged(f"its {name} fails its checksum")
+    # In a thread of its own: orbax runs an event loop, and a notebook's thread is inside one already.
+    with (
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
+        ThreadPoolExecutor(max_workers=1) as thread,
+    ):
+        return flatten_dict(thread.submit(reader.restore, path / _STATE).result(), sep="/")
 
 
 def _read_parameters(path: Path) -> dict:
@@ -456,12 +462,12 @@ def _read_parameters(path: Path) -> dict:
 
 
 def _check_fits(path: Path, record: dict, abstract_state: Any) -> None:
-    saved = {name: spec for name, (spec, _) in record["leaves"].items()}
+    saved = record["leaves"]
     wanted = {name: _spec(leaf) for name, leaf in _named_leaves(abstract_state).items()}
     for name in wanted | saved:
         if saved.get(name) != wanted.get(name):
             raise UserError(
-                f"the checkpoint {path} does not fit this config: {name} is {saved.get(name, 'absent')} there "
-                f"and {wanted.get(name, 'absent')} here; use the run's own config, or start afresh with another "
-                "--workdir"
+                f"the checkpoint {path} does not fit this config: {name} is {saved.get(name, 'absent')} "
+                f"there and {wanted.get(name, 'absent')} here; use the run's own config, or start afresh with "
+                "another --workdir"
             )
