@@ -1,0 +1,85 @@
+"""The reference run: a 6.84 M parameter GPT-2 that chats with Stoics and Shakespeare.
+
+    python -m gpt_jax.main --config=configs/chat.py
+
+Expect a loss of 8.33 at step 1, 6.49 at 500, 5.73 at 1,000, 4.94 (validation 4.90) at 2,500 and 4.54 (4.49) at
+5,000; validation 3.43 after all 50,000. Gradient norm: median 1.1, never above 10. Values of the optimizer, the
+model and the schedule are those of the TypeScript/Vulkan run that this project replaces.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "chat"
+    config.domain = "chat"
+    config.seed = 42
+    config.backend = "auto"  # auto | xla
+    config.matmul_precision = "highest"  # of f32 products on XLA: highest | high | default (TF32 on NVIDIA)
+    config.num_steps = 50_000
+    config.batch_size = 16  # sequences a step
+    config.accumulate_steps = 1  # parts that a batch is computed in
+    config.max_skipped_steps = 5  # in a row, for a non-finite loss or gradient, before the run stops
+    config.init_from = ""  # run folder or checkpoint whose parameters to start from
+
+    config.model = ConfigDict()
+    config.model.vocab_size = 4000
+    config.model.block_size = 256
+    config.model.num_layers = 6
+    config.model.num_heads = 8
+    config.model.embed_dim = 256
+    config.model.dropout_rate = 0.1
+    config.model.soft_cap = 30.0  # of attention scores; 0: off
+    config.model.use_bias = False
+    config.model.tie_head = False
+    config.model.dtype = "float32"  # of matrix products and activations: float32 | bfloat16
+    config.model.remat = False
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 3e-5
+    config.optimizer.min_learning_rate = 3e-6
+    config.optimizer.warmup_steps = 500
+    config.optimizer.decay_steps = 50_000
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.99
+    config.optimizer.epsilon = 1e-8
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.decay_matrices_only = True
+    config.optimizer.clip_norm = 1.0
+
+    config.data = ConfigDict()
+    config.data.source = "default"  # default | a .txt with markers | a .jsonl of chats | hf:NAME[:SPLIT]
+    config.data.validation_fraction = 0.05
+    config.data.tokenizer = ""  # a tokenizer.json to use; empty: train one
+    config.data.targets = "all"  # what the loss counts: all | assistant
+    config.data.cache_dir = ""  # empty: ~/.cache/gpt_jax
+    config.data.prefetch = 8  # batches
+
+    config.eval = ConfigDict()
+    config.eval.every = 2500  # steps
+    config.eval.batches = 10
+
+    config.sample = ConfigDict()
+    config.sample.every = 500
+    config.sample.temperature = 0.8
+    config.sample.top_k = 40
+    config.sample.max_tokens = 80
+    config.sample.prompts = (
+        "What does it mean to live well?",
+        "How should I face the fear of death?",
+        "Who's there?",
+    )
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 2500
+    config.checkpoint.keep_last = 2
+    config.checkpoint.keep_every = 10_000  # 0: none; the best by validation loss is always kept
+
+    config.log = ConfigDict()
+    config.log.every = 50
+    config.log.diagnostics_every = 500  # attention statistics by head
+    config.log.tensorboard = True
+    config.log.profile_step = 0  # the profiler records from here (0: not at all)
+    config.log.profile_steps = 3
+    return config

@@ -1,0 +1,174 @@
+"""GPT-2 as a functional Flax (linen) module.
+
+Source: Radford et al., "Language models are unsupervised multitask learners" (2019), and its published code.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vk_kernels import ops
+
+ATTENTION_SITE, PROJECTION_SITE, MLP_SITE = range(3)  # where dropout acts; with the layer, its stream of bits
+DIAGNOSTICS = "diagnostics"  # the collection that attention statistics are sown into, when it is mutable
+
+initializer = nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and options of the model. Matrix products run in `dtype`; parameters are always f32."""
+
+    vocab_size: int
+    block_size: int
+    num_layers: int
+    num_heads: int
+    embed_dim: int
+    dropout_rate: float = 0.0
+    soft_cap: float | None = None  # of attention scores; None: off
+    use_bias: bool = False  # in linear layers; layer norms always have one
+    tie_head: bool = False  # the output layer is the token embedding
+    dtype: str = "float32"  # or bfloat16
+    remat: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "ModelConfig":
+        """From `config.model`, whose soft_cap of 0 means off."""
+        fields = dict(config)
+        return cls(**fields | {"soft_cap": fields["soft_cap"] or None})
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The top-level groups of parameters, in the order of the forward pass."""
+        blocks = (f"h_{layer}" for layer in range(self.num_layers))
+        return ("wte", "wpe", *blocks, "ln_f", *(() if self.tie_head else ("head",)))
+
+    @property
+    def residual_init_scale(self) -> float:
+        """GPT-2 shrinks the matrices that write to the residual stream by the square root of their number."""
+        return 1 / math.sqrt(2 * self.num_layers)
+
+
+class Linear(nn.Module):
+    """A matrix product with the epilogue of `ops.matmul`; parameters `kernel` (K, N) and, if asked, `bias` (N,)."""
+
+    features: int
+    config: ModelConfig
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, **epilogue) -> jax.Array:
+        dtype = jnp.dtype(self.config.dtype)
+        init = nn.initializers.normal(0.02 * self.init_scale)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        bias = None
+        if self.config.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return ops.matmul(x, kernel.astype(dtype), bias, **epilogue)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis; parameters `scale` and `bias`, (D,) f32."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        return ops.layer_norm(x, scale, bias)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+        config = self.config
+        batch, length, width = x.shape
+        heads = config.num_heads
+
+        def dropout(site: int) -> dict:
+            return {"rng": rng, "dropout_rate": config.dropout_rate, "stream": 3 * self.layer + site}
+
+        y = LayerNorm(name="ln_1")(x)
+        qkv = Linear(3 * width, config, name="qkv")(y)
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, heads, width // heads), 2, 0)  # (B, T, H, D) each
+        if self.is_mutable_collection(DIAGNOSTICS):
+            self._sow_statistics(q, k)
+        y = ops.attention(q, k, v, cap=config.soft_cap, **dropout(ATTENTION_SITE))
+        y = y.reshape(batch, length, width)
+        x = Linear(width, config, config.residual_init_scale, name="projection")(
+            y, residual=x, **dropout(PROJECTION_SITE)
+        )
+        y = LayerNorm(name="ln_2")(x)
+        y = Linear(4 * width, config, name="mlp_in")(y, activation="gelu")
+        return Linear(width, config, config.residual_init_scale, name="mlp_out")(y, residual=x, **dropout(MLP_SITE))
+
+    def _sow_statistics(self, q: jax.Array, k: jax.Array) -> None:
+        """Largest score before the soft cap, and mean entropy in nats of the attention weights; f32 (H,) each."""
+        length, head_dim = q.shape[1], q.shape[3]
+        causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        scores = ops.attention_scores(q, k, scale=1 / math.sqrt(head_dim), cap=None)  # (B, H, T, T)
+        largest = jnp.where(causal, scores, -jnp.inf).max(axis=(0, 2, 3))
+        if self.config.soft_cap is not None:
+            scores = self.config.soft_cap * jnp.tanh(scores / self.config.soft_cap)
+        log_weights = jax.nn.log_softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+        entropy = -jnp.where(causal, jnp.exp(log_weights) * log_weights, 0.0).sum(axis=-1).mean(axis=(0, 2))
+        self.sow(DIAGNOSTICS, "attention_max", largest)
+        self.sow(DIAGNOSTICS, "attention_entropy", entropy)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.wte = self.param("wte", initializer, (config.vocab_size, config.embed_dim), jnp.float32)
+        self.wpe = self.param("wpe", initializer, (config.block_size, config.embed_dim), jnp.float32)
+        block = nn.remat(Block) if config.remat else Block
+        self.h = [block(config, layer) for layer in range(config.num_layers)]
+        self.ln_f = LayerNorm()
+        if not config.tie_head:
+            self.head = self.param("head", initializer, (config.embed_dim, config.vocab_size), jnp.float32)
+
+    def __call__(self, tokens: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """Final hidden states.
+
+        Args:
+          tokens: int32 (B, T), T at most block_size.
+          rng: uint32 (2,): seed and step for dropout. None: no dropout.
+
+        Returns:
+          (B, T, embed_dim) in the config's dtype.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        x = ops.embedding(self.wte, tokens) + self.wpe[None, : tokens.shape[1]]
+        x = x.astype(dtype)
+        for block in self.h:
+            x = block(x, rng)
+        return self.ln_f(x)
+
+    def output_matrix(self) -> jax.Array:
+        """(embed_dim, vocab_size) in the config's dtype."""
+        matrix = self.wte.T if self.config.tie_head else self.head
+        return matrix.astype(jnp.dtype(self.config.dtype))
+
+    def losses(self, tokens: jax.Array, targets: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """Cross entropy in nats of each target, f32 (B, T); 0 where a target is `ops.IGNORED`."""
+        hidden = self(tokens, rng)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return ops.linear_cross_entropy(flat, self.output_matrix(), targets.reshape(-1)).reshape(targets.shape)
+
+    def next_token_logits(self, tokens: jax.Array, last: jax.Array) -> jax.Array:
+        """Logits, f32 (B, vocab_size), of the token after position `last`, int32 (B,), of tokens, (B, T)."""
+        hidden = self(tokens)
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        return ops.matmul(hidden, self.output_matrix()).astype(jnp.float32)

@@ -1,0 +1,185 @@
+"""Text from a trained model, and a chat with it: `python -m gpt_jax.sample --workdir=RUN [--prompt=TEXT]`."""
+
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+from gpt_jax.checkpoint import restore_parameters
+from gpt_jax.cli import run_main
+from gpt_jax.config import UserError
+from gpt_jax.corpus import Turn
+from gpt_jax.model import GPT, ModelConfig
+from gpt_jax.tokenizer import decode, encode_prompt, marker_ids
+from gpt_jax.tokenizer import load as load_tokenizer
+
+FLAGS = flags.FLAGS
+
+
+class Sample(NamedTuple):
+    """What the model answered to one prompt."""
+
+    text: str
+    tokens: int  # generated, the end marker included
+    ended: bool  # by the model itself, not by the limit
+
+
+def next_token(
+    params: Any,
+    tokens: jax.Array,
+    last: jax.Array,
+    key: jax.Array,
+    *,
+    model: GPT,
+    temperature: float,
+    top_k: int,
+) -> jax.Array:
+    """One token, int32 (B,), after position `last` (B,) of `tokens` (B, T).
+
+    Drawn from the softmax of logits / temperature over the `top_k` largest (0: all); the largest for temperature 0.
+    """
+    logits = model.apply({"params": params}, tokens, last, method="next_token_logits")  # (B, V)
+    if temperature == 0:
+        return logits.argmax(axis=-1).astype(jnp.int32)
+    if 0 < top_k < logits.shape[-1]:
+        smallest_kept = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
+    return jax.random.categorical(key, logits / temperature, axis=-1).astype(jnp.int32)
+
+
+@functools.lru_cache(maxsize=8)
+def make_sampler(model: GPT, temperature: float, top_k: int) -> Callable[..., jax.Array]:
+    """`next_token` compiled, for `generate`."""
+    return jax.jit(functools.partial(next_token, model=model, temperature=temperature, top_k=top_k))
+
+
+def generate(
+    sampler: Callable[..., jax.Array],
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    block_size: int,
+    end_tokens: Sequence[int],
+    max_tokens: int,
+    key: jax.Array,
+) -> list[list[int]]:
+    """Continues each prompt (token ids) until one of `end_tokens` or `max_tokens`; the prompts run as one batch.
+
+    A text longer than the block keeps its last `block_size` tokens in view.
+    """
+    texts = [list(prompt) for prompt in prompts]
+    starts = [len(text) for text in texts]
+    width = min(block_size, max(starts) + max_tokens)
+    open_rows = set(range(len(texts)))
+    for i in range(max_tokens):
+        views = [text[-width:] for text in texts]
+        tokens = np.array([view + [0] * (width - len(view)) for view in views], np.int32)
+        last = np.array([len(view) - 1 for view in views], np.int32)
+        drawn = np.asarray(sampler(params, tokens, last, jax.random.fold_in(key, i)))
+        for row in tuple(open_rows):
+            texts[row].append(int(drawn[row]))
+            if drawn[row] in end_tokens:
+                open_rows.remove(row)
+        if not open_rows:
+            break
+    return [text[start:] for text, start in zip(texts, starts, strict=True)]
+
+
+def answer(
+    sampler: Callable[..., jax.Array],
+    params: Any,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Sequence[Turn]],
+    *,
+    block_size: int,
+    max_tokens: int,
+    key: jax.Array,
+) -> list[Sample]:
+    """What the assistant says next in each conversation, whose last turn is the user's."""
+    user, _, end = marker_ids(tokenizer)
+    generated = generate(
+        sampler,
+        params,
+        [encode_prompt(tokenizer, turns) for turns in conversations],
+        block_size=block_size,
+        end_tokens=(user, end),  # either closes the assistant's turn
+        max_tokens=max_tokens,
+        key=key,
+    )
+    samples = []
+    for ids in generated:
+        ended = bool(ids) and ids[-1] in (user, end)
+        samples.append(Sample(decode(tokenizer, ids[:-1] if ended else ids), len(ids), ended))
+    return samples
+
+
+def load_for_sampling(workdir: Path) -> tuple[ConfigDict, Any, Tokenizer, str]:
+    """Config, parameters, tokenizer and a description of a run's best checkpoint.
+
+    Raises:
+      UserError: the folder is no run, or has no good checkpoint.
+    """
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise UserError(f"{workdir} is no run folder: it has no config.json")
+    config = ConfigDict(json.loads(file.read_text()))
+    params, description = restore_parameters(workdir)
+    return config, params, load_tokenizer(workdir / "tokenizer.json"), description
+
+
+def main(argv: Sequence[str]) -> None:
+    config, params, tokenizer, description = load_for_sampling(Path(FLAGS.workdir))
+    print(f"{description}; {'one answer' if FLAGS.prompt else 'an empty line starts anew, Ctrl-D ends'}")
+    model = GPT(ModelConfig.from_config(config.model))
+    temperature = config.sample.temperature if FLAGS.temperature is None else FLAGS.temperature
+    top_k = config.sample.top_k if FLAGS.top_k is None else FLAGS.top_k
+    sampler = make_sampler(model, temperature, top_k)
+    key = jax.random.key(time.time_ns() % 2**32 if FLAGS.seed is None else FLAGS.seed)
+
+    def reply(turns: Sequence[Turn]) -> str:
+        [sample] = answer(
+            sampler,
+            params,
+            tokenizer,
+            [turns],
+            block_size=config.model.block_size,
+            max_tokens=FLAGS.max_tokens or config.sample.max_tokens,
+            key=jax.random.fold_in(key, len(turns)),
+        )
+        return sample.text.strip()
+
+    if FLAGS.prompt:
+        print(reply([Turn("user", FLAGS.prompt)]))
+        return
+    turns: list[Turn] = []
+    while True:
+        try:
+            said = input("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not said:
+            turns = []
+            continue
+        turns.append(Turn("user", said))
+        turns.append(Turn("assistant", reply(turns)))
+        print(f"gpt> {turns[-1].text}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Run folder.", required=True)
+    flags.DEFINE_string("prompt", "", "A question to answer; without it, a chat.")
+    flags.DEFINE_float("temperature", None, "Instead of the config's.", lower_bound=0.0)
+    flags.DEFINE_integer("top_k", None, "Instead of the config's; 0: all.", lower_bound=0)
+    flags.DEFINE_integer("max_tokens", None, "Instead of the config's.", lower_bound=1)
+    flags.DEFINE_integer("seed", None, "Of the draw; without it, another one each time.", lower_bound=0)
+    run_main(main)

@@ -1,0 +1,164 @@
+"""The pure functions that a run is made of: loss, train step, evaluation, diagnostics.
+
+They know nothing of files, clocks or devices; `train.py` jits them and runs the loop.
+"""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from gpt_jax.model import DIAGNOSTICS, GPT
+
+Batch = dict[str, jax.Array]  # 'inputs' and 'targets', int32 (B, T); a negative target counts for nothing
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a step changes."""
+
+    step: jax.Array  # int32 (): steps done
+    skipped: jax.Array  # int32 (): of those, how many changed nothing since loss or gradient was not finite
+    skipped_in_a_row: jax.Array  # int32 ()
+    params: Any
+    opt_state: Any
+
+
+def init_params(model: GPT, seed: int) -> Any:
+    """Fresh f32 parameters, a pure function of the seed."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    method = type(model).losses  # touches every parameter, the output layer's too
+    return model.init(jax.random.key(seed), tokens, tokens, method=method)["params"]
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+    )
+
+
+def target_count(batch: Batch) -> jax.Array:
+    """How many targets of a batch count, f32 (), at least 1."""
+    return jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
+
+
+def loss_fn(params: Any, batch: Batch, count: jax.Array, rng: jax.Array | None, *, model: GPT) -> jax.Array:
+    """Sum of the cross entropies of a batch, over `count`: the mean, where that is the batch's own count.
+
+    Args:
+      rng: uint32 (2,): seed and step of the dropout; None: no dropout.
+    """
+    losses = model.apply({"params": params}, batch["inputs"], batch["targets"], rng, method="losses")
+    return losses.sum() / count
+
+
+def loss_and_gradient(
+    params: Any, batch: Batch, step: jax.Array, *, model: GPT, seed: int, accumulate_steps: int = 1
+) -> tuple[jax.Array, Any]:
+    """Mean loss of the batch and its gradient, computed in `accumulate_steps` equal parts, one after another."""
+    count = target_count(batch)
+    parts = jax.tree.map(lambda x: x.reshape(accumulate_steps, -1, *x.shape[1:]), batch)
+    seed = jnp.uint32(seed)
+
+    def part_gradient(index: jax.Array, part: Batch) -> tuple[jax.Array, Any]:
+        # Each part is one draw of the dropout's clock, so that no two share their bits.
+        clock = step.astype(jnp.uint32) * jnp.uint32(accumulate_steps) + index
+        return jax.value_and_grad(loss_fn)(params, part, count, jnp.stack([seed, clock]), model=model)
+
+    def add_part(total: Any, indexed_part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, part_gradient(*indexed_part)), None
+
+    if accumulate_steps == 1:
+        return part_gradient(jnp.uint32(0), batch)
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    indices = jnp.arange(accumulate_steps, dtype=jnp.uint32)
+    return jax.lax.scan(add_part, zeros, (indices, parts))[0]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    seed: int,
+    accumulate_steps: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """One update. A non-finite loss or gradient leaves parameters and optimizer as they were, and is counted.
+
+    Returns:
+      The next state, and scalars: loss, learning_rate, grad_norm (in total and, as grad_norm/LAYER, by layer),
+      param_norm, update_norm, finite, skipped_in_a_row.
+    """
+    loss, grads = loss_and_gradient(
+        state.params, batch, state.step, model=model, seed=seed, accumulate_steps=accumulate_steps
+    )
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    def keep_if_finite(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    skip = 1 - finite.astype(jnp.int32)
+    skipped_in_a_row = (state.skipped_in_a_row + skip) * skip
+    metrics = {
+        "loss": loss,
+        "learning_rate": schedule(state.step - state.skipped),
+        "grad_norm": grad_norm,
+        "param_norm": optax.global_norm(state.params),
+        "update_norm": optax.global_norm(updates),
+        "finite": finite,
+        "skipped_in_a_row": skipped_in_a_row,
+    }
+    metrics |= {f"grad_norm/{layer}": optax.global_norm(layer_grads) for layer, layer_grads in grads.items()}
+    next_state = TrainState(
+        step=state.step + 1,
+        skipped=state.skipped + skip,
+        skipped_in_a_row=skipped_in_a_row,
+        params=keep_if_finite(params, state.params),
+        opt_state=keep_if_finite(opt_state, state.opt_state),
+    )
+    return next_state, metrics
+
+
+def eval_step(params: Any, batch: Batch, *, model: GPT) -> tuple[jax.Array, jax.Array]:
+    """Sum of the losses of a batch without dropout, and how many targets it has: f32 () each."""
+    count = target_count(batch)
+    return loss_fn(params, batch, jnp.float32(1), None, model=model), count
+
+
+def diagnostics_step(params: Any, batch: Batch, *, model: GPT) -> Metrics:
+    """Attention statistics by layer and head: attention_max/LAYER, attention_entropy/LAYER, f32 (H,) each."""
+    _, sown = model.apply({"params": params}, batch["inputs"], mutable=[DIAGNOSTICS])
+    return {
+        f"{name}/{layer}": value[0]
+        for layer, statistics in sown[DIAGNOSTICS].items()
+        for name, value in statistics.items()
+    }
+
+
+def nonfinite_places(params: Any, batch: Batch, *, model: GPT) -> dict[str, jax.Array]:
+    """Whether parameters and, without dropout, outputs are non-finite, by layer in forward order; bool () each."""
+    _, captured = model.apply(
+        {"params": params},
+        batch["inputs"],
+        capture_intermediates=lambda module, _: len(module.path) == 1,
+    )
+    layers = model.config.layer_names
+    places = {f"parameters of {name}": _any_nonfinite(params[name]) for name in layers}
+    outputs = captured["intermediates"]
+    return places | {f"output of {name}": _any_nonfinite(outputs[name]) for name in layers if name in outputs}
+
+
+def _any_nonfinite(tree: Any) -> jax.Array:
+    return jnp.stack([~jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).any()

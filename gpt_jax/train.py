@@ -1,0 +1,494 @@
+"""The training loop: from a config to a trained model, its metrics, samples and checkpoints.
+
+A run is a folder. Running the same folder again goes on where its newest good checkpoint stands, and on one
+machine gives the very bits that an uninterrupted run gives: the state, the place in the data and the clock are one
+checkpoint, and every random choice is a function of the seed and the step.
+"""
+
+import collections
+import contextlib
+import functools
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from gpt_jax import data, metrics, tokenizer
+from gpt_jax.checkpoint import Checkpointer, merge_parameters, restore_parameters
+from gpt_jax.config import UserError, validate
+from gpt_jax.corpus import Turn
+from gpt_jax.model import GPT, ModelConfig
+from gpt_jax.optimizer import learning_rate_schedule, make_optimizer
+from gpt_jax.report import write_report
+from gpt_jax.sample import answer, make_sampler
+from gpt_jax.steps import (
+    TrainState,
+    diagnostics_step,
+    eval_step,
+    init_params,
+    init_state,
+    nonfinite_places,
+    train_step,
+)
+
+READ_BACK_LAG = 2  # steps whose metrics may still be on their way while the next one is dispatched
+SAMPLING = 1  # purpose of a random key; dropout needs none, its bits are keyed by seed and step
+
+Log = Callable[[str], None]
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on: its message is one line that says why."""
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        self.received = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class PhaseClock:
+    """Seconds spent, by phase; everything that is not in a named phase is the steps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call."""
+        taken, self.seconds = self.seconds, collections.defaultdict(float)
+        return taken
+
+
+def make_log(file: TextIO) -> Log:
+    """A function that prints a line and appends it to the run's log."""
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+        print(line, file=file, flush=True)
+
+    return log
+
+
+def parameter_table(params: Any) -> str:
+    """Name, shape and size of each parameter, and the total."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    rows = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, leaf.size) for path, leaf in leaves]
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"  {name:<{width}}  {shape!s:<14} {size:>12,}" for name, shape, size in rows]
+    total = sum(size for _, _, size in rows)
+    return "\n".join([*lines, f"  {'total':<{width}}  {'':<14} {total:>12,}"])
+
+
+def choose_backend(config: ConfigDict) -> str:
+    """The backend that will run the steps, and why, as one line; the name stands first."""
+    device = jax.devices()[0]
+    reason = "asked for" if config.backend == "xla" else "the only one there is"
+    return f"xla ({reason}) on {len(jax.devices())} x {device.device_kind} ({device.platform})"
+
+
+def initial_state(
+    config: ConfigDict, model: GPT, checkpointer: Checkpointer, log: Log
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """The state to go on from, and the position saved with it: the run's own checkpoint if it has one, else the
+    parameters of `init_from` with a fresh optimizer, else fresh parameters."""
+    optimizer = make_optimizer(config.optimizer)
+    fresh = functools.partial(init_params, model, config.seed)
+    restored = checkpointer.restore_latest(jax.eval_shape(lambda: init_state(fresh(), optimizer)))
+    if restored is not None:
+        log(f"initialised from this run's checkpoint at step {restored.step}")
+        return restored.state, restored.position
+    params = jax.jit(fresh)()
+    if config.init_from:
+        donor, description = restore_parameters(Path(config.init_from))
+        params, report = merge_parameters(params, donor)
+        log(f"initialised from {description}\n{report}")
+    else:
+        log(f"initialised from scratch with seed {config.seed}")
+    return init_state(params, optimizer), None
+
+
+class Run:
+    """One run on its way. The methods are the parts of the loop, `loop` puts them together."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        *,
+        corpus: data.Corpus,
+        model: GPT,
+        state: TrainState,
+        position: dict[str, Any] | None,
+        checkpointer: Checkpointer,
+        writer: metrics.MetricsWriter,
+        log: Log,
+    ) -> None:
+        self.config, self.workdir, self.corpus, self.model = config, workdir, corpus, model
+        self.checkpointer, self.writer, self.log = checkpointer, writer, log
+        self.state = state
+        self.step = int(state.step)
+        self.resumed = position is not None
+        position = position or {}
+        self.tokens_seen: int = position.get("tokens_seen", 0)
+        self.best_loss: float | None = position.get("best_validation_loss")
+        self.elapsed_before: float = position.get("elapsed_seconds", 0.0)
+        self.started = time.perf_counter()
+        self.clock = PhaseClock()
+        self.pending: collections.deque = collections.deque()  # (step, metrics on the device)
+        self.logged_step, self.logged_time = self.step, time.perf_counter()
+
+        self.train_step = jax.jit(
+            functools.partial(
+                train_step,
+                model=model,
+                optimizer=make_optimizer(config.optimizer),
+                schedule=learning_rate_schedule(config.optimizer),
+                seed=config.seed,
+                accumulate_steps=config.accumulate_steps,
+            ),
+            donate_argnames="state",
+        )
+        self.eval_step = jax.jit(functools.partial(eval_step, model=model))
+        self.nonfinite_places = jax.jit(functools.partial(nonfinite_places, model=model))
+        self.diagnostics_step = jax.jit(functools.partial(diagnostics_step, model=model))
+        self.sampler = make_sampler(model, config.sample.temperature, config.sample.top_k)
+        shape = {
+            "block_size": config.model.block_size,
+            "batch_size": config.batch_size,
+            "targets": config.data.targets,
+        }
+        self.train_batches = data.windows(corpus.train, seed=config.seed, **shape)
+        self.validation_batches = data.evaluation_batches(corpus.validation, batches=config.eval.batches, **shape)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        embeddings = sum(state.params[name].size for name in ("wte", "wpe"))
+        if config.model.tie_head:
+            embeddings -= state.params["wte"].size  # it is a matrix product as well
+        self.flops_per_token = metrics.model_flops_per_token(
+            parameters - embeddings, config.model.num_layers, config.model.embed_dim, config.model.block_size
+        )
+        device = jax.devices()[0]
+        self.peak_flops = metrics.device_peak_flops(device.device_kind, self._matmul_kind())
+
+    def _matmul_kind(self) -> str:
+        if self.config.model.dtype == "bfloat16":
+            return "bfloat16"
+        return "float32" if self.config.matmul_precision == "highest" else "tf32"
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since the first start of the run, the time between its parts left out."""
+        return self.elapsed_before + time.perf_counter() - self.started
+
+    def loop(self, stop: StopSignal) -> signal.Signals | None:
+        """Trains to the last step, or to a signal, which is returned.
+
+        Each pass first does what is due after `self.step` updates and then makes one more; the pass after the last
+        update only does what is due, so the end is no special case.
+
+        Raises:
+          TrainingFailed: too many steps in a row were skipped.
+        """
+        config = self.config
+        housekeeping_done = self.resumed  # it was, before the checkpoint was written
+        with contextlib.closing(
+            data.loader(self.train_batches, start=self.step, prefetch=config.data.prefetch)
+        ) as batches:
+            while True:
+                last = self.step >= config.num_steps
+                if not housekeeping_done:
+                    self.housekeeping(last=last, stopping=stop.received is not None)
+                if last or stop.received is not None:
+                    return stop.received
+                housekeeping_done = False
+                self.profile()
+                with self.clock.phase("data"):
+                    batch = next(batches)
+                self.state, device_metrics = self.train_step(self.state, batch)
+                jax.tree.map(lambda leaf: leaf.copy_to_host_async(), device_metrics)
+                self.step += 1
+                self.tokens_seen += batch["inputs"].size
+                self.pending.append((self.step, device_metrics))
+                self.read_back(READ_BACK_LAG)
+
+    def housekeeping(self, *, last: bool, stopping: bool) -> None:
+        """Evaluation, diagnostics, samples and checkpoint, where they are due."""
+        config, step = self.config, self.step
+        due = {
+            "eval": step % config.eval.every == 0 or last,
+            "diagnostics": step % config.log.diagnostics_every == 0 or last,
+            "sample": (step > 0 and step % config.sample.every == 0) or last,
+            "checkpoint": (step > 0 and step % config.checkpoint.every == 0) or last or stopping,
+        }
+        if not any(due.values()):
+            return
+        self.read_back(0)
+        jax.block_until_ready(self.state)
+        validation_loss = None
+        if due["eval"]:
+            with self.clock.phase("eval"):
+                validation_loss = self.evaluate()
+        if due["diagnostics"]:
+            with self.clock.phase("diagnostics"):
+                self.diagnose()
+        if due["sample"]:
+            with self.clock.phase("sample"):
+                self.sample()
+        if due["checkpoint"]:
+            with self.clock.phase("checkpoint"):
+                self.save(validation_loss)
+
+    def read_back(self, lag: int) -> None:
+        """Writes the metrics of all steps but the newest `lag`, and stops a run that only skips."""
+        while len(self.pending) > lag:
+            step, device_metrics = self.pending.popleft()
+            values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
+            if step % self.config.log.every == 0 or step == 1:
+                values |= self.progress(step, values)
+            self.writer.write(step, "train", values)
+            if not values["finite"]:
+                self.report_skipped(step, values)
+
+    def progress(self, step: int, values: dict[str, Any]) -> dict[str, float]:
+        """Prints the progress line; returns what it measured since the last one."""
+        now = time.perf_counter()
+        phases = self.clock.take()
+        data_seconds = phases.pop("data", 0.0)
+        steps = step - self.logged_step
+        seconds = max(now - self.logged_time - sum(phases.values()), 1e-9) / steps
+        self.logged_step, self.logged_time = step, now
+        tokens_per_second = self.config.batch_size * self.config.model.block_size / seconds
+        measured = {
+            "step_ms": 1e3 * seconds,
+            "data_ms": 1e3 * data_seconds / steps,
+            "tokens_per_second": tokens_per_second,
+            "eta_seconds": (self.config.num_steps - step) * seconds,
+        }
+        measured |= {f"{name}_ms": 1e3 * spent for name, spent in phases.items()}
+        mfu = ""
+        if self.peak_flops is not None:
+            measured["mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
+            mfu = f"  MFU {measured['mfu']:.1%}"
+        self.log(
+            f"step {step:>6}/{self.config.num_steps}  loss {values['loss']:.4f}  grad {values['grad_norm']:.2f}  "
+            f"lr {values['learning_rate']:.2e}  {measured['step_ms']:.1f} ms  {tokens_per_second:,.0f} tok/s{mfu}  "
+            f"ETA {format_seconds(measured['eta_seconds'])}"
+        )
+        return measured
+
+    def report_skipped(self, step: int, values: dict[str, Any]) -> None:
+        """Says which step and layer went wrong; raises TrainingFailed after too many in a row."""
+        found = self.nonfinite_places(self.state.params, self.train_batches[step - 1])
+        places = [place for place, nonfinite in found.items() if nonfinite]
+        # Backward, a bad value spreads towards the input: the layer nearest the output is where it began.
+        layers = [layer for layer in self.model.config.layer_names if not np.isfinite(values[f"grad_norm/{layer}"])]
+        place = (places or [f"gradient of {layer}" for layer in reversed(layers)] or ["gradient norm"])[0]
+        text = (
+            f"step {step}: update skipped, {place} is not finite "
+            f"(loss {values['loss']}, gradient norm {values['grad_norm']})"
+        )
+        self.log(text)
+        self.writer.write(step, "event", {"text": text})
+        if values["skipped_in_a_row"] >= self.config.max_skipped_steps:
+            raise TrainingFailed(f"{text}; {values['skipped_in_a_row']} in a row, so the run stops")
+
+    def evaluate(self) -> float:
+        """Mean loss over the first batches of the validation split, the same ones each time."""
+        start = time.perf_counter()
+        sums = [self.eval_step(self.state.params, batch) for batch in self.validation_batches]
+        total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+        loss = float(total / count)
+        best = self.best_loss is None or loss < self.best_loss
+        if best:
+            self.best_loss = loss
+        self.writer.write(self.step, "validation", {"loss": loss, "best": best, "seconds": time.perf_counter() - start})
+        self.log(f"step {self.step:>6}  validation loss {loss:.4f}{' (best so far)' if best else ''}")
+        return loss
+
+    def diagnose(self) -> None:
+        """Records the largest attention score and the entropy of each head, on the first validation batch."""
+        statistics = jax.device_get(self.diagnostics_step(self.state.params, self.validation_batches[0]))
+        values = {
+            f"{name}/head_{head}": float(value)
+            for name, heads in statistics.items()
+            for head, value in enumerate(heads)
+        }
+        self.writer.write(self.step, "diagnostics", values)
+
+    def sample(self) -> None:
+        """Answers the config's prompts, to log and file."""
+        config = self.config.sample
+        start = time.perf_counter()
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), SAMPLING), self.step)
+        answers = answer(
+            self.sampler,
+            self.state.params,
+            self.corpus.tokenizer,
+            [[Turn("user", prompt)] for prompt in config.prompts],
+            block_size=self.config.model.block_size,
+            max_tokens=config.max_tokens,
+            key=key,
+        )
+        seconds = (time.perf_counter() - start) / max(len(answers), 1)
+        for prompt, sample in zip(config.prompts, answers, strict=True):
+            self.writer.sample(
+                self.step, prompt, sample.text, tokens=sample.tokens, seconds=seconds, ended=sample.ended
+            )
+            self.log(f"step {self.step:>6}  {prompt}\n             -> {sample.text}")
+
+    def save(self, validation_loss: float | None = None) -> None:
+        """Starts writing a checkpoint, once all that led to it is on disk."""
+        self.writer.flush()
+        position = {
+            "next_batch": self.step,
+            "tokens_seen": self.tokens_seen,
+            "elapsed_seconds": self.elapsed_seconds,
+            "best_validation_loss": self.best_loss,
+            "data_fingerprint": self.corpus.fingerprint,
+        }
+        self.checkpointer.save(self.step, self.state, position, validation_loss)
+
+    def profile(self) -> None:
+        """Starts and ends the profiler's trace around the steps that the config names."""
+        first, count = self.config.log.profile_step, self.config.log.profile_steps
+        if first == 0 or self.step + 1 not in (first, first + count):
+            return
+        jax.block_until_ready(self.state)
+        if self.step + 1 == first:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        else:
+            jax.profiler.stop_trace()
+            self.log(f"trace of steps {first} to {first + count - 1}: {self.workdir / 'profile'}")
+
+
+def format_seconds(seconds: float) -> str:
+    """As 1h02m03s, without leading zero parts."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m{seconds:02}s"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signal.Signals | None:
+    """Runs a config from where its folder stands to its last step.
+
+    Args:
+      config: see configs/chat.py.
+      workdir: the run's folder; None makes a new one, runs/RUN_ID.
+
+    Returns:
+      The signal that ended the run early, after its state was saved; None if it is complete.
+
+    Raises:
+      UserError: the config, the data, a checkpoint or the folder cannot be used.
+      TrainingFailed: too many steps in a row had a non-finite loss or gradient.
+    """
+    validate(config)
+    run_id = metrics.new_run_id()
+    workdir = Path("runs") / run_id if workdir is None else workdir
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            log_file = stack.enter_context((workdir / "log.txt").open("a", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder: {error}; choose another --workdir") from None
+        log = make_log(log_file)
+        stack.enter_context(jax.default_matmul_precision(config.matmul_precision))
+        is_new = not (workdir / metrics.INFO_FILE).exists()
+        backend = choose_backend(config)
+        info = metrics.RunInfo(
+            workdir, name=config.name, domain=config.domain, backend=backend, **({"run_id": run_id} if is_new else {})
+        )
+        log(f"run {info.run_id} in {workdir}\nbackend {backend}")
+        stack.push(functools.partial(finish_if_failed, info))
+        save_config(config, workdir, log)
+        corpus = data.prepare(config.data, config.model.vocab_size, log)
+        tokenizer.save(corpus.tokenizer, workdir / "tokenizer.json")
+
+        model = GPT(ModelConfig.from_config(config.model))
+        checkpointer = stack.enter_context(
+            Checkpointer(
+                workdir / "checkpoints",
+                keep_last=config.checkpoint.keep_last,
+                keep_every=config.checkpoint.keep_every or None,
+            )
+        )
+        state, position = initial_state(config, model, checkpointer, log)
+        if position is not None and position["data_fingerprint"] != corpus.fingerprint:
+            raise UserError(
+                f"the data of {workdir} has changed since its checkpoint (fingerprint {position['data_fingerprint']}, "
+                f"now {corpus.fingerprint}): give its data back, or a new --workdir with --config.init_from={workdir}"
+            )
+        log(f"parameters\n{parameter_table(state.params)}")
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        info.update(parameters=parameters, data=corpus.stats, vocabulary=corpus.tokenizer.get_vocab_size())
+
+        resume_step = None if position is None else int(state.step)
+        writer = stack.enter_context(metrics.MetricsWriter(workdir, resume_step, config.log.tensorboard))
+        if resume_step is not None:
+            writer.write(resume_step, "event", {"text": f"resumed from {resume_step}"})
+        run = Run(
+            config,
+            workdir,
+            corpus=corpus,
+            model=model,
+            state=state,
+            position=position,
+            checkpointer=checkpointer,
+            writer=writer,
+            log=log,
+        )
+        with StopSignal() as stop:
+            stopped_by = run.loop(stop)
+            checkpointer.wait()
+            writer.flush()
+        info.finish("interrupted" if stopped_by else "completed", peak_flops=run.peak_flops)
+        if stopped_by:
+            log(f"stopped by {stopped_by.name} at step {run.step}, saved; go on with --workdir={workdir}")
+        log(f"report: {write_report(workdir)}")
+        return stopped_by
+
+
+def finish_if_failed(info: metrics.RunInfo, error: type[BaseException] | None, *_: object) -> None:
+    """Marks a run that an exception ends."""
+    if error is not None:
+        info.finish("interrupted" if error is KeyboardInterrupt else "failed")
+
+
+def save_config(config: ConfigDict, workdir: Path, log: Log) -> None:
+    """Writes config.json, and tells what differs from the config that the run had until now."""
+    file = workdir / "config.json"
+    before = flatten_dict(metrics.read_json(file), sep=".")
+    now = flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
+    for name in sorted(before.keys() | now.keys()) if before else ():
+        if before.get(name) != now.get(name):
+            log(f"config.{name} was {before.get(name)!r}, now {now.get(name)!r}")
+    metrics.write_json(file, json.loads(config.to_json_best_effort()))
