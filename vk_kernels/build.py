@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -174,6 +175,18 @@ def _run(command: list[str], target: Target) -> None:
         print(f"{target.name}: {done.stderr.strip()}", file=sys.stderr)  # warnings
 
 
+def _without_source(binary: bytes) -> bytes:
+    """Drops OpSource, the one instruction that validators older than Slang's language number object to."""
+    words = memoryview(binary).cast("I")
+    kept, position = list(words[:5]), 5
+    while position < len(words):
+        count, opcode = words[position] >> 16, words[position] & 0xFFFF
+        if opcode != 3:  # OpSource
+            kept += words[position : position + count]
+        position += count
+    return struct.pack(f"<{len(kept)}I", *kept)
+
+
 def compile_target(target: Target) -> bytes:
     """The optimized, validated SPIR-V of `target`. Raises BuildError with the tool's own words."""
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +195,8 @@ def compile_target(target: Target) -> bytes:
         compiler = [find_tool("slangc"), str(target.source), *SLANGC_FLAGS, "-entry", target.entry, *defines]
         _run([*compiler, "-I", str(target.source.parent), "-depfile", dependencies, "-o", raw], target)
         _run([find_tool("spirv-opt"), *OPT_FLAGS, raw, "-o", code], target)
-        binary = Path(code).read_bytes()
+        binary = _without_source(Path(code).read_bytes())
+        Path(code).write_bytes(binary)
         try:
             reflection = reflect(binary, target.entry)
         except ValueError as error:
