@@ -1,6 +1,6 @@
 """What the Vulkan tests share: a device to run on, or the reason why there is none.
 
-Import what a test module needs by name: `from vk_fixtures import device  # noqa: F401`.
+Import what a test module needs by name: `from vk_fixtures import vulkan_device  # noqa: F401`.
 The tests run on VK_KERNELS_DEVICE where that is set, else on the CPU device, which every machine can have.
 """
 
@@ -33,8 +33,8 @@ needs_layer = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def device() -> Iterator[Device]:
+@pytest.fixture(scope="module", name="device")
+def vulkan_device() -> Iterator[Device]:
     """An open device for a test module; every one of its tests must leave it usable."""
     if skip_reason():
         pytest.skip(skip_reason())

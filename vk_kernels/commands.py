@@ -47,10 +47,10 @@ class Submission:
 
 
 class Recorder:
-    """Records commands into one command buffer, then submits it, as often as wanted. Not for two threads at once.
+    """Records commands into one command buffer, then submits it. Not for two threads at once.
 
-    `hazards=False` leaves every barrier to the caller. `timestamps` is the number of dispatches to time, which then
-    run one at a time.
+    `replay` allows many submissions, also while earlier ones run. `hazards=False` leaves every barrier to the caller.
+    `timestamps` is the number of dispatches to time, which then run one at a time.
     """
 
     def __init__(self, device: "Device", hazards: bool = True, timestamps: int = 0, replay: bool = False):
@@ -85,8 +85,9 @@ class Recorder:
         self._pipeline = None
         self._sets_left = 0
         self._timed = 0
-        self._ended = False
-        usage = vk.VK_COMMAND_BUFFER_USAGE_SIMULTANEOUS_USE_BIT if self._replay else 0
+        self._ended = self._submitted = False
+        once, often = vk.VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT, vk.VK_COMMAND_BUFFER_USAGE_SIMULTANEOUS_USE_BIT
+        usage = often if self._replay else once
         info = api.struct("VkCommandBufferBeginInfo", flags=usage)
         api.check(self.device.fn.vkBeginCommandBuffer(self._command, info), "beginning a command buffer")
         if self._capacity:
@@ -121,9 +122,9 @@ class Recorder:
         fn, command = self.device.fn, self._command
         reads = [_range_of(buffer) for buffer in buffers]
         writes = [found for found, writes in zip(reads, kernel.writable, strict=True) if writes]
-        self._order(reads, writes)
         if self._capacity:
-            self.barrier()
+            self.barrier()  # what is timed runs alone
+        self._order(reads, writes)
         compute = vk.VK_PIPELINE_BIND_POINT_COMPUTE
         if kernel.pipeline != self._pipeline:
             fn.vkCmdBindPipeline(command, compute, kernel.pipeline)
@@ -211,8 +212,7 @@ class Recorder:
         start, end = source.offset + source_offset, target.offset + target_offset
         reads = [(source.handle_address, start, start + nbytes)]
         writes = [(target.handle_address, end, end + nbytes)]
-        self._transfers = True
-        self._order(reads, writes)
+        self._order_transfer(reads, writes)
         region = ffi.new("VkBufferCopy*", {"srcOffset": start, "dstOffset": end, "size": nbytes})
         self.device.fn.vkCmdCopyBuffer(self._command, source.handle, target.handle, 1, region)
         self._keep((source, target))
@@ -221,8 +221,7 @@ class Recorder:
     def fill(self, target: Buffer, word: int = 0) -> None:
         """Sets every 32-bit word of `target`, up to its size rounded up to words."""
         self._check_open()
-        self._transfers = True
-        self._order([], [_range_of(target)])
+        self._order_transfer([], [_range_of(target)])
         self.device.fn.vkCmdFillBuffer(self._command, target.handle, target.offset, target.range, word)
         self._keep((target,))
         self.device.check_validation("fill")
@@ -244,6 +243,13 @@ class Recorder:
             self.barrier()
         self._reads += reads
         self._writes += writes
+
+    def _order_transfer(self, reads: list[tuple[int, int, int]], writes: list[tuple[int, int, int]]) -> None:
+        if not self._transfers:  # no barrier so far was one for transfers, so the first of them waits for everything
+            self._transfers = True
+            if self._hazards:
+                self.barrier()
+        self._order(reads, writes)
 
     def _keep(self, buffers: Sequence[Buffer]) -> None:
         for buffer in buffers:
@@ -287,14 +293,17 @@ class Recorder:
         self._ended = True
 
     def submit(self) -> Submission:
-        """Hands the commands to the device and returns at once. Again only with `replay`, or when that is done."""
+        """Hands the commands to the device and returns at once. A second time needs `replay`."""
         self.end()
-        if self.last_value and not self._replay and self.device.completed() < self.last_value:
-            raise VulkanError(f"{self.describe()}: still running; record with replay=True to submit it again already")
+        if self._submitted and not self._replay:
+            raise VulkanError(f"{self.describe()}: submitted already; record with replay=True to do so again")
         for buffer in self._buffers.values():
             if buffer.freed:
                 raise VulkanError(f"{self.describe()}: a buffer of {buffer.size} bytes was freed before the submission")
         self.last_value = self.device.submit(self._command, self._buffers.values(), self.describe())
+        self._submitted = True
+        if not self._replay:
+            self._buffers.clear()  # from here on `last_use` keeps their memory from being given away
         return Submission(self, self.last_value)
 
     def describe(self) -> str:

@@ -1,0 +1,169 @@
+"""Devices: which are listed, how one is chosen, and what is said where there is none."""
+
+import subprocess
+import sys
+
+import pytest
+from vk_fixtures import SELECTOR, needs_vulkan, vulkan_device  # noqa: F401
+
+from vk_kernels import api
+from vk_kernels import device as device_module
+from vk_kernels.device import Device, DeviceInfo, choose, default_device, list_devices
+from vk_kernels.errors import NoDeviceError, VulkanError
+from vk_kernels.features import Features, Limits
+from vk_kernels.instance import validation_mode
+
+LIMITS = Limits(*[0] * 18)
+
+
+def info(index: int, name: str, kind: str, unusable: str = "") -> DeviceInfo:
+    return DeviceInfo(
+        index, name, kind, "1.3.0", "driver", 1, 1, 1, "00", 1 << 30, Features(frozenset()), LIMITS, unusable
+    )
+
+
+GPU, OLD, CPU = info(0, "Big GPU 9000", "discrete"), info(1, "Old GPU", "integrated", "too old"), info(2, "llvm", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("selector", "wanted"), [(None, GPU), ("gpu", GPU), ("cpu", CPU), (2, CPU), ("2", CPU), ("big gpu", GPU)]
+)
+def test_the_selector_is_an_index_a_kind_or_part_of_a_name(selector, wanted, monkeypatch):
+    monkeypatch.delenv("VK_KERNELS_DEVICE", raising=False)
+    assert choose([GPU, OLD, CPU], selector) is wanted
+
+
+def test_the_environment_selects_and_an_argument_wins_over_it(monkeypatch):
+    monkeypatch.setenv("VK_KERNELS_DEVICE", "LLVM")
+    assert choose([GPU, CPU]) is CPU
+    assert choose([GPU, CPU], 0) is GPU
+
+
+def test_a_cpu_device_is_never_chosen_unasked(monkeypatch):
+    monkeypatch.delenv("VK_KERNELS_DEVICE", raising=False)
+    with pytest.raises(NoDeviceError, match=r"only a CPU device.*VK_KERNELS_DEVICE=cpu.*llvm"):
+        choose([CPU])
+
+
+def test_a_selector_that_matches_nothing_lists_what_there_is():
+    with pytest.raises(NoDeviceError, match=r"'radeon'; there are 0: Big GPU 9000 .*; 2: llvm"):
+        choose([GPU, CPU], "radeon")
+    with pytest.raises(NoDeviceError, match=r"7"):
+        choose([GPU, CPU], 7)
+
+
+def test_a_device_that_cannot_be_used_is_passed_over_and_named_when_asked_for():
+    with pytest.raises(NoDeviceError, match=r"Old GPU.*too old"):
+        choose([GPU, OLD], "old")
+    assert choose([OLD, GPU], "gpu") is GPU
+
+
+def test_no_loader_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(api, "vk", None)
+    with pytest.raises(NoDeviceError, match=r"no Vulkan loader.*install_vulkan.sh"):
+        list_devices()
+
+
+@needs_vulkan
+def test_no_driver_says_what_to_install(tmp_path):
+    code = "from vk_kernels.device import Device\ntry: Device.open()\nexcept Exception as e: print(type(e).__name__, e)"
+    nothing = str(tmp_path / "none.json")
+    environment = {"VK_ICD_FILENAMES": nothing, "VK_DRIVER_FILES": nothing, "PATH": "/usr/bin"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("NoDeviceError no Vulkan driver on this machine"), done.stdout + done.stderr
+
+
+@needs_vulkan
+def test_features_and_limits_are_asked_for():
+    found = choose(list_devices(), SELECTOR)
+    assert found.limits.shared_memory >= 16 << 10
+    assert found.limits.workgroup_invocations >= 128
+    assert found.limits.push_constants >= 128
+    smallest, largest = found.limits.subgroup_size_range
+    assert smallest <= found.limits.subgroup_size <= largest
+    assert "timelineSemaphore" in found.features
+    assert found.memory > 0
+    with pytest.raises(KeyError, match=r"noSuchFeature"):
+        _ = "noSuchFeature" in found.features
+
+
+@needs_vulkan
+def test_an_extension_can_be_left_out():
+    assert "VK_KHR_push_descriptor" not in list_devices(without=["VK_KHR_push_descriptor"])[0].features
+
+
+def test_missing_features_are_named():
+    features = Features(frozenset({"shaderFloat16"}))
+    assert features.missing(["Shader", "Float16", "BFloat16TypeKHR"]) == ["shaderBFloat16Type"]
+
+
+@needs_vulkan
+def test_a_closed_device_says_so_and_closes_twice():
+    device = Device.open(SELECTOR)
+    buffer = device.buffer(16)
+    device.close()
+    device.close()
+    for use in (
+        lambda: device.buffer(16),
+        lambda: buffer.read("u4", (1,)),
+        lambda: device.kernel("fill"),
+        device.record,
+    ):
+        with pytest.raises(VulkanError, match=r"is closed"):
+            use()
+
+
+@needs_vulkan
+def test_the_default_device_is_shared_and_opened_again_after_a_close(monkeypatch):
+    monkeypatch.setenv("VK_KERNELS_DEVICE", SELECTOR)
+    first = default_device()
+    assert default_device() is first
+    first.close()
+    second = default_device()
+    assert second is not first
+    assert second.buffer(4).size == 4
+    second.close()
+
+
+@needs_vulkan
+def test_a_process_that_never_closes_its_device_ends_cleanly():
+    code = (
+        f"from vk_kernels.device import Device\nd = Device.open({SELECTOR!r})\n"
+        "b = d.buffer(4000); d.kernel('fill'); r = d.record(); print('end')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+@needs_vulkan
+def test_a_device_at_rest_takes_no_processor_time(device):
+    import resource
+    import time
+
+    before = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    time.sleep(0.5)
+    assert sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - before < 0.1
+
+
+@pytest.mark.parametrize(("asked", "mode"), [("", ""), ("0", ""), ("1", "sync"), ("gpu", "gpu"), (True, "sync")])
+def test_validation_modes(asked, mode):
+    assert validation_mode(asked) == mode
+
+
+def test_an_unknown_validation_mode_is_refused(monkeypatch):
+    monkeypatch.setenv("VK_KERNELS_VALIDATION", "yes")
+    with pytest.raises(ValueError, match=r"VK_KERNELS_VALIDATION.*'yes'"):
+        validation_mode(None)
+
+
+@needs_vulkan
+def test_validation_without_the_layer_is_an_error(monkeypatch):
+    monkeypatch.setattr("vk_kernels.instance.layer_installed", lambda: False)
+    with pytest.raises(VulkanError, match=r"VK_LAYER_KHRONOS_validation is not installed"):
+        device_module.Device.open(SELECTOR, validation=True)
+
+
+def test_the_runtime_does_not_know_jax():
+    code = "import sys, vk_kernels.device, vk_kernels.build\nprint('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n", done.stderr
