@@ -10,7 +10,7 @@ from vk_kernels import api
 from vk_kernels import device as device_module
 from vk_kernels.device import Device, DeviceInfo, choose, default_device, list_devices
 from vk_kernels.errors import NoDeviceError, VulkanError
-from vk_kernels.features import Features, Limits
+from vk_kernels.features import CooperativeMatrix, Features, Limits, _cooperative_matrices2
 from vk_kernels.instance import validation_mode
 
 LIMITS = Limits(*[0] * 18)
@@ -95,6 +95,45 @@ def test_an_extension_can_be_left_out():
 def test_missing_features_are_named():
     features = Features(frozenset({"shaderFloat16"}))
     assert features.missing(["Shader", "Float16", "BFloat16TypeKHR"]) == ["shaderBFloat16Type"]
+
+
+@needs_vulkan
+def test_structs_that_the_package_lacks_are_laid_out_as_c_does():
+    core = api.struct("VkPhysicalDeviceMaintenance4Features", maintenance4=True)
+    raw = api.RawStruct(1000141000, ("first", "second", "third"))
+    raw.pNext = core
+    raw.second = True
+    assert (raw.first, raw.second, raw.third) == (0, 1, 0)
+    words = api.ffi.cast("uint32_t*", raw.pointer)
+    assert [words[i] for i in (0, 4, 5, 6)] == [1000141000, 0, 1, 0]
+    behind = api.ffi.cast("VkPhysicalDeviceMaintenance4Features*", raw.pointer.pNext)
+    assert behind.maintenance4 == 1
+
+
+@needs_vulkan
+def test_flexible_cooperative_matrices_are_read():
+    rows = [
+        (16, 16, 16, 1000141000, 1000141000, 1, 1, 0, 2, 256),
+        (32, 32, 16, 0, 0, 0, 0, 1, 2, 256),  # saturating: left out
+        (16, 8, 16, 0, 0, 1, 1, 0, 3, 0),
+    ]
+
+    @api.ffi.callback("VkResult(VkPhysicalDevice, uint32_t*, void*)")
+    def driver(physical, count, properties):
+        count[0] = len(rows)
+        if properties != api.ffi.NULL:
+            words = api.ffi.cast("uint32_t*", properties)  # 14 words each: sType, padding, pNext, 10 members
+            for i, row in enumerate(rows):
+                assert words[14 * i] == 1000593001
+                for j, value in enumerate(row):
+                    words[14 * i + 4 + j] = value
+        return 0
+
+    functions = api.Functions(lambda name: api.ffi.cast("void*", driver))
+    assert _cooperative_matrices2(functions, api.ffi.NULL) == (
+        CooperativeMatrix(16, 16, 16, "bf16", "bf16", "f32", "f32", "workgroup", 256),
+        CooperativeMatrix(16, 8, 16, "f16", "f16", "f32", "f32", "subgroup", 0),
+    )
 
 
 @needs_vulkan

@@ -124,6 +124,8 @@ def test_out_of_memory_names_asked_used_and_budget(opened, monkeypatch):
 
 
 def test_small_buffers_share_a_block_and_stats_count_them(opened):
+    if opened.instance.validation == "gpu":
+        pytest.skip("validation on the GPU gives each buffer a block of its own")
     before = opened.memory_stats()
     buffers = [opened.buffer(1000) for _ in range(100)]
     during = opened.memory_stats()
