@@ -1,9 +1,9 @@
 """Plans: what an operation does on a device, as plain data.
 
-A planner is a pure function `plan_<op>(info, inputs, outputs, *, <static parameters>, variant=None) -> Plan`. It picks
-the kernels by what `info` (a DeviceInfo) can do, or takes the `variant` it is told, raising FeatureError where the
-device lacks it. A plan does no host work and holds no buffers, so that the same one serves a single call and a recording
-of a whole program.
+A planner is a pure function `plan_<op>(info, inputs, outputs, *, <static parameters>, variant=None) -> Plan`. It
+picks the kernels by what `info` (a DeviceInfo) can do, or takes the `variant` it is told, raising FeatureError where
+the device lacks it. A plan does no host work and holds no buffers, so that the same one serves a single call and a
+recording of a whole program.
 """
 
 from collections.abc import Sequence

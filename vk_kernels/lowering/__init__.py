@@ -1,0 +1,7 @@
+"""How JAX reaches the Vulkan runtime: one operation under jax.jit on the CPU backend is one custom call."""
+
+from vk_kernels.lowering.call import Target, counts, open_device
+from vk_kernels.lowering.context import target_of, use
+from vk_kernels.lowering.primitive import make_primitive, vary_alike
+
+__all__ = ["Target", "counts", "make_primitive", "open_device", "target_of", "use", "vary_alike"]
