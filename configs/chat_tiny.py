@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config = chat.get_config()
     config.name = "chat_tiny"
     config.num_steps = 1500
-    config.batch_size = 16
+    config.batch_size = 8
 
     config.model.vocab_size = 2000
     config.model.block_size = 128
@@ -30,6 +30,6 @@ def get_config() -> ConfigDict:
     config.sample.every = 500
     config.checkpoint.every = 500
     config.checkpoint.keep_every = 0
-    config.log.every = 25
+    config.log.every = 50
     config.log.diagnostics_every = 250
     return config

@@ -1,5 +1,6 @@
 """How every command of the package starts and fails."""
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,6 +22,8 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
             return main(argv)
         except UserError as error:
             return _refuse(error)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
 
     app.run(guarded, flags_parser=_parse_flags)
 

@@ -101,7 +101,7 @@ def train_step(
     loss, grads = loss_and_gradient(
         state.params, batch, state.step, model=model, seed=seed, accumulate_steps=accumulate_steps
     )
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -115,12 +115,12 @@ def train_step(
         "loss": loss,
         "learning_rate": schedule(state.step - state.skipped),
         "grad_norm": grad_norm,
-        "param_norm": optax.global_norm(state.params),
-        "update_norm": optax.global_norm(updates),
+        "param_norm": optax.tree.norm(state.params),
+        "update_norm": optax.tree.norm(updates),
         "finite": finite,
         "skipped_in_a_row": skipped_in_a_row,
     }
-    metrics |= {f"grad_norm/{layer}": optax.global_norm(layer_grads) for layer, layer_grads in grads.items()}
+    metrics |= {f"grad_norm/{layer}": optax.tree.norm(layer_grads) for layer, layer_grads in grads.items()}
     next_state = TrainState(
         step=state.step + 1,
         skipped=state.skipped + skip,

@@ -422,17 +422,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             raise UserError(f"cannot write to the run folder: {error}; choose another --workdir") from None
         log = make_log(log_file)
         stack.enter_context(jax.default_matmul_precision(config.matmul_precision))
-        is_new = not (workdir / metrics.INFO_FILE).exists()
         backend = choose_backend(config)
-        info = metrics.RunInfo(
-            workdir, name=config.name, domain=config.domain, backend=backend, **({"run_id": run_id} if is_new else {})
-        )
-        log(f"run {info.run_id} in {workdir}\nbackend {backend}")
-        stack.push(functools.partial(finish_if_failed, info))
-        save_config(config, workdir, log)
+        log(f"run folder {workdir}\nbackend {backend}")
         corpus = data.prepare(config.data, config.model.vocab_size, log)
-        tokenizer.save(corpus.tokenizer, workdir / "tokenizer.json")
-
         model = GPT(ModelConfig.from_config(config.model))
         checkpointer = stack.enter_context(
             Checkpointer(
@@ -447,9 +439,23 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
                 f"the data of {workdir} has changed since its checkpoint (fingerprint {position['data_fingerprint']}, "
                 f"now {corpus.fingerprint}): give its data back, or a new --workdir with --config.init_from={workdir}"
             )
+
+        # Only now is it certain that this config and data are those of the folder: from here on it is written to.
+        is_new = not (workdir / metrics.INFO_FILE).exists()
+        info = metrics.RunInfo(
+            workdir,
+            name=config.name,
+            domain=config.domain,
+            backend=backend,
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+            vocabulary=corpus.tokenizer.get_vocab_size(),
+            data=corpus.stats,
+            **({"run_id": run_id} if is_new else {}),
+        )
+        stack.push(functools.partial(finish_if_failed, info))
+        save_config(config, workdir, log)
+        tokenizer.save(corpus.tokenizer, workdir / "tokenizer.json")
         log(f"parameters\n{parameter_table(state.params)}")
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        info.update(parameters=parameters, data=corpus.stats, vocabulary=corpus.tokenizer.get_vocab_size())
 
         resume_step = None if position is None else int(state.step)
         writer = stack.enter_context(metrics.MetricsWriter(workdir, resume_step, config.log.tensorboard))

@@ -12,6 +12,8 @@ from vk_kernels import ops
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
 from vk_kernels.ops.philox import philox4x32, random_uint16
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 RNG = np.array([42, 7], np.uint32)  # seed, step
 
 
