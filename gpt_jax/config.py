@@ -80,11 +80,10 @@ def validate(config: ConfigDict) -> None:
         _require(0 <= optimizer[name] < 1, f"config.optimizer.{name} must be in [0, 1), found {optimizer[name]}")
     for name in ("epsilon", "clip_norm"):
         _require(optimizer[name] > 0, f"config.optimizer.{name} must be positive, found {optimizer[name]}")
-    end = min(config.num_steps, optimizer.decay_steps)
     _require(
-        optimizer.warmup_steps < end,
-        f"config.optimizer.warmup_steps must end before the run and its decay do (step {end}), "
-        f"found {optimizer.warmup_steps}",
+        optimizer.warmup_steps < optimizer.decay_steps,
+        f"config.optimizer.warmup_steps must be below decay_steps, where the schedule ends, "
+        f"found {optimizer.warmup_steps} and {optimizer.decay_steps}",
     )
     _require(
         0 < config.data.validation_fraction < 1,

@@ -70,8 +70,8 @@ BAD_VALUES = [
     ({"optimizer.b2": 1.0}, "config.optimizer.b2 must be in [0, 1), found 1.0"),
     ({"optimizer.clip_norm": 0.0}, "config.optimizer.clip_norm must be positive, found 0.0"),
     (
-        {"num_steps": 400},
-        "config.optimizer.warmup_steps must end before the run and its decay do (step 400), found 500",
+        {"optimizer.warmup_steps": 50_000},
+        "config.optimizer.warmup_steps must be below decay_steps, where the schedule ends, found 50000 and 50000",
     ),
     ({"data.validation_fraction": 0.0}, "config.data.validation_fraction must be in (0, 1), found 0.0"),
     ({"data.targets": "user"}, "config.data.targets must be one of all, assistant; found 'user'"),

@@ -212,7 +212,7 @@ def test_mistakes_about_runs_and_data_cost_one_line(straight, corpus, tmp_path):
         ((other, straight), "the data of"),
         ((corpus, tmp_path / "a", "--config.model.block_size=100000"), "block_size is 100000 but the training data has"),
         ((tmp_path / "none.jsonl", tmp_path / "b"), "does not exist"),
-        ((corpus, tmp_path / "c", f"--config.init_from={tmp_path}"), "neither a run's directory nor a checkpoint"),
+        ((corpus, tmp_path / "c", f"--config.init_from={tmp_path}"), "is neither a run nor a checkpoint"),
         ((corpus, tmp_path / "file"), "cannot write to the run folder"),
     ]
     before = {path.name: path.read_bytes() for path in straight.iterdir() if path.suffix == ".json"}
