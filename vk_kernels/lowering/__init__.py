@@ -2,6 +2,16 @@
 
 from vk_kernels.lowering.call import Target, counts, open_device
 from vk_kernels.lowering.context import target_of, use
+from vk_kernels.lowering.operation import make_operation
 from vk_kernels.lowering.primitive import make_primitive, vary_alike
 
-__all__ = ["Target", "counts", "make_primitive", "open_device", "target_of", "use", "vary_alike"]
+__all__ = [
+    "Target",
+    "counts",
+    "make_operation",
+    "make_primitive",
+    "open_device",
+    "target_of",
+    "use",
+    "vary_alike",
+]

@@ -9,7 +9,9 @@ import contextlib
 import ctypes
 import functools
 import json
+import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -205,29 +207,40 @@ def _import(device: Device, host: HostArray) -> Buffer | None:
 
 
 class _Calls:
-    """Counts the calls that run, so that the end of the process waits for them before the devices are closed."""
+    """Knows the calls that run, so that the process ends neither in the midst of one nor before the next.
+
+    A thread of XLA that wants to call into a Python that has ended never comes back, and XLA waits for it for ever. A
+    program whose results nobody holds can still be running then, and nothing tells: so the end waits until there has
+    been no call for a while.
+    """
+
+    QUIET_SECONDS = 0.25
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._running = 0
         self._ended = False
+        self._last = -math.inf  # when a call last ended, or was refused
 
     def __enter__(self) -> None:
         with self._condition:
             if self._ended:
+                self._last = time.monotonic()
                 raise CallError(ffi.CANCELLED, "the process is ending")
             self._running += 1
 
     def __exit__(self, *_) -> None:
         with self._condition:
             self._running -= 1
+            self._last = time.monotonic()
             self._condition.notify_all()
 
     def end(self) -> None:
-        """Refuses further calls, and returns when none runs: each ends within its device's time limit."""
+        """Refuses further calls, and returns when none has run for a while; one ends within its device's time limit."""
         with self._condition:
             self._ended = True
-            self._condition.wait_for(lambda: self._running == 0)
+            while self._running or self._last + self.QUIET_SECONDS > time.monotonic():
+                self._condition.wait(self.QUIET_SECONDS)
 
 
 _calls = _Calls()

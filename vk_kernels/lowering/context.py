@@ -33,6 +33,8 @@ def use(
       ValueError: another implementation, or a device or variant for 'xla'.
       NoDeviceError: no loader, no driver, or no such device.
     """
+    if implementation is None:
+        raise ValueError("use needs an implementation: 'xla' or 'vulkan'")
     if implementation == "xla" and (device is not None or variant is not None):
         raise ValueError(f"use('xla', device={device!r}, variant={variant!r}): these are for 'vulkan' only")
     target = target_of(implementation)

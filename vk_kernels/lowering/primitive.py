@@ -1,6 +1,9 @@
 """Primitives: operations that XLA compiles as their reference, and that can be one custom call to a Vulkan device."""
 
+import atexit
+import contextlib
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +20,17 @@ from vk_kernels.plan import Array
 # From the parameters: which operands carry a batch in their first axis, as all results then do; None: no batch may be
 # taken together.
 Folding = Callable[..., tuple[bool, ...] | None]
+
+_lowered = threading.Event()  # whether any program has a custom call
+
+
+@atexit.register
+def _settle() -> None:
+    """Lets what still runs, and is held by someone, finish before the process ends and calls are refused."""
+    if _lowered.is_set():
+        for array in jax.live_arrays("cpu"):
+            with contextlib.suppress(Exception):  # of the computation, or because the array was donated
+                array.block_until_ready()
 
 
 def make_primitive(
@@ -68,6 +82,7 @@ def make_primitive(
         if target is None:
             return as_reference(context, *operands, **parameters)
         what = call.encode(name, parameters, target)
+        _lowered.set()
         # Made now for its errors, which belong to the line that traces the call.
         device = call.open_device(target.device)
         call.make_plan(device, what.encode(), _arrays(context.avals_in), _arrays(context.avals_out))
