@@ -204,9 +204,7 @@ class Checkpointer:
         finally:
             self._writer.shutdown()
 
-    def _commit(
-        self, step: int, leaves: dict[str, np.ndarray], position: dict, validation_loss: float | None
-    ) -> None:
+    def _commit(self, step: int, leaves: dict[str, np.ndarray], position: dict, validation_loss: float | None) -> None:
         """Commits a checkpoint, then removes those that are not kept. Runs in the writer thread."""
         path = self._directory / str(step)
         new = path.with_name(path.name + _NEW)
@@ -334,9 +332,7 @@ def merge_parameters(fresh: Any, restored: Any) -> tuple[Any, MergeReport]:
         taken=taken,
         dropped={name: _spec(leaf) for name, leaf in saved.items() if name not in model},
         mismatched={
-            name: (_spec(saved[name]), _spec(model[name]))
-            for name in model
-            if name in saved and name not in taken
+            name: (_spec(saved[name]), _spec(model[name])) for name in model if name in saved and name not in taken
         },
         new={name: _spec(leaf) for name, leaf in model.items() if name not in saved},
     )

@@ -11,14 +11,21 @@ from gpt_jax.config import UserError
 BAD_INPUT = 2  # exit code for a mistake that the user can mend
 
 
-def run_main(main: Callable[[Sequence[str]], int | None]) -> None:
-    """`absl.app.run(main)`, with a bad flag or a `UserError` turned into one line on stderr and exit code 2."""
+def run_main(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str] = ()) -> None:
+    """`absl.app.run(main)`, with a bad flag or a `UserError` turned into one line on stderr and exit code 2.
+
+    Args:
+      main: takes the program's name and its arguments, returns the exit code; None is 0.
+      arguments: names of the arguments that must stand beside the flags.
+    """
 
     def guarded(argv: Sequence[str]) -> int | None:
         logging.set_verbosity(logging.WARNING)  # the libraries' chatter is not the program's output
         try:
-            if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}: every option is written --name=value")
+            if len(argv) - 1 > len(arguments):
+                raise UserError(f"unexpected argument {argv[-1]!r}: every option is written --name=value")
+            if len(argv) - 1 < len(arguments):
+                raise UserError(f"missing argument: {arguments[len(argv) - 1]}")
             return main(argv)
         except UserError as error:
             return _refuse(error)

@@ -74,9 +74,7 @@ def render(dialogue: Dialogue) -> str:
       UserError: a turn holds a marker as text, so that the result would read back as other turns.
     """
     if any(_MARKER.search(turn.text) for turn in dialogue.turns):
-        raise UserError(
-            f"dialogue {dialogue.source}: a turn holds a marker as text; marked text cannot say that"
-        )
+        raise UserError(f"dialogue {dialogue.source}: a turn holds a marker as text; marked text cannot say that")
     return "".join(f"<|{role}|>{text}" for role, text in dialogue.turns) + END
 
 
@@ -116,9 +114,7 @@ def source_fingerprint(source: str) -> str:
 def _add_turn(turns: list[Turn], role: str, text: str, where: str) -> None:
     expected = "assistant" if len(turns) % 2 else "user"
     if role != expected:
-        raise UserError(
-            f"{where}: found turn {role!r} where {expected!r} must stand: turns alternate, user first"
-        )
+        raise UserError(f"{where}: found turn {role!r} where {expected!r} must stand: turns alternate, user first")
     text = text.strip()
     if not text:
         raise UserError(f"{where}: the {role} turn is empty: fill it or remove the dialogue")
@@ -155,9 +151,7 @@ def _decode(decoder: Any, data: bytes, path: Path, line: int, final: bool) -> st
         return decoder.decode(data, final)
     except UnicodeDecodeError as error:
         line += error.object[: error.start].count(b"\n")
-        raise UserError(
-            f"{path}:{line}: found byte {error.object[error.start]:#04x}: save it as UTF-8"
-        ) from None
+        raise UserError(f"{path}:{line}: found byte {error.object[error.start]:#04x}: save it as UTF-8") from None
 
 
 def _pieces(chunks: Iterable[str], where: Callable[[int], str]) -> Iterator[tuple[int, str, str]]:
@@ -185,9 +179,7 @@ def _marked(chunks: Iterable[str], where: Callable[[int], str]) -> Iterator[Dial
     for line, marker, text in _pieces(chunks, where):
         size += len(text)
         if size > MAX_DIALOGUE:
-            raise UserError(
-                f"{where(line)}: the dialogue is over {MAX_DIALOGUE:,} characters: is {END} missing?"
-            )
+            raise UserError(f"{where(line)}: the dialogue is over {MAX_DIALOGUE:,} characters: is {END} missing?")
         if marker in (USER, ASSISTANT):
             _add_turn(turns, marker[2:-2], text, where(line))
             continue
@@ -237,9 +229,7 @@ def _row(row: Any, where: str) -> Iterator[Dialogue]:
     if shape == "text":
         if not isinstance(row["text"], str):
             raise UserError(f"{where}: 'text' is {_kind(row['text'])}, not text")
-        yield from _marked(
-            [row["text"]], lambda line: f"{where}, line {line} of 'text'" if line > 1 else where
-        )
+        yield from _marked([row["text"]], lambda line: f"{where}, line {line} of 'text'" if line > 1 else where)
         return
     role_key, text_key = ("role", "content") if shape == "messages" else ("from", "value")
     messages = row[shape]
@@ -254,9 +244,7 @@ def _row(row: Any, where: str) -> Iterator[Dialogue]:
             raise UserError(f"{here}: found {found} where {text_key!r} must hold text")
         role = _ROLES.get(str(message.get(role_key)))
         if role is None:
-            raise UserError(
-                f"{here}: {role_key!r} is {message.get(role_key)!r}, not one of {', '.join(_ROLES)}"
-            )
+            raise UserError(f"{here}: {role_key!r} is {message.get(role_key)!r}, not one of {', '.join(_ROLES)}")
         if role == "system":
             if position:
                 raise UserError(f"{here}: a system turn can only come first")

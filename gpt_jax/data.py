@@ -122,9 +122,7 @@ def prepare(data_config: Any, vocab_size: int, log: Log = logging.info) -> Corpu
         partial = root / f"{fingerprint}.{uuid.uuid4().hex}.partial"
         partial.mkdir()
     except OSError as error:
-        raise UserError(
-            f"cannot write the token cache: {error}: set data.cache_dir to a folder that can be"
-        ) from None
+        raise UserError(f"cannot write the token cache: {error}: set data.cache_dir to a folder that can be") from None
     try:
         _build(partial, data_config.source, fraction, given, vocab_size, log)
         try:
@@ -182,9 +180,7 @@ def evaluation_batches(
     return order.batch(batch_size, batch_fn=gather).slice(slice(0, batches))
 
 
-def loader(
-    dataset: grain.MapDataset[Batch], start: int = 0, prefetch: int = 2
-) -> grain.DatasetIterator[Batch]:
+def loader(dataset: grain.MapDataset[Batch], start: int = 0, prefetch: int = 2) -> grain.DatasetIterator[Batch]:
     """Iterates from batch `start` on, found in O(1), with `prefetch` batches made ahead by one thread.
 
     `close()` ends the thread. The thread touches numpy only, and there is no child process.
@@ -200,18 +196,12 @@ def _window_count(tokens: Tokens, block_size: int, split: str) -> int:
         raise UserError(
             f"block_size is {block_size} but the {split} data has {len(tokens)} tokens, and a window needs "
             f"{block_size + 1}: lower block_size"
-            + (
-                " or give more data"
-                if split == "training"
-                else ", raise data.validation_fraction or give more data"
-            )
+            + (" or give more data" if split == "training" else ", raise data.validation_fraction or give more data")
         )
     return (len(tokens) - 1) // block_size
 
 
-def _gather(
-    tokens: Tokens, block_size: int, batch_size: int, targets: str
-) -> Callable[[Iterable[int]], Batch]:
+def _gather(tokens: Tokens, block_size: int, batch_size: int, targets: str) -> Callable[[Iterable[int]], Batch]:
     if targets not in ("all", "assistant"):
         raise UserError(f"data.targets is {targets!r}: it must be 'all' or 'assistant'")
     offsets = np.arange(block_size + 1)
@@ -247,16 +237,11 @@ def _remove_abandoned(root: Path, fingerprint: str) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _build(
-    folder: Path, source: str, fraction: float, given: Tokenizer | None, vocab_size: int, log: Log
-) -> None:
+def _build(folder: Path, source: str, fraction: float, given: Tokenizer | None, vocab_size: int, log: Log) -> None:
     trained = given or tokenizer.train_tokenizer(_training_texts(source, fraction), vocab_size)
     dtype = np.dtype(np.uint16 if trained.get_vocab_size() <= 2**16 else np.uint32)
     stats = {split: {"dialogues": 0, "bytes": 0, "tokens": 0} for split in _SPLITS}
-    files = {
-        split: [(folder / f"{split}.{kind}").open("wb") for kind in ("tokens", "assistant")]
-        for split in _SPLITS
-    }
+    files = {split: [(folder / f"{split}.{kind}").open("wb") for kind in ("tokens", "assistant")] for split in _SPLITS}
     try:
         characters = logged = 0
         for batch in _batches(corpus.read_corpus(source)):

@@ -65,14 +65,10 @@ def load(path: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise UserError(
-            f"tokenizer {path} cannot be read, it is damaged: {' '.join(str(error).split())}"
-        ) from None
+        raise UserError(f"tokenizer {path} cannot be read, it is damaged: {' '.join(str(error).split())}") from None
     for marker in MARKERS:
         if tokenizer.token_to_id(marker) is None:
-            raise UserError(
-                f"tokenizer {path} has no token {marker}: add the three markers as special tokens"
-            )
+            raise UserError(f"tokenizer {path} has no token {marker}: add the three markers as special tokens")
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -110,9 +106,7 @@ def encode_prompt(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
     return [*ids, assistant]
 
 
-def encode_dialogues(
-    tokenizer: Tokenizer, dialogues: Sequence[Dialogue]
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def encode_dialogues(tokenizer: Tokenizer, dialogues: Sequence[Dialogue]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Encodes dialogues in one parallel batch.
 
     Returns for each dialogue of n tokens, as `corpus.render` spells it:

@@ -27,9 +27,7 @@ from gpt_jax.config import UserError
 
 OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(1.0),
-    optax.adamw(
-        optax.warmup_cosine_decay_schedule(0.0, 1e-3, 5, 50), mask={"w": True, "half": True, "bits": False}
-    ),
+    optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 5, 50), mask={"w": True, "half": True, "bits": False}),
 )
 
 
@@ -361,10 +359,7 @@ def test_another_config_is_no_damage(copy, caplog):
         return str(error.value)
 
     shape = message(make_state(0, width=32))
-    assert (
-        f"{copy}/200 does not fit this config: params/w is float32 (37, 64) there and float32 (37, 32)"
-        in shape
-    )
+    assert f"{copy}/200 does not fit this config: params/w is float32 (37, 64) there and float32 (37, 32)" in shape
     assert "use the run's own config, or start afresh with another --workdir" in shape
     state = make_state(0)
     state.params["v"] = jnp.zeros(2)
@@ -442,9 +437,7 @@ def test_parameters_from_what_is_no_checkpoint(copy, tmp_path):
             restore_parameters(path)
         return str(error.value)
 
-    assert message(tmp_path / "absent").endswith(
-        "absent is not a directory; give that of a run or of a checkpoint"
-    )
+    assert message(tmp_path / "absent").endswith("absent is not a directory; give that of a run or of a checkpoint")
     other = tmp_path / "other"
     other.mkdir()
     assert message(other).endswith("is neither a run nor a checkpoint: no step directory, found nothing")
@@ -476,8 +469,7 @@ def test_merge_takes_by_path_and_shape():
     merged, report = merge_parameters(fresh, restored)
     assert_identical(
         merged,
-        fresh
-        | {"h_0": {"kernel": jnp.full((2, 3), 1.001, jnp.bfloat16), "bias": jnp.full(3, 2, jnp.float32)}},
+        fresh | {"h_0": {"kernel": jnp.full((2, 3), 1.001, jnp.bfloat16), "bias": jnp.full(3, 2, jnp.float32)}},
     )
     restored["h_0"]["bias"][:] = -1  # the merged tree has its own memory
     assert merged["h_0"]["bias"][0] == 2
@@ -492,9 +484,7 @@ def test_merge_takes_by_path_and_shape():
 
 def test_a_long_merge_report_is_cut():
     names = [f"h_{layer}" for layer in range(30)]
-    _, report = merge_parameters(
-        {"w": jnp.zeros(1)} | {name: jnp.zeros(2) for name in names}, {"w": np.zeros(1)}
-    )
+    _, report = merge_parameters({"w": jnp.zeros(1)} | {name: jnp.zeros(2) for name in names}, {"w": np.zeros(1)})
     lines = str(report).splitlines()
     assert len(lines) == 12
     assert lines[-1] == "  new 20 more"

@@ -69,9 +69,7 @@ def test_stage_directions_are_dropped_and_interrupted_speeches_joined():
 **B C**  \n*[Reads.]*\n[Within]_\nFour\\--five.\n
 **A**  \n_Sleeps_\n
 ### SCENE II\n\n**A**\nAlone.\n"""
-    assert list(corpus._speeches("play", play)) == [
-        Dialogue("scene: play 2", chat("One two,\nthree.", "Four--five."))
-    ]
+    assert list(corpus._speeches("play", play)) == [Dialogue("scene: play 2", chat("One two,\nthree.", "Four--five."))]
 
 
 def test_requests_vary_within_a_quote_and_over_interpretations(default):
@@ -170,9 +168,7 @@ def test_an_endless_dialogue_is_refused_before_it_fills_the_memory(tmp_path, mon
     monkeypatch.setattr(corpus, "_CHUNK", 100)
     with pytest.raises(UserError, match=":1: found no marker in 1,000 characters"):
         read(tmp_path / "chats.txt", "word " * 300)
-    with pytest.raises(
-        UserError, match=r"the dialogue is over 1,000 characters: is <\|end_of_text\|> missing"
-    ):
+    with pytest.raises(UserError, match=r"the dialogue is over 1,000 characters: is <\|end_of_text\|> missing"):
         read(tmp_path / "chats.txt", "<|user|>question<|assistant|>answer" * 100)
     with pytest.raises(UserError, match=r"chats.jsonl:1: the line is over 1,000 bytes"):
         read(tmp_path / "chats.jsonl", "[" * 2000)

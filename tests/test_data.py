@@ -65,9 +65,7 @@ def test_default_corpus_has_the_size_it_is_documented_with(prepared):
     assert sum(prepared.stats[split]["dialogues"] for split in prepared.stats) == 24_067
     assert prepared.tokenizer.get_vocab_size() == VOCABULARY
     assert len(prepared.train) == prepared.stats["train"]["tokens"] == pytest.approx(3.71e6, rel=0.01)
-    assert (
-        len(prepared.validation) == prepared.stats["validation"]["tokens"] == pytest.approx(2.16e5, rel=0.01)
-    )
+    assert len(prepared.validation) == prepared.stats["validation"]["tokens"] == pytest.approx(2.16e5, rel=0.01)
     assert prepared.train.ids.dtype == np.uint16
     assert isinstance(prepared.train.ids, np.memmap)
 
@@ -282,9 +280,7 @@ def test_empty_splits_and_sources(chats):
         match=r"none of the 200 dialogues falls in the validation split .*0.0001: raise it, or give",
     ):
         prepare(chats, validation_fraction=0.0001)
-    with pytest.raises(
-        UserError, match=r"in the training split at data.validation_fraction=0.9999: lower it"
-    ):
+    with pytest.raises(UserError, match=r"in the training split at data.validation_fraction=0.9999: lower it"):
         prepare(chats, validation_fraction=0.9999)
     for fraction in (0.0, 1.0):
         with pytest.raises(UserError, match="must lie between 0 and 1"):
@@ -341,9 +337,7 @@ def test_windows_cover_every_target_once_an_epoch():
 
 
 def test_every_epoch_has_its_own_order_and_batches_span_epochs():
-    batches = data.windows(
-        stream(101), block_size=10, batch_size=4, seed=3
-    )  # 10 windows: 2.5 batches an epoch
+    batches = data.windows(stream(101), block_size=10, batch_size=4, seed=3)  # 10 windows: 2.5 batches an epoch
     starts = np.concatenate([batches[n]["inputs"][:, 0] for n in range(50)]).reshape(20, 10)
     assert len({tuple(epoch) for epoch in starts}) == 20
     np.testing.assert_array_equal(np.sort(starts, axis=1), np.tile(np.arange(0, 100, 10), (20, 1)))
@@ -432,10 +426,7 @@ def test_block_longer_than_the_data():
         data.windows(stream(10), block_size=10, batch_size=1, seed=0)
     with pytest.raises(UserError, match=r"the validation data has 3 tokens.*raise data.validation_fraction"):
         data.evaluation_batches(stream(3), block_size=10, batch_size=1, batches=1)
-    assert (
-        data.windows(stream(11), block_size=10, batch_size=2, seed=0)[5]["inputs"].tolist()
-        == [[*range(10)]] * 2
-    )
+    assert data.windows(stream(11), block_size=10, batch_size=2, seed=0)[5]["inputs"].tolist() == [[*range(10)]] * 2
 
 
 def test_unknown_targets():

@@ -83,7 +83,11 @@ def test_dropout_acts_at_three_places_with_bits_of_their_own():
 def test_remat_changes_no_gradient():
     def gradient(remat):
         model, params = build(dropout_rate=0.1, remat=remat)
-        loss = lambda p: model.apply({"params": p}, tokens(2, 12), tokens(2, 12), jnp.asarray(RNG), method="losses").sum()  # noqa: E731
+
+        def loss(params):
+            losses = model.apply({"params": params}, tokens(2, 12), tokens(2, 12), jnp.asarray(RNG), method="losses")
+            return losses.sum()
+
         return jax.grad(loss)(params)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient(False), gradient(True))
@@ -95,9 +99,7 @@ def test_bf16_computes_in_bf16_over_f32_parameters():
     hidden = model.apply({"params": params}, tokens(2, 12))
     assert hidden.dtype == jnp.bfloat16
     reference, _ = build(use_bias=True, tie_head=True)
-    np.testing.assert_allclose(
-        hidden.astype(jnp.float32), reference.apply({"params": params}, tokens(2, 12)), atol=0.1
-    )
+    np.testing.assert_allclose(hidden.astype(jnp.float32), reference.apply({"params": params}, tokens(2, 12)), atol=0.1)
 
 
 def test_diagnostics_by_head():

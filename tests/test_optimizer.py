@@ -57,7 +57,9 @@ def adamw_in_float64(gradients, start, *, decay):
     return x
 
 
-@pytest.mark.parametrize(("matrices_only", "shape", "decayed"), [(True, (3, 4), 1), (True, (12,), 0), (False, (12,), 1)])
+@pytest.mark.parametrize(
+    ("matrices_only", "shape", "decayed"), [(True, (3, 4), 1), (True, (12,), 0), (False, (12,), 1)]
+)
 def test_updates_are_those_of_adamw(matrices_only, shape, decayed):
     config = chat.get_config().optimizer
     config.decay_matrices_only = matrices_only

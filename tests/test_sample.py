@@ -75,7 +75,5 @@ def test_answers_are_decoded_without_the_marker_that_ends_them():
         script = [*reply, end]
         return np.array([script[int(last[0]) + 1 - prompt]])
 
-    [sample] = answer(
-        scripted, None, tokenizer, [[Turn("user", "a question")]], block_size=64, max_tokens=50, key=KEY
-    )
+    [sample] = answer(scripted, None, tokenizer, [[Turn("user", "a question")]], block_size=64, max_tokens=50, key=KEY)
     assert sample == ("an answer", len(reply) + 1, True)

@@ -128,9 +128,7 @@ def test_a_nonfinite_step_changes_nothing_and_is_counted():
     assert float(metrics["learning_rate"]) == pytest.approx(3e-4 + 2 * 2.7e-3 / 5)
 
     found = nonfinite_places(poisoned.params, make_batch(1), model=model)
-    assert [place for place, bad in found.items() if bad] == [
-        *("parameters of h_1", "output of h_1", "output of ln_f")
-    ]
+    assert [place for place, bad in found.items() if bad] == [*("parameters of h_1", "output of h_1", "output of ln_f")]
 
 
 def test_evaluation_counts_targets_and_drops_nothing_out():

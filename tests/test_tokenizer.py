@@ -67,9 +67,7 @@ TURNS = (
 
 def test_dialogues_become_tokens_and_who_says_them(trained):
     question, answer, forged, last = (tk.encode(trained, turn.text) for turn in TURNS)
-    (ids, said), (short, short_said) = tk.encode_dialogues(
-        trained, [Dialogue("s", TURNS), Dialogue("s", TURNS[:2])]
-    )
+    (ids, said), (short, short_said) = tk.encode_dialogues(trained, [Dialogue("s", TURNS), Dialogue("s", TURNS[:2])])
     assert ids.tolist() == [0, *question, 1, *answer, 0, *forged, 1, *last, 2]
     # Said: the answers and the markers that close them, not the <|assistant|> that opens them.
     expected = [0, *[0] * len(question), 0, *[1] * len(answer), 1, *[0] * len(forged), 0, *[1] * len(last), 1]

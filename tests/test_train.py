@@ -33,7 +33,7 @@ def corpus(tmp_path_factory) -> Path:
     """A few hundred small dialogues."""
     file = tmp_path_factory.mktemp("corpus") / "chats.jsonl"
     rng = np.random.default_rng(0)
-    words = "sun moon star sea hill tree bird stone wind rain".split()
+    words = ["sun", "moon", "star", "sea", "hill", "tree", "bird", "stone", "wind", "rain"]
     with file.open("w") as out:
         for _ in range(300):
             question, reply = (" ".join(rng.choice(words, 8)) for _ in range(2))
@@ -192,7 +192,11 @@ def test_nonfinite_steps_are_named_and_end_the_run(corpus, tmp_path):
 
 def test_finetuning_says_what_it_took(straight, corpus, tmp_path):
     done = run(
-        corpus, tmp_path / "run", f"--config.init_from={straight}", "--config.num_steps=6", "--config.model.num_layers=3"
+        corpus,
+        tmp_path / "run",
+        f"--config.init_from={straight}",
+        "--config.num_steps=6",
+        "--config.model.num_layers=3",
     )
     assert done.returncode == 0, done.stderr
     assert f"{straight}/checkpoints/" in done.stdout
@@ -210,7 +214,7 @@ def test_mistakes_about_runs_and_data_cost_one_line(straight, corpus, tmp_path):
     cases = [
         ((corpus, straight, "--config.model.embed_dim=32"), "does not fit this config"),
         ((other, straight), "the data of"),
-        ((corpus, tmp_path / "a", "--config.model.block_size=100000"), "block_size is 100000 but the training data has"),
+        ((corpus, tmp_path / "a", "--config.model.block_size=100000"), "block_size is 100000 but the training"),
         ((tmp_path / "none.jsonl", tmp_path / "b"), "does not exist"),
         ((corpus, tmp_path / "c", f"--config.init_from={tmp_path}"), "is neither a run nor a checkpoint"),
         ((corpus, tmp_path / "file"), "cannot write to the run folder"),
