@@ -1,11 +1,19 @@
 """Dropout with recomputable, implementation-independent bits."""
 
 import math
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, require_plain
 from vk_kernels.ops.philox import BITS_PER_DRAW, random_uint16
+from vk_kernels.plan import Array, Plan
+
+if TYPE_CHECKING:
+    from vk_kernels.device import DeviceInfo
 
 
 def dropout_threshold(rate: float) -> int:
@@ -36,7 +44,7 @@ def dropout_mask(rng: jax.Array, stream: int, rate: float, shape: tuple[int, ...
 
 
 def dropout(x: jax.Array, rng: jax.Array | None, *, rate: float, stream: int) -> jax.Array:
-    """Zero each element with probability `rate` and scale the others so that the mean stays.
+    """Zero each element with probability `rate` and scale the others, in f32, so that the mean stays.
 
     Args:
       x: any shape, floating.
@@ -52,6 +60,49 @@ def dropout(x: jax.Array, rng: jax.Array | None, *, rate: float, stream: int) ->
     if rng is None or dropout_threshold(rate) == 0:
         return x
     # A (B, T, D) activation is one grid of B * T rows, as it is to the matrix product before it.
-    grid = x.shape if x.ndim < 2 else (math.prod(x.shape[:-1]), x.shape[-1])
-    mask = dropout_mask(rng, stream, rate, grid).reshape(x.shape)
-    return jnp.where(mask, x * jnp.asarray(dropout_scale(rate), x.dtype), jnp.zeros((), x.dtype))
+    mask = dropout_mask(rng, stream, rate, _grid(x.shape)).reshape(x.shape)
+    scaled = x.astype(jnp.float32) * jnp.float32(dropout_scale(rate))
+    return jnp.where(mask, scaled, jnp.float32(0)).astype(x.dtype)
+
+
+dropout_forward_reference = dropout
+
+
+def dropout_backward_reference(dy: jax.Array, rng: jax.Array, *, rate: float, stream: int) -> jax.Array:
+    """dx: the same function of dy as y is of x."""
+    return dropout(dy, rng, rate=rate, stream=stream)
+
+
+def dropout_constants(rate: float, stream: int) -> bytes:
+    """The push constants of shaders/elementwise.slang's Dropout."""
+    return struct.pack("<IIf", stream, dropout_threshold(rate), dropout_scale(rate))
+
+
+def plan_dropout_forward(
+    info: "DeviceInfo",
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    *,
+    rate: float,
+    stream: int,
+    variant: str | None = None,
+) -> Plan:
+    """inputs: x, rng; outputs: y. See `dropout`. In the backward pass: dy, rng; dx."""
+    require_plain(variant)
+    x = inputs[0]
+    if x.size == 0:
+        return Plan(())
+    rows, columns = _grid(x.shape)
+    push_constants = struct.pack("<II", rows, columns) + dropout_constants(rate, stream)
+    groups = ceil_divide(rows * ceil_divide(columns, 8), THREADS)
+    return Plan(
+        (dispatch("dropout", element(x), (0, 1, 2), push_constants, groups, ALIGNED=aligned(columns)),)
+    )
+
+
+plan_dropout_backward = plan_dropout_forward
+
+
+def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of the mask of an array."""
+    return math.prod(shape[:-1]), math.prod(shape[-1:])

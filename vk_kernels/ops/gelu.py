@@ -1,9 +1,20 @@
 """GELU in the tanh form that GPT-2 uses."""
 
 import math
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+
+from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, require_plain
+from vk_kernels.plan import Array, Plan
+
+if TYPE_CHECKING:
+    from vk_kernels.device import DeviceInfo
+
+_SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -12,5 +23,40 @@ def gelu(x: jax.Array) -> jax.Array:
     Source: Hendrycks and Gimpel, "Gaussian error linear units" (2016), section 2.
     """
     y = x.astype(jnp.float32)
-    inner = math.sqrt(2 / math.pi) * (y + 0.044715 * y * y * y)
+    inner = _SLOPE * (y + _CUBIC * y * y * y)
     return (0.5 * y * (1 + jnp.tanh(inner))).astype(x.dtype)
+
+
+gelu_forward_reference = gelu
+
+
+def gelu_backward_reference(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """dx = dy gelu'(x), computed in f32; arguments and result of one shape and dtype."""
+    y = x.astype(jnp.float32)
+    t = jnp.tanh(_SLOPE * (y + _CUBIC * y * y * y))
+    slope = 0.5 * (1 + t) + 0.5 * y * (1 - t * t) * _SLOPE * (1 + 3 * _CUBIC * y * y)
+    return (dy.astype(jnp.float32) * slope).astype(x.dtype)
+
+
+def plan_gelu_forward(
+    info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
+) -> Plan:
+    """inputs: x; outputs: y. See `gelu`."""
+    return _plan("gelu_forward", (0, 1), inputs, variant)
+
+
+def plan_gelu_backward(
+    info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
+) -> Plan:
+    """inputs: x, dy; outputs: dx. See `gelu_backward_reference`."""
+    return _plan("gelu_backward", (0, 2, 1), inputs, variant)
+
+
+def _plan(kernel: str, operands: tuple[int, ...], inputs: Sequence[Array], variant: str | None) -> Plan:
+    require_plain(variant)
+    x = inputs[0]
+    if x.size == 0:
+        return Plan(())
+    groups = ceil_divide(x.size, 8 * THREADS)
+    push_constants = struct.pack("<I", x.size)
+    return Plan((dispatch(kernel, element(x), operands, push_constants, groups, ALIGNED=aligned(x.size)),))

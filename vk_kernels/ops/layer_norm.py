@@ -1,9 +1,32 @@
-"""Layer normalisation over the last axis."""
+"""Layer normalisation over the last axis, alone and behind a residual branch with dropout."""
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from vk_kernels.ops.dropout import dropout, dropout_constants
+from vk_kernels.ops.launch import (
+    LANE_COLUMNS,
+    THREADS,
+    aligned,
+    ceil_divide,
+    dispatch,
+    element,
+    require_plain,
+)
+from vk_kernels.plan import Array, Dispatch, Plan
+
+if TYPE_CHECKING:
+    from vk_kernels.device import DeviceInfo
+
 EPSILON = 1e-5  # GPT-2's
+
+# The gradients of scale and bias are summed in chunks of rows: enough workgroups to fill a device, none of few rows.
+_MIN_CHUNK_ROWS, _CHUNK_GROUPS = 32, 1024
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float = EPSILON) -> jax.Array:
@@ -19,9 +42,210 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: floa
 
     Source: Ba et al., "Layer normalization" (2016).
     """
+    return layer_norm_forward_reference(x, scale, bias, epsilon=epsilon)[0]
+
+
+def residual_layer_norm(
+    x: jax.Array,
+    branch: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    rng: jax.Array | None = None,
+    *,
+    dropout_rate: float = 0.0,
+    stream: int = 0,
+    epsilon: float = EPSILON,
+) -> tuple[jax.Array, jax.Array]:
+    """total = x + dropout(branch), and the layer norm of total.
+
+    Args:
+      x, branch: (..., D), one dtype, f32 or bf16.
+      scale, bias, epsilon: as for `layer_norm`.
+      rng, dropout_rate, stream: as for `dropout`.
+
+    Returns:
+      total and its norm, (..., D) each, in x's dtype.
+    """
+    return residual_layer_norm_forward_reference(
+        x, branch, scale, bias, rng, dropout_rate=dropout_rate, stream=stream, epsilon=epsilon
+    )[:2]
+
+
+def layer_norm_forward_reference(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float = EPSILON
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(y, mean, rstd): `layer_norm`, and what its backward pass needs: f32, x's shape without the last axis."""
     y = x.astype(jnp.float32)
-    centred = y - y.mean(axis=-1, keepdims=True)
-    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(variance + epsilon)
+    mean = y.mean(axis=-1, keepdims=True)
+    centred = y - mean
+    rstd = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
     scale, bias = (jnp.broadcast_to(p.astype(jnp.float32), x.shape) for p in (scale, bias))
-    return (normed * scale + bias).astype(x.dtype)
+    return (centred * rstd * scale + bias).astype(x.dtype), mean[..., 0], rstd[..., 0]
+
+
+def layer_norm_backward_reference(
+    x: jax.Array, scale: jax.Array, mean: jax.Array, rstd: jax.Array, dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dx, dscale, dbias) of `layer_norm_forward_reference`; dx in x's dtype, the others (D,) f32."""
+    dx, dscale, dbias = _backward_in_f32(x, scale, mean, rstd, dy)
+    return dx.astype(x.dtype), dscale, dbias
+
+
+def residual_layer_norm_forward_reference(
+    x: jax.Array,
+    branch: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    rng: jax.Array | None = None,
+    *,
+    dropout_rate: float,
+    stream: int,
+    epsilon: float = EPSILON,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(total, y, mean, rstd): `residual_layer_norm`, and mean and rstd of total."""
+    dropped = dropout(branch.astype(jnp.float32), rng, rate=dropout_rate, stream=stream)
+    total = (x.astype(jnp.float32) + dropped).astype(x.dtype)
+    return total, *layer_norm_forward_reference(total, scale, bias, epsilon=epsilon)
+
+
+def residual_layer_norm_backward_reference(
+    total: jax.Array,
+    scale: jax.Array,
+    mean: jax.Array,
+    rstd: jax.Array,
+    dtotal: jax.Array,
+    dy: jax.Array,
+    rng: jax.Array | None = None,
+    *,
+    dropout_rate: float,
+    stream: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(dx, dbranch, dscale, dbias), dtotal being the gradient of the first output and dy that of the second."""
+    dx, dscale, dbias = _backward_in_f32(total, scale, mean, rstd, dy)
+    dx = dx + dtotal.astype(jnp.float32)
+    dbranch = dropout(dx, rng, rate=dropout_rate, stream=stream)
+    return dx.astype(total.dtype), dbranch.astype(total.dtype), dscale, dbias
+
+
+def _backward_in_f32(x, scale, mean, rstd, dy):
+    mean, rstd = mean[..., None], rstd[..., None]
+    normed = (x.astype(jnp.float32) - mean) * rstd
+    dy = dy.astype(jnp.float32)
+    dnormed = dy * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
+    along = (dnormed * normed).mean(axis=-1, keepdims=True)
+    dx = rstd * (dnormed - dnormed.mean(axis=-1, keepdims=True) - normed * along)
+    rows = tuple(range(x.ndim - 1))
+    return dx, (dy * normed).sum(axis=rows), dy.sum(axis=rows)
+
+
+def plan_layer_norm_forward(
+    info: "DeviceInfo",
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    *,
+    epsilon: float = EPSILON,
+    variant: str | None = None,
+) -> Plan:
+    """inputs: x, scale, bias; outputs: y, mean, rstd. See `layer_norm_forward_reference`."""
+    require_plain(variant)
+    x, constants = inputs[0], dropout_constants(0.0, 0)
+    return Plan(_row_dispatch("layer_norm", element(x), (0, 1, 2, 3, 4, 5), x, epsilon, constants))
+
+
+def plan_residual_layer_norm_forward(
+    info: "DeviceInfo",
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    *,
+    dropout_rate: float,
+    stream: int,
+    epsilon: float = EPSILON,
+    variant: str | None = None,
+) -> Plan:
+    """inputs: x, branch, scale, bias and, for dropout, rng; outputs: total, y, mean, rstd.
+
+    See `residual_layer_norm_forward_reference`.
+    """
+    require_plain(variant)
+    x, first = inputs[0], len(inputs)
+    rng, constants = _rng_and_constants(inputs, 4, dropout_rate, stream)
+    operands = (0, 2, 3, first + 1, first + 2, first + 3, 1, rng, first)
+    return Plan(_row_dispatch("layer_norm", f"residual_{element(x)}", operands, x, epsilon, constants))
+
+
+def plan_layer_norm_backward(
+    info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
+) -> Plan:
+    """inputs: x, scale, mean, rstd, dy; outputs: dx, dscale, dbias. See `layer_norm_backward_reference`."""
+    require_plain(variant)
+    x, constants = inputs[0], dropout_constants(0.0, 0)
+    rows = _row_dispatch("layer_norm_backward", element(x), (0, 1, 2, 3, 4, 5), x, 0.0, constants)
+    parameters = _plan_parameters(x, (0, 2, 3, 4), (6, 7), scratch=8)
+    return Plan((*rows, *parameters.dispatches), parameters.scratch)
+
+
+def plan_residual_layer_norm_backward(
+    info: "DeviceInfo",
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    *,
+    dropout_rate: float,
+    stream: int,
+    variant: str | None = None,
+) -> Plan:
+    """inputs: total, scale, mean, rstd, dtotal, dy and, for dropout, rng; outputs: dx, dbranch, dscale, dbias.
+
+    See `residual_layer_norm_backward_reference`.
+    """
+    require_plain(variant)
+    x, first = inputs[0], len(inputs)
+    rng, constants = _rng_and_constants(inputs, 6, dropout_rate, stream)
+    operands = (0, 1, 2, 3, 5, first, 4, rng, first + 1)
+    rows = _row_dispatch("layer_norm_backward", f"residual_{element(x)}", operands, x, 0.0, constants)
+    parameters = _plan_parameters(x, (0, 2, 3, 5), (first + 2, first + 3), scratch=first + 4)
+    return Plan((*rows, *parameters.dispatches), parameters.scratch)
+
+
+def _rng_and_constants(inputs: Sequence[Array], index: int, rate: float, stream: int) -> tuple[int, bytes]:
+    """The operand for the kernel's rng, and its constants of dropout; without an rng, any operand and none."""
+    if len(inputs) > index:
+        return index, dropout_constants(rate, stream)
+    return 0, dropout_constants(0.0, 0)
+
+
+def _rows_and_columns(x: Array) -> tuple[int, int]:
+    return math.prod(x.shape[:-1]), x.shape[-1]
+
+
+def _row_dispatch(
+    kernel: str, variant: str, operands: tuple[int, ...], x: Array, epsilon: float, dropout: bytes
+) -> tuple[Dispatch, ...]:
+    rows, columns = _rows_and_columns(x)
+    if x.size == 0:
+        return ()
+    row_threads = min(THREADS, 1 << (ceil_divide(columns, 8) - 1).bit_length())
+    groups = ceil_divide(rows, THREADS // row_threads)
+    push_constants = struct.pack("<IIf", rows, columns, epsilon) + dropout
+    spec = {"ROW_THREADS": row_threads, "ALIGNED": aligned(columns)}
+    return (dispatch(kernel, variant, operands, push_constants, groups, **spec),)
+
+
+def _plan_parameters(x: Array, reads: tuple[int, ...], writes: tuple[int, int], scratch: int) -> Plan:
+    """Gradients of scale and bias. reads: the operands x, mean, rstd, dy; writes: dscale, dbias."""
+    rows, columns = _rows_and_columns(x)
+    if columns == 0:
+        return Plan(())
+    strips = ceil_divide(columns, LANE_COLUMNS)
+    chunk_rows = max(_MIN_CHUNK_ROWS, ceil_divide(rows * strips, _CHUNK_GROUPS))
+    chunks = max(1, ceil_divide(rows, chunk_rows))
+    sums = writes if chunks == 1 else (scratch, scratch + 1)
+    spec = {"ALIGNED": aligned(columns)}
+    push_constants = struct.pack("<III", rows, columns, chunk_rows)
+    operands = (*reads, *sums)
+    first = dispatch("layer_norm_parameters", element(x), operands, push_constants, chunks * strips, **spec)
+    if chunks == 1:
+        return Plan((first,))
+    push_constants = struct.pack("<II", chunks, columns)
+    pairs = zip(sums, writes, strict=True)
+    last = (dispatch("reduce_rows", "", pair, push_constants, strips, **spec) for pair in pairs)
+    return Plan((first, *last), (4 * chunks * columns,) * 2)

@@ -1,0 +1,134 @@
+"""One step of AdamW behind a global-norm clip, for all parameters; none where loss or gradient is not finite.
+
+The same maths as optax.chain(clip_by_global_norm(clip_norm), adamw(learning_rate, b1, b2, eps, weight_decay, mask)).
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from vk_kernels.ops.global_norm import global_norm_reference, plan_norm_of
+from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, require_plain
+from vk_kernels.plan import Array, Plan
+
+if TYPE_CHECKING:
+    from vk_kernels.device import DeviceInfo
+
+_SCALARS_BYTES = 20  # of shaders/adamw_common.slang's Scalars
+
+
+def adamw_reference(
+    *operands: jax.Array,
+    decay: tuple[bool, ...],
+    b1: float,
+    b2: float,
+    epsilon: float,
+    weight_decay: float,
+    clip_norm: float | None = None,
+    shadow: bool = False,
+) -> tuple[jax.Array, ...]:
+    """Updates P = len(decay) parameters.
+
+    Args:
+      operands: P parameters, P gradients, P first moments, P second moments, then scalars: the count of updates so far
+        (int32), the learning rate and the loss (f32). Parameters and moments are f32, gradients f32 or bf16.
+      decay: which parameters decay.
+      b1, b2: decay rates of the moments, in (0, 1).
+      epsilon: added to the root of the second moment.
+      weight_decay: per unit of learning rate.
+      clip_norm: largest norm of the whole gradient, or None.
+      shadow: also give the new parameters in bf16.
+
+    Returns:
+      P parameters, P first moments, P second moments, then the count, the gradient's norm (f32) before the clip, and
+      whether loss and norm were finite (int32 0 or 1), and with `shadow` P bf16 parameters. If they were not,
+      parameters, moments and count are what they were.
+
+    Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (ICLR 2019), algorithm 2; optax.adamw.
+    """
+    params, grads, mus, nus, (count, learning_rate, loss) = _split(operands, len(decay))
+    norm = global_norm_reference(*grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    gradient_scale = 1.0 if clip_norm is None else jnp.where(norm < clip_norm, 1.0, clip_norm / norm)
+    next_count = jnp.where(count < jnp.iinfo(jnp.int32).max, count + 1, count)
+    # 1 - b^t without cancellation where t is small.
+    mu_rest, nu_rest = (-jnp.expm1(next_count.astype(jnp.float32) * math.log(b)) for b in (b1, b2))
+
+    def update(p, g, mu, nu, decays):
+        g = g.astype(jnp.float32) * gradient_scale
+        new_mu = (1 - b1) * g + b1 * mu
+        new_nu = (1 - b2) * jnp.square(g) + b2 * nu
+        step = (
+            new_mu / mu_rest / (jnp.sqrt(new_nu / nu_rest) + epsilon) + (weight_decay if decays else 0.0) * p
+        )
+        new_p = p - learning_rate * step
+        return tuple(jnp.where(finite, new, old) for new, old in ((new_p, p), (new_mu, mu), (new_nu, nu)))
+
+    updated = [update(*each) for each in zip(params, grads, mus, nus, decay, strict=True)]
+    params, mus, nus = ([each[i] for each in updated] for i in range(3))
+    shadows = [p.astype(jnp.bfloat16) for p in params] if shadow else []
+    return *params, *mus, *nus, jnp.where(finite, next_count, count), norm, finite.astype(jnp.int32), *shadows
+
+
+def plan_adamw(
+    info: "DeviceInfo",
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    *,
+    decay: tuple[bool, ...],
+    b1: float,
+    b2: float,
+    epsilon: float,
+    weight_decay: float,
+    clip_norm: float | None = None,
+    shadow: bool = False,
+    variant: str | None = None,
+) -> Plan:
+    """Operands and results of `adamw_reference`. A new parameter, moment or count may be in the buffer of the old one.
+
+    The norm of the gradient, then one thread for what all parameters share, then an update for each parameter, none of
+    which waits for another: three steps with a wait between them for up to 64 parameters, and a fourth beyond.
+
+    Raises:
+      ValueError: a dtype without kernels.
+    """
+    require_plain(variant)
+    size, first_output = len(decay), len(inputs)
+    indices = range(len(inputs) + len(outputs))
+    params, grads, mus, nus, (count, learning_rate, loss) = _split(indices, size)
+    new_params, new_mus, new_nus = (indices[first_output + i * size :][:size] for i in range(3))
+    new_count, norm, finite, *shadows = indices[first_output + 3 * size :]
+    for i in (*params, *mus, *nus):
+        if element(inputs[i]) != "f32":
+            raise ValueError(f"AdamW keeps parameters and moments in float32, found {inputs[i]}")
+
+    measure = plan_norm_of([(i, inputs[i]) for i in grads], output=norm, scratch=len(indices))
+    scalars = len(indices) + len(measure.scratch)
+    push_constants = struct.pack(
+        "<fff", math.inf if clip_norm is None else clip_norm, math.log(b1), math.log(b2)
+    )
+    operands = (norm, loss, count, learning_rate, new_count, finite, scalars)
+    dispatches = [*measure.dispatches, dispatch("adamw_scalars", "", operands, push_constants, 1)]
+    for i, decays in enumerate(decay):
+        elements = inputs[params[i]].size
+        if elements == 0:
+            continue
+        kind = element(inputs[grads[i]]) + ("_shadow" if shadow else "")
+        operands = (scalars, grads[i], params[i], mus[i], nus[i], new_params[i], new_mus[i], new_nus[i])
+        operands += (shadows[i],) if shadow else ()
+        rates = (b1, 1 - b1, b2, 1 - b2, epsilon, weight_decay if decays else 0.0)
+        push_constants = struct.pack("<I6f", elements, *rates)
+        dispatches.append(
+            dispatch("adamw", kind, operands, push_constants, ceil_divide(elements, 4 * THREADS))
+        )
+    return Plan(tuple(dispatches), (*measure.scratch, _SCALARS_BYTES))
+
+
+def _split(operands: Sequence, size: int) -> tuple[Sequence, Sequence, Sequence, Sequence, Sequence]:
+    """(parameters, gradients, first moments, second moments, scalars), `size` of each of the first four."""
+    parts = (operands[i * size : (i + 1) * size] for i in range(4))
+    return (*parts, operands[4 * size :])

@@ -1,0 +1,74 @@
+"""The Euclidean norm of many arrays taken as one vector."""
+
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, require_plain
+from vk_kernels.plan import Array, Dispatch, Plan
+
+if TYPE_CHECKING:
+    from vk_kernels.device import DeviceInfo
+
+_ARRAYS = 8  # that the kernel takes at once
+_CHUNK = 16 * THREADS  # elements that a workgroup sums at a time
+_GROUPS = 512  # enough to fill a device
+
+
+def global_norm_reference(*arrays: jax.Array) -> jax.Array:
+    """sqrt of the sum of all squares, f32 (), summed in f32; arrays of any shape, f32 or bf16."""
+    squares = [jnp.square(x.astype(jnp.float32)).sum() for x in arrays]
+    return jnp.sqrt(sum(squares, start=jnp.float32(0)))
+
+
+def plan_global_norm(
+    info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
+) -> Plan:
+    """inputs: the arrays; outputs: their norm. See `global_norm_reference`."""
+    require_plain(variant)
+    return plan_norm_of(list(enumerate(inputs)), output=len(inputs), scratch=len(inputs) + 1)
+
+
+def plan_norm_of(arrays: Sequence[tuple[int, Array]], output: int, scratch: int) -> Plan:
+    """The norm of some operands, given by (index, array), into operand `output`; scratch operands from `scratch`.
+
+    Each run of the kernel takes eight arrays of one dtype and leaves a buffer of sums of its own, so that the runs need
+    not wait for one another; then runs of one workgroup add up eight of these at a time, and the last takes the root.
+    """
+    dispatches: list[Dispatch] = []
+    sizes: list[int] = []
+
+    def add(
+        variant: str, level: Sequence[tuple[int, int]], groups: int, square: bool, root: bool
+    ) -> tuple[int, int]:
+        """A run over (operand, elements) pairs: the operand and the number of its sums."""
+        target = output if root else scratch + len(sizes)
+        counts = [count for _, count in level] + [0] * (_ARRAYS - len(level))
+        operands = [operand for operand, _ in level] or [output]
+        operands += operands[:1] * (_ARRAYS - len(operands))
+        push_constants = struct.pack(f"<{_ARRAYS + 1}I", *counts, groups)
+        spec = {"SQUARE": square, "ROOT": root}
+        dispatches.append(
+            dispatch("global_norm", variant, (*operands, target), push_constants, groups, **spec)
+        )
+        if not root:
+            sizes.append(4 * groups)
+        return target, groups
+
+    sums = []
+    for kind in ("f32", "bf16"):
+        alike = [(operand, array.size) for operand, array in arrays if element(array) == kind and array.size]
+        for level in _eights(alike):
+            groups = min(sum(ceil_divide(count, _CHUNK) for _, count in level), _GROUPS)
+            sums.append(add(kind, level, groups, square=True, root=False))
+    while len(sums) > _ARRAYS:
+        sums = [add("f32", level, 1, square=False, root=False) for level in _eights(sums)]
+    add("f32", sums, 1, square=False, root=True)
+    return Plan(tuple(dispatches), tuple(sizes))
+
+
+def _eights(items: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
+    return [items[i : i + _ARRAYS] for i in range(0, len(items), _ARRAYS)]
