@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.cli import run_main
-from gpt_jax.runs import NORM, SPIKE, Run, load_run
+from gpt_jax.runs import NORM, SPIKE, Run, forward_order, load_run
 
 RANGE_ENDS = (500, 1000, 2500, 5000, 10_000, 25_000, 50_000)
 MILESTONES = (8, 7, 6.5, 6, 5.5, 5, 4.5, 4, 3.5, 3, 2.5, 2, 1.5, 1)
@@ -23,6 +23,10 @@ SPIKE_THRESHOLDS = (10, 100, 1000)
 TRAIN_WINDOW = 50  # steps whose mean loss stands for the training loss at a step: one batch alone is noisy
 SAMPLE_STEPS_SHOWN = 8
 NO_DATA = "No data yet."
+SHOWN_ELSEWHERE = {  # facts of run.json that have a place outside the section on model and data
+    *("run_id", "name", "domain", "status", "command", "starts", "started", "ended", "elapsed_seconds"),
+    *("backend", "versions", "device", "host", "git", "peak_memory_bytes", "peak_flops"),
+}
 
 
 def write_report(workdir: str | Path) -> Path:
@@ -74,18 +78,7 @@ def configuration(run: Run) -> str:
 
 
 def model_and_data(run: Run) -> str:
-    shown_elsewhere = {
-        "versions",
-        "device",
-        "host",
-        "git",
-        "peak_memory_bytes",
-        "backend",
-        "run_id",
-        "elapsed_seconds",
-    }
-    shown_elsewhere |= {"name", "domain", "status", "started", "ended", "starts", "command"}
-    facts = {name: value for name, value in run.info.items() if name not in shown_elsewhere}
+    facts = {name: value for name, value in run.info.items() if name not in SHOWN_ELSEWHERE}
     return _facts((name, f"{value:,}" if type(value) is int else value) for name, value in _flatten(facts))
 
 
@@ -172,7 +165,7 @@ def gradient_norms(run: Run) -> str:
 
 def attention(run: Run) -> str:
     table = run.tables.get("diagnostics", {})
-    layers = list(dict.fromkeys(name.split("/")[1] for name in table if name.startswith("attention_max/")))
+    layers = forward_order(name.split("/")[1] for name in table if name.startswith("attention_max/"))
     rows = []
     for layer in layers:
         scores = np.array([v for name, v in table.items() if name.startswith(f"attention_max/{layer}/")])
@@ -207,14 +200,13 @@ def throughput(run: Run) -> str:
     _, mfu = run.series("train", "mfu")
     if not len(tokens):
         return NO_DATA
+    peak = run.info.get("peak_flops")
     seen = run.config.get("batch_size", 0) * run.config.get("model", {}).get("block_size", 0)
     rows = [
         ("tokens a second, median", f"{np.median(tokens):,.0f}"),
         ("tokens a second, lowest and highest", f"{tokens.min():,.0f} to {tokens.max():,.0f}"),
-        (
-            "model FLOPs utilisation, median",
-            f"{np.median(mfu):.1%}" if len(mfu) else "peak of the device not known",
-        ),
+        ("peak of the device", f"{peak / 1e12:,.1f} TFLOP/s" if peak else "not known"),
+        ("model FLOPs utilisation (MFU), median", f"{np.median(mfu):.1%}" if len(mfu) else None),
         ("tokens trained on", f"{seen * run.last_step:,}" if seen else None),
     ]
     return _facts(rows)

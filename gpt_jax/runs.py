@@ -11,10 +11,11 @@ it is the value of a notebook's cell, or yours to `savefig`.
 import array
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ class Run:
     @property
     def layers(self) -> list[str]:
         """Names of the layers whose gradient norms were recorded, in the order of the forward pass."""
-        return [name.removeprefix(NORM) for name in self.tables.get("train", {}) if name.startswith(NORM)]
+        return forward_order(name.removeprefix(NORM) for name in self.tables.get("train", {}) if name.startswith(NORM))
 
 
 def load_run(workdir: str | Path) -> Run:
@@ -97,6 +98,17 @@ def load_run(workdir: str | Path) -> Run:
         samples=list(read_lines(workdir / SAMPLES_FILE)),
         checkpoints=_list_checkpoints(workdir / "checkpoints"),
     )
+
+
+def forward_order(layers: Iterable[str]) -> list[str]:
+    """The different ones of some layer names, as the forward pass meets them: wte, wpe, h_0, h_1, ..., ln_f, head."""
+    places = {"wte": -2, "wpe": -1, "ln_f": math.inf, "head": math.inf}
+
+    def place(layer: str) -> tuple[float, bool]:
+        number = layer.rpartition("_")[2]
+        return places.get(layer, int(number) if number.isdecimal() else math.inf), layer == "head"
+
+    return sorted(dict.fromkeys(layers), key=place)
 
 
 def find_runs(root: str | Path, newest: int = 4) -> list[Path]:
@@ -191,7 +203,7 @@ def compare(
     return pd.DataFrame(columns)
 
 
-def validation_gap(df: "pd.DataFrame", half_life: float = 50) -> "pd.DataFrame":
+def validation_gap(df: "pd.DataFrame", half_life: float = 20) -> "pd.DataFrame":
     """Each evaluation beside the smoothed training loss of its step: run, step, train, validation, gap.
 
     Dropout is on in training and off in validation, so a young model's gap is often negative.
@@ -209,7 +221,7 @@ def validation_gap(df: "pd.DataFrame", half_life: float = 50) -> "pd.DataFrame":
     return pd.concat(frames, ignore_index=True)
 
 
-def plot_loss(df: "pd.DataFrame", half_life: float = 50) -> "Figure":
+def plot_loss(df: "pd.DataFrame", half_life: float = 20) -> "Figure":
     """Training loss, raw (pale) and smoothed, with the validation losses as points."""
     figure, axes = _figure(1)
     for color, (label, train) in _colored(_by_run(df, "train")):
@@ -222,7 +234,7 @@ def plot_loss(df: "pd.DataFrame", half_life: float = 50) -> "Figure":
     return figure
 
 
-def plot_validation_gap(df: "pd.DataFrame", half_life: float = 50) -> "Figure":
+def plot_validation_gap(df: "pd.DataFrame", half_life: float = 20) -> "Figure":
     """Validation loss less training loss at each evaluation."""
     figure, axes = _figure(1, height=3)
     for color, (label, gap) in _colored(validation_gap(df, half_life).groupby("run", sort=False)):
@@ -288,8 +300,8 @@ def plot_attention(df: "pd.DataFrame", run: str | None = None) -> "Figure":
     titles = {"attention_max": "Largest score", "attention_entropy": "Entropy (nats)"}
     for ax, (prefix, title) in zip(axes, titles.items(), strict=True):
         heads = [name for name in diagnostics if name.startswith(f"{prefix}/") and diagnostics[name].notna().any()]
-        layers = list(dict.fromkeys(name.split("/")[1] for name in heads))
-        for name in heads:
+        layers = forward_order(name.split("/")[1] for name in heads)
+        for name in sorted(heads, key=lambda head: layers.index(head.split("/")[1])):
             layer, head = name.split("/")[1:]
             label = layer if head == "head_0" else None
             ax.plot(diagnostics["step"], diagnostics[name], color=f"C{layers.index(layer) % 10}", label=label)
@@ -349,7 +361,7 @@ def _labels(workdirs: Sequence[str | Path]) -> list[str]:
 
 
 def _norm_columns(df: "pd.DataFrame") -> list[str]:
-    return [name for name in df if name.startswith(NORM)]
+    return [NORM + layer for layer in forward_order(name[len(NORM) :] for name in df if name.startswith(NORM))]
 
 
 def _by_run(df: "pd.DataFrame", split: str) -> "Mapping[str, pd.DataFrame]":

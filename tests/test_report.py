@@ -111,6 +111,15 @@ def test_learning_rate_and_phases(run):
     assert "- tokens trained on: 76,800" in report.throughput(run)
 
 
+def test_peak_and_utilisation(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, "train", {"loss": 8.0, "tokens_per_second": 5.0, "mfu": 0.25})
+    assert "- peak of the device: not known" in report.throughput(runs.load_run(tmp_path))
+    write_json(tmp_path / "run.json", {"peak_flops": 989.4e12})
+    text = report.throughput(runs.load_run(tmp_path))
+    assert "- peak of the device: 989.4 TFLOP/s\n- model FLOPs utilisation (MFU), median: 25.0%" in text
+
+
 def test_sample_statistics():
     sample = {"text": "a b a b a b", "tokens": 7, "ended": True}
     quality = report.text_statistics([sample, {"text": "c", "tokens": 1, "ended": None}])
@@ -208,6 +217,11 @@ def test_unfinished_checkpoints_are_not_listed(tmp_path):
     for name in ("100", "step_000200", "300.orbax-checkpoint-tmp-17", "notes"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert [c.step for c in runs.load_run(tmp_path).checkpoints] == [100, 200]
+
+
+def test_layers_stand_in_forward_order():
+    ordered = ["wte", "wpe", "h_0", "h_2", "h_10", "ln_f", "head"]
+    assert runs.forward_order([*sorted(ordered), "h_2"]) == ordered
 
 
 def test_find_runs(tmp_path, monkeypatch):
