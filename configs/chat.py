@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.name = "chat"
     config.domain = "chat"
     config.seed = 42
-    config.backend = "auto"  # auto | xla
+    config.backend = "auto"  # auto | xla | vulkan
     config.matmul_precision = "highest"  # of f32 products on XLA: highest | high | default (TF32 on NVIDIA)
     config.num_steps = 50_000
     config.batch_size = 16  # sequences a step

@@ -4,7 +4,7 @@ import math
 
 from ml_collections import ConfigDict
 
-BACKENDS = ("auto", "xla")
+BACKENDS = ("auto", "xla", "vulkan")
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("highest", "high", "default")
 TARGETS = ("all", "assistant")

@@ -20,6 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+import vk_kernels
 from gpt_jax import data, metrics, tokenizer
 from gpt_jax.checkpoint import Checkpointer, merge_parameters, restore_parameters
 from gpt_jax.config import UserError, validate
@@ -37,6 +38,8 @@ from gpt_jax.steps import (
     nonfinite_places,
     train_step,
 )
+from vk_kernels.errors import NoDeviceError
+from vk_kernels.lowering import open_device
 
 READ_BACK_LAG = 2  # steps whose metrics may still be on their way while the next one is dispatched
 SAMPLING = 1  # purpose of a random key; dropout needs none, its bits are keyed by seed and step
@@ -107,10 +110,22 @@ def parameter_table(params: Any) -> str:
     return "\n".join([*lines, f"  {'total':<{width}}  {'':<14} {total:>12,}"])
 
 
-def choose_backend(config: ConfigDict) -> str:
-    """The backend that will run the steps, and why, as one line; the name stands first."""
+def enter_backend(config: ConfigDict, stack: contextlib.ExitStack) -> str:
+    """Has JAX run on the config's backend until `stack` is closed; returns one line that says which it is, and why.
+
+    Raises:
+      UserError: there is no Vulkan device.
+    """
+    stack.enter_context(jax.default_matmul_precision(config.matmul_precision))
+    if config.backend == "vulkan":
+        try:
+            stack.enter_context(jax.default_device(jax.devices("cpu")[0]))  # whose custom calls the kernels are
+            stack.enter_context(vk_kernels.use("vulkan"))
+        except NoDeviceError as error:
+            raise UserError(f"config.backend=vulkan: {error}") from None
+        return f"vulkan (asked for): each hot operation is one call to {open_device().info}"
     device = jax.devices()[0]
-    reason = "asked for" if config.backend == "xla" else "the only one there is"
+    reason = "asked for" if config.backend == "xla" else "auto: the faster until a whole step is one Vulkan submission"
     return f"xla ({reason}) on {len(jax.devices())} x {device.device_kind} ({device.platform})"
 
 
@@ -421,8 +436,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
         except OSError as error:
             raise UserError(f"cannot write to the run folder: {error}; choose another --workdir") from None
         log = make_log(log_file)
-        stack.enter_context(jax.default_matmul_precision(config.matmul_precision))
-        backend = choose_backend(config)
+        backend = enter_backend(config, stack)
         log(f"run folder {workdir}\nbackend {backend}")
         corpus = data.prepare(config.data, config.model.vocab_size, log)
         model = GPT(ModelConfig.from_config(config.model))

@@ -54,7 +54,7 @@ def test_chat_is_the_reference_run():
 
 
 BAD_VALUES = [
-    ({"backend": "cuda"}, "config.backend must be one of auto, xla; found 'cuda'"),
+    ({"backend": "cuda"}, "config.backend must be one of auto, xla, vulkan; found 'cuda'"),
     ({"num_steps": 0}, "config.num_steps must be at least 1, found 0"),
     ({"seed": 2**32}, "config.seed must be below 2**32, found 4294967296"),
     ({"model.num_heads": 7}, "config.model.embed_dim must be a multiple of num_heads, found 256 and 7"),
