@@ -99,12 +99,12 @@ def plan_adamw(
     require_plain(variant)
     size, first_output = len(decay), len(inputs)
     indices = range(len(inputs) + len(outputs))
-    params, grads, mus, nus, (count, learning_rate, loss) = _split(indices, size)
-    new_params, new_mus, new_nus = (indices[first_output + i * size :][:size] for i in range(3))
-    new_count, norm, finite, *shadows = indices[first_output + 3 * size :]
+    params, grads, mus, nus, (count, learning_rate, loss) = _split(indices[:first_output], size)
     for i in (*params, *mus, *nus):
         if element(inputs[i]) != "f32":
             raise ValueError(f"AdamW keeps parameters and moments in float32, found {inputs[i]}")
+    new_params, new_mus, new_nus = (indices[first_output + i * size :][:size] for i in range(3))
+    new_count, norm, finite, *shadows = indices[first_output + 3 * size :]
 
     measure = plan_norm_of([(i, inputs[i]) for i in grads], output=norm, scratch=len(indices))
     scalars = len(indices) + len(measure.scratch)
