@@ -1,13 +1,30 @@
-"""Causal self-attention with a soft cap and dropout on the weights."""
+"""Causal self-attention with a soft cap and dropout on the weights.
+
+The kernels never hold more of the (T, T) scores than a tile; the references hold them all.
+"""
 
 import math
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
+from vk_kernels.ops.launch import aligned, ceil_divide, dispatch, element
+from vk_kernels.plan import Array, Dispatch, Plan
+
+if TYPE_CHECKING:
+    from vk_kernels.device import DeviceInfo
 
 MASKED = -1e30  # a score that softmax turns into 0; finite, so that no inf - inf can arise
+MAX_HEAD_DIM = 128  # of the kernels: a query's sums must fit in registers
+
+_THREAD_ROWS, _TILE_KEYS = 16, 64  # of a workgroup
+_DOT_ROWS = 16  # that a workgroup of attention_dots takes
+# Queries of a thread: as many as registers hold, but a CPU has few registers and its compiler is slow to unroll.
+_QUERIES, _CPU_QUERIES = 4, 1
 
 
 def soft_cap(scores: jax.Array, cap: float | None) -> jax.Array:
@@ -46,14 +63,255 @@ def attention(
 
     Source: Vaswani et al., "Attention is all you need" (2017).
     """
-    batch, length, heads, head_dim = q.shape
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    scores = attention_scores(q, k, scale=scale, cap=cap)
-    causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores, MASKED), axis=-1)  # (B, H, T, T)
-    if rng is not None and dropout_threshold(dropout_rate) > 0:
-        mask = dropout_mask(rng, stream, dropout_rate, (batch * heads, length, length))
-        weights = jnp.where(mask.reshape(weights.shape), weights * dropout_scale(dropout_rate), 0.0)
-    return jnp.einsum(
-        "bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    ).astype(q.dtype)
+    return attention_forward_reference(
+        q, k, v, rng, scale=scale, cap=cap, dropout_rate=dropout_rate, stream=stream
+    )[0]
+
+
+def attention_forward_reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rng: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+    dropout_rate: float = 0.0,
+    stream: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """What `attention` returns, and the log of each query's sum of exp(score): f32 (B, H, T)."""
+    scores = attention_scores(q, k, scale=_scale(scale, q.shape[-1]), cap=cap)
+    scores = jnp.where(_causal(q.shape[1]), scores, MASKED)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)  # (B, H, T, T)
+    mask = _kept(rng, stream, dropout_rate, weights.shape)
+    if mask is not None:
+        weights = jnp.where(mask, weights * dropout_scale(dropout_rate), 0.0)
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype), lse
+
+
+def attention_backward_reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    rng: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+    dropout_rate: float = 0.0,
+    stream: int = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of q, k and v, each (B, T, H, D) in its dtype, from that of out.
+
+    out, lse: what `attention_forward_reference` gave for the other arguments; d_out: like out.
+
+    Source: Dao et al., "FlashAttention" (2022), appendix B.
+    """
+    scale = _scale(scale, q.shape[-1])
+    scores = attention_scores(q, k, scale=scale, cap=None)
+    slopes = 1.0
+    if cap is not None:
+        tanh = jnp.tanh(scores / cap)
+        scores, slopes = cap * tanh, 1 - tanh * tanh
+    causal = _causal(q.shape[1])
+    weights = jnp.where(causal, jnp.exp(jnp.where(causal, scores, MASKED) - lse[..., None]), 0.0)
+    d_weights = jnp.einsum("bqhd,bkhd->bhqk", d_out, v, preferred_element_type=jnp.float32)
+    dropped = weights
+    mask = _kept(rng, stream, dropout_rate, weights.shape)
+    if mask is not None:
+        dropped = jnp.where(mask, weights * dropout_scale(dropout_rate), 0.0)
+        d_weights = jnp.where(mask, d_weights * dropout_scale(dropout_rate), 0.0)
+    dots = jnp.einsum("bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32)
+    d_scores = (weights * (d_weights - dots[..., None]) * slopes * scale).astype(q.dtype)
+
+    def times(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32).astype(y.dtype)
+
+    dq = times("bhqk,bkhd->bqhd", d_scores, k)
+    dk = times("bhqk,bqhd->bkhd", d_scores, q)
+    dv = times("bhqk,bqhd->bkhd", dropped.astype(d_out.dtype), d_out)
+    return dq, dk, dv
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    return 1 / math.sqrt(head_dim) if scale is None else scale
+
+
+def _causal(length: int) -> jax.Array:
+    return jnp.tril(jnp.ones((1, 1, length, length), bool))
+
+
+def _kept(rng: jax.Array | None, stream: int, rate: float, shape: tuple[int, ...]) -> jax.Array | None:
+    """Which weights dropout keeps, bool (B, H, T, T); None where it keeps all."""
+    if rng is None or dropout_threshold(rate) == 0:
+        return None
+    return dropout_mask(rng, stream, rate, shape)
+
+
+class View(NamedTuple):
+    """Where element (b, t, h, d) of a (B, T, H, D) array is: offset + b batch + t row + h head + d, in elements."""
+
+    offset: int
+    batch: int
+    row: int
+    head: int
+
+
+def dense(shape: tuple[int, int, int, int]) -> View:
+    """The view of an array that has a buffer to itself, in row-major order."""
+    _, length, heads, head_dim = shape
+    return View(0, length * heads * head_dim, heads * head_dim, head_dim)
+
+
+def packed(shape: tuple[int, int, int, int]) -> tuple[View, View, View]:
+    """The views of q, k and v in one buffer (B, T, 3, H, D); `shape` is that of one of them."""
+    _, length, heads, head_dim = shape
+    width = heads * head_dim
+    q, k, v = (View(i * width, length * 3 * width, 3 * width, head_dim) for i in range(3))
+    return q, k, v
+
+
+def plan_attention_forward(
+    info: "DeviceInfo",
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+    dropout_rate: float = 0.0,
+    stream: int = 0,
+    views: tuple[View, View, View] | None = None,
+    queries: int | None = None,
+    variant: str | None = None,
+) -> Plan:
+    """inputs: q, k, v and, for dropout, rng; outputs: out, lse. See `attention_forward_reference`.
+
+    views: where q, k and v are in their buffers, which may then be one; dense if None. out is dense.
+    queries: a thread's, 1, 2 or 4; None has the device decide.
+    Raises ValueError for a dtype, head dim or variant that there are no kernels for.
+    """
+    out = len(inputs)
+    rng = 3 if out > 3 else None
+    work = _Work.of(
+        info, inputs[0], outputs[0].shape, rng, scale, cap, dropout_rate, stream, views, queries, variant
+    )
+    if work.empty:
+        return Plan(())
+    return Plan((work.dispatch("attention_forward", work.query_tiles, (0, 1, 2, rng or 0, out, out + 1)),))
+
+
+def plan_attention_backward(
+    info: "DeviceInfo",
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+    dropout_rate: float = 0.0,
+    stream: int = 0,
+    views: tuple[View, View, View] | None = None,
+    queries: int | None = None,
+    variant: str | None = None,
+) -> Plan:
+    """inputs: q, k, v, out, lse, d_out and, for dropout, rng; outputs: dq, dk, dv. See `attention_backward_reference`.
+
+    views: where q, k and v are in their buffers, and dq, dk and dv likewise in theirs; dense if None. out and d_out
+    are dense. Otherwise as `plan_attention_forward`.
+    """
+    out, lse, d_out, dq = 3, 4, 5, len(inputs)
+    rng = 6 if dq > 6 else None
+    work = _Work.of(
+        info, inputs[0], inputs[out].shape, rng, scale, cap, dropout_rate, stream, views, queries, variant
+    )
+    if work.empty:
+        return Plan(())
+    dk, dv, dots = dq + 1, dq + 2, dq + len(outputs)
+    read = (0, 1, 2, rng or 0, d_out, lse, dots)
+    rows = work.matrices * work.length
+    dots_constants = struct.pack("<4I", rows, work.heads, work.length, work.head_dim)
+    return Plan(
+        (
+            dispatch(
+                "attention_dots",
+                work.element,
+                (out, d_out, dots),
+                dots_constants,
+                ceil_divide(rows, _DOT_ROWS),
+                ALIGNED=aligned(work.head_dim),
+            ),
+            work.dispatch("attention_dkv", work.key_tiles, (*read, dk, dv)),
+            work.dispatch("attention_dq", work.query_tiles, (*read, dq)),
+        ),
+        scratch=(4 * rows,),
+    )
+
+
+class _Work(NamedTuple):
+    """What the kernels of one call share."""
+
+    element: str
+    matrices: int  # B H
+    heads: int
+    length: int
+    head_dim: int
+    spec: dict[str, int | bool]
+    push_constants: bytes
+
+    @classmethod
+    def of(
+        cls,
+        info: "DeviceInfo",
+        q: Array,
+        shape: tuple[int, ...],
+        rng: int | None,
+        scale: float | None,
+        cap: float | None,
+        dropout_rate: float,
+        stream: int,
+        views: tuple[View, View, View] | None,
+        queries: int | None,
+        variant: str | None,
+    ) -> "_Work":
+        """`shape` is that of out, (B, T, H, D)."""
+        if variant not in (None, "plain"):
+            raise ValueError(f"attention has one variant, 'plain', found {variant!r}")
+        batch, length, heads, head_dim = shape
+        if not 1 <= head_dim <= MAX_HEAD_DIM:
+            raise ValueError(f"the head dim of attention must be from 1 to {MAX_HEAD_DIM}, found {head_dim}")
+        strides = [n for view in views or (dense(shape),) * 3 for n in view]
+        threshold = dropout_threshold(dropout_rate) if rng is not None else 0
+        groups = ceil_divide(head_dim, 32)
+        spec = {
+            "GROUPS": groups,
+            "QUERIES": queries or (_CPU_QUERIES if info.kind == "cpu" else _QUERIES),
+            "STAGE_ROWS": (64, 32, 16, 16)[groups - 1],
+            "ALIGNED": all(aligned(n) for n in (head_dim, *strides)),
+            "SOFT_CAP": cap is not None,
+            "DROPOUT": threshold > 0,
+        }
+        push_constants = struct.pack(
+            "<18I3f",
+            *strides,
+            *(batch * heads, heads, length, head_dim, stream, threshold),
+            *(dropout_scale(dropout_rate), _scale(scale, head_dim), cap or 0.0),
+        )
+        return cls(element(q), batch * heads, heads, length, head_dim, spec, push_constants)
+
+    @property
+    def empty(self) -> bool:
+        return self.matrices * self.length == 0
+
+    @property
+    def query_tiles(self) -> int:
+        return self.matrices * ceil_divide(self.length, _THREAD_ROWS * self.spec["QUERIES"])
+
+    @property
+    def key_tiles(self) -> int:
+        return self.matrices * ceil_divide(self.length, _TILE_KEYS)
+
+    def dispatch(self, kernel: str, tiles: int, operands: tuple[int, ...]) -> Dispatch:
+        return dispatch(kernel, self.element, operands, self.push_constants, tiles, **self.spec)
