@@ -1,6 +1,6 @@
 """Plans of matrix products: C = epilogue(op(A) op(B)), for one matrix or a batch of them. Knows no JAX.
 
-Three families of kernels make the product; `plan_gemm` picks one by what the device can do:
+Three families of kernels make the product; `plan_gemm` takes the first that the device can run:
   coop2   VK_NV_cooperative_matrix2: a workgroup multiplies whole tiles of bf16 that the driver loads
   coop1   VK_KHR_cooperative_matrix: a subgroup multiplies 16 x 16 x 16 blocks of bf16
   plain   any device: f32 arithmetic on blocks of registers
@@ -9,6 +9,7 @@ them up, always in the same order, so that a product is the same bit for bit eve
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,22 +18,22 @@ import numpy as np
 
 from vk_kernels.device import DeviceInfo
 from vk_kernels.errors import FeatureError
-from vk_kernels.features import Features
 from vk_kernels.kernel import manifest
+from vk_kernels.ops.launch import MAX_GROUPS, THREADS, ceil_divide, dispatch
 from vk_kernels.plan import Dispatch, Plan
 
 F32 = np.dtype(np.float32)
 BF16 = np.dtype(ml_dtypes.bfloat16)
-SHORT = {F32: "f32", BF16: "bf16"}  # as in the names of the variants
 
 VARIANTS = ("coop2", "coop1", "plain")  # in order of preference
-BUSY = {"cpu": 4}  # workgroups that keep a device of that kind busy
-BUSY_GPU = 128
-MIN_SPLIT_K = 256  # the shortest slice of k that is worth its partial sums
-MAX_SPLITS = 32
-FINISH_THREADS = 256
-STRIP_ROWS, STRIP_COLUMNS = 256, 128  # what one workgroup sums in `plan_column_sums`
-MAX_GROUPS = 65535  # along either axis; every device takes that many
+
+_SHORT = {F32: "f32", BF16: "bf16"}  # as in the variants' names
+_MIN_SPLIT_K = 256  # the shortest slice of k that is worth its partial sums
+_MAX_SPLITS = 32
+_STRIP_ROWS, _STRIP_COLUMNS = 256, 128  # what a workgroup of matmul_column_sums takes
+_ALIGNMENT = 16  # bytes at which the cooperative kernels want a matrix to start
+_BUSY = {"cpu": 16}  # workgroups that keep a kind of device at work
+_BUSY_GPU = 128
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class Epilogue:
     bias: (columns of C,) to add. save_pre_activation: where to store the sums as they are then. gelu: apply GELU.
     gelu_slope_of: multiply by GELU's slope at these values. rng, threshold, scale, stream: dropout (see
     `dropout_threshold`, `dropout_scale`); rng is uint32 (2,), None for no dropout. residual: to add.
-    accumulate: add what C holds. All but rng have C's dtype, and residual, save_pre_activation and gelu_slope_of its
-    layout. Dropout and bias take no batch, and residual and gelu_slope_of exclude one another.
+    accumulate: add what C holds. All but rng have C's dtype; residual, save_pre_activation and gelu_slope_of have its
+    layout too. Bias and dropout take no batch; dropout and accumulate exclude one another, as residual and
+    gelu_slope_of do.
     """
 
     bias: int | None = None
@@ -83,73 +85,70 @@ class Epilogue:
     residual: int | None = None
     accumulate: bool = False
 
+    def check(self, batch: int) -> None:
+        """Raises ValueError for steps that exclude one another."""
+        if batch > 1 and (self.rng is not None or self.bias is not None):
+            raise ValueError("an epilogue has bias and dropout for one matrix, not for a batch")
+        if self.gelu_slope_of is not None and self.residual is not None:
+            raise ValueError("an epilogue has gelu_slope_of or residual, not both")
+        if self.rng is not None and self.accumulate:
+            raise ValueError("an epilogue has dropout or accumulate, not both")
+
+    def before_dropout(self) -> "Epilogue":
+        return replace(self, rng=None, threshold=0, scale=1.0, stream=0, residual=None)
+
+    def from_dropout(self) -> "Epilogue":
+        return replace(self, bias=None, save_pre_activation=None, gelu=False, gelu_slope_of=None)
+
 
 NOTHING = Epilogue()
 
 
 class Tile(NamedTuple):
-    """What a workgroup makes: m x n of C, k at a time; in `plain` a thread makes block_m x block_n of it."""
+    """What a workgroup makes: m x n of C, k at a time.
+
+    In `plain` a thread makes block_m x block_n of it, `unroll` of the k without a loop; in `coop1` a subgroup does.
+    """
 
     m: int
     n: int
     k: int
     block_m: int = 0
     block_n: int = 0
-    threads: int = 256
+    unroll: int = 1
+
+    @property
+    def blocks(self) -> int:
+        return self.m // self.block_m * (self.n // self.block_n)
 
 
-# Best first for products that fill the device.
+# Best first, for products that fill the device. Those of the cooperative families are variants of their kernels.
 TILES = {
-    "plain": (Tile(128, 128, 16, 8, 8), Tile(64, 64, 16, 4, 4), Tile(32, 32, 16, 4, 4, threads=64)),
-    "coop1": (Tile(128, 128, 32), Tile(64, 64, 32, threads=128)),
-    "coop2": (Tile(128, 256, 32), Tile(128, 128, 32), Tile(64, 128, 64), Tile(64, 64, 64, threads=128)),
+    "plain": (Tile(128, 128, 16, 8, 8, 8), Tile(64, 64, 16, 4, 4, 8), Tile(32, 32, 16, 4, 4, 8)),
+    "coop1": (Tile(128, 128, 32, 64, 32), Tile(64, 64, 32, 32, 32)),
+    "coop2": (Tile(128, 256, 32), Tile(128, 128, 32), Tile(64, 128, 64), Tile(64, 64, 64)),
 }
+# The time that a CPU driver's compiler takes grows with the square of what is unrolled.
+CPU_TILES = (Tile(64, 64, 16, 8, 8), Tile(32, 32, 16, 4, 4))
 
 
-def choose_tile(variant: str, m: int, n: int, k: int, batch: int = 1, busy: int = BUSY_GPU) -> tuple[Tile, int]:
-    """The tile and the number of slices of k for a product: a pure table, so that it can be tuned.
+def choose_tile(
+    tiles: Sequence[Tile], m: int, n: int, k: int, batch: int = 1, busy: int = _BUSY_GPU
+) -> tuple[Tile, int]:
+    """The tile, out of `tiles`, and the number of slices of k for a product.
 
-    The largest tile of which C has enough, with k split if need be, to keep `busy` workgroups at work; else whatever
+    The first tile of which C has enough, with k split if need be, to keep `busy` workgroups at work; else whatever
     makes the most of them.
     """
-    best, most = (TILES[variant][-1], 1), 0
-    for tile in TILES[variant]:
-        tiles = batch * -(-m // tile.m) * -(-n // tile.n)
-        splits = max(1, min(-(-busy // tiles), k // MIN_SPLIT_K, MAX_SPLITS))
-        if tiles * splits >= busy:
+    best, most = (tiles[-1], 1), 0
+    for tile in tiles:
+        count = batch * ceil_divide(m, tile.m) * ceil_divide(n, tile.n)
+        splits = max(1, min(ceil_divide(busy, count), k // _MIN_SPLIT_K, _MAX_SPLITS))
+        if count * splits >= busy:
             return tile, splits
-        if tiles * splits > most:
-            best, most = (tile, splits), tiles * splits
+        if count * splits > most:
+            best, most = (tile, splits), count * splits
     return best
-
-
-def _lacking(info: DeviceInfo, variant: str) -> str:
-    """What `info` lacks for a product of bf16 by `variant`; empty where it lacks nothing."""
-    if variant == "plain":
-        return ""
-    features: Features = info.features
-    needed = {"shaderBFloat16CooperativeMatrix", "cooperativeMatrix"}
-    needed |= {"cooperativeMatrixWorkgroupScope", "cooperativeMatrixFlexibleDimensions"} if variant == "coop2" else set()
-    for record in manifest().values():
-        if record["entry"] == f"matmul_{variant}":
-            needed |= set(record["features"])
-    missing = sorted(needed - features.names)
-    if missing:
-        return ", ".join(missing)
-    types = ("bf16", "bf16", "f32", "f32")
-    if variant == "coop1":
-        found = any(
-            (row.m, row.n, row.k) == (16, 16, 16) and (row.a, row.b, row.c, row.result) == types
-            for row in features.cooperative_matrices
-            if row.scope == "subgroup"
-        )
-        return "" if found else "cooperative matrices of 16x16x16 bf16"
-    found = {
-        row.workgroup_invocations
-        for row in features.cooperative_matrices2
-        if row.scope == "workgroup" and (row.a, row.b, row.c, row.result) == types
-    }
-    return "" if {tile.threads for tile in TILES["coop2"]} <= found else "workgroup cooperative matrices of bf16"
 
 
 def choose_variant(info: DeviceInfo, dtype: np.dtype, variant: str | None = None) -> str:
@@ -159,17 +158,49 @@ def choose_variant(info: DeviceInfo, dtype: np.dtype, variant: str | None = None
     take the dtype.
     """
     if variant is None:
-        if dtype != BF16:
-            return "plain"
-        return next(name for name in VARIANTS if not _lacking(info, name))
+        return next(
+            name for name in VARIANTS if name == "plain" or (dtype == BF16 and not _lacking(info, name))
+        )
     if variant not in VARIANTS:
         raise ValueError(f"matmul variant must be one of {', '.join(VARIANTS)}, found {variant!r}")
-    if variant != "plain" and dtype != BF16:
-        raise ValueError(f"matmul variant {variant!r} multiplies bfloat16, found {dtype.name}")
-    lacking = _lacking(info, variant)
-    if lacking:
-        raise FeatureError(f"matmul variant {variant!r}: {info.name} lacks {lacking}")
+    if variant != "plain":
+        if dtype != BF16:
+            raise ValueError(f"matmul variant {variant!r} multiplies bfloat16, found {dtype.name}")
+        lacking = _lacking(info, variant)
+        if lacking:
+            raise FeatureError(f"matmul variant {variant!r}: {info.name} lacks {lacking}")
     return variant
+
+
+def _lacking(info: DeviceInfo, variant: str) -> str:
+    """What `info` lacks for products of bf16 by cooperative matrices; empty where it lacks nothing."""
+    records = [record for record in manifest().values() if record["entry"] == f"matmul_{variant}"]
+    needed = {feature for record in records for feature in record["features"]}
+    if variant == "coop2":
+        needed |= {"cooperativeMatrixWorkgroupScope", "cooperativeMatrixFlexibleDimensions"}
+    missing = needed - info.features.names
+    if missing:
+        return ", ".join(sorted(missing))
+    types = ("bf16", "bf16", "f32", "f32")
+    if variant == "coop1":
+        smallest, largest = info.limits.subgroup_size_range
+        if smallest != largest and not info.limits.subgroup_size_selectable:
+            return "a choice of subgroup size"
+        rows = [row for row in info.features.cooperative_matrices if row.scope == "subgroup"]
+        fits = any(
+            (row.m, row.n, row.k, row.a, row.b, row.c, row.result) == (16, 16, 16, *types) for row in rows
+        )
+        return "" if fits else "cooperative matrices of 16x16x16 bf16"
+    rows = [row for row in info.features.cooperative_matrices2 if row.scope == "workgroup"]
+    for tile in TILES["coop2"]:
+        if not any(
+            row.workgroup_invocations == _coop2_threads(tile)
+            and (row.a, row.b, row.c, row.result) == types
+            and tile.m % row.m == tile.n % row.n == tile.k % row.k == 0
+            for row in rows
+        ):
+            return f"workgroup cooperative matrices of {tile.m}x{tile.n}x{tile.k} bf16"
+    return ""
 
 
 def plan_gemm(
@@ -203,89 +234,162 @@ def plan_gemm(
     k_of_b, n = (b.columns, b.rows) if transpose_b else (b.rows, b.columns)
     if (m, n) != (c.rows, c.columns) or k != k_of_b:
         raise ValueError(f"no product of {m}x{k} and {k_of_b}x{n} is {c.rows}x{c.columns}")
-    if a.dtype != b.dtype or a.dtype not in SHORT or c.dtype not in (F32, a.dtype):
+    if a.dtype != b.dtype or a.dtype not in _SHORT or c.dtype not in (F32, a.dtype):
         raise ValueError(f"no product of {a.dtype.name} and {b.dtype.name} gives {c.dtype.name}")
-    if batch > 1 and (epilogue.rng is not None or epilogue.bias is not None):
-        raise ValueError("bias and dropout are for one matrix, not for a batch")
-    if epilogue.gelu_slope_of is not None and epilogue.residual is not None:
-        raise ValueError("an epilogue has gelu_slope_of or residual, not both")
-    if epilogue.rng is not None and epilogue.accumulate:
-        raise ValueError("an epilogue has dropout or accumulate, not both")
+    epilogue.check(batch)
     if 0 in (m, n, batch):
         return Plan(())
 
     chosen = choose_variant(info, a.dtype, variant)
-    if chosen != "plain" and not all(x.offset % 8 == x.batch_stride % 8 == 0 for x in (a, b, c)):
+    if chosen != "plain" and not all(_starts_aligned(x, batch) for x in (a, b, c)):
         if variant is not None:
-            raise ValueError(f"matmul variant {variant!r} takes matrices that start at multiples of 8 elements")
+            raise ValueError(
+                f"matmul variant {variant!r} takes matrices that start at multiples of {_ALIGNMENT} bytes"
+            )
         chosen = "plain"
-    found = choose_tile(chosen, m, n, k, batch, BUSY.get(info.kind, BUSY_GPU))
-    tile, splits = tile or found[0], splits or (found[1] if tile is None else 1)
-    slice_k = max(1, -(-k // (splits * tile.k))) * tile.k  # whole tiles, so that only the last slice is ragged
-    splits = max(1, -(-k // slice_k))
+    if tile is None:
+        tiles = CPU_TILES if info.kind == "cpu" and chosen == "plain" else TILES[chosen]
+        tiles = [tile for tile in tiles if _fits(info, chosen, tile)]
+        tile, found = choose_tile(tiles, m, n, k, batch, _BUSY.get(info.kind, _BUSY_GPU))
+        splits = found if splits is None else splits
+    slice_k = (
+        max(1, ceil_divide(k, (splits or 1) * tile.k)) * tile.k
+    )  # whole tiles: only the last slice is ragged
+    splits = max(1, ceil_divide(k, slice_k))
 
     work = _Work(m, n, k, batch, splits, slice_k)
-    spec = {"TRANSPOSE_A": transpose_a, "TRANSPOSE_B": transpose_b}
+    multiply = _Multiply(info, chosen, tile, work, a, b, transpose_a, transpose_b)
     if splits > 1:
-        partial = matrix(scratch, F32, m, n)
-        multiply = _multiply(chosen, tile, spec, work, a, b, partial, NOTHING)
-        return Plan((multiply, _finish(work, partial, c, epilogue)), (4 * batch * splits * m * n,))
+        partial = replace(matrix(scratch, F32, m, n), batch_stride=ceil_divide(m * n, 4) * 4)
+        nbytes = 4 * batch * splits * partial.batch_stride
+        return Plan((multiply.dispatch(partial, NOTHING), _finish(work, partial, c, epilogue)), (nbytes,))
     if chosen == "coop2" and epilogue.rng is not None:
         # coop2 applies functions to an element at a time, and each would draw the bits of all eight of its block.
-        before = replace(epilogue, rng=None, residual=None)
-        after = replace(NOTHING, **{name: getattr(epilogue, name) for name in _DROPOUT}, residual=epilogue.residual)
-        return Plan((_multiply(chosen, tile, spec, work, a, b, c, before), _finish(work, c, c, after)))
-    return Plan((_multiply(chosen, tile, spec, work, a, b, c, epilogue),))
+        first = multiply.dispatch(c, epilogue.before_dropout())
+        return Plan((first, _finish(work, c, c, epilogue.from_dropout())))
+    return Plan((multiply.dispatch(c, epilogue),))
 
 
-_DROPOUT = ("rng", "threshold", "scale", "stream")
+def plan_epilogue(a: Matrix, c: Matrix, epilogue: Epilogue) -> Plan:
+    """C = epilogue(A), element by element, f32 or bf16 each but not bf16 to f32; A and C may be one operand."""
+    epilogue.check(1)
+    if 0 in (c.rows, c.columns):
+        return Plan(())
+    return Plan((_finish(_Work(c.rows, c.columns), a, c, epilogue),))
+
+
+def plan_column_sums(a: Matrix, c: Matrix, *, scratch: int) -> Plan:
+    """C (1 x n) = the sums of A's columns, added in f32; `scratch` as for `plan_gemm`."""
+    if a.columns == 0:
+        return Plan(())
+    strips = max(1, ceil_divide(a.rows, _STRIP_ROWS))
+    partial = matrix(scratch, F32, 1, a.columns)
+    work = _Work(a.rows, a.columns, splits=strips, slice_k=_STRIP_ROWS)
+    first = dispatch(
+        "matmul_column_sums",
+        _SHORT[a.dtype],
+        _operands(a, a, partial, NOTHING)[:6],
+        _push_constants(
+            work, a, a, partial, NOTHING, workgroups := strips * ceil_divide(a.columns, _STRIP_COLUMNS)
+        ),
+        workgroups,
+        THREADS=THREADS,
+        ALIGNED_A=a.aligned(4),
+        ALIGNED_C=partial.aligned(4),
+    )
+    last = _finish(_Work(1, a.columns, splits=strips), partial, c, NOTHING)
+    return Plan((first, last), (4 * strips * a.columns,))
 
 
 class _Work(NamedTuple):
-    """The sizes that open every kernel's push constants."""
+    """The sizes that open the push constants of every kernel here."""
 
     m: int
     n: int
-    k: int
+    k: int = 0
     batch: int = 1
     splits: int = 1
     slice_k: int = 0
 
 
-def _dispatch(
-    kernel: str,
-    variant: str,
-    spec: dict[str, int | bool],
-    work: _Work,
-    a: Matrix,
-    b: Matrix,
-    c: Matrix,
-    epilogue: Epilogue,
-    workgroups: int,
-    threads: int,
-) -> Dispatch:
-    groups_x = min(workgroups, MAX_GROUPS)
-    push_constants = struct.pack(
+@dataclass(frozen=True)
+class _Multiply:
+    """A product that waits to be told where it goes."""
+
+    info: DeviceInfo
+    variant: str
+    tile: Tile
+    work: _Work
+    a: Matrix
+    b: Matrix
+    transpose_a: bool
+    transpose_b: bool
+
+    def dispatch(self, c: Matrix, epilogue: Epilogue) -> Dispatch:
+        """C = the epilogue of the product, or of each of its partial sums."""
+        tile, work, a, b = self.tile, self.work, self.a, self.b
+        at_once = {"plain": (4, 4), "coop1": (8, 4), "coop2": (8, 8)}[
+            self.variant
+        ]  # elements of an operand, of C
+        spec = {"TRANSPOSE_A": self.transpose_a, "TRANSPOSE_B": self.transpose_b}
+        spec |= {"ALIGNED_A": a.aligned(at_once[0]), "ALIGNED_B": b.aligned(at_once[0])}
+        spec |= _epilogue_spec(epilogue, c.aligned(at_once[1]))
+        kernel, kind = f"matmul_{self.variant}", f"{_types(a, c)}_{tile.m}x{tile.n}x{tile.k}"
+        subgroup_size = None
+        if self.variant == "plain":
+            kernel, kind = "matmul", _types(a, c)
+            spec |= {"TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "THREADS": tile.blocks}
+            spec |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "UNROLL_K": tile.unroll}
+        elif self.variant == "coop1":
+            subgroup_size = self.info.limits.subgroup_size
+            spec["THREADS"] = tile.blocks * subgroup_size
+        else:
+            del spec["DROPOUT"]
+        groups = work.batch * work.splits * ceil_divide(work.m, tile.m) * ceil_divide(work.n, tile.n)
+        push_constants = _push_constants(work, a, b, c, epilogue, groups)
+        made = dispatch(kernel, kind, _operands(a, b, c, epilogue), push_constants, groups, **spec)
+        return replace(made, subgroup_size=subgroup_size)
+
+
+def _finish(work: _Work, a: Matrix, c: Matrix, epilogue: Epilogue) -> Dispatch:
+    """C = epilogue(the sum of A over splits)."""
+    groups = ceil_divide(work.batch * work.m * ceil_divide(work.n, 4), THREADS)
+    spec = {"THREADS": THREADS, "ALIGNED_A": a.aligned(4), **_epilogue_spec(epilogue, c.aligned(4))}
+    push_constants = _push_constants(work, a, a, c, epilogue, groups)
+    return dispatch(
+        "matmul_finish", _types(a, c), _operands(a, a, c, epilogue), push_constants, groups, **spec
+    )
+
+
+def _types(a: Matrix, c: Matrix) -> str:
+    return _SHORT[a.dtype] if a.dtype == c.dtype else f"{_SHORT[a.dtype]}_{_SHORT[c.dtype]}"
+
+
+def _operands(a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue) -> tuple[int, ...]:
+    """In the order of the bindings. What a kernel does not use must be bound all the same: to anything."""
+    residual = epilogue.residual if epilogue.gelu_slope_of is None else epilogue.gelu_slope_of
+    reads = (a.operand if operand is None else operand for operand in (epilogue.bias, residual, epilogue.rng))
+    saved = c.operand if epilogue.save_pre_activation is None else epilogue.save_pre_activation
+    return (a.operand, b.operand, *reads, c.operand, saved)
+
+
+def _push_constants(
+    work: _Work, a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue, workgroups: int
+) -> bytes:
+    """Params of shaders/matmul_common.slang."""
+    return struct.pack(
         "<18If",
-        *(*work, groups_x),
+        *(*work, min(workgroups, MAX_GROUPS)),
         *(a.stride, b.stride, c.stride),
         *(a.offset, b.offset, c.offset),
         *(a.batch_stride, b.batch_stride, c.batch_stride),
         *(epilogue.stream, epilogue.threshold, epilogue.scale),
     )
-    # What a kernel does not use must be bound all the same: to anything.
-    residual = epilogue.residual if epilogue.gelu_slope_of is None else epilogue.gelu_slope_of
-    reads = (a.operand if operand is None else operand for operand in (epilogue.bias, residual, epilogue.rng))
-    saved = c.operand if epilogue.save_pre_activation is None else epilogue.save_pre_activation
-    operands = (a.operand, b.operand, *reads, c.operand, saved)
-    groups = (groups_x, -(-workgroups // groups_x), 1)
-    spec = {"THREADS": threads, **spec}
-    return Dispatch(kernel, variant, tuple(sorted(spec.items())), operands, push_constants, groups)
 
 
-def _epilogue_spec(c: Matrix, epilogue: Epilogue) -> dict[str, bool]:
+def _epilogue_spec(epilogue: Epilogue, aligned: bool) -> dict[str, int | bool]:
     return {
-        "ALIGNED_C": c.aligned(4),
+        "ALIGNED_C": aligned,
         "BIAS": epilogue.bias is not None,
         "SAVE_PRE_ACTIVATION": epilogue.save_pre_activation is not None,
         "GELU": epilogue.gelu,
@@ -296,49 +400,26 @@ def _epilogue_spec(c: Matrix, epilogue: Epilogue) -> dict[str, bool]:
     }
 
 
-def _multiply(
-    variant: str,
-    tile: Tile,
-    transposes: dict[str, bool],
-    work: _Work,
-    a: Matrix,
-    b: Matrix,
-    c: Matrix,
-    epilogue: Epilogue,
-) -> Dispatch:
-    workgroups = work.batch * work.splits * -(-work.m // tile.m) * -(-work.n // tile.n)
-    types = SHORT[a.dtype] if a.dtype == c.dtype else f"{SHORT[a.dtype]}_{SHORT[c.dtype]}"
-    spec = {**transposes, **_epilogue_spec(c, epilogue), "ALIGNED_A": a.aligned(4), "ALIGNED_B": b.aligned(4)}
-    spec |= {"TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    return _dispatch("matmul", types, spec, work, a, b, c, epilogue, workgroups, tile.threads)
+def _coop2_threads(tile: Tile) -> int:
+    """The workgroup that shaders/matmul_coop2.slang declares for a tile."""
+    return 128 if tile.m * tile.n <= 64 * 64 else 256
 
 
-def _finish(work: _Work, a: Matrix, c: Matrix, epilogue: Epilogue) -> Dispatch:
-    """C = epilogue(the sum over splits of A)."""
-    quads = work.batch * work.m * -(-work.n // 4)
-    types = SHORT[a.dtype] if a.dtype == c.dtype else f"{SHORT[a.dtype]}_{SHORT[c.dtype]}"
-    spec = {**_epilogue_spec(c, epilogue), "ALIGNED_A": a.aligned(4)}
-    workgroups = -(-quads // FINISH_THREADS)
-    return _dispatch("matmul_finish", types, spec, work, a, a, c, epilogue, workgroups, FINISH_THREADS)
+def _fits(info: DeviceInfo, variant: str, tile: Tile) -> bool:
+    """Whether the device has the threads and the shared memory that a tile takes."""
+    limits = info.limits
+    if variant == "coop2":
+        return True  # the driver finds room, or `_lacking` said that it cannot
+    if variant == "coop1":
+        shared = (tile.m + tile.n) * (tile.k + 8) * 2 + tile.blocks * 16 * 16 * 4
+        return (
+            tile.blocks * limits.subgroup_size <= limits.workgroup_invocations
+            and shared <= limits.shared_memory
+        )
+    shared = tile.k * (tile.m + tile.n + 8) * 4
+    return tile.blocks <= limits.workgroup_invocations and shared <= limits.shared_memory
 
 
-def plan_epilogue(a: Matrix, c: Matrix, epilogue: Epilogue) -> Plan:
-    """C = epilogue(A), element by element; A and C may be one buffer."""
-    if 0 in (c.rows, c.columns):
-        return Plan(())
-    return Plan((_finish(_Work(c.rows, c.columns, 0), a, c, epilogue),))
-
-
-def plan_column_sums(a: Matrix, c: Matrix, *, scratch: int) -> Plan:
-    """C (1 x n) = the sums of A's columns, in f32; `scratch` as for `plan_gemm`."""
-    if a.columns == 0:
-        return Plan(())
-    strips = max(1, -(-a.rows // STRIP_ROWS))
-    partial = matrix(scratch, F32, 1, a.columns)
-    spec = {"ALIGNED_A": a.aligned(4), "ALIGNED_C": partial.aligned(4)}
-    work = _Work(a.rows, a.columns, 0, splits=strips, slice_k=STRIP_ROWS)
-    workgroups = strips * -(-a.columns // STRIP_COLUMNS)
-    first = _dispatch("matmul_column_sums", SHORT[a.dtype], spec, work, a, a, partial, NOTHING, workgroups, 256)
-    first = replace(first, operands=first.operands[:6])
-    last = _finish(_Work(1, a.columns, 0, splits=strips), partial, c, NOTHING)
-    return Plan((first, last), (4 * strips * a.columns,))
+def _starts_aligned(x: Matrix, batch: int) -> bool:
+    starts = (x.offset, x.batch_stride) if batch > 1 else (x.offset,)
+    return not any(start * x.dtype.itemsize % _ALIGNMENT for start in starts)

@@ -1,10 +1,21 @@
 """Matrix product with what usually follows it: bias, GELU, dropout, residual."""
 
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
-from vk_kernels.ops.dropout import dropout
-from vk_kernels.ops.gelu import gelu
+from vk_kernels.ops.dropout import dropout, dropout_scale, dropout_threshold
+from vk_kernels.ops.gelu import gelu, gelu_backward_reference
+from vk_kernels.ops.gemm import Epilogue, Matrix, matrix, plan_column_sums, plan_epilogue, plan_gemm
+from vk_kernels.plan import Array, Plan
+
+if TYPE_CHECKING:
+    from vk_kernels.device import DeviceInfo
+
+ACTIVATIONS = (None, "gelu")
 
 
 def matmul(
@@ -34,13 +45,172 @@ def matmul(
     Raises:
       ValueError: an unknown activation.
     """
-    if activation not in (None, "gelu"):
-        raise ValueError(f"activation must be None or 'gelu', found {activation!r}")
+    if rng is None:
+        dropout_rate = 0.0
+    return matmul_forward_reference(
+        *(x, w, *(operand for operand in (bias, residual, rng) if operand is not None)),
+        activation=activation,
+        has_bias=bias is not None,
+        has_residual=residual is not None,
+        dropout_rate=dropout_rate,
+        stream=stream,
+    )[0]
+
+
+def matmul_forward_reference(
+    x: jax.Array,
+    w: jax.Array,
+    *optional: jax.Array,
+    activation: str | None,
+    has_bias: bool,
+    has_residual: bool,
+    dropout_rate: float,
+    stream: int,
+) -> tuple[jax.Array, ...]:
+    """(y,) of `matmul`, or, with an activation, (y, its input), which the backward pass needs; both in x's dtype.
+
+    optional: bias if has_bias, residual if has_residual, rng if there is dropout.
+    """
+    _check_activation(activation)
+    rest = iter(optional)
+    bias = next(rest) if has_bias else None
+    residual = next(rest) if has_residual else None
+    rng = next(rest, None)
     y = jnp.einsum("...k,kn->...n", x, w, preferred_element_type=jnp.float32)
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-    y = y.astype(x.dtype)
+    y = pre_activation = y.astype(x.dtype)
     if activation == "gelu":
         y = gelu(y)
     y = dropout(y, rng, rate=dropout_rate, stream=stream)
-    return y if residual is None else residual + y
+    y = y if residual is None else residual + y
+    return (y,) if activation is None else (y, pre_activation)
+
+
+def matmul_backward_reference(
+    dy: jax.Array,
+    x: jax.Array,
+    w: jax.Array,
+    *optional: jax.Array,
+    activation: str | None,
+    has_bias: bool,
+    dropout_rate: float,
+    stream: int,
+) -> tuple[jax.Array, ...]:
+    """(dx, dw), and with has_bias dbias (N,), in x's dtype. The gradient of the residual is dy itself.
+
+    optional: the activation's input if there is one, rng if there is dropout.
+    """
+    _check_activation(activation)
+    rest = iter(optional)
+    pre_activation = None if activation is None else next(rest)
+    dy = dropout(dy.astype(jnp.float32), next(rest, None), rate=dropout_rate, stream=stream)
+    if activation == "gelu":
+        dy = gelu_backward_reference(pre_activation.astype(jnp.float32), dy)
+    dsums = dy.astype(x.dtype).reshape(math.prod(x.shape[:-1]), w.shape[1])
+    rows = x.reshape(dsums.shape[0], w.shape[0])
+    dx = jnp.einsum("mn,kn->mk", dsums, w, preferred_element_type=jnp.float32)
+    dw = jnp.einsum("mk,mn->kn", rows, dsums, preferred_element_type=jnp.float32)
+    gradients = (dx.reshape(x.shape).astype(x.dtype), dw.astype(w.dtype))
+    return (*gradients, dsums.astype(jnp.float32).sum(axis=0).astype(x.dtype)) if has_bias else gradients
+
+
+def plan_matmul_forward(
+    info: "DeviceInfo",
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    *,
+    activation: str | None,
+    has_bias: bool,
+    has_residual: bool,
+    dropout_rate: float,
+    stream: int,
+    variant: str | None = None,
+) -> Plan:
+    """inputs: x, w, and of bias, residual, rng those that there are; outputs: y and, with an activation, its input.
+
+    See `matmul_forward_reference`; variant: of `plan_gemm`, which also says what is raised. bias and residual must
+    have x's dtype.
+    """
+    _check_activation(activation)
+    x, w = _rows(0, inputs[0]), _rows(1, inputs[1])
+    y = len(inputs)
+    optional = iter(range(2, len(inputs)))
+    bias = next(optional) if has_bias else None
+    residual = next(optional) if has_residual else None
+    for name, operand in (("bias", bias), ("residual", residual)):
+        if operand is not None and inputs[operand].dtype != x.dtype:
+            raise ValueError(f"matmul: {name} must be {x.dtype.name} as x is, found {inputs[operand]}")
+    epilogue = Epilogue(
+        bias=bias,
+        save_pre_activation=None if activation is None else y + 1,
+        gelu=activation == "gelu",
+        residual=residual,
+        **_dropout_step(next(optional, None), dropout_rate, stream),
+    )
+    scratch = len(inputs) + len(outputs)
+    return plan_gemm(info, x, w, _rows(y, outputs[0]), epilogue=epilogue, scratch=scratch, variant=variant)
+
+
+def plan_matmul_backward(
+    info: "DeviceInfo",
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    *,
+    activation: str | None,
+    has_bias: bool,
+    dropout_rate: float,
+    stream: int,
+    variant: str | None = None,
+) -> Plan:
+    """inputs: dy, x, w, and of the activation's input and rng those that there are; outputs: dx, dw and maybe dbias.
+
+    See `matmul_backward_reference`; variant: of `plan_gemm`, which also says what is raised.
+    """
+    _check_activation(activation)
+    dsums, x, w = (_rows(i, array) for i, array in enumerate(inputs[:3]))
+    first = len(inputs)
+    dx, dw = _rows(first, outputs[0]), _rows(first + 1, outputs[1])
+    optional = iter(range(3, len(inputs)))
+    pre_activation = None if activation is None else next(optional)
+    drop = _dropout_step(next(optional, None), dropout_rate, stream)
+    plan, free = Plan(()), first + len(outputs)
+    if activation is not None or drop:
+        # Once, ahead of both products: in their loads, every tile of C would draw the same bits again.
+        dy, dsums = dsums, matrix(free, x.dtype, dsums.rows, dsums.columns)
+        epilogue = Epilogue(gelu_slope_of=pre_activation, **drop)
+        nbytes = x.dtype.itemsize * dsums.rows * dsums.columns
+        plan = Plan(plan_epilogue(dy, dsums, epilogue).dispatches, (nbytes,))
+
+    # Each with its own scratch: they do not depend on one another, and may run side by side.
+    def then(more: Plan) -> Plan:
+        return Plan(plan.dispatches + more.dispatches, plan.scratch + more.scratch)
+
+    plan = then(
+        plan_gemm(info, dsums, w, dx, transpose_b=True, scratch=free + len(plan.scratch), variant=variant)
+    )
+    plan = then(
+        plan_gemm(info, x, dsums, dw, transpose_a=True, scratch=free + len(plan.scratch), variant=variant)
+    )
+    if has_bias:
+        dbias = matrix(first + 2, x.dtype, 1, w.columns)
+        plan = then(plan_column_sums(dsums, dbias, scratch=free + len(plan.scratch)))
+    return plan
+
+
+def _check_activation(activation: str | None) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or 'gelu', found {activation!r}")
+
+
+def _rows(operand: int, array: Array) -> Matrix:
+    """(..., N) as a matrix of N columns."""
+    return matrix(operand, array.dtype, math.prod(array.shape[:-1]), array.shape[-1])
+
+
+def _dropout_step(rng: int | None, rate: float, stream: int) -> dict[str, int | float]:
+    """The fields of an Epilogue that drops, if anything is to be dropped."""
+    threshold = dropout_threshold(rate)
+    if rng is None or threshold == 0:
+        return {}
+    return {"rng": rng, "threshold": threshold, "scale": dropout_scale(rate), "stream": stream}
