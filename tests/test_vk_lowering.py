@@ -55,7 +55,7 @@ PAIR = lowering.make_primitive("test_pair", copies, plan_copies)
 PAIR_BACKWARD = lowering.make_primitive("test_pair_backward", copies, plan_copies)
 pair_operation = lowering.make_operation(
     PAIR,
-    lambda target, operands, residuals, cotangents, **parameters: PAIR_BACKWARD.bind(
+    lambda target, operands, results, cotangents, **parameters: PAIR_BACKWARD.bind(
         *cotangents, target=target, **parameters
     ),
     outputs=2,
@@ -353,7 +353,8 @@ def test_use_refuses_what_it_does_not_know():
 def run_process(code, **environment):
     tests = Path(__file__).parent
     # `at_end` runs after the exit handlers of all that is imported below its registration.
-    program = f"import atexit, sys\nat_end = int\natexit.register(lambda: at_end())\nsys.path.insert(0, {str(tests)!r})\n"
+    program = "import atexit, sys\nat_end = int\natexit.register(lambda: at_end())\n"
+    program += f"sys.path.insert(0, {str(tests)!r})\n"
     program += "from test_vk_lowering import *\n" + textwrap.dedent(code)
     return subprocess.run(
         [sys.executable, "-c", program],

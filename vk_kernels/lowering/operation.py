@@ -10,8 +10,6 @@ from jax.extend.core import Primitive
 from vk_kernels.lowering.call import Target
 from vk_kernels.lowering.primitive import vary_alike
 
-Arrays = Sequence[jax.Array]
-
 
 def make_operation(
     forward: Primitive,
@@ -21,9 +19,10 @@ def make_operation(
     """A function `operation(target, *operands, **parameters) -> outputs` that jax.grad and jax.vjp take apart.
 
     Args:
-      forward: gives the outputs, then the residuals: what the backward pass needs beside the operands.
-      backward: `backward(target, operands, residuals, cotangents, **parameters)`: the gradient of each operand, in
-        order; None for one of integers or one that is absent.
+      forward: gives the outputs, then what else the backward pass needs.
+      backward: `backward(target, operands, results, cotangents, **parameters)`: the gradient of each operand, in
+        order; None for one of integers or one that is absent. `results` are all those of `forward`, `cotangents` are
+        of the outputs.
       outputs: how many of the results of `forward` are outputs.
 
     An operand may be None: absent, for the primitive as for the reference.
@@ -31,16 +30,15 @@ def make_operation(
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
     def apply(target, parameters, operands):
-        return run(target, parameters, operands)[0]
+        return run(target, parameters, operands)[:outputs]
 
     def run(target, parameters, operands):
         present = [x for x in operands if x is not None]
-        results = tuple(forward.bind(*present, target=target, **dict(parameters)))
-        return results[:outputs], results[outputs:]
+        return tuple(forward.bind(*present, target=target, **dict(parameters)))
 
     def run_forward(target, parameters, operands):
-        found, residuals = run(target, parameters, operands)
-        return found, (operands, residuals)
+        results = run(target, parameters, operands)
+        return results[:outputs], (operands, results)
 
     def run_backward(target, parameters, saved, cotangents):
         return (tuple(backward(target, *saved, cotangents, **dict(parameters))),)

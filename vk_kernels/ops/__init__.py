@@ -1,21 +1,31 @@
-"""The hot operations, one a module, each with its pure-XLA reference."""
+"""The hot operations of a transformer, each with its pure-XLA reference and its Vulkan kernels (see `api`)."""
 
-from vk_kernels.ops.attention import attention, attention_scores
-from vk_kernels.ops.cross_entropy import IGNORED, linear_cross_entropy
-from vk_kernels.ops.dropout import dropout
-from vk_kernels.ops.embedding import embedding
-from vk_kernels.ops.gelu import gelu
-from vk_kernels.ops.layer_norm import layer_norm
+from vk_kernels.ops.api import (
+    adamw,
+    attention,
+    dropout,
+    embedding,
+    gelu,
+    global_norm,
+    layer_norm,
+    linear_cross_entropy,
+    residual_layer_norm,
+)
+from vk_kernels.ops.attention import attention_scores
+from vk_kernels.ops.cross_entropy import IGNORED
 from vk_kernels.ops.matmul import matmul
 
 __all__ = [
     "IGNORED",
+    "adamw",
     "attention",
     "attention_scores",
     "dropout",
     "embedding",
     "gelu",
+    "global_norm",
     "layer_norm",
     "linear_cross_entropy",
     "matmul",
+    "residual_layer_norm",
 ]

@@ -1,0 +1,297 @@
+"""Every operation at named real shapes, with its float64 truth: what checks, tests and measurements share.
+
+A case makes its operands from a seed, so that the same one is the same everywhere.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from vk_kernels import ops
+from vk_kernels.ops.dropout import dropout_mask, dropout_scale
+
+F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+
+RNG = np.array([42, 7], np.uint32)  # seed, step
+ADAMW = {"b1": 0.9, "b2": 0.99, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0}
+
+
+class Sizes(NamedTuple):
+    """Of a model and its batch: batch, length, width, heads, vocabulary."""
+
+    batch: int
+    length: int
+    width: int
+    heads: int
+    vocab: int
+
+
+# tiny is odd wherever it can be; megabyte has arrays over 1 MB; the others are training steps.
+SIZES = {
+    "tiny": Sizes(3, 21, 36, 3, 53),
+    "megabyte": Sizes(4, 150, 516, 12, 301),
+    "seed": Sizes(16, 256, 256, 8, 4000),
+    "124M": Sizes(4, 1024, 768, 12, 50257),
+}
+
+Operands = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape.
+
+    operands: (sizes, dtype) -> numpy arrays. keywords: the names of the last of them, which are passed by name.
+    parameters: of the operation, beside them. differentiable: indices of the operands that have a gradient.
+    truth: the same operation in plain JAX, on operands in float64; its results as a tuple.
+    """
+
+    op: str
+    name: str
+    operands: Callable[[Sizes, np.dtype], Operands]
+    truth: Callable[..., tuple[jax.Array, ...]]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    differentiable: tuple[int, ...] = ()
+    keywords: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return f"{self.op} ({self.name})" if self.name else self.op
+
+    def run(self, operands: Sequence[Any], implementation: str | None = None) -> tuple[jax.Array, ...]:
+        """The operation on these operands; its results as a tuple."""
+        results = self._call(getattr(ops, self.op), operands, implementation=implementation)
+        return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+
+    def run_truth(self, operands: Sequence[Any]) -> tuple[jax.Array, ...]:
+        """The truth; operands in float64, under `jax.enable_x64`."""
+        return self._call(self.truth, operands)
+
+    def _call(self, function: Callable[..., Any], operands: Sequence[Any], **options: Any) -> Any:
+        split = len(operands) - len(self.keywords)
+        named = dict(zip(self.keywords, operands[split:], strict=True))
+        return function(*operands[:split], **named, **self.parameters, **options)
+
+
+def numbers(shape: tuple[int, ...], dtype: np.dtype, seed: int, scale: float = 1.0) -> np.ndarray:
+    """Normal numbers of that standard deviation."""
+    return (np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(scale)).astype(dtype)
+
+
+def _hidden(sizes: Sizes, dtype: np.dtype, seed: int) -> np.ndarray:
+    return numbers((sizes.batch, sizes.length, sizes.width), dtype, seed)
+
+
+def _parameters(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and bias of a layer norm."""
+    return 1 + numbers((sizes.width,), F32, 11, 0.1), numbers((sizes.width,), F32, 12, 0.1)
+
+
+def _weights(rows: int, columns: int, dtype: np.dtype, seed: int) -> np.ndarray:
+    return numbers((rows, columns), dtype, seed, 1 / math.sqrt(rows))
+
+
+def _ids(sizes: Sizes) -> np.ndarray:
+    return np.random.default_rng(13).integers(0, sizes.vocab, (sizes.batch, sizes.length), dtype=np.int32)
+
+
+def _targets(sizes: Sizes) -> np.ndarray:
+    """Some of them masked."""
+    ids = _ids(sizes).reshape(-1)
+    return np.where(np.arange(ids.size) % 7 == 3, np.int32(ops.IGNORED), ids)
+
+
+def _qkv(sizes: Sizes, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    shape = (sizes.batch, sizes.length, sizes.heads, sizes.width // sizes.heads)
+    return tuple(numbers(shape, dtype, seed) for seed in (1, 2, 3))
+
+
+def _model_parameters(sizes: Sizes) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a few of a model's parameters."""
+    return (sizes.vocab, sizes.width), (sizes.width, 4 * sizes.width), (sizes.width,)
+
+
+def _adamw_operands(sizes: Sizes, dtype: np.dtype) -> Operands:
+    shapes = _model_parameters(sizes)
+    kinds = (
+        (F32, 0.1),
+        (dtype, 1.0),
+        (F32, 0.1),
+        (F32, 0.1),
+    )  # parameters, gradients, first and second moments
+    arrays = [numbers(shape, kind, i, scale) for i, (kind, scale) in enumerate(kinds) for shape in shapes]
+    seconds = [np.square(x) for x in arrays[3 * len(shapes) :]]
+    return *arrays[: 3 * len(shapes)], *seconds, np.int32(4), np.float32(1e-3), np.float32(2.5)
+
+
+# The truths.
+
+
+def _drop(y: jax.Array, rng: Any, rate: float, stream: int, grid: tuple[int, ...] | None = None) -> jax.Array:
+    grid = grid or (math.prod(y.shape[:-1]), y.shape[-1])
+    return jnp.where(
+        dropout_mask(jnp.asarray(rng), stream, rate, grid).reshape(y.shape), y * dropout_scale(rate), 0.0
+    )
+
+
+def _layer_norm(x, scale, bias, epsilon=1e-5):
+    centred = x - x.mean(-1, keepdims=True)
+    normed = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+    return (normed * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape),)
+
+
+def _residual_layer_norm(x, branch, scale, bias, rng=None, dropout_rate=0.0, stream=0):
+    total = x + (branch if rng is None else _drop(branch, rng, dropout_rate, stream))
+    return total, *_layer_norm(total, scale, bias)
+
+
+def _gelu(x):
+    return (0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),)
+
+
+def _matmul(x, w, bias=None, activation=None, residual=None, rng=None, dropout_rate=0.0, stream=0):
+    y = jnp.einsum("...k,kn->...n", x, w)
+    y = y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+    y = y if activation is None else _gelu(y)[0]
+    y = y if rng is None else _drop(y, rng, dropout_rate, stream)
+    return (y if residual is None else residual + y,)
+
+
+def _attention(q, k, v, rng=None, cap=None, dropout_rate=0.0, stream=0):
+    batch, length, heads, head_dim = q.shape
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(head_dim)
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+    causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    weights = jax.nn.softmax(jnp.where(causal, scores, -1e300), axis=-1)
+    if rng is not None:
+        weights = _drop(weights, rng, dropout_rate, stream, (batch * heads, length, length))
+    return (jnp.einsum("bhqk,bkhd->bqhd", weights, v),)
+
+
+def _linear_cross_entropy(x, w, targets):
+    logits = x @ w
+    hit = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+    return (jnp.where(targets < 0, 0.0, jax.nn.logsumexp(logits, axis=-1) - hit),)
+
+
+def _adamw(*operands, decay, b1, b2, epsilon, weight_decay, clip_norm):
+    size = len(decay)
+    params, grads, mus, nus = (operands[i * size : (i + 1) * size] for i in range(4))
+    count, learning_rate, _ = operands[4 * size :]
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads))
+    count = count + 1
+    grads = [g * jnp.minimum(1.0, clip_norm / norm) for g in grads]
+    mus = [b1 * mu + (1 - b1) * g for mu, g in zip(mus, grads, strict=True)]
+    nus = [b2 * nu + (1 - b2) * g * g for nu, g in zip(nus, grads, strict=True)]
+    steps = [
+        mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + epsilon) + weight_decay * decays * p
+        for mu, nu, p, decays in zip(mus, nus, params, decay, strict=True)
+    ]
+    params = [p - learning_rate * step for p, step in zip(params, steps, strict=True)]
+    return *params, *mus, *nus, count, norm, jnp.int32(1)
+
+
+_DROPOUT = {"dropout_rate": 0.1, "stream": 3}
+
+CASES = (
+    Case(
+        "matmul",
+        "product",
+        lambda s, t: (_hidden(s, t, 1), _weights(s.width, 3 * s.width, t, 2)),
+        _matmul,
+        differentiable=(0, 1),
+    ),
+    Case(
+        "matmul",
+        "bias, gelu",
+        lambda s, t: (_hidden(s, t, 1), _weights(s.width, 4 * s.width, t, 2), numbers((4 * s.width,), t, 3)),
+        _matmul,
+        {"activation": "gelu"},
+        differentiable=(0, 1, 2),
+    ),
+    Case(
+        "matmul",
+        "bias, dropout, residual",
+        lambda s, t: (
+            _hidden(s, t, 1),
+            _weights(s.width, s.width, t, 2),
+            numbers((s.width,), t, 3),
+            _hidden(s, t, 4),
+            RNG,
+        ),
+        _matmul,
+        _DROPOUT,
+        differentiable=(0, 1, 2, 3),
+        keywords=("residual", "rng"),
+    ),
+    Case(
+        "layer_norm",
+        "",
+        lambda s, t: (_hidden(s, t, 1), *_parameters(s)),
+        _layer_norm,
+        differentiable=(0, 1, 2),
+    ),
+    Case(
+        "residual_layer_norm",
+        "dropout",
+        lambda s, t: (_hidden(s, t, 1), _hidden(s, t, 2), *_parameters(s), RNG),
+        _residual_layer_norm,
+        _DROPOUT,
+        differentiable=(0, 1, 2, 3),
+    ),
+    Case(
+        "attention",
+        "",
+        _qkv,
+        _attention,
+        differentiable=(0, 1, 2),
+    ),
+    Case(
+        "attention",
+        "cap, dropout",
+        lambda s, t: (*_qkv(s, t), RNG),
+        _attention,
+        {"cap": 30.0, **_DROPOUT},
+        differentiable=(0, 1, 2),
+    ),
+    Case("gelu", "", lambda s, t: (_hidden(s, t, 1),), _gelu, differentiable=(0,)),
+    Case(
+        "dropout",
+        "",
+        lambda s, t: (_hidden(s, t, 1), RNG),
+        lambda x, rng, rate, stream: (_drop(x, rng, rate, stream),),
+        {"rate": 0.1, "stream": 3},
+        differentiable=(0,),
+    ),
+    Case(
+        "embedding",
+        "",
+        lambda s, t: (numbers((s.vocab, s.width), t, 1), _ids(s)),
+        lambda table, ids: (table[ids],),
+        differentiable=(0,),
+    ),
+    Case(
+        "linear_cross_entropy",
+        "",
+        lambda s, t: (
+            numbers((s.batch * s.length, s.width), t, 1),
+            _weights(s.width, s.vocab, t, 2),
+            _targets(s),
+        ),
+        _linear_cross_entropy,
+        differentiable=(0, 1),
+    ),
+    Case(
+        "global_norm",
+        "",
+        lambda s, t: tuple(numbers(shape, t, i) for i, shape in enumerate(_model_parameters(s))),
+        lambda *arrays: (jnp.sqrt(sum(jnp.sum(x * x) for x in arrays)),),
+    ),
+    Case("adamw", "", _adamw_operands, _adamw, {**ADAMW, "decay": (True, True, False)}),
+)

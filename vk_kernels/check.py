@@ -1,0 +1,175 @@
+"""Compares every kernel with a float64 truth and with XLA, on whatever device is present.
+
+    python -m vk_kernels.check [--ops matmul,attention] [--sizes tiny,seed] [--device cpu] [--quick]
+
+A result passes if its error is at most twice that of the XLA implementation at the same precision (three times for
+gradients), plus 1e-5. Errors are the largest of any element, in units of the truth's largest element.
+Exit code: 0 if everything passed, else 1.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vk_kernels import lowering
+from vk_kernels.cases import BF16, CASES, F32, SIZES, Case
+from vk_kernels.errors import FeatureError, NoDeviceError
+
+VARIANTS = ("coop2", "coop1", "plain")
+OUTPUT_FACTOR, GRADIENT_FACTOR, SLACK = 2.0, 3.0, 1e-5
+
+HEADER = f"{'operation':<34} {'size':<9} {'dtype':<8} {'variant':<8} {'of':<9} {'error':>9} {'XLA':>9} {'limit':>9}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The worst output, or the worst gradient, of a case run by one variant."""
+
+    case: Case
+    size: str
+    dtype: str
+    variant: str
+    of: str  # 'output' or 'gradient', and its index
+    error: float
+    xla_error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit  # not so for NaN
+
+    def __str__(self) -> str:
+        numbers = f"{self.error:9.2e} {self.xla_error:9.2e} {self.limit:9.2e}"
+        where = f"{self.case.label:<34} {self.size:<9} {self.dtype:<8} {self.variant:<8} {self.of:<9}"
+        return f"{where} {numbers} {'pass' if self.passed else 'FAIL'}"
+
+
+def check(case: Case, size: str, dtype: np.dtype, device: str | None = None) -> Iterator[Result]:
+    """Runs a case with each variant that the device offers for it.
+
+    Raises RuntimeError if no kernel ran, and what the operation raises.
+    """
+    operands = case.operands(SIZES[size], dtype)
+    truths = _truths(case, operands)
+    jitted = jax.jit(functools.partial(_outputs_and_gradients, case.run, case.differentiable))
+    with lowering.use("xla"):
+        references = jitted(*operands)
+    for variant in VARIANTS:
+        with lowering.use("vulkan", device=device, variant=variant):
+            try:
+                compiled = jitted.lower(*operands).compile()
+            except (FeatureError, ValueError):
+                if variant == "plain":  # every device has it
+                    raise
+                continue
+            before = sum(lowering.counts().values())
+            results = jax.block_until_ready(compiled(*operands))
+        if sum(lowering.counts().values()) == before:
+            raise RuntimeError(f"{case.label}: no kernel ran")
+        for of, factor, *arrays in zip(
+            ("output", "gradient"), (OUTPUT_FACTOR, GRADIENT_FACTOR), results, references, truths, strict=True
+        ):
+            rows = [
+                Result(case, size, dtype.name, variant, f"{of} {i}", error, xla, factor * xla + SLACK)
+                for i, (found, reference, truth) in enumerate(zip(*arrays, strict=True))
+                for error, xla in [(_error(found, truth), _error(reference, truth))]
+            ]
+            if rows:
+                yield max(rows, key=lambda row: np.nan_to_num(row.error / row.limit, nan=np.inf))
+
+
+def _outputs_and_gradients(function: Any, differentiable: Sequence[int], *operands: Any) -> tuple[Any, Any]:
+    """The results, and the gradients of a fixed random combination of them."""
+
+    def of_differentiable(*chosen):
+        whole = list(operands)
+        for i, x in zip(differentiable, chosen, strict=True):
+            whole[i] = x
+        return function(whole)
+
+    if not differentiable:
+        return function(operands), ()
+    outputs, pullback = jax.vjp(of_differentiable, *(operands[i] for i in differentiable))
+    return outputs, pullback(tuple(_cotangent(y.shape, i).astype(y.dtype) for i, y in enumerate(outputs)))
+
+
+def _cotangent(shape: tuple[int, ...], seed: int) -> jax.Array:
+    """Normal numbers that bf16 holds exactly, so that every precision has the same."""
+    values = np.random.default_rng(100 + seed).standard_normal(shape, np.float32)
+    return jnp.asarray(values.astype(BF16))
+
+
+def _truths(case: Case, operands: Sequence[Any]) -> tuple[Any, Any]:
+    with jax.enable_x64(True):
+        exact = [np.asarray(x, np.float64) if x.dtype in (F32, BF16) else x for x in operands]
+        function = jax.jit(functools.partial(_outputs_and_gradients, case.run_truth, case.differentiable))
+        return jax.tree.map(np.asarray, function(*exact))
+
+
+def _error(found: Any, truth: np.ndarray) -> float:
+    """Largest difference of any element, in units of the truth's largest; NaN counts as itself."""
+    truth = np.asarray(truth, np.float64)
+    if truth.size == 0:
+        return 0.0
+    scale = np.abs(truth).max() or 1.0
+    return float(np.abs(np.asarray(found, np.float64) - truth).max() / scale)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vk_kernels.check", description=__doc__.split("\n")[0])
+    parser.add_argument("--ops", help="comma-separated; default: all")
+    parser.add_argument("--sizes", help=f"of {', '.join(SIZES)}; default: tiny, and on a GPU the others too")
+    parser.add_argument(
+        "--device", help="index, 'gpu', 'cpu' or part of a name; default: VK_KERNELS_DEVICE, or a GPU"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes only")
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")  # which the kernels are called from
+    try:
+        device = lowering.open_device(options.device or "")
+    except NoDeviceError as error:
+        print(f"check: {error}", file=sys.stderr)
+        return 1
+    all_ops = {case.op for case in CASES}
+    chosen_ops = _chosen(parser, options.ops, all_ops) or all_ops
+    default = ("tiny",) if options.quick or device.info.kind == "cpu" else tuple(SIZES)
+    sizes = _chosen(parser, options.sizes, SIZES) or default
+    return 0 if report([case for case in CASES if case.op in chosen_ops], sizes, options.device) else 1
+
+
+def _chosen(parser: argparse.ArgumentParser, value: str | None, known: Any) -> list[str]:
+    names = value.split(",") if value else []
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    return names
+
+
+def report(cases: Sequence[Case], sizes: Sequence[str], device: str | None = None) -> bool:
+    """Prints the table; whether everything passed."""
+    print(lowering.open_device(device or "").info)
+    print(HEADER)
+    failures = count = 0
+    for case in cases:
+        for size in sizes:
+            for dtype in (F32, BF16):
+                try:
+                    for result in check(case, size, dtype, device):
+                        count, failures = count + 1, failures + (not result.passed)
+                        print(result, flush=True)
+                except Exception as error:  # the table goes on: it shows what else fails
+                    count, failures = count + 1, failures + 1
+                    print(f"{case.label:<34} {size:<9} {dtype.name:<8} FAIL {type(error).__name__}: {error}")
+    print(f"{count - failures} of {count} passed" if failures else f"all {count} passed")
+    return not failures
+
+
+if __name__ == "__main__":
+    sys.exit(main())

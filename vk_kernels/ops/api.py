@@ -1,0 +1,357 @@
+"""The public operations: each runs as its reference, compiled by XLA with all around it, or as its Vulkan kernels.
+
+On Vulkan an operation is a primitive for its forward and one for its backward pass (`lowering.make_primitive`), tied by
+`lowering.make_operation`; optional operands stand last, and are left out where absent. What is done here is what
+kernels leave to their caller: to check shapes and dtypes, and to bring the operands into the form that kernels take.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from vk_kernels.lowering import make_operation, make_primitive, target_of, vary_alike
+from vk_kernels.ops import adamw as _adamw
+from vk_kernels.ops import attention as _attention
+from vk_kernels.ops import cross_entropy as _cross_entropy
+from vk_kernels.ops import dropout as _dropout
+from vk_kernels.ops import embedding as _embedding
+from vk_kernels.ops import gelu as _gelu
+from vk_kernels.ops import global_norm as _global_norm
+from vk_kernels.ops import layer_norm as _layer_norm
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_IMPLEMENTATION = """
+
+implementation: 'xla', 'vulkan', or None for what `vk_kernels.use` says, else 'xla'. 'vulkan' raises NoDeviceError
+without a device, ValueError or FeatureError for what the kernels or the device cannot do.
+"""
+
+
+def _public(reference: F) -> Callable[[Callable[..., Any]], F]:
+    """Makes a reference, and a function `kernels(target, ...)` of the same arguments, one public operation."""
+
+    def decorate(kernels: Callable[..., Any]) -> Any:
+        @functools.wraps(reference)
+        def operation(*arguments: Any, implementation: str | None = None, **options: Any) -> Any:
+            target = target_of(implementation)
+            if target is None:
+                return reference(*arguments, **options)
+            return kernels(target, *arguments, **options)
+
+        signature = inspect.signature(reference)
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        added = inspect.Parameter("implementation", keyword, default=None, annotation=str | None)
+        parameters = [*signature.parameters.values()]
+        keywords_end = next((i for i, p in enumerate(parameters) if p.kind == p.VAR_KEYWORD), len(parameters))
+        parameters.insert(keywords_end, added)
+        operation.__name__ = operation.__qualname__ = kernels.__name__
+        operation.__signature__ = signature.replace(parameters=parameters)
+        operation.__doc__ = inspect.cleandoc(reference.__doc__) + _IMPLEMENTATION
+        return operation
+
+    return decorate
+
+
+def _check(operation: str, **arrays: tuple[Any, tuple[int, ...], Any]) -> None:
+    """Raises ValueError for an array, given as (array, shape, dtype), that is not of that shape and dtype."""
+    for name, (array, shape, dtype) in arrays.items():
+        if array is not None and (jnp.shape(array) != shape or jnp.result_type(array) != dtype):
+            wanted, found = (
+                f"{jnp.dtype(kind).name}[{','.join(map(str, sizes))}]"
+                for sizes, kind in ((shape, dtype), (jnp.shape(array), jnp.result_type(array)))
+            )
+            raise ValueError(f"{operation}: {name} must be {wanted}, found {found}")
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """(..., D) as (rows, D)."""
+    return x.reshape(math.prod(x.shape[:-1]), *x.shape[-1:])
+
+
+def _drawing(rng: jax.Array | None, rate: float, stream: int) -> tuple[jax.Array | None, float, int]:
+    """(rng, rate, stream) of a dropout; without one, the same three whatever was given.
+
+    Raises ValueError for a rate outside [0, 1) or a stream that is no 32-bit number.
+    """
+    if rng is None or _dropout.dropout_threshold(rate) == 0:
+        return None, 0.0, 0
+    if not 0 <= stream < 2**32:
+        raise ValueError(f"dropout stream must be in [0, 2**32), found {stream}")
+    return rng, float(rate), int(stream)
+
+
+def _present(*operands: jax.Array | None) -> list[jax.Array]:
+    return [x for x in operands if x is not None]
+
+
+# Layer norm.
+
+_layer_norm_backward = make_primitive(
+    "layer_norm_backward", _layer_norm.layer_norm_backward_reference, _layer_norm.plan_layer_norm_backward
+)
+
+
+def _layer_norm_gradients(target, operands, results, cotangents, epsilon):
+    x, scale, _ = operands
+    _, mean, rstd = results
+    return _layer_norm_backward.bind(x, scale, mean, rstd, *cotangents, target=target)
+
+
+_layer_norm_operation = make_operation(
+    make_primitive(
+        "layer_norm",
+        _layer_norm.layer_norm_forward_reference,
+        _layer_norm.plan_layer_norm_forward,
+        folding=lambda epsilon: (True, False, False),
+    ),
+    _layer_norm_gradients,
+)
+
+
+@_public(_layer_norm.layer_norm)
+def layer_norm(target, x, scale, bias, *, epsilon=_layer_norm.EPSILON):
+    scale, bias = _scale_and_bias("layer_norm", x, scale, bias)
+    (y,) = _layer_norm_operation(target, _rows(x), scale, bias, epsilon=float(epsilon))
+    return y.reshape(x.shape)
+
+
+def _scale_and_bias(operation, x, scale, bias):
+    scale, bias = (jnp.asarray(p, jnp.float32) for p in (scale, bias))
+    columns = x.shape[-1:]
+    _check(operation, scale=(scale, columns, jnp.float32), bias=(bias, columns, jnp.float32))
+    return scale, bias
+
+
+_residual_layer_norm_backward = make_primitive(
+    "residual_layer_norm_backward",
+    _layer_norm.residual_layer_norm_backward_reference,
+    _layer_norm.plan_residual_layer_norm_backward,
+)
+
+
+def _residual_layer_norm_gradients(target, operands, results, cotangents, epsilon, **drawing):
+    _, _, scale, _, rng = operands
+    total, _, mean, rstd = results
+    reads = _present(total, scale, mean, rstd, *cotangents, rng)
+    return *_residual_layer_norm_backward.bind(*reads, target=target, **drawing), None
+
+
+_residual_layer_norm_operation = make_operation(
+    make_primitive(
+        "residual_layer_norm",
+        _layer_norm.residual_layer_norm_forward_reference,
+        _layer_norm.plan_residual_layer_norm_forward,
+        folding=lambda epsilon, dropout_rate, stream: None if dropout_rate else (True, True, False, False),
+    ),
+    _residual_layer_norm_gradients,
+    outputs=2,
+)
+
+
+@_public(_layer_norm.residual_layer_norm)
+def residual_layer_norm(
+    target, x, branch, scale, bias, rng=None, *, dropout_rate=0.0, stream=0, epsilon=_layer_norm.EPSILON
+):
+    scale, bias = _scale_and_bias("residual_layer_norm", x, scale, bias)
+    rng, dropout_rate, stream = _drawing(rng, dropout_rate, stream)
+    _check("residual_layer_norm", branch=(branch, x.shape, x.dtype), rng=(rng, (2,), jnp.uint32))
+    total, y = _residual_layer_norm_operation(
+        target,
+        *(_rows(x), _rows(branch), scale, bias, rng),
+        dropout_rate=dropout_rate,
+        stream=stream,
+        epsilon=float(epsilon),
+    )
+    return total.reshape(x.shape), y.reshape(x.shape)
+
+
+# Element by element.
+
+_gelu_backward = make_primitive(
+    "gelu_backward",
+    _gelu.gelu_backward_reference,
+    _gelu.plan_gelu_backward,
+    folding=lambda: (True, True),
+)
+_gelu_operation = make_operation(
+    make_primitive("gelu", _gelu.gelu, _gelu.plan_gelu_forward, folding=lambda: (True,)),
+    lambda target, operands, results, cotangents: _gelu_backward.bind(*operands, *cotangents, target=target),
+)
+
+
+@_public(_gelu.gelu)
+def gelu(target, x):
+    (y,) = _gelu_operation(target, x.reshape(-1))
+    return y.reshape(x.shape)
+
+
+_dropout_backward = make_primitive(
+    "dropout_backward", _dropout.dropout_backward_reference, _dropout.plan_dropout_backward
+)
+
+
+def _dropout_gradients(target, operands, results, cotangents, **drawing):
+    _, rng = operands
+    return *_dropout_backward.bind(*cotangents, rng, target=target, **drawing), None
+
+
+_dropout_operation = make_operation(
+    make_primitive("dropout", _dropout.dropout, _dropout.plan_dropout_forward), _dropout_gradients
+)
+
+
+@_public(_dropout.dropout)
+def dropout(target, x, rng, *, rate, stream):
+    rng, rate, stream = _drawing(rng, rate, stream)
+    if rng is None:
+        return x
+    _check("dropout", rng=(rng, (2,), jnp.uint32))
+    rows = _rows(x) if x.ndim else x.reshape(1, 1)
+    (y,) = _dropout_operation(target, rows, rng, rate=rate, stream=stream)
+    return y.reshape(x.shape)
+
+
+# Embedding.
+
+_embedding_backward = make_primitive(
+    "embedding_backward", _embedding.embedding_backward_reference, _embedding.plan_embedding_backward
+)
+
+
+def _embedding_gradients(target, operands, results, cotangents):
+    table, ids = operands
+    return *_embedding_backward.bind(ids, *cotangents, target=target, table_rows=table.shape[0]), None
+
+
+_embedding_operation = make_operation(
+    make_primitive(
+        "embedding", _embedding.embedding, _embedding.plan_embedding_forward, folding=lambda: (False, True)
+    ),
+    _embedding_gradients,
+)
+
+
+@_public(_embedding.embedding)
+def embedding(target, table, ids):
+    if table.ndim != 2:
+        raise ValueError(f"embedding: table must be (V, D), found {table.shape}")
+    (rows,) = _embedding_operation(target, table, ids.reshape(-1))
+    return rows.reshape(*ids.shape, table.shape[1])
+
+
+# Attention.
+
+_attention_backward = make_primitive(
+    "attention_backward",
+    _attention.attention_backward_reference,
+    _attention.plan_attention_backward,
+    folding=lambda dropout_rate, **_: None if dropout_rate else (True,) * 6,
+)
+
+
+def _attention_gradients(target, operands, results, cotangents, **parameters):
+    *qkv, rng = operands
+    reads = _present(*qkv, *results, *cotangents, rng)
+    return *_attention_backward.bind(*reads, target=target, **parameters), None
+
+
+_attention_operation = make_operation(
+    make_primitive(
+        "attention",
+        _attention.attention_forward_reference,
+        _attention.plan_attention_forward,
+        folding=lambda dropout_rate, **_: None if dropout_rate else (True,) * 3,
+    ),
+    _attention_gradients,
+)
+
+
+@_public(_attention.attention)
+def attention(target, q, k, v, rng=None, *, scale=None, cap=None, dropout_rate=0.0, stream=0):
+    rng, dropout_rate, stream = _drawing(rng, dropout_rate, stream)
+    if q.ndim != 4:
+        raise ValueError(f"attention: q must be (B, T, H, D), found {q.shape}")
+    _check("attention", k=(k, q.shape, q.dtype), v=(v, q.shape, q.dtype), rng=(rng, (2,), jnp.uint32))
+    (out,) = _attention_operation(
+        target,
+        *(q, k, v, rng),
+        scale=1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        cap=None if cap is None else float(cap),
+        dropout_rate=dropout_rate,
+        stream=stream,
+    )
+    return out
+
+
+# Output layer and loss.
+
+_linear_cross_entropy_backward = make_primitive(
+    "linear_cross_entropy_backward",
+    _cross_entropy.linear_cross_entropy_backward_reference,
+    _cross_entropy.plan_linear_cross_entropy_backward,
+)
+
+
+def _linear_cross_entropy_gradients(target, operands, results, cotangents):
+    _, log_normalizers = results
+    return *_linear_cross_entropy_backward.bind(*operands, log_normalizers, *cotangents, target=target), None
+
+
+_linear_cross_entropy_operation = make_operation(
+    make_primitive(
+        "linear_cross_entropy",
+        _cross_entropy.linear_cross_entropy_forward_reference,
+        _cross_entropy.plan_linear_cross_entropy_forward,
+        folding=lambda: (True, False, True),
+    ),
+    _linear_cross_entropy_gradients,
+)
+
+
+@_public(_cross_entropy.linear_cross_entropy)
+def linear_cross_entropy(target, x, w, targets):
+    if x.ndim != 2 or w.ndim != 2:
+        raise ValueError(
+            f"linear_cross_entropy: x must be (N, D) and w (D, V), found {x.shape} and {w.shape}"
+        )
+    w_shape, targets_shape = (x.shape[1], w.shape[1]), (x.shape[0],)
+    _check("linear_cross_entropy", w=(w, w_shape, x.dtype), targets=(targets, targets_shape, jnp.int32))
+    return _linear_cross_entropy_operation(target, x, w, targets)[0]
+
+
+# Optimizer.
+
+_global_norm_primitive = make_primitive(
+    "global_norm", _global_norm.global_norm_reference, _global_norm.plan_global_norm
+)
+
+
+@_public(_global_norm.global_norm_reference)
+def global_norm(target, *arrays):
+    return _global_norm_primitive.bind(*vary_alike(*arrays), target=target)[0]
+
+
+_adamw_primitive = make_primitive("adamw", _adamw.adamw_reference, _adamw.plan_adamw)
+
+
+@_public(_adamw.adamw_reference)
+def adamw(target, *operands, decay, **parameters):
+    size = len(decay)
+    if len(operands) != 4 * size + 3:
+        raise ValueError(f"adamw: {size} parameters need {4 * size + 3} operands, found {len(operands)}")
+    for i, x in enumerate(operands[:size]):
+        for name, offset in (("gradient", 1), ("first moment", 2), ("second moment", 3)):
+            other = operands[i + offset * size]
+            if jnp.shape(other) != jnp.shape(x):
+                raise ValueError(f"adamw: {name} {i} must be {jnp.shape(x)}, found {jnp.shape(other)}")
+    count, learning_rate, loss = operands[4 * size :]
+    scalars = {"count": (count, (), jnp.int32), "learning_rate": (learning_rate, (), jnp.float32)}
+    _check("adamw", **scalars, loss=(loss, (), jnp.float32))
+    parameters["decay"] = tuple(map(bool, decay))
+    return tuple(_adamw_primitive.bind(*vary_alike(*operands), target=target, **parameters))
