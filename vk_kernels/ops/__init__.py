@@ -9,11 +9,11 @@ from vk_kernels.ops.api import (
     global_norm,
     layer_norm,
     linear_cross_entropy,
+    matmul,
     residual_layer_norm,
 )
 from vk_kernels.ops.attention import attention_scores
 from vk_kernels.ops.cross_entropy import IGNORED
-from vk_kernels.ops.matmul import matmul
 
 __all__ = [
     "IGNORED",

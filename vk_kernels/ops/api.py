@@ -23,6 +23,7 @@ from vk_kernels.ops import embedding as _embedding
 from vk_kernels.ops import gelu as _gelu
 from vk_kernels.ops import global_norm as _global_norm
 from vk_kernels.ops import layer_norm as _layer_norm
+from vk_kernels.ops import matmul as _matmul
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -88,6 +89,72 @@ def _drawing(rng: jax.Array | None, rate: float, stream: int) -> tuple[jax.Array
 
 def _present(*operands: jax.Array | None) -> list[jax.Array]:
     return [x for x in operands if x is not None]
+
+
+# Matrix product.
+
+_matmul_backward = make_primitive(
+    "matmul_backward", _matmul.matmul_backward_reference, _matmul.plan_matmul_backward
+)
+
+
+def _matmul_folding(has_bias, has_residual, dropout_rate, **_):
+    if dropout_rate:
+        return None
+    return True, False, *((False,) if has_bias else ()), *((True,) if has_residual else ())
+
+
+def _matmul_gradients(target, operands, results, cotangents, has_residual, **parameters):
+    x, w, _, _, rng = operands
+    (dy,), saved = cotangents, results[1:]
+    gradients = _matmul_backward.bind(*_present(dy, x, w, *saved, rng), target=target, **parameters)
+    dx, dw, *dbias = gradients
+    return dx, dw, dbias[0] if dbias else None, dy if has_residual else None, None
+
+
+_matmul_operation = make_operation(
+    make_primitive(
+        "matmul", _matmul.matmul_forward_reference, _matmul.plan_matmul_forward, folding=_matmul_folding
+    ),
+    _matmul_gradients,
+)
+
+
+@_public(_matmul.matmul)
+def matmul(
+    target,
+    x,
+    w,
+    bias=None,
+    *,
+    activation=None,
+    residual=None,
+    rng=None,
+    dropout_rate=0.0,
+    stream=0,
+):
+    if w.ndim != 2 or x.ndim == 0:
+        raise ValueError(f"matmul: x must be (..., K) and w (K, N), found {x.shape} and {w.shape}")
+    rng, dropout_rate, stream = _drawing(rng, dropout_rate, stream)
+    bias = None if bias is None else jnp.asarray(bias, x.dtype)
+    shape, columns = (*x.shape[:-1], w.shape[1]), w.shape[1:]
+    _check(
+        "matmul",
+        w=(w, (x.shape[-1], *columns), x.dtype),
+        bias=(bias, columns, x.dtype),
+        residual=(residual, shape, x.dtype),
+        rng=(rng, (2,), jnp.uint32),
+    )
+    (y,) = _matmul_operation(
+        target,
+        *(_rows(x), w, bias, None if residual is None else _rows(residual), rng),
+        activation=activation,
+        has_bias=bias is not None,
+        has_residual=residual is not None,
+        dropout_rate=dropout_rate,
+        stream=stream,
+    )
+    return y.reshape(shape)
 
 
 # Layer norm.
