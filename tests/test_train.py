@@ -20,7 +20,12 @@ ROOT = Path(__file__).parent.parent
 # Seconds on a processor: what is tested is the loop, not the model.
 SMALL = [
     *("--config=configs/chat_tiny.py", "--config.num_steps=60", "--config.batch_size=4"),
-    *("--config.model.vocab_size=300", "--config.model.block_size=24", "--config.model.num_layers=2"),
+    *(
+        "--config.model.vocab_size=300",
+        "--config.model.dropout_rate=0.1",
+        "--config.model.block_size=24",
+        "--config.model.num_layers=2",
+    ),
     *("--config.model.num_heads=2", "--config.model.embed_dim=16", "--config.optimizer.warmup_steps=5"),
     *("--config.optimizer.decay_steps=60", "--config.eval.every=20", "--config.eval.batches=2"),
     *("--config.sample.every=60", "--config.sample.max_tokens=4", "--config.checkpoint.every=10"),
