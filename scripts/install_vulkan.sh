@@ -18,7 +18,8 @@ driver_present() {
     compgen -G "/etc/vulkan/icd.d/*.json" >/dev/null && return 0
     compgen -G "${XDG_DATA_HOME:-$HOME/.local/share}/vulkan/icd.d/*.json" >/dev/null
 }
-loader_present() { ldconfig -p 2>/dev/null | grep -q 'libvulkan\.so\.1'; }
+# Not grep -q: it would leave before ldconfig is done, and pipefail takes that for a failure.
+loader_present() { ldconfig -p 2>/dev/null | grep 'libvulkan\.so\.1' >/dev/null; }
 
 missing=()
 loader_present || missing+=("the Vulkan loader (libvulkan1)")
