@@ -128,8 +128,8 @@ TILES = {
     "coop1": (Tile(128, 128, 32, 64, 32), Tile(64, 64, 32, 32, 32)),
     "coop2": (Tile(128, 256, 32), Tile(128, 128, 32), Tile(64, 128, 64), Tile(64, 64, 64)),
 }
-# The time that a CPU driver's compiler takes grows with the square of what is unrolled.
-CPU_TILES = (Tile(64, 64, 16, 8, 8), Tile(32, 32, 16, 4, 4))
+# A CPU driver's compiler takes seconds for what is unrolled, and its time grows with the square of it.
+CPU_TILES = (Tile(64, 64, 16, 8, 8), Tile(32, 32, 8, 4, 4))
 
 
 def choose_tile(
@@ -146,7 +146,7 @@ def choose_tile(
         splits = max(1, min(ceil_divide(busy, count), k // _MIN_SPLIT_K, _MAX_SPLITS))
         if count * splits >= busy:
             return tile, splits
-        if count * splits > most:
+        if count * splits >= most:
             best, most = (tile, splits), count * splits
     return best
 

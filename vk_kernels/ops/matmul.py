@@ -183,19 +183,18 @@ def plan_matmul_backward(
         plan = Plan(plan_epilogue(dy, dsums, epilogue).dispatches, (nbytes,))
 
     # Each with its own scratch: they do not depend on one another, and may run side by side.
-    def then(more: Plan) -> Plan:
-        return Plan(plan.dispatches + more.dispatches, plan.scratch + more.scratch)
-
-    plan = then(
-        plan_gemm(info, dsums, w, dx, transpose_b=True, scratch=free + len(plan.scratch), variant=variant)
-    )
-    plan = then(
-        plan_gemm(info, x, dsums, dw, transpose_a=True, scratch=free + len(plan.scratch), variant=variant)
-    )
+    options = {"variant": variant, "scratch": free + len(plan.scratch)}
+    plan = _both(plan, plan_gemm(info, dsums, w, dx, transpose_b=True, **options))
+    options["scratch"] = free + len(plan.scratch)
+    plan = _both(plan, plan_gemm(info, x, dsums, dw, transpose_a=True, **options))
     if has_bias:
         dbias = matrix(first + 2, x.dtype, 1, w.columns)
-        plan = then(plan_column_sums(dsums, dbias, scratch=free + len(plan.scratch)))
+        plan = _both(plan, plan_column_sums(dsums, dbias, scratch=free + len(plan.scratch)))
     return plan
+
+
+def _both(some: Plan, more: Plan) -> Plan:
+    return Plan(some.dispatches + more.dispatches, some.scratch + more.scratch)
 
 
 def _check_activation(activation: str | None) -> None:
