@@ -3,6 +3,7 @@
 The kernels never hold more of the (T, T) scores than a tile; the references hold them all.
 """
 
+import dataclasses
 import math
 import struct
 from collections.abc import Sequence
@@ -10,7 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
+from vk_kernels.errors import FeatureError
+from vk_kernels.kernel import manifest
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
 from vk_kernels.ops.launch import aligned, ceil_divide, dispatch, element
 from vk_kernels.plan import Array, Dispatch, Plan
@@ -21,7 +26,12 @@ if TYPE_CHECKING:
 MASKED = -1e30  # a score that softmax turns into 0; finite, so that no inf - inf can arise
 MAX_HEAD_DIM = 128  # of the kernels: a query's sums must fit in registers
 
-_THREAD_ROWS, _TILE_KEYS = 16, 64  # of a workgroup
+VARIANTS = ("coop1", "plain")  # in order of preference
+
+_BF16 = np.dtype(ml_dtypes.bfloat16)
+_TILED = ("attention_forward", "attention_dkv", "attention_dq")  # kernels that work on tiles of the scores
+_TILE = 64  # keys of a workgroup's tile, and queries with cooperative matrices
+_THREAD_ROWS = 16  # of threads in the plain kernels' workgroups, each with its queries
 _DOT_ROWS = 16  # that a workgroup of attention_dots takes
 # Queries of a thread: as many as registers hold, but a CPU has few registers and its compiler is slow to unroll.
 _QUERIES, _CPU_QUERIES = 4, 1
@@ -191,8 +201,10 @@ def plan_attention_forward(
     """inputs: q, k, v and, for dropout, rng; outputs: out, lse. See `attention_forward_reference`.
 
     views: where q, k and v are in their buffers, which may then be one; dense if None. out is dense.
-    queries: a thread's, 1, 2 or 4; None has the device decide.
-    Raises ValueError for a dtype, head dim or variant that there are no kernels for.
+    queries: a thread's in the plain kernels, 1, 2 or 4; None has the device decide.
+    variant: of VARIANTS; None has the device and the dtype decide.
+    Raises ValueError for a dtype, head dim or variant that there are no kernels for, FeatureError for a variant
+    that the device cannot run.
     """
     out = len(inputs)
     rng = 3 if out > 3 else None
@@ -250,15 +262,70 @@ def plan_attention_backward(
     )
 
 
+def choose_variant(info: "DeviceInfo", dtype: np.dtype, head_dim: int, variant: str | None = None) -> str:
+    """The family of kernels for q, k and v of `dtype`; `variant` demands one.
+
+    Raises FeatureError where the device lacks what `variant` needs, ValueError for an unknown one or one that does not
+    take the dtype.
+    """
+    if variant is None:
+        cooperative = dtype == _BF16 and not _lacking(info, head_dim)
+        return "coop1" if cooperative else "plain"
+    if variant not in VARIANTS:
+        raise ValueError(f"attention variant must be one of {', '.join(VARIANTS)}, found {variant!r}")
+    if variant == "coop1":
+        if dtype != _BF16:
+            raise ValueError(f"attention variant 'coop1' multiplies bfloat16, found {dtype.name}")
+        lacking = _lacking(info, head_dim)
+        if lacking:
+            raise FeatureError(f"attention variant 'coop1': {info.name} lacks {lacking}")
+    return variant
+
+
+def _lacking(info: "DeviceInfo", head_dim: int) -> str:
+    """What `info` lacks for attention by cooperative matrices of a subgroup; empty where it lacks nothing."""
+    element = f"coop1_{_padded(head_dim)}"
+    records = [manifest()[f"{kernel}.{element}"] for kernel in _TILED]
+    missing = {feature for record in records for feature in record["features"]} - info.features.names
+    if missing:
+        return ", ".join(sorted(missing))
+    shared = max(record["shared_bytes"] for record in records)
+    if shared > info.limits.shared_memory:
+        return f"{shared} bytes of shared memory"
+    if not any(
+        (row.m, row.n, row.k, row.scope) == (16, 16, 16, "subgroup")
+        and (row.a, row.b, row.c, row.result) == ("bf16", "bf16", "f32", "f32")
+        for row in info.features.cooperative_matrices
+    ):
+        return "cooperative matrices of 16x16x16 bf16"
+    return "" if _lanes(info) else "subgroups of 16, 32 or 64"
+
+
+def _padded(head_dim: int) -> int:
+    """The head dim of the cooperative kernel that takes `head_dim`."""
+    return next(padded for padded in (32, 64, MAX_HEAD_DIM) if head_dim <= padded)
+
+
+def _lanes(info: "DeviceInfo") -> int:
+    """The size of subgroup that the cooperative kernels run in; 0 where there is none."""
+    smallest, largest = info.limits.subgroup_size_range
+    if not info.limits.subgroup_size_selectable:
+        return largest if smallest == largest and largest in (16, 32, 64) else 0
+    return next((lanes for lanes in (32, 64, 16) if smallest <= lanes <= largest), 0)
+
+
 class _Work(NamedTuple):
     """What the kernels of one call share."""
 
     element: str
+    variant: str  # of the kernels that work on tiles of the scores
+    tile_queries: int  # of a workgroup
     matrices: int  # B H
     heads: int
     length: int
     head_dim: int
     spec: dict[str, int | bool]
+    subgroup_size: int | None
     push_constants: bytes
 
     @classmethod
@@ -277,29 +344,31 @@ class _Work(NamedTuple):
         variant: str | None,
     ) -> "_Work":
         """`shape` is that of out, (B, T, H, D)."""
-        if variant not in (None, "plain"):
-            raise ValueError(f"attention has one variant, 'plain', found {variant!r}")
         batch, length, heads, head_dim = shape
+        kind = element(q)
         if not 1 <= head_dim <= MAX_HEAD_DIM:
             raise ValueError(f"the head dim of attention must be from 1 to {MAX_HEAD_DIM}, found {head_dim}")
+        chosen = choose_variant(info, q.dtype, head_dim, variant)
         strides = [n for view in views or (dense(shape),) * 3 for n in view]
         threshold = dropout_threshold(dropout_rate) if rng is not None else 0
-        groups = ceil_divide(head_dim, 32)
-        spec = {
-            "GROUPS": groups,
-            "QUERIES": queries or (_CPU_QUERIES if info.kind == "cpu" else _QUERIES),
-            "STAGE_ROWS": (64, 32, 16, 16)[groups - 1],
-            "ALIGNED": all(aligned(n) for n in (head_dim, *strides)),
-            "SOFT_CAP": cap is not None,
-            "DROPOUT": threshold > 0,
-        }
+        spec = {"SOFT_CAP": cap is not None, "DROPOUT": threshold > 0}
+        if chosen == "plain":
+            groups = ceil_divide(head_dim, 32)
+            queries = queries or (_CPU_QUERIES if info.kind == "cpu" else _QUERIES)
+            spec |= {"GROUPS": groups, "QUERIES": queries, "STAGE_ROWS": (64, 32, 16, 16)[groups - 1]}
+            used, tile_queries, subgroup_size, eights = kind, _THREAD_ROWS * queries, None, 4
+        else:
+            used, tile_queries, subgroup_size, eights = f"coop1_{_padded(head_dim)}", _TILE, _lanes(info), 8
+            spec |= {"LANES": subgroup_size, "THREADS": 4 * subgroup_size}
+        spec["ALIGNED"] = all(n % eights == 0 for n in (head_dim, *strides))
         push_constants = struct.pack(
             "<18I3f",
             *strides,
             *(batch * heads, heads, length, head_dim, stream, threshold),
             *(dropout_scale(dropout_rate), _scale(scale, head_dim), cap or 0.0),
         )
-        return cls(element(q), batch * heads, heads, length, head_dim, spec, push_constants)
+        sizes = tile_queries, batch * heads, heads, length, head_dim
+        return cls(kind, used, *sizes, spec, subgroup_size, push_constants)
 
     @property
     def empty(self) -> bool:
@@ -307,11 +376,12 @@ class _Work(NamedTuple):
 
     @property
     def query_tiles(self) -> int:
-        return self.matrices * ceil_divide(self.length, _THREAD_ROWS * self.spec["QUERIES"])
+        return self.matrices * ceil_divide(self.length, self.tile_queries)
 
     @property
     def key_tiles(self) -> int:
-        return self.matrices * ceil_divide(self.length, _TILE_KEYS)
+        return self.matrices * ceil_divide(self.length, _TILE)
 
     def dispatch(self, kernel: str, tiles: int, operands: tuple[int, ...]) -> Dispatch:
-        return dispatch(kernel, self.element, operands, self.push_constants, tiles, **self.spec)
+        made = dispatch(kernel, self.variant, operands, self.push_constants, tiles, **self.spec)
+        return dataclasses.replace(made, subgroup_size=self.subgroup_size)

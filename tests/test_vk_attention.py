@@ -1,0 +1,322 @@
+"""The attention kernels against float64 and the reference: tiles, heads, soft cap, dropout, gradients, odd inputs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from vk_fixtures import needs_vulkan, vulkan_device  # noqa: F401
+from vk_run import BF16, F32, assert_accurate, normal, run, same_bits
+
+from vk_kernels.device import list_devices
+from vk_kernels.errors import FeatureError
+from vk_kernels.ops.attention import (
+    attention_backward_reference,
+    attention_forward_reference,
+    choose_variant,
+    dense,
+    packed,
+    plan_attention_backward,
+    plan_attention_forward,
+)
+from vk_kernels.ops.dropout import dropout_mask, dropout_scale
+from vk_kernels.plan import Array, execute
+
+pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
+
+RNG = np.array([1234, 77], np.uint32)
+NOTHING = {}
+CAP = {"cap": 3.0}
+DROPOUT = {"dropout_rate": 0.3, "stream": 9}
+
+# (B, T, H, D) and options: every length and head dim at a tile's edges, in few kernels (each takes lavapipe seconds).
+CASES = [
+    *(((2, 1, 3, 1), CAP | DROPOUT), ((2, 3, 2, 5), CAP | DROPOUT), ((1, 17, 3, 5), CAP | DROPOUT)),
+    *(((1, 16, 2, 8), DROPOUT), ((2, 130, 2, 32), DROPOUT)),
+    *(((1, 64, 2, 64), CAP), ((1, 65, 1, 80), NOTHING), ((1, 130, 1, 128), CAP | DROPOUT)),
+]
+CASES = [pytest.param(*case, id="x".join(map(str, case[0]))) for case in CASES]
+
+
+def operands(shape, dtype=F32, scale=1.0):
+    """q, k, v and the gradient of out."""
+    q, k, v, d_out = (normal(*shape, seed=seed).astype(dtype) for seed in range(4))
+    return (q * scale).astype(dtype), (k * scale).astype(dtype), v, d_out
+
+
+def drawing(options):
+    return (RNG,) if "dropout_rate" in options else ()
+
+
+def kept(shape, options):
+    """The scaled mask of the weights, float64 (B, H, T, T)."""
+    batch, length, heads, _ = shape
+    if "dropout_rate" not in options:
+        return np.ones((batch, heads, length, length))
+    rate = options["dropout_rate"]
+    mask = dropout_mask(jnp.asarray(RNG), options["stream"], rate, (batch, heads, length, length))
+    return np.asarray(mask) * dropout_scale(rate)
+
+
+def exact(q, k, v, d_out, options):
+    """(out, lse, dq, dk, dv) in float64."""
+    shape = q.shape
+    q, k, v, d_out = (x.astype(np.float64) for x in (q, k, v, d_out))
+    scale, cap = options.get("scale", shape[-1] ** -0.5), options.get("cap")
+    scores, slopes = scale * np.einsum("bqhd,bkhd->bhqk", q, k), 1.0
+    if cap is not None:
+        tanh = np.tanh(scores / cap)
+        scores, slopes = cap * tanh, 1 - tanh**2
+    scores = np.where(sees(shape[1]), scores, -np.inf)
+    top = scores.max(-1, keepdims=True)
+    lse = np.log(np.exp(scores - top).sum(-1, keepdims=True)) + top
+    weights, mask = np.exp(scores - lse), kept(shape, options)
+    out = np.einsum("bhqk,bkhd->bqhd", weights * mask, v)
+    d_weights = mask * np.einsum("bqhd,bkhd->bhqk", d_out, v)
+    dots = np.einsum("bqhd,bqhd->bhq", out, d_out)[..., None]
+    d_scores = weights * (d_weights - dots) * slopes * scale
+    dq, dk = np.einsum("bhqk,bkhd->bqhd", d_scores, k), np.einsum("bhqk,bqhd->bkhd", d_scores, q)
+    return out, lse[..., 0], dq, dk, np.einsum("bhqk,bqhd->bkhd", weights * mask, d_out)
+
+
+def forward(device, q, k, v, options, **choice):
+    return run(device, planner(plan_attention_forward, choice), attention_forward_reference, q, k, v, *drawing(options),
+               **options)  # fmt: skip
+
+
+def backward(device, q, k, v, out, lse, d_out, options, **choice):
+    return run(device, planner(plan_attention_backward, choice), attention_backward_reference, q, k, v, out, lse, d_out,
+               *drawing(options), **options)  # fmt: skip
+
+
+def planner(plan, choice):
+    """`plan` with a choice of kernels, which the references know nothing of."""
+
+    def chosen(info, inputs, outputs, **options):
+        return plan(info, inputs, outputs, **options, **choice)
+
+    return chosen
+
+
+def sees(length):
+    """The causal mask."""
+    return np.tri(length, dtype=bool)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "cap", "dropout_rate", "stream"))
+def by_xla(q, k, v, d_out, rng, **options):
+    """(out, lse, dq, dk, dv), the gradients by JAX's own differentiation."""
+    out, pull, lse = jax.vjp(
+        lambda q, k, v: attention_forward_reference(q, k, v, rng, **options), q, k, v, has_aux=True
+    )
+    return out, lse, *pull(d_out)
+
+
+def check(device, q, k, v, d_out, options, **choice):
+    """Outputs and gradients against float64, next to those of XLA; gives what the kernels gave."""
+    out, lse = forward(device, q, k, v, options, **choice)
+    gradients = backward(device, q, k, v, out, lse, d_out, options, **choice)
+    exactly = exact(q, k, v, d_out, options)
+    plain, plain_lse, *plain_gradients = by_xla(q, k, v, d_out, RNG, **options)
+    assert_accurate(out, plain, exactly[0], what="out")
+    assert_accurate(lse, plain_lse, exactly[1], what="lse")
+    for name, found, xla, wanted in zip(
+        ("dq", "dk", "dv"), gradients, plain_gradients, exactly[2:], strict=True
+    ):
+        assert_accurate(found, xla, wanted, factor=3, what=name)
+    return out, lse, *gradients
+
+
+def require(device, dtype, head_dim, variant):
+    try:
+        choose_variant(device.info, dtype, head_dim, variant)
+    except FeatureError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(("shape", "options"), CASES)
+def test_outputs_and_gradients(device, shape, options):
+    check(device, *operands(shape, scale=1.5), options)
+
+
+def test_bf16(device):
+    check(device, *operands((2, 70, 3, 32), BF16), CAP | DROPOUT, variant="plain")
+    q, k, v, d_out = operands((1, 20, 1, 5), BF16)  # rows of an odd number of bytes / 2
+    out, _ = forward(device, q, k, v, NOTHING, variant="plain")
+    exactly = exact(q, k, v, d_out, NOTHING)[0]
+    assert_accurate(out, by_xla(q, k, v, d_out, RNG)[0], exactly, what="out")
+
+
+@pytest.mark.parametrize(("shape", "options"), CASES)
+def test_cooperative_matrices(device, shape, options):
+    require(device, BF16, shape[-1], "coop1")
+    check(device, *operands(shape, BF16, scale=1.5), options, variant="coop1")
+
+
+def test_the_tiles_of_a_gpu(device):
+    check(device, *operands((1, 70, 2, 8)), DROPOUT, queries=4)
+
+
+@pytest.mark.parametrize(("dtype", "variant"), [(F32, "plain"), (BF16, "coop1")], ids=["f32", "coop1"])
+def test_masks_are_those_of_the_reference(device, dtype, variant):
+    """Values that pick one key each show which weights are left."""
+    length, heads, options = 130, 2, CAP | DROPOUT
+    require(device, dtype, 128, variant)
+    shape = (1, length, heads, 128)
+    q, k, *_ = operands(shape, dtype)
+    left = np.zeros((heads, length, length), bool)
+    for start in (0, 128):
+        keys = range(start, min(start + 128, length))
+        v = np.zeros(shape, dtype)
+        v[0, keys, :, range(len(keys))] = 1
+        out, _ = forward(device, q, k, v, options, variant=variant)
+        left[:, :, keys] = np.moveaxis(out[0, :, :, : len(keys)], 1, 0) != 0
+    np.testing.assert_array_equal(left, (kept(shape, options)[0] != 0) & sees(length))
+
+    # In the gradient of v, d_out that picks a query shows its row.
+    d_out = np.zeros(shape, dtype)
+    d_out[0, range(128), :, range(128)] = 1
+    lse = forward(device, q, k, v, options, variant=variant)[1]
+    _, _, dv = backward(device, q, k, v, out, lse, d_out, options, variant=variant)
+    rows = np.moveaxis(dv[0], 0, -1) != 0  # (H, query, key)
+    np.testing.assert_array_equal(rows, left[:, :128])
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "options"), [(8, DROPOUT), (5, CAP | DROPOUT)], ids=["uncapped", "capped"]
+)
+def test_large_scores_stay_finite(device, head_dim, options):
+    """|scores| up to 10,000, which softmax turns into zeros and ones, and the soft cap into plateaus."""
+    length = 33
+    q, k, v, d_out = operands((1, length, 1, head_dim))
+    options = options | {"scale": 1.0}
+    q *= 1e4 / np.abs(np.einsum("bqhd,bkhd->bhqk", q, k)).max()
+    out, lse = forward(device, q, k, v, options)
+    wanted, wanted_lse, *gradients = exact(q, k, v, d_out, options)
+    plain, plain_lse, *_ = by_xla(q, k, v, d_out, RNG, **options)
+    assert_accurate(out, plain, wanted, what="out")
+    assert_accurate(lse, plain_lse, wanted_lse, what="lse")
+    # XLA sums p dp, the kernels out d_out: the same but for rounding, which q this large makes visible in dk.
+    rounding = (
+        np.finfo(F32).eps * np.abs(np.einsum("bqhd,bkhd->bhqk", d_out, v)).max() * length * np.abs(q).max()
+    )
+    for found, exactly in zip(backward(device, q, k, v, out, lse, d_out, options), gradients, strict=True):
+        np.testing.assert_allclose(found, exactly, rtol=1e-3, atol=rounding)
+
+
+def test_a_nan_stays_in_its_row(device):
+    q, k, v, d_out = operands((2, 70, 2, 8))
+    q[1, 40, 1, 3] = np.nan
+    out, lse = forward(device, q, k, v, DROPOUT)
+    dq, dk, dv = backward(device, q, k, v, out, lse, d_out, DROPOUT)
+    wanted = np.zeros((2, 70, 2), bool)
+    wanted[1, 40, 1] = True
+    for found in (out, lse.swapaxes(1, 2)[..., None], dq):
+        np.testing.assert_array_equal(np.isnan(found), np.broadcast_to(wanted[..., None], found.shape))
+    # Keys that the row sees, and for dv keeps, have it too; for dk, 0 NaN is NaN for more keys of the same head.
+    assert np.isnan(dk[1, :41, 1]).all()
+    for found in (dk, dv):
+        assert np.isfinite(found[0]).all()
+        assert np.isfinite(found[1, :, 0]).all()
+    seen = (kept(q.shape, DROPOUT)[1, 1, 40] != 0) & sees(70)[40]
+    np.testing.assert_array_equal(np.isnan(dv[1, :, 1]), np.broadcast_to(seen[:, None], (70, 8)))
+
+
+def test_two_runs_give_the_same_bits(device):
+    q, k, v, d_out = operands((2, 40, 3, 5))
+    first, second = (check(device, q, k, v, d_out, CAP | DROPOUT) for _ in range(2))
+    assert same_bits(first, second)
+
+
+def test_more_heads_than_workgroups_along_an_axis(device):
+    q, k, v, _ = operands((33_000, 1, 2, 1))
+    out, lse = forward(device, q, k, v, CAP | DROPOUT)
+    wanted, wanted_lse, *_ = exact(q, k, v, v, CAP | DROPOUT)
+    np.testing.assert_allclose(out, wanted, atol=1e-5)
+    np.testing.assert_allclose(lse, wanted_lse, atol=1e-5)
+
+
+def test_workgroups_fold_over_two_axes(device):
+    array, lse = Array((4096, 1024, 25, 64), F32), Array((4096, 25, 1024), F32)
+    forward_plan = plan_attention_forward(device.info, [array] * 3, [array, lse], queries=4)
+    backward_plan = plan_attention_backward(device.info, [*[array] * 4, lse, array], [array] * 3, queries=4)
+    for dispatch in (*forward_plan.dispatches, *backward_plan.dispatches[1:]):
+        x, y, z = dispatch.groups
+        assert max(x, y) <= 65_535
+        assert z == 1
+        assert 0 <= x * y - 4096 * 25 * 16 < x
+
+
+def test_q_k_and_v_in_one_buffer(device):
+    """Views of (B, T, 3, H, D), for the operands and for their gradients."""
+    shape = (2, 35, 3, 8)
+    q, k, v, d_out = operands(shape)
+    out, lse = forward(device, q, k, v, DROPOUT)
+    gradients = backward(device, q, k, v, out, lse, d_out, DROPOUT)
+    assert packed(shape)[0] != dense(shape)
+
+    together, rng = Array((2, 35, 3, 3, 8), F32), Array((2,), np.dtype(np.uint32))
+    outputs = [Array(shape, F32), Array((2, 3, 35), F32)]
+    qkv, drawn = device.upload(np.stack([q, k, v], axis=2)), device.upload(RNG)
+    results = [device.buffer(output.nbytes) for output in outputs]
+    options = DROPOUT | {"views": packed(shape)}
+    plan = plan_attention_forward(device.info, [*[together] * 3, rng], outputs, **options)
+    execute(device, plan, [*[qkv] * 3, drawn], results)
+    found = [result.read(output.dtype, output.shape) for result, output in zip(results, outputs, strict=True)]
+    assert same_bits(found, (out, lse))
+
+    d_qkv = device.upload(np.full(together.shape, np.nan, F32))
+    inputs = [*[together] * 3, *outputs, outputs[0], rng]
+    plan = plan_attention_backward(device.info, inputs, [together] * 3, **options)
+    execute(device, plan, [*[qkv] * 3, *results, device.upload(d_out), drawn], [d_qkv] * 3)
+    assert same_bits([d_qkv.read(F32, together.shape)], [np.stack(gradients, axis=2)])
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 8), (2, 0, 2, 8), (2, 4, 0, 8)])
+def test_nothing_to_do(device, shape):
+    q, k, v, d_out = operands(shape)
+    out, lse = forward(device, q, k, v, DROPOUT)
+    assert out.shape == shape
+    assert lse.shape == (shape[0], shape[2], shape[1])
+    assert [x.shape for x in backward(device, q, k, v, out, lse, d_out, DROPOUT)] == [shape] * 3
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "choice", "message"),
+    [
+        (129, F32, {}, "the head dim of attention must be from 1 to 128, found 129"),
+        (0, F32, {}, "the head dim of attention must be from 1 to 128, found 0"),
+        (8, np.dtype(np.float16), {}, r"the kernels take float32 or bfloat16, found float16\[1,2,1,8\]"),
+        (8, F32, {"variant": "fast"}, "attention variant must be one of coop1, plain, found 'fast'"),
+        (8, F32, {"variant": "coop1"}, "attention variant 'coop1' multiplies bfloat16, found float32"),
+        (8, F32, {"dropout_rate": 1.0}, r"dropout rate must be in \[0, 1\), found 1.0"),
+    ],
+)
+def test_what_there_is_no_kernel_for(device, head_dim, dtype, choice, message):
+    array, lse = Array((1, 2, 1, head_dim), dtype), Array((1, 1, 2), F32)
+    rng = Array((2,), np.dtype(np.uint32))
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        plan_attention_forward(device.info, [array] * 3 + [rng], [array, lse], **{"scale": 1.0} | choice)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        plan_attention_backward(
+            device.info, [*[array] * 4, lse, array, rng], [array] * 3, **{"scale": 1.0} | choice
+        )
+
+
+def test_a_variant_that_the_device_lacks():
+    info = next((info for info in list_devices() if "cooperativeMatrix" not in info.features), None)
+    if info is None:
+        pytest.skip("every device here has cooperative matrices")
+    assert choose_variant(info, BF16, 64) == "plain"
+    with pytest.raises(FeatureError, match=r"attention variant 'coop1': .* lacks .*cooperativeMatrix"):
+        choose_variant(info, BF16, 64, "coop1")
+
+
+@pytest.mark.parametrize("options", [NOTHING, CAP, DROPOUT, CAP | DROPOUT])
+def test_the_backward_reference_is_the_derivative(options):
+    q, k, v, d_out = operands((2, 9, 2, 5))
+    out, lse, *wanted = by_xla(q, k, v, d_out, RNG, **options)
+    gradients = attention_backward_reference(q, k, v, out, lse, d_out, jnp.asarray(RNG), **options)
+    for found, exactly in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(found, exactly, atol=2e-6)
