@@ -1,0 +1,226 @@
+"""Times every operation's kernels on a Vulkan device, beside XLA on the best JAX device.
+
+    python benchmarks/ops.py [--device gpu] [--sizes seed,124M] [--ops matmul,attention] [--repeats 30]
+
+Vulkan: device time, the sum of the timestamps of a plan's dispatches, median over the repeats; no copies to or from the
+host are in it. XLA: wall time of the reference under jax.jit, forward and (forward +) backward as XLA sees fit, calls
+back to back so that launches overlap, divided by their number. GB/s counts every operand and result once, TFLOP/s the
+products' multiplications and additions, a causal attention's at half. The ceilings are a copy, and a large product.
+"""
+
+import argparse
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vk_kernels import lowering
+from vk_kernels.cases import BF16, CASES, F32, SIZES, Case, Sizes
+from vk_kernels.check import VARIANTS
+from vk_kernels.device import Device
+from vk_kernels.errors import FeatureError
+from vk_kernels.lowering import call
+from vk_kernels.plan import Array, Plan, record
+
+ROW = "{:<30} {:<9} {:<5} {:<9} {:<6} {:>10} {:>9} {:>9} {:>10} {:>6}"
+
+
+def one_pass(case: Case, backward: bool) -> Callable[..., Any]:
+    """The case as a function of its operands: its results, or the gradients of its first result."""
+    if not backward:
+        return lambda *operands: case.run(operands)
+
+    def gradients(*operands):
+        def of(*some):
+            whole = list(operands)
+            for i, x in zip(case.differentiable, some, strict=True):
+                whole[i] = x
+            return case.run(whole)[0]
+
+        y, pullback = jax.vjp(of, *(operands[i] for i in case.differentiable))
+        return pullback(y)
+
+    return gradients
+
+
+def kernel_calls(case: Case, operands: Sequence[np.ndarray], target: call.Target) -> Iterator[tuple[str, Any]]:
+    """(name, equation) of each primitive that the forward and the backward pass of a case are made of."""
+    function = one_pass(case, backward=bool(case.differentiable))
+    with lowering.use("vulkan", device=target.device, variant=target.variant):
+        jaxpr = jax.make_jaxpr(function)(*operands)
+    yield from _primitives(jaxpr.jaxpr)
+
+
+def _primitives(jaxpr: Any) -> Iterator[tuple[str, Any]]:
+    for equation in jaxpr.eqns:
+        if "target" in equation.params:
+            yield equation.primitive.name, equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _primitives(inner)
+
+
+def plan_of(device: Device, name: str, equation: Any) -> tuple[Plan, list[Array], list[Array]]:
+    """The plan of a primitive, and the arrays it reads and writes."""
+    parameters = dict(equation.params)
+    target = parameters.pop("target")
+    reads, writes = (
+        [Array(tuple(v.aval.shape), np.dtype(v.aval.dtype)) for v in variables]
+        for variables in (equation.invars, equation.outvars)
+    )
+    what = call.encode(name, parameters, target).encode()
+    return call.make_plan(device, what, tuple(reads), tuple(writes)), reads, writes
+
+
+def random_array(array: Array, largest: int) -> np.ndarray:
+    """Normal numbers, or integers in [0, largest): never zeros, on which a device can be faster than on data."""
+    rng = np.random.default_rng(0)
+    if array.dtype.kind in "iu":
+        return rng.integers(0, largest, array.shape).astype(array.dtype)
+    return rng.standard_normal(array.shape, np.float32).astype(array.dtype)
+
+
+def device_seconds(
+    device: Device, plan: Plan, reads: list[Array], writes: list[Array], largest: int, repeats: int
+) -> float:
+    """Median device time of a plan."""
+    inputs = [device.upload(random_array(array, largest)) for array in reads]
+    others = [device.buffer(array.nbytes) for array in writes] + [device.buffer(size) for size in plan.scratch]
+    recorder = device.record(timestamps=len(plan.dispatches), replay=True)
+    try:
+        record(recorder, plan, [*inputs, *others])
+        recorder.end()
+        times = []
+        for _ in range(repeats + 3):
+            times.append(sum(seconds for _, seconds in recorder.submit().timings()))
+        return statistics.median(times[3:])
+    finally:
+        recorder.close()
+
+
+def product_flops(name: str, sizes: Sizes, reads: list[Array]) -> float:
+    """Of the matrix products of one primitive; 0 where there is none."""
+    rows = sizes.batch * sizes.length
+    if name.startswith("matmul"):
+        x, w = (array for array in reads[:2])
+        products = 2 if "backward" in name else 1
+        return products * 2.0 * (x.size // x.shape[-1]) * w.shape[0] * w.shape[1]
+    if name.startswith("attention"):
+        products = 5 if "backward" in name else 2
+        return products * rows * sizes.length * sizes.width  # 2 a multiply-add, half of it below the diagonal
+    if name.startswith("linear_cross_entropy"):
+        products = 3 if "backward" in name else 1
+        return products * 2.0 * rows * sizes.width * sizes.vocab
+    return 0.0
+
+
+def xla_seconds(case: Case, operands: Sequence[np.ndarray], backward: bool, repeats: int) -> float:
+    """Wall time of one call of the reference on the best JAX device."""
+    device = jax.devices()[0]
+    placed = [jax.device_put(x, device) for x in operands]
+    with lowering.use("xla"), jax.default_matmul_precision("highest"):
+        function = jax.jit(one_pass(case, backward))
+        jax.block_until_ready(function(*placed))
+        start = time.perf_counter()
+        results = [function(*placed) for _ in range(repeats)]
+        jax.block_until_ready(results)
+    return (time.perf_counter() - start) / repeats
+
+
+def ceilings(device: Device, selector: str, repeats: int) -> None:
+    """Prints what a copy and a large product reach."""
+    on_cpu = device.info.kind == "cpu"
+    array = Array((1 << (22 if on_cpu else 27),), F32)
+    kernel = device.kernel("copy", "f32")
+    source, target = device.upload(random_array(array, 1)), device.buffer(array.nbytes)
+    times = []
+    for _ in range(repeats):
+        recorder = device.record(timestamps=1)
+        groups = -(-array.size // 256)
+        recorder.dispatch(
+            kernel, [source, target], np.uint32(array.size).tobytes(), (min(groups, 65535), -(-groups // 65535), 1)
+        )
+        times.append(recorder.submit().timings()[0][1])
+        recorder.close()
+    print(f"copy of {array.nbytes >> 20} MiB: {2 * array.nbytes / statistics.median(times) / 1e9:,.0f} GB/s")
+    n = 256 if on_cpu else 4096
+    case = next(case for case in CASES if case.label == "matmul (product)")
+    for dtype in (F32, BF16):
+        for variant in VARIANTS:
+            target = call.Target(selector, variant)
+            operands = [random_array(Array((n, n), dtype), 1) for _ in range(2)]
+            name, equation = next(kernel_calls(case, operands, target))
+            try:
+                plan, reads, writes = plan_of(device, name, equation)
+            except (FeatureError, ValueError):
+                continue
+            seconds = device_seconds(device, plan, reads, writes, 1, repeats)
+            print(f"product of {n}^3, {dtype.name}, {variant}: {2 * n**3 / seconds / 1e12:,.1f} TFLOP/s")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="", help="of Vulkan: index, 'gpu', 'cpu' or part of a name")
+    parser.add_argument("--sizes", default="seed,124M", help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--ops", default="", help="comma-separated; default: all")
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args(arguments)
+    device = lowering.open_device(options.device)
+    print(f"Vulkan: {device.info}\nXLA: {jax.devices()[0].device_kind} ({jax.devices()[0].platform})\n")
+    ceilings(device, options.device, options.repeats)
+    print(
+        "\n" + ROW.format(*("kernels", "size", "dtype", "variant", "pass"), "us", "GB/s", "TFLOP/s", "XLA us", "ratio")
+    )
+    wanted = set(filter(None, options.ops.split(",")))
+    for size in options.sizes.split(","):
+        for case in CASES:
+            if wanted and case.op not in wanted:
+                continue
+            for dtype in (F32, BF16):
+                measure(device, options.device, case, size, dtype, options.repeats)
+    return 0
+
+
+def measure(device: Device, selector: str, case: Case, size: str, dtype: np.dtype, repeats: int) -> None:
+    """Prints a row for each variant and pass of a case."""
+    sizes = SIZES[size]
+    operands = case.operands(sizes, dtype)
+    xla = functools.cache(lambda backward: xla_seconds(case, operands, backward, repeats))
+    for variant in VARIANTS:
+        rows = []
+        try:
+            for name, equation in kernel_calls(case, operands, call.Target(selector, variant)):
+                plan, reads, writes = plan_of(device, name, equation)
+                rows.append((name, reads, writes, device_seconds(device, plan, reads, writes, sizes.vocab, repeats)))
+        except (FeatureError, ValueError):
+            if variant == "plain":
+                raise
+            continue
+        total = 0.0
+        for name, reads, writes, seconds in rows:
+            total += seconds
+            backward = name.endswith("_backward")
+            moved = sum(array.nbytes for array in (*reads, *writes)) / seconds / 1e9
+            flops = product_flops(name, sizes, reads) / seconds / 1e12
+            reference = xla(backward)
+            print(
+                ROW.format(
+                    *(case.label, size, "f32" if dtype == F32 else "bf16", variant, "both" if backward else "fwd"),
+                    f"{1e6 * (total if backward else seconds):,.1f}",
+                    f"{moved:,.0f}",
+                    f"{flops:,.1f}" if flops else "",
+                    f"{1e6 * reference:,.1f}",
+                    f"{(total if backward else seconds) / reference:.2f}",
+                ),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
