@@ -1,0 +1,407 @@
+"""How the threads of a kernel share the work: sections, each of which fills some outputs with its own workgroups.
+
+A kernel is a row of sections, so that outputs of different shapes need one dispatch (horizontal fusion). The order in
+which elements are combined is fixed by the shapes, so that every run gives the same bits.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from vk_kernels.lowering.emit_graph import Emitter, dtype_of, shape_of, size_of
+from vk_kernels.lowering.emit_reduce import Reducer, reduced_axes, whole_place
+from vk_kernels.lowering.emit_scalar import Scalars, kind
+from vk_kernels.lowering.graph import Literal, Node, Value
+from vk_kernels.lowering.spirv import Buffer, Code, Ext, Id, Module, Op, Shared
+
+THREADS = 256  # of a workgroup
+_COLUMNS = 32  # neighbouring outputs that a workgroup reduces together, where the last axis is kept
+_SPLIT_GROUPS, _SPLIT_LENGTH = (
+    128,
+    1024,
+)  # workgroups that a long reduction is cut into; least length of a piece
+_LONG = 33  # a reduction of fewer elements is one thread's loop
+
+
+class Output(NamedTuple):
+    value: Value | Literal
+    buffer: Buffer
+
+
+class Geometry(NamedTuple):
+    """The axes that a reduction goes over."""
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, node: Node) -> "Geometry":
+        return cls(shape_of(node.inputs[0]), tuple(sorted(reduced_axes(node))))
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.axes)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        return tuple(n for axis, n in enumerate(self.shape) if axis not in self.axes)
+
+    @property
+    def is_long(self) -> bool:
+        return math.prod(self.reduced) >= _LONG and math.prod(self.kept) > 0
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether neighbours in memory are reduced together."""
+        last = max((axis for axis, n in enumerate(self.shape) if n > 1), default=0)
+        return last in self.axes
+
+    @property
+    def lanes(self) -> tuple[int, int]:
+        """Threads across the kept elements, and along each reduction: THREADS in all."""
+        if self.by_rows:
+            along = min(THREADS, max(32, _power_of_two(math.prod(self.reduced)) // 4))
+            return THREADS // along, along
+        across = min(_COLUMNS, _power_of_two(math.prod(self.kept)))
+        return across, THREADS // across
+
+    @property
+    def tiles(self) -> int:
+        return -(-math.prod(self.kept) // self.lanes[0])
+
+    @property
+    def splits(self) -> int:
+        """Workgroups that share each reduction."""
+        pieces = math.prod(self.reduced) // _SPLIT_LENGTH
+        return max(1, min(_SPLIT_GROUPS // self.tiles, pieces)) if self.tiles else 1
+
+
+def _power_of_two(n: int) -> int:
+    """The least one from `n` on."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+class Workspace:
+    """Shared memory of a kernel, for all its sections: an array of one word a thread for each number asked for."""
+
+    def __init__(self, module: Module):
+        self._module = module
+        self._arrays: list[Shared] = []
+
+    def __getitem__(self, number: int) -> Shared:
+        while len(self._arrays) <= number:
+            self._arrays.append(self._module.shared(THREADS))
+        return self._arrays[number]
+
+
+@dataclass
+class MapSection:
+    """A thread an element, of one or several outputs of one shape."""
+
+    outputs: list[Output]
+    index: Id | None = None  # of the element, once emitted
+
+    @property
+    def groups(self) -> int:
+        return -(-size_of(self.outputs[0].value) // THREADS)
+
+    def emit(self, e: Emitter, group: Id) -> Code:
+        m, shape = e.m, shape_of(self.outputs[0].value)
+        index = m.op(Op.I_ADD, m.op(Op.I_MUL, group, m.constant(THREADS)), m.thread)
+        self.index = index
+
+        def element() -> Code:
+            words = []
+            for value, _ in self.outputs:
+                x = yield value, e.place(index, shape)
+                words.append(e.scalars.to_word(x, dtype_of(value)))
+            # All is read before anything is written: an output may be an input's memory.
+            for (_, buffer), word in zip(self.outputs, words, strict=True):
+                buffer.store(index, word)
+
+        yield from m.branch(m.op(Op.U_LESS, index, m.constant(math.prod(shape))), element)
+
+
+@dataclass
+class ReduceSection:
+    """Reductions of one geometry, and outputs made of their results: of the kept shape or of the whole one.
+
+    A workgroup takes `lanes` of the geometry: it goes over its part of the operands once for all the reductions that
+    need no other's result, and again for those that do, and once more for the outputs of the whole shape.
+    """
+
+    geometry: Geometry
+    levels: list[list[Node]]
+    kept: list[Output]
+    whole: list[Output]
+    workspace: Workspace
+
+    @property
+    def groups(self) -> int:
+        return self.geometry.tiles
+
+    def emit(self, e: Emitter, group: Id) -> Code:
+        m, geometry = e.m, self.geometry
+        lanes = _Lanes(m, geometry, group)
+        kept = e.place(lanes.k, geometry.kept)
+        count = m.constant(math.prod(geometry.reduced))
+        for nodes in self.levels:
+            totals = yield from _totals(e, lanes, nodes, kept, lanes.along, count, self.workspace)
+            for node, (reducer, total) in zip(nodes, totals, strict=True):
+                e.remember(node.outputs[0], kept, reducer.result(total))
+
+        words = []
+        for value, _ in self.kept:
+            x = yield value, e.reshaped(kept, geometry.kept, shape_of(value))
+            words.append(e.scalars.to_word(x, dtype_of(value)))
+
+        def store_kept() -> Code:
+            for (_, buffer), word in zip(self.kept, words, strict=True):
+                buffer.store(lanes.k, word)
+            return []
+            yield
+
+        def store_whole() -> Code:
+            yield from m.loop(lanes.along, count, m.constant(geometry.lanes[1]), [], element)
+
+        def element(r: Id, carried: list[Id]) -> Code:
+            place = _whole(geometry, kept, e.place(r, geometry.reduced))
+            results = []
+            for value, _ in self.whole:
+                x = yield value, place
+                results.append(e.scalars.to_word(x, dtype_of(value)))
+            for (_, buffer), word in zip(self.whole, results, strict=True):
+                buffer.store(e.linear(place, geometry.shape), word)
+            return []
+
+        if self.kept:
+            yield from m.branch(lanes.leads(), store_kept)
+        if self.whole:
+            yield from m.branch(lanes.inside, store_whole)
+
+
+@dataclass
+class PartialSection:
+    """The first half of long reductions: `splits` of the geometry, each by a workgroup of its own.
+
+    The output of each is of the kept shape and one axis more, over the pieces.
+    """
+
+    geometry: Geometry
+    nodes: list[Node]
+    buffers: list[Buffer]
+    workspace: Workspace
+
+    @property
+    def groups(self) -> int:
+        return self.geometry.tiles * self.geometry.splits
+
+    def emit(self, e: Emitter, group: Id) -> Code:
+        m, geometry = e.m, self.geometry
+        count, along = math.prod(geometry.reduced), geometry.lanes[1]
+        splits = m.constant(geometry.splits)
+        piece_length = -(-count // geometry.splits // along) * along
+        while piece_length * geometry.splits < count:
+            piece_length += along
+        piece = m.op(Op.U_MOD, group, splits)
+        lanes = _Lanes(m, geometry, m.op(Op.U_DIV, group, splits))
+        kept = e.place(lanes.k, geometry.kept)
+        begin = m.op(Op.I_MUL, piece, m.constant(piece_length))
+        start = m.op(Op.I_ADD, begin, lanes.along)
+        stop = m.ext(Ext.U_MIN, m.op(Op.I_ADD, begin, m.constant(piece_length)), m.constant(count))
+        totals = yield from _totals(e, lanes, self.nodes, kept, start, stop, self.workspace)
+
+        def store() -> Code:
+            index = m.op(Op.I_ADD, m.op(Op.I_MUL, lanes.k, splits), piece)
+            for buffer, (reducer, total) in zip(self.buffers, totals, strict=True):
+                buffer.store(index, e.scalars.to_word(total[0], reducer.dtypes[0]))
+            return []
+            yield
+
+        yield from m.branch(lanes.leads(), store)
+
+
+class _Lanes:
+    """Where a thread stands in its workgroup's part of a geometry."""
+
+    def __init__(self, m: Module, geometry: Geometry, tile: Id):
+        self._m = m
+        across, along = geometry.lanes
+        if geometry.by_rows:
+            self.across = m.op(Op.U_DIV, m.thread, m.constant(along))
+            self.along = m.op(Op.U_MOD, m.thread, m.constant(along))
+            self.first = m.op(
+                Op.I_MUL, self.across, m.constant(along)
+            )  # the thread that leads this one's reduction
+            self.stride = 1
+        else:
+            self.along = m.op(Op.U_DIV, m.thread, m.constant(across))
+            self.across = m.op(Op.U_MOD, m.thread, m.constant(across))
+            self.first, self.stride = self.across, across
+        self.count = along
+        k = m.op(Op.I_ADD, m.op(Op.I_MUL, tile, m.constant(across)), self.across)
+        last = m.constant(math.prod(geometry.kept) - 1)
+        self.inside = m.op(Op.U_LESS_EQUAL, k, last)
+        self.k = m.ext(
+            Ext.U_MIN, k, last
+        )  # threads past the end do the last one's work again, and store nothing
+
+    def leads(self) -> Id:
+        m = self._m
+        return m.op(Op.LOGICAL_AND, self.inside, m.op(Op.I_EQUAL, self.along, m.constant(0)))
+
+
+def _whole(geometry: Geometry, kept: Sequence[Id], reduced: Sequence[Id]) -> list[Id]:
+    kept_iter, reduced_iter = iter(kept), iter(reduced)
+    return [next(reduced_iter if axis in geometry.axes else kept_iter) for axis in range(len(geometry.shape))]
+
+
+def _totals(
+    e: Emitter,
+    lanes: _Lanes,
+    nodes: list[Node],
+    kept: Sequence[Id],
+    start: Id,
+    stop: Id,
+    workspace: Workspace,
+) -> Code:
+    """[(reducer, totals)] of reductions of one geometry, known to every thread: each thread's part, then a tree."""
+    m = e.m
+    reducers = [Reducer(e.scalars, node) for node in nodes]
+    geometry = Geometry.of(nodes[0])
+
+    def body(r: Id, carried: list[Id]) -> Code:
+        left, results = iter(carried), []
+        reduced = e.place(r, geometry.reduced)
+        for node, reducer in zip(nodes, reducers, strict=True):
+            x = yield node.inputs[0], whole_place(node, kept, reduced)
+            results += reducer.combine([next(left) for _ in reducer.dtypes], reducer.element(x, r))
+        return results
+
+    initial = [x for reducer in reducers for x in reducer.initial()]
+    parts = iter((yield from m.loop(start, stop, m.constant(lanes.count), initial, body)))
+    totals = []
+    for reducer in reducers:
+        own = [next(parts) for _ in reducer.dtypes]
+        totals.append((reducer, (yield from _tree(e, lanes, reducer, own, workspace))))
+    return totals
+
+
+def _tree(e: Emitter, lanes: _Lanes, reducer: Reducer, own: list[Id], workspace: Workspace) -> Code:
+    m, s = e.m, e.scalars
+
+    def load(index: Id) -> list[Id]:
+        return [s.from_word(workspace[i].load(index), dtype) for i, dtype in enumerate(reducer.dtypes)]
+
+    def store(values: Sequence[Id]) -> None:
+        for i, (x, dtype) in enumerate(zip(values, reducer.dtypes, strict=True)):
+            workspace[i].store(m.thread, s.to_word(x, dtype))
+
+    store(own)
+    m.barrier()
+    half = lanes.count // 2
+    while half:
+
+        def step(half: int = half) -> Code:
+            other = m.op(Op.I_ADD, m.thread, m.constant(half * lanes.stride))
+            store(reducer.combine(load(m.thread), load(other)))
+            return []
+            yield
+
+        yield from m.branch(m.op(Op.U_LESS, lanes.along, m.constant(half)), step)
+        m.barrier()
+        half //= 2
+    total = load(lanes.first)
+    m.barrier()  # before the next tree writes
+    return total
+
+
+@dataclass
+class RankSection:
+    """A sort or a top_k: a thread an element, which counts those that come before its own, and stores it there.
+
+    Stable, and n reads for each of n elements.
+    """
+
+    node: Node
+    outputs: dict[int, Buffer]  # by the number of the node's output
+
+    @property
+    def groups(self) -> int:
+        return -(-size_of(self.node.inputs[0]) // THREADS)
+
+    def emit(self, e: Emitter, group: Id) -> Code:
+        m, node = e.m, self.node
+        shape = shape_of(node.inputs[0])
+        top = node.op == "top_k"
+        axis = (node.params.get("axis", -1) if top else node.params["dimension"]) % len(shape)
+        keys = node.inputs[: 1 if top else node.params["num_keys"]]
+        index = m.op(Op.I_ADD, m.op(Op.I_MUL, group, m.constant(THREADS)), m.thread)
+
+        def element() -> Code:
+            place = e.place(index, shape)
+            own = []
+            for x in keys:
+                own.append(sortable(e.scalars, (yield x, place), dtype_of(x), descending=top))
+
+            def count(i: Id, carried: list[Id]) -> Code:
+                there = [i if at == axis else c for at, c in enumerate(place)]
+                before, equal = m.boolean(False), m.boolean(True)
+                for x, mine in zip(keys, own, strict=True):
+                    other = sortable(e.scalars, (yield x, there), dtype_of(x), descending=top)
+                    less = m.op(Op.LOGICAL_AND, equal, m.op(Op.U_LESS, other, mine))
+                    before = m.op(Op.LOGICAL_OR, before, less)
+                    equal = m.op(Op.LOGICAL_AND, equal, m.op(Op.I_EQUAL, other, mine))
+                earlier = m.op(Op.LOGICAL_AND, equal, m.op(Op.U_LESS, i, place[axis]))
+                counted = m.op(Op.LOGICAL_OR, before, earlier)
+                return [m.op(Op.I_ADD, carried[0], m.select(counted, m.constant(1), m.constant(0)))]
+
+            zero, length = m.constant(0), m.constant(shape[axis])
+            (rank,) = yield from m.loop(zero, length, m.constant(1), [zero], count)
+
+            def store() -> Code:
+                for k, buffer in self.outputs.items():
+                    if top and k == 1:
+                        word = place[axis]
+                    else:
+                        source = node.inputs[k]
+                        word = e.scalars.to_word((yield source, place), dtype_of(source))
+                    target = [rank if at == axis else c for at, c in enumerate(place)]
+                    buffer.store(e.linear(target, node.outputs[k].shape), word)
+
+            wanted = m.constant(node.outputs[0].shape[axis])
+            yield from m.branch(m.op(Op.U_LESS, rank, wanted), store)
+
+        yield from m.branch(m.op(Op.U_LESS, index, m.constant(math.prod(shape))), element)
+
+
+def sortable(s: Scalars, x: Id, dtype: np.dtype, descending: bool = False) -> Id:
+    """An unsigned number that orders as `x` does in JAX: NaN is the greatest, and the zeros are equal."""
+    m = s.m
+    match kind(dtype):
+        case "float":
+            bits = m.bits(x)
+            bits = m.select(m.op(Op.F_EQUAL, x, m.real(0)), m.constant(0), bits)
+            bits = m.select(s.math.is_nan(x), m.constant(0x7FC00000), bits)
+            negative = m.op(Op.S_LESS, bits, m.constant(0))
+            word = m.op(Op.XOR, bits, m.select(negative, m.constant(-1), m.constant(0x80000000)))
+        case "signed":
+            word = m.op(Op.XOR, x, m.constant(0x80000000))
+        case _:
+            word = s.to_word(x, dtype)
+    return m.op(Op.NOT, word) if descending else word
+
+
+Section = MapSection | ReduceSection | PartialSection | RankSection
+
+
+def levels(nodes: Sequence[Node], inner: dict[Node, set[Node]]) -> list[list[Node]]:
+    """Reductions of one geometry, by how many others' results each one needs in turn. `inner`: those it needs."""
+    depth: dict[Node, int] = {}
+    chosen = set(nodes)
+    for node in sorted(nodes, key=lambda node: len(inner[node] & chosen)):
+        depth[node] = 1 + max((depth[other] for other in inner[node] & chosen), default=-1)
+    return [[node for node in nodes if depth[node] == level] for level in range(max(depth.values()) + 1)]
