@@ -31,7 +31,7 @@ TARGET = Target(SELECTOR)
 
 
 def plan_copies(info, inputs, outputs, *, kernel="copy"):
-    """outputs[i] = inputs[i], in f32."""
+    """outputs[i] = inputs[i], in f32. The kernel 'broken' gets push constants that it does not take."""
     dispatches = []
     for i, x in enumerate(inputs):
         if x.dtype != np.float32:
@@ -226,11 +226,17 @@ def test_a_buffer_over_the_limit_is_an_error_of_the_trace():
         jax.jit(copy).lower(shape)
 
 
+def test_a_kernel_that_cannot_be_made_is_an_error_of_the_trace():
+    with pytest.raises(ValueError, match=r"test_copy\(float32\[3\]\) on .*'absent\.f32'"):
+        jax.jit(lambda x: copy(x, kernel="absent")).lower(numbers(3))
+
+
 def test_failure_on_the_device_is_an_error_with_its_message_and_no_more():
-    """The plan is made, but its kernel does not exist: found when the call runs."""
-    run = jax.jit(lambda x: copy(x, kernel="absent") + 1)
+    run = jax.jit(lambda x: copy(x, kernel="broken") + 1)
     for _ in range(2):
-        with pytest.raises(jax.errors.JaxRuntimeError, match=r"test_copy\(float32\[3\]\).*'absent\.f32'"):
+        with pytest.raises(
+            jax.errors.JaxRuntimeError, match=r"test_copy\(float32\[3\]\).* 4 bytes of push constants"
+        ):
             run(numbers(3)).block_until_ready()
     np.testing.assert_array_equal(copy(numbers(3)), numbers(3))
 

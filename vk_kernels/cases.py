@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 
 from vk_kernels import ops
-from vk_kernels.ops.dropout import dropout_mask, dropout_scale
 
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
@@ -133,11 +132,33 @@ def _adamw_operands(sizes: Sizes, dtype: np.dtype) -> Operands:
 # The truths.
 
 
-def _drop(y: jax.Array, rng: Any, rate: float, stream: int, grid: tuple[int, ...] | None = None) -> jax.Array:
-    grid = grid or (math.prod(y.shape[:-1]), y.shape[-1])
-    return jnp.where(
-        dropout_mask(jnp.asarray(rng), stream, rate, grid).reshape(y.shape), y * dropout_scale(rate), 0.0
-    )
+def random_bits(rng: np.ndarray, stream: int, grid: tuple[int, int, int]) -> np.ndarray:
+    """The 16 bits of each element of a (batch, rows, columns) grid: `philox.random_uint16`, written again for numpy."""
+    mask, (batch, rows, columns) = np.uint64(0xFFFFFFFF), grid
+    blocks = -(-columns // 8)
+    c2, c1, c0 = np.meshgrid(*(np.arange(n, dtype=np.uint64) for n in (batch, rows, blocks)), indexing="ij")
+    c3 = np.full_like(c0, rng[1])
+    k0, k1 = np.uint64(rng[0]), np.uint64(stream)
+    for _ in range(7):
+        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            (p1 >> np.uint64(32)) ^ c1 ^ k0,
+            p1 & mask,
+            (p0 >> np.uint64(32)) ^ c3 ^ k1,
+            p0 & mask,
+        )
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & mask, (k1 + np.uint64(0xBB67AE85)) & mask
+    words = np.stack([c0, c1, c2, c3], axis=-1).astype("<u4")
+    return words.view("<u2").reshape(batch, rows, blocks * 8)[:, :, :columns]
+
+
+def _drop(
+    y: jax.Array, rng: Any, rate: float, stream: int, grid: tuple[int, int, int] | None = None
+) -> jax.Array:
+    grid = grid or (1, math.prod(y.shape[:-1]), y.shape[-1])
+    threshold = round(rate * 2**16)
+    kept = random_bits(RNG, stream, grid).reshape(y.shape) >= threshold
+    return jnp.where(kept, y * (2**16 / (2**16 - threshold)), 0.0)
 
 
 def _layer_norm(x, scale, bias, epsilon=1e-5):
@@ -147,7 +168,7 @@ def _layer_norm(x, scale, bias, epsilon=1e-5):
 
 
 def _residual_layer_norm(x, branch, scale, bias, rng=None, dropout_rate=0.0, stream=0):
-    total = x + (branch if rng is None else _drop(branch, rng, dropout_rate, stream))
+    total = x + (branch if rng is None else _drop(branch, dropout_rate, stream))
     return total, *_layer_norm(total, scale, bias)
 
 
@@ -159,7 +180,7 @@ def _matmul(x, w, bias=None, activation=None, residual=None, rng=None, dropout_r
     y = jnp.einsum("...k,kn->...n", x, w)
     y = y if bias is None else y + jnp.broadcast_to(bias, y.shape)
     y = y if activation is None else _gelu(y)[0]
-    y = y if rng is None else _drop(y, rng, dropout_rate, stream)
+    y = y if rng is None else _drop(y, dropout_rate, stream)
     return (y if residual is None else residual + y,)
 
 
@@ -170,7 +191,7 @@ def _attention(q, k, v, rng=None, cap=None, dropout_rate=0.0, stream=0):
     causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
     weights = jax.nn.softmax(jnp.where(causal, scores, -1e300), axis=-1)
     if rng is not None:
-        weights = _drop(weights, rng, dropout_rate, stream, (batch * heads, length, length))
+        weights = _drop(weights, dropout_rate, stream, (batch * heads, length, length))
     return (jnp.einsum("bhqk,bkhd->bqhd", weights, v),)
 
 
@@ -185,16 +206,17 @@ def _adamw(*operands, decay, b1, b2, epsilon, weight_decay, clip_norm):
     params, grads, mus, nus = (operands[i * size : (i + 1) * size] for i in range(4))
     count, learning_rate, _ = operands[4 * size :]
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads))
-    count = count + 1
+    count = (count + 1).astype(norm.dtype)
     grads = [g * jnp.minimum(1.0, clip_norm / norm) for g in grads]
     mus = [b1 * mu + (1 - b1) * g for mu, g in zip(mus, grads, strict=True)]
     nus = [b2 * nu + (1 - b2) * g * g for nu, g in zip(nus, grads, strict=True)]
     steps = [
-        mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + epsilon) + weight_decay * decays * p
+        mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + epsilon)
+        + (weight_decay if decays else 0.0) * p
         for mu, nu, p, decays in zip(mus, nus, params, decay, strict=True)
     ]
     params = [p - learning_rate * step for p, step in zip(params, steps, strict=True)]
-    return *params, *mus, *nus, count, norm, jnp.int32(1)
+    return *params, *mus, *nus, count, norm, jnp.ones(())
 
 
 _DROPOUT = {"dropout_rate": 0.1, "stream": 3}
@@ -265,7 +287,7 @@ CASES = (
         "dropout",
         "",
         lambda s, t: (_hidden(s, t, 1), RNG),
-        lambda x, rng, rate, stream: (_drop(x, rng, rate, stream),),
+        lambda x, rng, rate, stream: (_drop(x, rate, stream),),
         {"rate": 0.1, "stream": 3},
         differentiable=(0,),
     ),

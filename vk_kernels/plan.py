@@ -18,6 +18,7 @@ from vk_kernels.memory import Buffer
 if TYPE_CHECKING:
     from vk_kernels.commands import Recorder
     from vk_kernels.device import Device
+    from vk_kernels.kernel import Kernel
 
 
 class Array(NamedTuple):
@@ -63,15 +64,20 @@ class Plan:
     scratch: tuple[int, ...] = ()
 
 
+def kernel_of(device: "Device", dispatch: Dispatch) -> "Kernel":
+    """The kernel that a dispatch runs; made once a device. Raises ValueError or FeatureError as `Device.kernel`."""
+    return device.kernel(
+        dispatch.kernel, dispatch.variant, dict(dispatch.spec), subgroup_size=dispatch.subgroup_size
+    )
+
+
 def record(recorder: "Recorder", plan: Plan, buffers: Sequence[Buffer], label: str = "") -> None:
     """Adds a plan's dispatches to a recording; `buffers` are (*inputs, *outputs, *scratch).
 
     `label` says what the plan is for (the operation and its shapes) in errors and timings.
     """
     for dispatch in plan.dispatches:
-        kernel = recorder.device.kernel(
-            dispatch.kernel, dispatch.variant, dict(dispatch.spec), subgroup_size=dispatch.subgroup_size
-        )
+        kernel = kernel_of(recorder.device, dispatch)
         operands = [buffers[i] for i in dispatch.operands]
         name = f"{kernel.label} of {label}" if label else None
         recorder.dispatch(kernel, operands, dispatch.push_constants, dispatch.groups, name)

@@ -106,7 +106,7 @@ def _frozen(value: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def make_plan(device: Device, call: bytes, inputs: tuple[Array, ...], outputs: tuple[Array, ...]) -> Plan:
-    """The plan of a call; made once.
+    """The plan of a call, and its kernels; made once.
 
     Raises ValueError or FeatureError, naming operation and shapes, for what the kernels or the device cannot do.
     """
@@ -115,6 +115,10 @@ def make_plan(device: Device, call: bytes, inputs: tuple[Array, ...], outputs: t
     options = {"variant": target.variant} if target.variant else {}
     try:
         plan = _planners[operation](device.info, inputs, outputs, **parameters, **options)
+        for (
+            dispatch
+        ) in plan.dispatches:  # made now, for what the device lacks, and as the program is compiled
+            plans.kernel_of(device, dispatch)
     except FeatureError as error:
         raise FeatureError(f"{what}: {error}") from None
     except ValueError as error:
