@@ -69,6 +69,17 @@ def _split(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
     return (yield node.inputs[0], [_offset(e, c, before) if i == axis else c for i, c in enumerate(coords)])
 
 
+@handles("tile")
+def _tile(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
+    shape = shape_of(node.inputs[0])
+    return (
+        yield (
+            node.inputs[0],
+            [e.m.op(Op.U_MOD, c, e.m.constant(n)) for c, n in zip(coords, shape, strict=True)],
+        )
+    )
+
+
 @handles("iota")
 def _iota(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
     return e.scalars.convert(coords[node.params["dimension"]], np.dtype(np.uint32), node.outputs[0].dtype)
@@ -94,6 +105,23 @@ def _concatenate(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
         )
 
     return (yield from among(0, len(operands) - 1))[0]
+
+
+@handles("stack")
+def _stack(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
+    axis = node.params["axis"]
+    place = [c for i, c in enumerate(coords) if i != axis]
+
+    def among(first: int, last: int) -> Code:
+        if first == last:
+            return [(yield node.inputs[first], place)]
+        middle = (first + last) // 2
+        condition = e.m.op(Op.U_LESS_EQUAL, coords[axis], e.m.constant(middle))
+        return (
+            yield from e.m.branch(condition, lambda: among(first, middle), lambda: among(middle + 1, last))
+        )
+
+    return (yield from among(0, len(node.inputs) - 1))[0]
 
 
 @handles("pad")
