@@ -39,9 +39,9 @@ def plan_copies(info, inputs, outputs, *, kernel="copy"):
         if x.size:
             groups = -(-x.size // 256)
             folded = (min(groups, 65535), 1, 1)
-            dispatches.append(
-                Dispatch(kernel, "f32", (), (i, len(inputs) + i), struct.pack("I", x.size), folded)
-            )
+            push_constants = struct.pack("I", x.size) * (2 if kernel == "broken" else 1)
+            name = "copy" if kernel == "broken" else kernel
+            dispatches.append(Dispatch(name, "f32", (), (i, len(inputs) + i), push_constants, folded))
     return Plan(tuple(dispatches))
 
 

@@ -152,9 +152,8 @@ def random_bits(rng: np.ndarray, stream: int, grid: tuple[int, int, int]) -> np.
     return words.view("<u2").reshape(batch, rows, blocks * 8)[:, :, :columns]
 
 
-def _drop(
-    y: jax.Array, rng: Any, rate: float, stream: int, grid: tuple[int, int, int] | None = None
-) -> jax.Array:
+def _drop(y: jax.Array, rate: float, stream: int, grid: tuple[int, int, int] | None = None) -> jax.Array:
+    """Dropout by RNG, which is what every case with dropout draws from."""
     grid = grid or (1, math.prod(y.shape[:-1]), y.shape[-1])
     threshold = round(rate * 2**16)
     kept = random_bits(RNG, stream, grid).reshape(y.shape) >= threshold

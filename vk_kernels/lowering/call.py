@@ -115,9 +115,7 @@ def make_plan(device: Device, call: bytes, inputs: tuple[Array, ...], outputs: t
     options = {"variant": target.variant} if target.variant else {}
     try:
         plan = _planners[operation](device.info, inputs, outputs, **parameters, **options)
-        for (
-            dispatch
-        ) in plan.dispatches:  # made now, for what the device lacks, and as the program is compiled
+        for dispatch in plan.dispatches:
             plans.kernel_of(device, dispatch)
     except FeatureError as error:
         raise FeatureError(f"{what}: {error}") from None
