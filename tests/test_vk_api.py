@@ -1,6 +1,7 @@
 """The public operations on Vulkan: every case against its float64 truth, and what callers may do with them."""
 
 import inspect
+import os
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from vk_fixtures import SELECTOR, needs_vulkan
 
 import vk_kernels
 from vk_kernels import lowering, ops
-from vk_kernels.cases import BF16, CASES, F32, RNG, numbers
+from vk_kernels.cases import BF16, CASES, F32, RNG, SIZES, numbers
 from vk_kernels.check import check
 from vk_kernels.errors import NoDeviceError
 
@@ -176,6 +177,21 @@ def test_two_runs_are_bit_equal():
         )
         first, second = run(x, w), run(x, w)
     jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_mixed_calls_keep_memory_and_files_flat(on_vulkan):
+    device, calls = lowering.open_device(SELECTOR), []
+    for case in CASES:
+        operands = [jnp.asarray(x) for x in case.operands(SIZES["tiny"], F32)]
+        calls.append((jax.jit(lambda *operands, case=case: case.run(operands)), operands))
+
+    def run(rounds):
+        for _ in range(rounds):
+            jax.block_until_ready([call(*operands) for call, operands in calls])
+        stats = device.memory_stats()
+        return stats.used, stats.buffers, stats.reserved, len(os.listdir("/proc/self/fd"))
+
+    assert run(2) == run(70)
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6)])
