@@ -108,7 +108,7 @@ def product_flops(name: str, sizes: Sizes, reads: list[Array]) -> float:
     """Of the matrix products of one primitive; 0 where there is none."""
     rows = sizes.batch * sizes.length
     if name.startswith("matmul"):
-        x, w = (array for array in reads[:2])
+        x, w = reads[1:3] if "backward" in name else reads[:2]
         products = 2 if "backward" in name else 1
         return products * 2.0 * (x.size // x.shape[-1]) * w.shape[0] * w.shape[1]
     if name.startswith("attention"):

@@ -121,16 +121,14 @@ def check(device, q, k, v, d_out, options, **choice):
     plain, plain_lse, *plain_gradients = by_xla(q, k, v, d_out, RNG, **options)
     assert_accurate(out, plain, exactly[0], what="out")
     assert_accurate(lse, plain_lse, exactly[1], what="lse")
-    for name, found, xla, wanted in zip(
-        ("dq", "dk", "dv"), gradients, plain_gradients, exactly[2:], strict=True
-    ):
+    for name, found, xla, wanted in zip(("dq", "dk", "dv"), gradients, plain_gradients, exactly[2:], strict=True):
         assert_accurate(found, xla, wanted, factor=3, what=name)
     return out, lse, *gradients
 
 
 def require(device, dtype, head_dim, variant):
     try:
-        choose_variant(device.info, dtype, head_dim, variant)
+        choose_variant(device.info, dtype, 16, head_dim, variant)
     except FeatureError as error:
         pytest.skip(str(error))
 
@@ -151,6 +149,10 @@ def test_bf16(device):
 @pytest.mark.parametrize(("shape", "options"), CASES)
 def test_cooperative_matrices(device, shape, options):
     require(device, BF16, shape[-1], "coop1")
+    if shape[1] < 16:
+        with pytest.raises(ValueError, match="takes 16 tokens or more"):
+            check(device, *operands(shape, BF16), options, variant="coop1")
+        return
     check(device, *operands(shape, BF16, scale=1.5), options, variant="coop1")
 
 
@@ -183,9 +185,7 @@ def test_masks_are_those_of_the_reference(device, dtype, variant):
     np.testing.assert_array_equal(rows, left[:, :128])
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "options"), [(8, DROPOUT), (5, CAP | DROPOUT)], ids=["uncapped", "capped"]
-)
+@pytest.mark.parametrize(("head_dim", "options"), [(8, DROPOUT), (5, CAP | DROPOUT)], ids=["uncapped", "capped"])
 def test_large_scores_stay_finite(device, head_dim, options):
     """|scores| up to 10,000, which softmax turns into zeros and ones, and the soft cap into plateaus."""
     length = 33
@@ -198,9 +198,7 @@ def test_large_scores_stay_finite(device, head_dim, options):
     assert_accurate(out, plain, wanted, what="out")
     assert_accurate(lse, plain_lse, wanted_lse, what="lse")
     # XLA sums p dp, the kernels out d_out: the same but for rounding, which q this large makes visible in dk.
-    rounding = (
-        np.finfo(F32).eps * np.abs(np.einsum("bqhd,bkhd->bhqk", d_out, v)).max() * length * np.abs(q).max()
-    )
+    rounding = np.finfo(F32).eps * np.abs(np.einsum("bqhd,bkhd->bhqk", d_out, v)).max() * length * np.abs(q).max()
     for found, exactly in zip(backward(device, q, k, v, out, lse, d_out, options), gradients, strict=True):
         np.testing.assert_allclose(found, exactly, rtol=1e-3, atol=rounding)
 
@@ -299,18 +297,16 @@ def test_what_there_is_no_kernel_for(device, head_dim, dtype, choice, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         plan_attention_forward(device.info, [array] * 3 + [rng], [array, lse], **{"scale": 1.0} | choice)
     with pytest.raises(ValueError, match=f"^{message}$"):
-        plan_attention_backward(
-            device.info, [*[array] * 4, lse, array, rng], [array] * 3, **{"scale": 1.0} | choice
-        )
+        plan_attention_backward(device.info, [*[array] * 4, lse, array, rng], [array] * 3, **{"scale": 1.0} | choice)
 
 
 def test_a_variant_that_the_device_lacks():
     info = next((info for info in list_devices() if "cooperativeMatrix" not in info.features), None)
     if info is None:
         pytest.skip("every device here has cooperative matrices")
-    assert choose_variant(info, BF16, 64) == "plain"
+    assert choose_variant(info, BF16, 16, 64) == "plain"
     with pytest.raises(FeatureError, match=r"attention variant 'coop1': .* lacks .*cooperativeMatrix"):
-        choose_variant(info, BF16, 64, "coop1")
+        choose_variant(info, BF16, 16, 64, "coop1")
 
 
 @pytest.mark.parametrize("options", [NOTHING, CAP, DROPOUT, CAP | DROPOUT])

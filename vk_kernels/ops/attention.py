@@ -27,6 +27,7 @@ MASKED = -1e30  # a score that softmax turns into 0; finite, so that no inf - in
 MAX_HEAD_DIM = 128  # of the kernels: a query's sums must fit in registers
 
 VARIANTS = ("coop1", "plain")  # in order of preference
+_MATRIX = 16  # rows of a cooperative matrix
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _TILED = ("attention_forward", "attention_dkv", "attention_dq")  # kernels that work on tiles of the scores
@@ -73,9 +74,7 @@ def attention(
 
     Source: Vaswani et al., "Attention is all you need" (2017).
     """
-    return attention_forward_reference(
-        q, k, v, rng, scale=scale, cap=cap, dropout_rate=dropout_rate, stream=stream
-    )[0]
+    return attention_forward_reference(q, k, v, rng, scale=scale, cap=cap, dropout_rate=dropout_rate, stream=stream)[0]
 
 
 def attention_forward_reference(
@@ -208,9 +207,7 @@ def plan_attention_forward(
     """
     out = len(inputs)
     rng = 3 if out > 3 else None
-    work = _Work.of(
-        info, inputs[0], outputs[0].shape, rng, scale, cap, dropout_rate, stream, views, queries, variant
-    )
+    work = _Work.of(info, inputs[0], outputs[0].shape, rng, scale, cap, dropout_rate, stream, views, queries, variant)
     if work.empty:
         return Plan(())
     return Plan((work.dispatch("attention_forward", work.query_tiles, (0, 1, 2, rng or 0, out, out + 1)),))
@@ -236,9 +233,7 @@ def plan_attention_backward(
     """
     out, lse, d_out, dq = 3, 4, 5, len(inputs)
     rng = 6 if dq > 6 else None
-    work = _Work.of(
-        info, inputs[0], inputs[out].shape, rng, scale, cap, dropout_rate, stream, views, queries, variant
-    )
+    work = _Work.of(info, inputs[0], inputs[out].shape, rng, scale, cap, dropout_rate, stream, views, queries, variant)
     if work.empty:
         return Plan(())
     dk, dv, dots = dq + 1, dq + 2, dq + len(outputs)
@@ -262,20 +257,24 @@ def plan_attention_backward(
     )
 
 
-def choose_variant(info: "DeviceInfo", dtype: np.dtype, head_dim: int, variant: str | None = None) -> str:
+def choose_variant(info: "DeviceInfo", dtype: np.dtype, length: int, head_dim: int, variant: str | None = None) -> str:
     """The family of kernels for q, k and v of `dtype`; `variant` demands one.
 
+    A text shorter than a cooperative matrix goes to 'plain': most of the matrix would be empty.
+
     Raises FeatureError where the device lacks what `variant` needs, ValueError for an unknown one or one that does not
-    take the dtype.
+    take the dtype or the length.
     """
     if variant is None:
-        cooperative = dtype == _BF16 and not _lacking(info, head_dim)
+        cooperative = dtype == _BF16 and length >= _MATRIX and not _lacking(info, head_dim)
         return "coop1" if cooperative else "plain"
     if variant not in VARIANTS:
         raise ValueError(f"attention variant must be one of {', '.join(VARIANTS)}, found {variant!r}")
     if variant == "coop1":
         if dtype != _BF16:
             raise ValueError(f"attention variant 'coop1' multiplies bfloat16, found {dtype.name}")
+        if length < _MATRIX:
+            raise ValueError(f"attention variant 'coop1' takes {_MATRIX} tokens or more, found {length}")
         lacking = _lacking(info, head_dim)
         if lacking:
             raise FeatureError(f"attention variant 'coop1': {info.name} lacks {lacking}")
@@ -348,7 +347,7 @@ class _Work(NamedTuple):
         kind = element(q)
         if not 1 <= head_dim <= MAX_HEAD_DIM:
             raise ValueError(f"the head dim of attention must be from 1 to {MAX_HEAD_DIM}, found {head_dim}")
-        chosen = choose_variant(info, q.dtype, head_dim, variant)
+        chosen = choose_variant(info, q.dtype, length, head_dim, variant)
         strides = [n for view in views or (dense(shape),) * 3 for n in view]
         threshold = dropout_threshold(dropout_rate) if rng is not None else 0
         spec = {"SOFT_CAP": cap is not None, "DROPOUT": threshold > 0}
