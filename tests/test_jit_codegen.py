@@ -336,6 +336,7 @@ def shape_functions(x):
         "dynamic slice moved": lax.dynamic_slice(x, (9, -100, 3), (4, 3, 5)),
         "dynamic update": lax.dynamic_update_slice(x, x[:2, :3, :2], (1, 5, 1)),
         "barrier": lax.optimization_barrier((x, x[0])),
+        "unstack": jnp.unstack(x, axis=1),
         "tile": jnp.tile(x, (1, 2, 3)),
         "roll": jnp.roll(x, 2, axis=1),
         "flat concatenate": jnp.concatenate([x[i].ravel() for i in range(4)]),
@@ -698,3 +699,17 @@ def test_what_has_no_kernel_is_refused():
     graph, _ = graph_of(lambda x: lax.linalg.cholesky(x), normal(3, 3))
     with pytest.raises(ValueError, match=r"no kernel is generated for cholesky\(float32\[3,3\]\)"):
         generate(graph)
+
+
+def test_an_output_in_the_memory_of_an_input(device):
+    x, y = normal(1000), normal(1000, seed=1)
+    generated = generate(graph_of(lambda x, y: (x * y + 1, jnp.exp(y)), x, y)[0])
+    assert generated.in_place == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    (kernel,) = generated.kernels
+    buffers = [device.upload(x), device.upload(y)] * 2  # outputs 0 and 1 in inputs 0 and 1
+    with device.recorder() as recorder:
+        made = device.kernel_from_spirv(kernel.spirv, kernel.label)
+        recorder.dispatch(made, [buffers[i] for i in kernel.operands], b"", kernel.groups)
+        recorder.submit().wait()
+    np.testing.assert_allclose(buffers[0].read(F32, (1000,)), x * y + 1, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(buffers[1].read(F32, (1000,)), np.exp(y), rtol=1e-5)

@@ -15,6 +15,7 @@ for them often.
 """
 
 import functools
+import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -101,7 +102,7 @@ def generate(graph: Graph, label: str | None = None) -> Generated:
     scratch: list[int] = []
 
     def new_scratch(value: Value) -> int:
-        scratch.append(int(np.prod(value.shape, dtype=np.int64)) * value.dtype.itemsize)
+        scratch.append(value.nbytes)
         return count + len(graph.outputs) + len(scratch) - 1
 
     kernels, reads, in_place = [], [], set()
@@ -126,21 +127,19 @@ def _label(nodes: Iterable[Node]) -> str:
     return "+".join(telling[:4]) + ("+..." if len(telling) > 4 else "") if names else "copy"
 
 
-def _is_hero(node: Node) -> bool:
-    """Whether a node takes several threads for an element, or all of an axis at once."""
-    return node.op in RANKS or (node.op in REDUCTIONS and Geometry.of(node).is_long)
-
-
-def _splits(node: Node) -> bool:
-    return node.op in REDUCTIONS and not node.op.startswith("arg") and Geometry.of(node).splits > 1
-
-
 class _Stage:
     """One kernel of several: the outputs that it can make from what is `stored`, and what the others need first."""
 
     def __init__(self, graph: Graph, stored: dict[Value, int]):
         self._graph, self._stored = graph, stored
         self._producers = {out: node for node in graph.nodes for out in node.outputs}
+        # Heroes take several threads for an element, or all of an axis at once.
+        reductions = [node for node in graph.nodes if node.op in REDUCTIONS]
+        self._geometry = {node: g for node in reductions if (g := Geometry.of(node)).is_long}
+        self._all_heroes = [node for node in graph.nodes if node.op in RANKS or node in self._geometry]
+        self._split = {
+            node for node, g in self._geometry.items() if g.splits > 1 and not node.op.startswith("arg")
+        }
         self._inner: dict[Node, frozenset[Node]] = {}  # the heroes that a node needs
         for node in graph.nodes:
             needed = [self._heroes(x) for x in node.inputs]
@@ -158,21 +157,22 @@ class _Stage:
         if isinstance(value, Literal) or value in self._stored:
             return frozenset()
         node = self._producers[value]
-        return self._inner[node] | {node} if _is_hero(node) else self._inner[node]
+        is_hero = node.op in RANKS or node in self._geometry
+        return self._inner[node] | {node} if is_hero else self._inner[node]
 
     def add(self, value: Value | Literal, operand: int) -> None:
         """Writes `value` to an operand in this stage if it can be, or else what it needs."""
         if self._section_of(value) is not None:
             self._outputs.append((value, operand))
             return
-        stack, seen = [value], set()
+        heroes, stack, seen = self._heroes(value), [value], set()
         while stack:
             value = stack.pop()
             if isinstance(value, Literal) or value in self._stored or value in seen:
                 continue
             seen.add(value)
             node = self._producers[value]
-            if _is_hero(node) and self._is_closed(node):
+            if node in heroes and self._is_closed(node):
                 self._frontier[node] = None
             else:
                 stack += node.inputs
@@ -180,11 +180,10 @@ class _Stage:
     def _is_closed(self, hero: Node) -> bool:
         """Whether this stage can make a hero, all or its pieces."""
         inner = self._inner[hero]
-        if hero.op in RANKS or _splits(hero):
+        if hero.op in RANKS or hero in self._split:
             return not inner
-        return all(other.op in REDUCTIONS and not _splits(other) for other in inner) and (
-            len({Geometry.of(other) for other in (hero, *inner)}) == 1
-        )
+        geometries = {self._geometry.get(other) for other in (hero, *inner)}  # None: a sort
+        return len(geometries) == 1 and not inner & self._split
 
     def _section_of(self, value: Value | Literal) -> tuple | None:
         """What an output can be written with in this stage: the key of its section; None if in no way."""
@@ -194,13 +193,11 @@ class _Stage:
         first = next(iter(heroes))
         if len(heroes) == 1 and first.op in RANKS and value in first.outputs:
             return "rank", first
-        if any(hero.op in RANKS or _splits(hero) for hero in heroes):
-            return None
-        geometries = {Geometry.of(hero) for hero in heroes}
-        if len(geometries) > 1:
+        geometries = {self._geometry.get(hero) for hero in heroes}
+        if len(geometries) > 1 or None in geometries or heroes & self._split:
             return None
         (geometry,) = geometries
-        size = int(np.prod(geometry.kept, dtype=np.int64))
+        size = math.prod(geometry.kept)
         fits = value.shape == geometry.shape or size_of(value) == size
         return ("reduce", geometry) if fits else None
 
@@ -209,8 +206,8 @@ class _Stage:
         direct = {value: operand for value, operand in self._outputs if isinstance(value, Value)}
         replaced: dict[Node, Node] = {}
         for hero in self._frontier:
-            if _splits(hero):
-                geometry = Geometry.of(hero)
+            if hero in self._split:
+                geometry = self._geometry[hero]
                 partial = Value((*geometry.kept, geometry.splits), accumulator_dtype(hero))
                 self._partials[hero] = partial
                 self.made[partial] = new_scratch(partial)
@@ -234,25 +231,51 @@ class _Stage:
         sections: list[Section] = []
         for (sort, what), outputs in groups.items():
             if sort == "map":
-                sections.append(MapSection(outputs))
+                sections += [MapSection(together) for together in self._components(outputs)]
             elif sort == "rank":
                 numbers = {value: k for k, value in enumerate(what.outputs)}
                 sections.append(RankSection(what, {numbers[value]: buffer for value, buffer in outputs}))
             else:
-                heroes = dict.fromkeys(h for node in self._graph.nodes for h in (node,) if _is_hero(node))
                 needed = frozenset().union(*(self._heroes(value) for value, _ in outputs))
-                nodes = [node for node in heroes if node in needed]
+                nodes = [hero for hero in self._all_heroes if hero in needed]
                 whole = [output for output in outputs if output.value.shape == what.shape]
                 kept = [output for output in outputs if output.value.shape != what.shape]
                 sections.append(ReduceSection(what, levels(nodes, self._inner), kept, whole, workspace))
         pieces: dict[Geometry, list[Node]] = {}
         for hero in self._partials:
-            pieces.setdefault(Geometry.of(hero), []).append(hero)
+            pieces.setdefault(self._geometry[hero], []).append(hero)
         for geometry, nodes in pieces.items():
             partials = [self._partials[node] for node in nodes]
             buffers = [bindings.output(self.made[partial], partial.dtype) for partial in partials]
             sections.append(PartialSection(geometry, nodes, buffers, workspace))
         return sections
+
+    def _components(self, outputs: Sequence[Output]) -> list[list[Output]]:
+        """Outputs of one shape in groups that have no array in common, so that other threads take other groups."""
+        first: dict[Value, int] = {}  # array -> the first output that needs it
+        parent = list(range(len(outputs)))
+
+        def root(i: int) -> int:
+            while parent[i] != i:
+                i = parent[i]
+            return i
+
+        for i, output in enumerate(outputs):
+            stack = [output.value]
+            while stack:
+                value = stack.pop()
+                if isinstance(value, Literal) or value.size <= 1 or first.get(value) == i:
+                    continue
+                if value in first:  # what it is made of belongs to that output already
+                    parent[root(i)] = root(first[value])
+                    continue
+                first[value] = i
+                if value not in self._stored:
+                    stack += self._producers[value].inputs
+        groups: dict[int, list[Output]] = {}
+        for i, output in enumerate(outputs):
+            groups.setdefault(root(i), []).append(output)
+        return list(groups.values())
 
     def emit(self, label: str) -> tuple[GeneratedKernel, set[int], set[tuple[int, int]]]:
         """(the kernel, the operands it reads, (input, output) operands that may share memory)."""

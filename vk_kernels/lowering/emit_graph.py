@@ -5,6 +5,7 @@ inputs at the places it needs, and so on down to the kernel's buffers. Each hand
 asks for, so that graphs of any depth need no recursion. An answer is kept for as long as it dominates what follows.
 """
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def dtype_of(x: Value | Literal) -> np.dtype:
 
 
 def size_of(x: Value | Literal) -> int:
-    return int(np.prod(shape_of(x), dtype=np.int64))
+    return math.prod(shape_of(x))
 
 
 class Emitter:
@@ -122,7 +123,7 @@ class Emitter:
             return found
         index = m.constant(0)
         for axis, c in enumerate(coords):
-            stride = int(np.prod(shape[axis + 1 :], dtype=np.int64))
+            stride = math.prod(shape[axis + 1 :])
             index = m.op(Op.I_ADD, index, m.op(Op.I_MUL, c, m.constant(stride)))
         m.remember(("place", index, shape), coords)
         return m.remember(("linear", coords, shape), index)
@@ -152,8 +153,8 @@ class Emitter:
         i = j = 0
         while i < len(source) or j < len(target):
             i_end, j_end = i + (i < len(source)), j + (j < len(target))
-            some = int(np.prod(source[i:i_end], dtype=np.int64))
-            other = int(np.prod(target[j:j_end], dtype=np.int64))
+            some = math.prod(source[i:i_end])
+            other = math.prod(target[j:j_end])
             while some != other:
                 if some < other:
                     some, i_end = some * source[i_end], i_end + 1

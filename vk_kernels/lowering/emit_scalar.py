@@ -4,6 +4,7 @@ In registers a bool is a SPIR-V bool; an integer is 32 bits, sign- or zero-exten
 of a value that its own dtype can hold. In buffers all have the bytes that XLA gives them.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import ml_dtypes
@@ -22,6 +23,7 @@ _KINDS = {
 }
 
 
+@functools.cache
 def kind(dtype: np.dtype) -> str:
     """bool, signed, unsigned or float. Raises ValueError for a dtype that kernels are not generated for."""
     found = _KINDS.get(dtype.name)

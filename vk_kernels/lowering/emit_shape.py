@@ -3,6 +3,7 @@
 The names and parameters are those of JAX's primitives, whose reference (jax.lax) says what each computes.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,6 +106,12 @@ def _concatenate(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
         )
 
     return (yield from among(0, len(operands) - 1))[0]
+
+
+@handles("unstack")
+def _unstack(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
+    axis = node.params["axis"]
+    return (yield node.inputs[0], [*coords[:axis], e.m.constant(k), *coords[axis:]])
 
 
 @handles("stack")
@@ -337,6 +344,6 @@ def _scatter(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
 
         return (yield from m.branch(_all(e, inside), taken, lambda: _given(carried[0])))
 
-    count = int(np.prod([rows[axis] for axis in free], dtype=np.int64))
+    count = math.prod(rows[axis] for axis in free)
     found = yield from m.loop(m.constant(0), m.constant(count), m.constant(1), [old], row)
     return found[0]
