@@ -42,9 +42,7 @@ def on_both(function, *operands):
 
 
 def assert_close(found, expected, tolerance=2e-5):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, expected
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, expected)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -67,9 +65,7 @@ def row(seed, *shape):
 
 
 def matmul_loss(x, w, bias, residual):
-    y = ops.matmul(
-        x, w, bias, activation="gelu", residual=residual, rng=jnp.asarray(RNG), dropout_rate=0.2, stream=1
-    )
+    y = ops.matmul(x, w, bias, activation="gelu", residual=residual, rng=jnp.asarray(RNG), dropout_rate=0.2, stream=1)
     return jnp.sum(jnp.square(y))
 
 
@@ -113,13 +109,9 @@ def test_optional_operands():
     x, w, bias, residual = row(0, 2, 5, 6), row(1, 6, 7), row(2, 7), row(3, 2, 5, 7)
     assert_close(*on_both(jax.value_and_grad(matmul_loss, argnums=(0, 1, 2, 3)), x, w, bias, residual), 1e-4)
     assert_close(
-        *on_both(
-            jax.grad(lambda x, r: jnp.sum(ops.matmul(x, w, residual=r) ** 2), argnums=(0, 1)), x, residual
-        )
+        *on_both(jax.grad(lambda x, r: jnp.sum(ops.matmul(x, w, residual=r) ** 2), argnums=(0, 1)), x, residual)
     )
-    without = jax.grad(
-        lambda x: jnp.sum(ops.residual_layer_norm(x, x, w[:, 0], w[:, 1], dropout_rate=0.5)[1] ** 2)
-    )
+    without = jax.grad(lambda x: jnp.sum(ops.residual_layer_norm(x, x, w[:, 0], w[:, 1], dropout_rate=0.5)[1] ** 2))
     assert_close(*on_both(without, x), 1e-4)
 
 
@@ -172,9 +164,7 @@ def test_two_runs_are_bit_equal():
     x, w = row(0, 33, 20), row(1, 20, 41)
     targets = jnp.arange(33, dtype=jnp.int32)
     with vk_kernels.use("vulkan", device=SELECTOR):
-        run = jax.jit(
-            jax.value_and_grad(lambda x, w: ops.linear_cross_entropy(x, w, targets).sum(), argnums=(0, 1))
-        )
+        run = jax.jit(jax.value_and_grad(lambda x, w: ops.linear_cross_entropy(x, w, targets).sum(), argnums=(0, 1)))
         first, second = run(x, w), run(x, w)
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -202,9 +192,7 @@ def test_no_rows(shape):
         y = ops.matmul(ops.gelu(ops.layer_norm(x, scale, scale)), w)
         return jnp.sum(ops.dropout(y, jnp.asarray(RNG), rate=0.5, stream=1))
 
-    assert_close(
-        *on_both(jax.value_and_grad(loss, argnums=(0, 1, 2)), row(0, *shape), row(1, 6), row(2, 6, 5))
-    )
+    assert_close(*on_both(jax.value_and_grad(loss, argnums=(0, 1, 2)), row(0, *shape), row(1, 6), row(2, 6, 5)))
 
 
 def test_nan_passes_through():

@@ -48,9 +48,7 @@ def exact(x, w, targets, dlosses):
     ("tokens", "width", "vocab", "chunk_rows"),
     [(1, 1, 1, None), (33, 7, 257, 8), (70, 24, 1000, 32)],
 )
-@pytest.mark.parametrize(
-    ("dtype", "variant"), [(F32, "plain"), *((BF16, variant) for variant in VARIANTS)], ids=str
-)
+@pytest.mark.parametrize(("dtype", "variant"), [(F32, "plain"), *((BF16, variant) for variant in VARIANTS)], ids=str)
 def test_losses_and_gradients(device, tokens, width, vocab, chunk_rows, dtype, variant):
     try:
         choose_variant(device.info, dtype, variant)
@@ -68,9 +66,7 @@ def test_losses_and_gradients(device, tokens, width, vocab, chunk_rows, dtype, v
     assert not actual[0][targets < 0].any()
 
     found = run(device, *BACKWARD, x, w, targets, actual[1], dlosses, **options)
-    plain = jax.jit(lambda x, w: jax.vjp(lambda x, w: linear_cross_entropy(x, w, targets), x, w)[1](dlosses))(
-        x, w
-    )
+    plain = jax.jit(lambda x, w: jax.vjp(lambda x, w: linear_cross_entropy(x, w, targets), x, w)[1](dlosses))(x, w)
     assert_accurate(found[0], plain[0], dx, 3, "dx")
     assert_accurate(found[1], plain[1], dw, 3, "dw")
     assert not found[0][targets < 0].any()
@@ -100,9 +96,7 @@ def test_chunks_do_not_show_in_what_they_do_not_sum(device, dtype):
     dlosses = normal(64, seed=2)
     forward = [run(device, *FORWARD, x, w, targets, chunk_rows=rows) for rows in (64, 16)]
     assert same_bits(*forward)
-    whole, parts = (
-        run(device, *BACKWARD, x, w, targets, forward[0][1], dlosses, chunk_rows=rows) for rows in (64, 16)
-    )
+    whole, parts = (run(device, *BACKWARD, x, w, targets, forward[0][1], dlosses, chunk_rows=rows) for rows in (64, 16))
     assert same_bits(whole[:1], parts[:1])
     dws = (whole[1].astype(np.float32), parts[1].astype(np.float32))
     np.testing.assert_allclose(*dws, rtol=1e-2 if dtype == BF16 else 1e-5, atol=1e-5)
@@ -158,9 +152,7 @@ def test_no_tokens(device):
 
 def test_logits_are_never_all_in_memory(device):
     tokens, width, vocab = 16384, 768, 50257
-    shapes = [
-        Array(shape, F32) for shape in ((tokens, width), (width, vocab), (tokens,), (tokens,), (tokens,))
-    ]
+    shapes = [Array(shape, F32) for shape in ((tokens, width), (width, vocab), (tokens,), (tokens,), (tokens,))]
     for planner, inputs in ((FORWARD[0], shapes[:3]), (BACKWARD[0], shapes)):
         plan = planner(device.info, inputs, [])
         limit = min(device.limits.storage_buffer_range, 256 << 20)

@@ -136,9 +136,7 @@ def test_vmap_folds_or_runs_in_turn():
     folded, calls = ran(jax.jit(jax.vmap(copy)), x)
     np.testing.assert_array_equal(folded, x)
     assert calls == 1
-    in_turn, calls = ran(
-        jax.jit(jax.vmap(lambda x: copy(x, primitive=COPY_IN_TURN), in_axes=1, out_axes=1)), x
-    )
+    in_turn, calls = ran(jax.jit(jax.vmap(lambda x: copy(x, primitive=COPY_IN_TURN), in_axes=1, out_axes=1)), x)
     np.testing.assert_array_equal(in_turn, x)
     assert calls == 2
 
@@ -174,9 +172,7 @@ def test_shard_map_data_parallel(check_vma):
         y, v = pair(x, w)
         return jax.lax.psum(jnp.sum(y * v[None]), "data")
 
-    loss = jax.shard_map(
-        local_loss, mesh=mesh, in_specs=(batch, replicated), out_specs=replicated, check_vma=check_vma
-    )
+    loss = jax.shard_map(local_loss, mesh=mesh, in_specs=(batch, replicated), out_specs=replicated, check_vma=check_vma)
     x, w = numbers(4, 3), numbers(3)
     (value, (dx, dw)), calls = ran(jax.jit(jax.value_and_grad(loss, argnums=(0, 1))), x, w)
     np.testing.assert_allclose(value, np.sum(x * w), rtol=1e-5)
@@ -192,9 +188,7 @@ def test_grad_inside_shard_map():
         return jax.grad(lambda w: jnp.sum(pair(x, w)[1] * x.sum(0)))(w)
 
     gradients = jax.jit(
-        jax.shard_map(
-            local, mesh=mesh, in_specs=(PartitionSpec("data"), PartitionSpec()), out_specs=PartitionSpec()
-        )
+        jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec("data"), PartitionSpec()), out_specs=PartitionSpec())
     )
     x, w = numbers(4, 3), numbers(3)
     np.testing.assert_allclose(gradients(x, w), x.sum(0), rtol=1e-5)
@@ -234,9 +228,7 @@ def test_a_kernel_that_cannot_be_made_is_an_error_of_the_trace():
 def test_failure_on_the_device_is_an_error_with_its_message_and_no_more():
     run = jax.jit(lambda x: copy(x, kernel="broken") + 1)
     for _ in range(2):
-        with pytest.raises(
-            jax.errors.JaxRuntimeError, match=r"test_copy\(float32\[3\]\).* 4 bytes of push constants"
-        ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"test_copy\(float32\[3\]\).* 4 bytes of push constants"):
             run(numbers(3)).block_until_ready()
     np.testing.assert_array_equal(copy(numbers(3)), numbers(3))
 

@@ -202,9 +202,7 @@ def test_long_k_is_split_and_the_same_every_time(device, variant):
     dtype = F32 if variant == "plain" else BF16
     a, b = normal(1, 3000, 24, dtype=dtype), normal(1, 3000, 40, seed=1, dtype=dtype)
     whole = (matrix(i, dtype, 3000, x.shape[2]) for i, x in enumerate((a, b)))
-    plan = plan_gemm(
-        device.info, *whole, matrix(2, F32, 24, 40), transpose_a=True, scratch=3, variant=variant
-    )
+    plan = plan_gemm(device.info, *whole, matrix(2, F32, 24, 40), transpose_a=True, scratch=3, variant=variant)
     assert len(plan.dispatches) == 2
     first, second = (multiply(device, a, b, F32, True, variant=variant) for _ in range(2))
     assert same_bits([first], [second])

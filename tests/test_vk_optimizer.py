@@ -37,9 +37,7 @@ def test_global_norm(device, sizes, dtype):
 def test_global_norm_of_a_long_array_of_mixed_dtypes_and_of_nothing(device):
     arrays = [normal(3_000_000), normal(17, dtype=BF16), np.float32(3.0)]
     (norm,) = run(device, *NORM, *arrays)
-    np.testing.assert_allclose(
-        norm, np.sqrt(sum((x.astype(np.float64) ** 2).sum() for x in arrays)), rtol=1e-5
-    )
+    np.testing.assert_allclose(norm, np.sqrt(sum((x.astype(np.float64) ** 2).sum() for x in arrays)), rtol=1e-5)
     assert run(device, *NORM)[0] == 0
 
 
@@ -114,9 +112,7 @@ def test_bias_correction_of_any_step(device, count):
     for p, g, decays, after in zip(before, grads, DECAY, updates.params, strict=True):
         g = g.astype(np.float64)
         mu, nu = 0.1 * g / -np.expm1(count * np.log(0.9)), 0.01 * g**2 / -np.expm1(count * np.log(0.99))
-        np.testing.assert_allclose(
-            after, p - mu / (np.sqrt(nu) + 1e-8) - 0.1 * decays * p, rtol=1e-5, atol=1e-5
-        )
+        np.testing.assert_allclose(after, p - mu / (np.sqrt(nu) + 1e-8) - 0.1 * decays * p, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["gradient", "infinite gradient", "loss"])

@@ -82,9 +82,7 @@ def test_layer_norm(device, shape, dtype):
     inputs = norm_inputs(shape, dtype)
     actual = run(device, plan_layer_norm_forward, layer_norm_forward_reference, *inputs)
     plain = jax.jit(layer_norm_forward_reference)(*inputs)
-    for name, ours, theirs, exact in zip(
-        ("y", "mean", "rstd"), actual, plain, exact_norm(*inputs), strict=True
-    ):
+    for name, ours, theirs, exact in zip(("y", "mean", "rstd"), actual, plain, exact_norm(*inputs), strict=True):
         assert_accurate(ours, theirs, exact, what=name)
 
 
@@ -118,9 +116,7 @@ def test_residual_layer_norm(device, shape, dtype, rate):
     plain = jax.jit(functools.partial(forward, **parameters))(*inputs)
     assert_accurate(total, plain[0], exact_total, what="total")
     exact = exact_norm(total, scale, bias)  # of the total as it was stored
-    for name, ours, theirs, true in zip(
-        ("y", "mean", "rstd"), (y, mean, rstd), plain[1:], exact, strict=True
-    ):
+    for name, ours, theirs, true in zip(("y", "mean", "rstd"), (y, mean, rstd), plain[1:], exact, strict=True):
         assert_accurate(ours, theirs, true, what=name)
 
     dtotal, dy = normal(*shape, seed=5, dtype=dtype), normal(*shape, seed=6, dtype=dtype)
@@ -227,9 +223,7 @@ def test_gelu_of_large_numbers(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("ids_shape", "columns"), [((), 7), ((1,), 1), ((257,), 33), ((3, 100), 256)], ids=str
-)
+@pytest.mark.parametrize(("ids_shape", "columns"), [((), 7), ((1,), 1), ((257,), 33), ((3, 100), 256)], ids=str)
 def test_embedding(device, ids_shape, columns, dtype):
     table = normal(50, columns, dtype=dtype)
     ids = np.random.default_rng(1).integers(-2, 52, ids_shape).astype(np.int32)

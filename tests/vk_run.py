@@ -41,9 +41,7 @@ def run(
             record(recorder, plan, [*sources, *results, *scratch], planner.__name__)
             recorder.submit().wait()
     for result, output in zip(results, outputs, strict=True):
-        assert (result.read(np.uint8, (GUARD,), output.nbytes) == FILL).all(), (
-            f"{planner.__name__} wrote too far"
-        )
+        assert (result.read(np.uint8, (GUARD,), output.nbytes) == FILL).all(), f"{planner.__name__} wrote too far"
     return [result.read(output.dtype, output.shape) for result, output in zip(results, outputs, strict=True)]
 
 

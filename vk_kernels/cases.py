@@ -210,8 +210,7 @@ def _adamw(*operands, decay, b1, b2, epsilon, weight_decay, clip_norm):
     mus = [b1 * mu + (1 - b1) * g for mu, g in zip(mus, grads, strict=True)]
     nus = [b2 * nu + (1 - b2) * g * g for nu, g in zip(nus, grads, strict=True)]
     steps = [
-        mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + epsilon)
-        + (weight_decay if decays else 0.0) * p
+        mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + epsilon) + (weight_decay if decays else 0.0) * p
         for mu, nu, p, decays in zip(mus, nus, params, decay, strict=True)
     ]
     params = [p - learning_rate * step for p, step in zip(params, steps, strict=True)]

@@ -137,9 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vk_kernels.check", description=__doc__.split("\n")[0])
     parser.add_argument("--ops", help="comma-separated; default: all")
     parser.add_argument("--sizes", help=f"of {', '.join(SIZES)}; default: tiny, and on a GPU the others too")
-    parser.add_argument(
-        "--device", help="index, 'gpu', 'cpu' or part of a name; default: VK_KERNELS_DEVICE, or a GPU"
-    )
+    parser.add_argument("--device", help="index, 'gpu', 'cpu' or part of a name; default: VK_KERNELS_DEVICE, or a GPU")
     parser.add_argument("--quick", action="store_true", help="tiny sizes only")
     options = parser.parse_args(arguments)
     all_ops = {case.op for case in CASES}

@@ -140,9 +140,7 @@ def one_case_each() -> list[Case]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vk_kernels.doctor", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--device", help="index, 'gpu', 'cpu' or part of a name; default: VK_KERNELS_DEVICE, or a GPU"
-    )
+    parser.add_argument("--device", help="index, 'gpu', 'cpu' or part of a name; default: VK_KERNELS_DEVICE, or a GPU")
     parser.add_argument("--no-test", action="store_true", help="do not run the kernels")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # which the kernels are called from

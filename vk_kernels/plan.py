@@ -66,9 +66,7 @@ class Plan:
 
 def kernel_of(device: "Device", dispatch: Dispatch) -> "Kernel":
     """The kernel that a dispatch runs; made once a device. Raises ValueError or FeatureError as `Device.kernel`."""
-    return device.kernel(
-        dispatch.kernel, dispatch.variant, dict(dispatch.spec), subgroup_size=dispatch.subgroup_size
-    )
+    return device.kernel(dispatch.kernel, dispatch.variant, dict(dispatch.spec), subgroup_size=dispatch.subgroup_size)
 
 
 def record(recorder: "Recorder", plan: Plan, buffers: Sequence[Buffer], label: str = "") -> None:
@@ -83,9 +81,7 @@ def record(recorder: "Recorder", plan: Plan, buffers: Sequence[Buffer], label: s
         recorder.dispatch(kernel, operands, dispatch.push_constants, dispatch.groups, name)
 
 
-def execute(
-    device: "Device", plan: Plan, inputs: Sequence[Buffer], outputs: Sequence[Buffer], label: str = ""
-) -> None:
+def execute(device: "Device", plan: Plan, inputs: Sequence[Buffer], outputs: Sequence[Buffer], label: str = "") -> None:
     """Runs a plan and waits for it. Safe from several threads at once."""
     scratch = [device.buffer(nbytes) for nbytes in plan.scratch]
     with device.recorder() as recorder:

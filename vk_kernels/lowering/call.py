@@ -160,16 +160,12 @@ def _code(error: Exception) -> int:
     return ffi.INVALID_ARGUMENT if isinstance(error, (ValueError, FeatureError)) else ffi.INTERNAL
 
 
-def _execute(
-    device: Device, plan: Plan, inputs: Sequence[HostArray], outputs: Sequence[HostArray], what: str
-) -> None:
+def _execute(device: Device, plan: Plan, inputs: Sequence[HostArray], outputs: Sequence[HostArray], what: str) -> None:
     if not plan.dispatches:
         return
     with _imported(device, inputs) as own_inputs, _imported(device, outputs) as own_outputs:
         sources = [own or device.upload(host.view()) for own, host in zip(own_inputs, inputs, strict=True)]
-        results = [
-            own or device.buffer(host.array.nbytes) for own, host in zip(own_outputs, outputs, strict=True)
-        ]
+        results = [own or device.buffer(host.array.nbytes) for own, host in zip(own_outputs, outputs, strict=True)]
         plans.execute(device, plan, sources, results, what)
         for own, result, host in zip(own_outputs, results, outputs, strict=True):
             if own is None:

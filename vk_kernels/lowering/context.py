@@ -15,9 +15,7 @@ _context = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
-def use(
-    implementation: str, *, device: int | str | None = None, variant: str | None = None
-) -> Iterator[None]:
+def use(implementation: str, *, device: int | str | None = None, variant: str | None = None) -> Iterator[None]:
     """Has the operations of `vk_kernels.ops` called in the `with` block, in this thread, run as `implementation`.
 
     Args:

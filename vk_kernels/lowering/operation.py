@@ -45,9 +45,7 @@ def make_operation(
 
     apply.defvjp(run_forward, run_backward)
 
-    def operation(
-        target: Target | None, *operands: jax.Array | None, **parameters: Any
-    ) -> tuple[jax.Array, ...]:
+    def operation(target: Target | None, *operands: jax.Array | None, **parameters: Any) -> tuple[jax.Array, ...]:
         return apply(target, tuple(sorted(parameters.items())), tuple(vary_alike(*operands)))
 
     return operation

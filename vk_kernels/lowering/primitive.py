@@ -123,9 +123,7 @@ def _batch(primitive: Primitive, folding: Folding | None, operands, axes, **para
 
     def element(mapped):
         mapped = iter(mapped)
-        return primitive.bind(
-            *(next(mapped) if b else x for x, b in zip(moved, batched, strict=True)), **parameters
-        )
+        return primitive.bind(*(next(mapped) if b else x for x, b in zip(moved, batched, strict=True)), **parameters)
 
     results = jax.lax.map(element, [x for x, is_batched in zip(moved, batched, strict=True) if is_batched])
     return results, [0] * len(results)

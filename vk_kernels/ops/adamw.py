@@ -62,9 +62,7 @@ def adamw_reference(
         g = g.astype(jnp.float32) * gradient_scale
         new_mu = (1 - b1) * g + b1 * mu
         new_nu = (1 - b2) * jnp.square(g) + b2 * nu
-        step = (
-            new_mu / mu_rest / (jnp.sqrt(new_nu / nu_rest) + epsilon) + (weight_decay if decays else 0.0) * p
-        )
+        step = new_mu / mu_rest / (jnp.sqrt(new_nu / nu_rest) + epsilon) + (weight_decay if decays else 0.0) * p
         new_p = p - learning_rate * step
         return tuple(jnp.where(finite, new, old) for new, old in ((new_p, p), (new_mu, mu), (new_nu, nu)))
 
@@ -108,9 +106,7 @@ def plan_adamw(
 
     measure = plan_norm_of([(i, inputs[i]) for i in grads], output=norm, scratch=len(indices))
     scalars = len(indices) + len(measure.scratch)
-    push_constants = struct.pack(
-        "<fff", math.inf if clip_norm is None else clip_norm, math.log(b1), math.log(b2)
-    )
+    push_constants = struct.pack("<fff", math.inf if clip_norm is None else clip_norm, math.log(b1), math.log(b2))
     operands = (norm, loss, count, learning_rate, new_count, finite, scalars)
     dispatches = [*measure.dispatches, dispatch("adamw_scalars", "", operands, push_constants, 1)]
     for i, decays in enumerate(decay):
@@ -122,9 +118,7 @@ def plan_adamw(
         operands += (shadows[i],) if shadow else ()
         rates = (b1, 1 - b1, b2, 1 - b2, epsilon, weight_decay if decays else 0.0)
         push_constants = struct.pack("<I6f", elements, *rates)
-        dispatches.append(
-            dispatch("adamw", kind, operands, push_constants, ceil_divide(elements, 4 * THREADS))
-        )
+        dispatches.append(dispatch("adamw", kind, operands, push_constants, ceil_divide(elements, 4 * THREADS)))
     return Plan(tuple(dispatches), (*measure.scratch, _SCALARS_BYTES))
 
 

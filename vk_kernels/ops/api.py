@@ -93,9 +93,7 @@ def _present(*operands: jax.Array | None) -> list[jax.Array]:
 
 # Matrix product.
 
-_matmul_backward = make_primitive(
-    "matmul_backward", _matmul.matmul_backward_reference, _matmul.plan_matmul_backward
-)
+_matmul_backward = make_primitive("matmul_backward", _matmul.matmul_backward_reference, _matmul.plan_matmul_backward)
 
 
 def _matmul_folding(has_bias, has_residual, dropout_rate, **_):
@@ -113,9 +111,7 @@ def _matmul_gradients(target, operands, results, cotangents, has_residual, **par
 
 
 _matmul_operation = make_operation(
-    make_primitive(
-        "matmul", _matmul.matmul_forward_reference, _matmul.plan_matmul_forward, folding=_matmul_folding
-    ),
+    make_primitive("matmul", _matmul.matmul_forward_reference, _matmul.plan_matmul_forward, folding=_matmul_folding),
     _matmul_gradients,
 )
 
@@ -297,9 +293,7 @@ def _embedding_gradients(target, operands, results, cotangents):
 
 
 _embedding_operation = make_operation(
-    make_primitive(
-        "embedding", _embedding.embedding, _embedding.plan_embedding_forward, folding=lambda: (False, True)
-    ),
+    make_primitive("embedding", _embedding.embedding, _embedding.plan_embedding_forward, folding=lambda: (False, True)),
     _embedding_gradients,
 )
 
@@ -384,9 +378,7 @@ _linear_cross_entropy_operation = make_operation(
 @_public(_cross_entropy.linear_cross_entropy)
 def linear_cross_entropy(target, x, w, targets):
     if x.ndim != 2 or w.ndim != 2:
-        raise ValueError(
-            f"linear_cross_entropy: x must be (N, D) and w (D, V), found {x.shape} and {w.shape}"
-        )
+        raise ValueError(f"linear_cross_entropy: x must be (N, D) and w (D, V), found {x.shape} and {w.shape}")
     w_shape, targets_shape = (x.shape[1], w.shape[1]), (x.shape[0],)
     _check("linear_cross_entropy", w=(w, w_shape, x.dtype), targets=(targets, targets_shape, jnp.int32))
     return _linear_cross_entropy_operation(target, x, w, targets)[0]

@@ -95,9 +95,7 @@ def plan_dropout_forward(
     rows, columns = _grid(x.shape)
     push_constants = struct.pack("<II", rows, columns) + dropout_constants(rate, stream)
     groups = ceil_divide(rows * ceil_divide(columns, 8), THREADS)
-    return Plan(
-        (dispatch("dropout", element(x), (0, 1, 2), push_constants, groups, ALIGNED=aligned(columns)),)
-    )
+    return Plan((dispatch("dropout", element(x), (0, 1, 2), push_constants, groups, ALIGNED=aligned(columns)),))
 
 
 plan_dropout_backward = plan_dropout_forward

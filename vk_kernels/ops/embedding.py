@@ -96,9 +96,7 @@ def plan_embedding_backward(
             f"found {tokens:,} and {table_rows:,}"
         )
     counts, starts, *orders = range(3, 7)  # scratch
-    passes = ceil_divide(
-        max(1, table_rows.bit_length()), _DIGIT_BITS
-    )  # ids outside the table sort as table_rows
+    passes = ceil_divide(max(1, table_rows.bit_length()), _DIGIT_BITS)  # ids outside the table sort as table_rows
     order = 0  # the first pass reads none
     dispatches: list[Dispatch] = []
     for i in range(passes):
@@ -120,9 +118,7 @@ def plan_embedding_backward(
         dispatch("embedding_backward", element(dy), (1, order, starts, 2), push_constants, groups, **spec)
     )
     order_bytes = 4 * max(1, tokens)
-    return Plan(
-        tuple(dispatches), (4 * blocks * _DIGITS, 4 * (table_rows + 1), *[order_bytes] * min(passes, 2))
-    )
+    return Plan(tuple(dispatches), (4 * blocks * _DIGITS, 4 * (table_rows + 1), *[order_bytes] * min(passes, 2)))
 
 
 def _check_ids(ids: Array) -> None:

@@ -158,9 +158,7 @@ def choose_variant(info: DeviceInfo, dtype: np.dtype, variant: str | None = None
     take the dtype.
     """
     if variant is None:
-        return next(
-            name for name in VARIANTS if name == "plain" or (dtype == BF16 and not _lacking(info, name))
-        )
+        return next(name for name in VARIANTS if name == "plain" or (dtype == BF16 and not _lacking(info, name)))
     if variant not in VARIANTS:
         raise ValueError(f"matmul variant must be one of {', '.join(VARIANTS)}, found {variant!r}")
     if variant != "plain":
@@ -187,9 +185,7 @@ def _lacking(info: DeviceInfo, variant: str) -> str:
         if smallest != largest and not info.limits.subgroup_size_selectable:
             return "a choice of subgroup size"
         rows = [row for row in info.features.cooperative_matrices if row.scope == "subgroup"]
-        fits = any(
-            (row.m, row.n, row.k, row.a, row.b, row.c, row.result) == (16, 16, 16, *types) for row in rows
-        )
+        fits = any((row.m, row.n, row.k, row.a, row.b, row.c, row.result) == (16, 16, 16, *types) for row in rows)
         return "" if fits else "cooperative matrices of 16x16x16 bf16"
     rows = [row for row in info.features.cooperative_matrices2 if row.scope == "workgroup"]
     for tile in TILES["coop2"]:
@@ -243,18 +239,14 @@ def plan_gemm(
     chosen = choose_variant(info, a.dtype, variant)
     if chosen != "plain" and not all(_starts_aligned(x, batch) for x in (a, b, c)):
         if variant is not None:
-            raise ValueError(
-                f"matmul variant {variant!r} takes matrices that start at multiples of {_ALIGNMENT} bytes"
-            )
+            raise ValueError(f"matmul variant {variant!r} takes matrices that start at multiples of {_ALIGNMENT} bytes")
         chosen = "plain"
     if tile is None:
         tiles = CPU_TILES if info.kind == "cpu" and chosen == "plain" else TILES[chosen]
         tiles = [tile for tile in tiles if _fits(info, chosen, tile)]
         tile, found = choose_tile(tiles, m, n, k, batch, _BUSY.get(info.kind, _BUSY_GPU))
         splits = found if splits is None else splits
-    slice_k = (
-        max(1, ceil_divide(k, (splits or 1) * tile.k)) * tile.k
-    )  # whole tiles: only the last slice is ragged
+    slice_k = max(1, ceil_divide(k, (splits or 1) * tile.k)) * tile.k  # whole tiles: only the last slice is ragged
     splits = max(1, ceil_divide(k, slice_k))
 
     work = _Work(m, n, k, batch, splits, slice_k)
@@ -289,9 +281,7 @@ def plan_column_sums(a: Matrix, c: Matrix, *, scratch: int) -> Plan:
         "matmul_column_sums",
         _SHORT[a.dtype],
         _operands(a, a, partial, NOTHING)[:6],
-        _push_constants(
-            work, a, a, partial, NOTHING, workgroups := strips * ceil_divide(a.columns, _STRIP_COLUMNS)
-        ),
+        _push_constants(work, a, a, partial, NOTHING, workgroups := strips * ceil_divide(a.columns, _STRIP_COLUMNS)),
         workgroups,
         THREADS=THREADS,
         ALIGNED_A=a.aligned(4),
@@ -328,9 +318,7 @@ class _Multiply:
     def dispatch(self, c: Matrix, epilogue: Epilogue) -> Dispatch:
         """C = the epilogue of the product, or of each of its partial sums."""
         tile, work, a, b = self.tile, self.work, self.a, self.b
-        at_once = {"plain": (4, 4), "coop1": (8, 4), "coop2": (8, 8)}[
-            self.variant
-        ]  # elements of an operand, of C
+        at_once = {"plain": (4, 4), "coop1": (8, 4), "coop2": (8, 8)}[self.variant]  # elements of an operand, of C
         spec = {"TRANSPOSE_A": self.transpose_a, "TRANSPOSE_B": self.transpose_b}
         spec |= {"ALIGNED_A": a.aligned(at_once[0]), "ALIGNED_B": b.aligned(at_once[0])}
         spec |= _epilogue_spec(epilogue, c.aligned(at_once[1]))
@@ -356,9 +344,7 @@ def _finish(work: _Work, a: Matrix, c: Matrix, epilogue: Epilogue) -> Dispatch:
     groups = ceil_divide(work.batch * work.m * ceil_divide(work.n, 4), THREADS)
     spec = {"THREADS": THREADS, "ALIGNED_A": a.aligned(4), **_epilogue_spec(epilogue, c.aligned(4))}
     push_constants = _push_constants(work, a, a, c, epilogue, groups)
-    return dispatch(
-        "matmul_finish", _types(a, c), _operands(a, a, c, epilogue), push_constants, groups, **spec
-    )
+    return dispatch("matmul_finish", _types(a, c), _operands(a, a, c, epilogue), push_constants, groups, **spec)
 
 
 def _types(a: Matrix, c: Matrix) -> str:
@@ -373,9 +359,7 @@ def _operands(a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue) -> tuple[int,
     return (a.operand, b.operand, *reads, c.operand, saved)
 
 
-def _push_constants(
-    work: _Work, a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue, workgroups: int
-) -> bytes:
+def _push_constants(work: _Work, a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue, workgroups: int) -> bytes:
     """Params of shaders/matmul_common.slang."""
     return struct.pack(
         "<18If",
@@ -412,10 +396,7 @@ def _fits(info: DeviceInfo, variant: str, tile: Tile) -> bool:
         return True  # the driver finds room, or `_lacking` said that it cannot
     if variant == "coop1":
         shared = (tile.m + tile.n) * (tile.k + 8) * 2 + tile.blocks * 16 * 16 * 4
-        return (
-            tile.blocks * limits.subgroup_size <= limits.workgroup_invocations
-            and shared <= limits.shared_memory
-        )
+        return tile.blocks * limits.subgroup_size <= limits.workgroup_invocations and shared <= limits.shared_memory
     shared = tile.k * (tile.m + tile.n + 8) * 4
     return tile.blocks <= limits.workgroup_invocations and shared <= limits.shared_memory
 

@@ -41,9 +41,7 @@ def plan_norm_of(arrays: Sequence[tuple[int, Array]], output: int, scratch: int)
     dispatches: list[Dispatch] = []
     sizes: list[int] = []
 
-    def add(
-        variant: str, level: Sequence[tuple[int, int]], groups: int, square: bool, root: bool
-    ) -> tuple[int, int]:
+    def add(variant: str, level: Sequence[tuple[int, int]], groups: int, square: bool, root: bool) -> tuple[int, int]:
         """A run over (operand, elements) pairs: the operand and the number of its sums."""
         target = output if root else scratch + len(sizes)
         counts = [count for _, count in level] + [0] * (_ARRAYS - len(level))
@@ -51,9 +49,7 @@ def plan_norm_of(arrays: Sequence[tuple[int, Array]], output: int, scratch: int)
         operands += operands[:1] * (_ARRAYS - len(operands))
         push_constants = struct.pack(f"<{_ARRAYS + 1}I", *counts, groups)
         spec = {"SQUARE": square, "ROOT": root}
-        dispatches.append(
-            dispatch("global_norm", variant, (*operands, target), push_constants, groups, **spec)
-        )
+        dispatches.append(dispatch("global_norm", variant, (*operands, target), push_constants, groups, **spec))
         if not root:
             sizes.append(4 * groups)
         return target, groups
