@@ -1,4 +1,4 @@
-.PHONY: setup test tiny shaders format
+.PHONY: setup test tiny shaders gpu-check format
 
 setup: ## .venv with everything for training and the tests
 	bash scripts/setup.sh --dev
@@ -12,6 +12,9 @@ test: ## all tests
 
 shaders: ## compile the shaders that changed
 	.venv/bin/python -m vk_kernels.build
+
+gpu-check: ## the kernels' tests, their comparison with float64, and their times, on whatever GPU is present
+	bash scripts/gpu_check.sh
 
 format: ## lay out the code
 	.venv/bin/ruff check --fix .

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# What only a GPU can tell: the kernels' contract tests with every variant it offers, the comparison with float64 at
+# real shapes, and the benchmark.
+#
+#   scripts/gpu_check.sh [python]     the interpreter; default .venv/bin/python
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-.venv/bin/python}
+export VK_KERNELS_DEVICE=${VK_KERNELS_DEVICE:-gpu} PYTHONPATH=.
+JAX_PLATFORMS=cpu "$python" -m vk_kernels.doctor --no-test
+JAX_PLATFORMS=cpu "$python" -m pytest tests/test_vk_*.py
+JAX_PLATFORMS=cpu "$python" -m vk_kernels.check --sizes tiny,megabyte,seed
+"$python" benchmarks/ops.py
