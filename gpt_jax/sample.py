@@ -105,19 +105,19 @@ def answer(
     key: jax.Array,
 ) -> list[Sample]:
     """What the assistant says next in each conversation, whose last turn is the user's."""
-    user, _, end = marker_ids(tokenizer)
+    markers = marker_ids(tokenizer)
     generated = generate(
         sampler,
         params,
         [encode_prompt(tokenizer, turns) for turns in conversations],
         block_size=block_size,
-        end_tokens=(user, end),  # either closes the assistant's turn
+        end_tokens=markers,  # any of them closes the assistant's turn
         max_tokens=max_tokens,
         key=key,
     )
     samples = []
     for ids in generated:
-        ended = bool(ids) and ids[-1] in (user, end)
+        ended = bool(ids) and ids[-1] in markers
         samples.append(Sample(decode(tokenizer, ids[:-1] if ended else ids), len(ids), ended))
     return samples
 
