@@ -54,15 +54,11 @@ def graph_of(fn: Callable[..., Any], *args: np.ndarray) -> tuple[Graph, list[np.
                 continue
             outputs = tuple(value(x.aval) for x in equation.outvars)
             names |= dict(zip(equation.outvars, outputs, strict=True))
-            nodes.append(
-                Node(equation.primitive.name, tuple(operands), outputs, dict(equation.params), "", "")
-            )
+            nodes.append(Node(equation.primitive.name, tuple(operands), outputs, dict(equation.params), "", ""))
         return [read(names, x) for x in jaxpr.outvars]
 
     def inline_with(jaxpr, consts, inputs):
-        return inline(
-            jaxpr.replace(invars=[*jaxpr.constvars, *jaxpr.invars], constvars=[]), [*consts, *inputs]
-        )
+        return inline(jaxpr.replace(invars=[*jaxpr.constvars, *jaxpr.invars], constvars=[]), [*consts, *inputs])
 
     jaxpr = closed.jaxpr
     inputs = tuple(value(x.aval) for x in (*jaxpr.invars, *jaxpr.constvars))
@@ -173,8 +169,4 @@ def floats(dtype: np.dtype) -> np.ndarray:
 def sample(*shape: int, dtype: np.dtype, seed: int = 0) -> np.ndarray:
     if dtype == BOOL:
         return bools(*shape, seed=seed)
-    return (
-        normal(*shape, dtype=dtype, seed=seed)
-        if dtype in FLOATS
-        else integers(*shape, dtype=dtype, seed=seed)
-    )
+    return normal(*shape, dtype=dtype, seed=seed) if dtype in FLOATS else integers(*shape, dtype=dtype, seed=seed)

@@ -205,9 +205,7 @@ def test_shapes(device, dtype):
 
 def test_iota_and_literals(device):
     def fn(x):
-        grids = [
-            lax.broadcasted_iota(t, (3, 70), axis) for t in (np.int32, np.uint8, F32, BF16) for axis in (0, 1)
-        ]
+        grids = [lax.broadcasted_iota(t, (3, 70), axis) for t in (np.int32, np.uint8, F32, BF16) for axis in (0, 1)]
         return grids, jnp.full((2, 2), 3.5), jnp.tri(5), x, x
 
     agree(device, fn, normal(3))

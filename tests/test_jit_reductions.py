@@ -125,9 +125,7 @@ def test_reductions_with_what_surrounds_them(device, shape, dtype):
         return ((y - mean) * lax.rsqrt(variance + 1e-5)).astype(dtype) * scale[None], mean[:, 0], variance
 
     def loss(x, scale):
-        return (jax.nn.softmax(x.astype(F32)) * scale[None].astype(F32)).sum(), x.astype(F32).sum(
-            0
-        ) * scale.astype(F32)
+        return (jax.nn.softmax(x.astype(F32)) * scale[None].astype(F32)).sum(), x.astype(F32).sum(0) * scale.astype(F32)
 
     def columns(x, scale):
         y = x.astype(F32)
@@ -141,8 +139,7 @@ def test_reductions_with_what_surrounds_them(device, shape, dtype):
 def test_norm_of_many_arrays_and_their_update(device):
     """The clip by global norm: reductions of many geometries into one scalar, then many arrays of many shapes."""
     arrays = [
-        normal(*shape, seed=i)
-        for i, shape in enumerate([(3,), (64, 40), (5000,), (7, 1), (300, 80), (), (2, 3, 4)])
+        normal(*shape, seed=i) for i, shape in enumerate([(3,), (64, 40), (5000,), (7, 1), (300, 80), (), (2, 3, 4)])
     ]
 
     def fn(*xs):

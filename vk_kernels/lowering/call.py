@@ -88,6 +88,11 @@ def register_planner(operation: str, planner: Planner) -> None:
     _planners[operation] = planner
 
 
+def has_planner(operation: str) -> bool:
+    """Whether an operation has kernels that ship."""
+    return operation in _planners
+
+
 def encode(operation: str, parameters: dict[str, Any], target: Target) -> str:
     """The string that names a call; parameters are numbers, strings, None, and tuples of these."""
     return json.dumps([operation, parameters, target])

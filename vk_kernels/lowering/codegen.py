@@ -42,9 +42,7 @@ from vk_kernels.lowering.spirv import Buffer, Code, Id, Module, Op
 
 RANKS = frozenset({"sort", "top_k"})
 # Made of many elements each.
-EXPENSIVE = (
-    REDUCTIONS | RANKS | {op for op in HANDLERS if op.startswith(("scatter", "cum"))} | {"dot_general"}
-)
+EXPENSIVE = REDUCTIONS | RANKS | {op for op in HANDLERS if op.startswith(("scatter", "cum"))} | {"dot_general"}
 # The primitives of JAX that kernels are generated for.
 SUPPORTED = ELEMENTWISE | HANDLERS.keys() | RANKS
 
@@ -82,9 +80,7 @@ def check(node: Node) -> None:
     for x in (*node.inputs, *node.outputs):
         kind(dtype_of(x))
         if size_of(x) > _MOST_ELEMENTS:
-            raise ValueError(
-                f"{node.op}: an array of {size_of(x):,} elements; kernels take {_MOST_ELEMENTS:,}"
-            )
+            raise ValueError(f"{node.op}: an array of {size_of(x):,} elements; kernels take {_MOST_ELEMENTS:,}")
     if node.op == "bitcast_convert_type" and shape_of(node.inputs[0]) != node.outputs[0].shape:
         raise ValueError("bitcast_convert_type between types of different width has no kernel")
 
@@ -137,9 +133,7 @@ class _Stage:
         reductions = [node for node in graph.nodes if node.op in REDUCTIONS]
         self._geometry = {node: g for node in reductions if (g := Geometry.of(node)).is_long}
         self._all_heroes = [node for node in graph.nodes if node.op in RANKS or node in self._geometry]
-        self._split = {
-            node for node, g in self._geometry.items() if g.splits > 1 and not node.op.startswith("arg")
-        }
+        self._split = {node for node, g in self._geometry.items() if g.splits > 1 and not node.op.startswith("arg")}
         self._inner: dict[Node, frozenset[Node]] = {}  # the heroes that a node needs
         for node in graph.nodes:
             needed = [self._heroes(x) for x in node.inputs]
@@ -287,9 +281,7 @@ class _Stage:
         rows = -(-total // _MOST_GROUPS)
         group = module.group_x
         if rows > 1:
-            group = module.op(
-                Op.I_ADD, module.op(Op.I_MUL, module.group_y, module.constant(_MOST_GROUPS)), group
-            )
+            group = module.op(Op.I_ADD, module.op(Op.I_MUL, module.group_y, module.constant(_MOST_GROUPS)), group)
         emitter.run(_dispatch(emitter, sections, group))
         shared = self._shared_memory(emitter, sections, bindings)
         for operand in {operand for pair in shared for operand in pair}:

@@ -78,17 +78,13 @@ class Emitter:
     def _canonical(self, value: Value | Literal, coords: Sequence[Id]) -> Coords:
         """A scalar operand goes with any place; the only place along an axis of length 1 is 0."""
         shape = shape_of(value)
-        return tuple(
-            self.m.constant(0) if n == 1 else c for n, c in zip(shape, coords if shape else (), strict=True)
-        )
+        return tuple(self.m.constant(0) if n == 1 else c for n, c in zip(shape, coords if shape else (), strict=True))
 
     def _produce(self, value: Value | Literal, coords: Coords) -> Code:
         if isinstance(value, Literal):
             found = np.asarray(value.value)
             if found.size > 1 and (found != found.flat[0]).any():
-                raise ValueError(
-                    f"a literal of shape {found.shape}: only scalars and arrays of one value are literals"
-                )
+                raise ValueError(f"a literal of shape {found.shape}: only scalars and arrays of one value are literals")
             return self.scalars.constant(found.flat[0], found.dtype)
         if value in self._loads:
             index = self.linear(coords, value.shape)

@@ -431,9 +431,7 @@ class FloatMath:
         carry = m.multiply_high(mantissa, window[2], signed=False)
         low = op(Op.I_ADD, op(Op.I_MUL, mantissa, window[1]), carry)
         over = m.select(m.op(Op.U_LESS, low, carry), m.constant(1), m.constant(0))
-        high = op(
-            Op.I_ADD, op(Op.I_MUL, mantissa, window[0]), m.multiply_high(mantissa, window[1], signed=False)
-        )
+        high = op(Op.I_ADD, op(Op.I_MUL, mantissa, window[0]), m.multiply_high(mantissa, window[1], signed=False))
         high = op(Op.I_ADD, high, over)
         n = op(Op.SHIFT_RIGHT_LOGICAL, op(Op.I_ADD, high, m.constant(0x20000000)), m.constant(30))
         left = op(Op.I_SUB, high, op(Op.SHIFT_LEFT, n, m.constant(30)))

@@ -97,9 +97,7 @@ def reduced_axes(node: Node) -> tuple[int, ...]:
 def whole_place(node: Node, kept: Sequence[Id], reduced: Sequence[Id]) -> list[Id]:
     """The place in the operand of a reduction, from those along the axes that it keeps and reduces."""
     kept_iter, reduced_iter, axes = iter(kept), iter(reduced), reduced_axes(node)
-    return [
-        next(reduced_iter if axis in axes else kept_iter) for axis in range(len(shape_of(node.inputs[0])))
-    ]
+    return [next(reduced_iter if axis in axes else kept_iter) for axis in range(len(shape_of(node.inputs[0])))]
 
 
 @handles(*REDUCTIONS)

@@ -50,11 +50,7 @@ class Scalars:
             return self.m.boolean(bool(value))
         if kind(dtype) == "float":
             word = np.asarray(value, dtype).astype(np.float32)
-            return (
-                self.m.from_bits(self.m.constant(int(word.view(np.uint32))))
-                if np.isnan(word)
-                else self._real(word)
-            )
+            return self.m.from_bits(self.m.constant(int(word.view(np.uint32)))) if np.isnan(word) else self._real(word)
         return self.m.constant(int(value))
 
     def _real(self, value: np.ndarray) -> Id:
@@ -121,28 +117,20 @@ class Scalars:
         m = self.m
         bits = m.bits(x)
         size = m.op(Op.AND, bits, m.constant(0x7FFFFFFF))
-        normal = m.op(
-            Op.SHIFT_RIGHT_LOGICAL, m.op(Op.I_SUB, size, m.constant(112 << 23)), m.constant(13), type=m.u32
-        )
+        normal = m.op(Op.SHIFT_RIGHT_LOGICAL, m.op(Op.I_SUB, size, m.constant(112 << 23)), m.constant(13), type=m.u32)
         small = m.op(Op.F_TO_U, m.op(Op.F_MUL, m.from_bits(size), m.real(2.0**24)))
         value = m.select(m.op(Op.U_LESS, size, m.constant(113 << 23)), small, normal)
         infinite = m.op(Op.U_GREATER_EQUAL, size, m.constant(0x7F800000))
         value = m.select(infinite, m.constant(0x7C00), value)
         value = m.select(m.op(Op.U_GREATER, size, m.constant(0x7F800000)), m.constant(0x7E00), value)
-        sign = m.op(
-            Op.SHIFT_RIGHT_LOGICAL, m.op(Op.AND, bits, m.constant(0x80000000)), m.constant(16), type=m.u32
-        )
+        sign = m.op(Op.SHIFT_RIGHT_LOGICAL, m.op(Op.AND, bits, m.constant(0x80000000)), m.constant(16), type=m.u32)
         return m.op(Op.OR, value, sign)
 
     def rounded(self, x: Id, dtype: np.dtype) -> Id:
         """What a register must hold after arithmetic: the nearest value of the dtype, or its low bits."""
         match kind(dtype):
             case "float" if dtype != np.float32:
-                return (
-                    self._rounded_float(x, 7, dtype == F16)
-                    if dtype == BF16
-                    else self._rounded_float(x, 10, True)
-                )
+                return self._rounded_float(x, 7, dtype == F16) if dtype == BF16 else self._rounded_float(x, 10, True)
             case "signed" | "unsigned":
                 return self._extended(x, dtype)
         return x
@@ -193,9 +181,7 @@ class Scalars:
         inside = m.op(Op.F_TO_S if signed else Op.F_TO_U, x)
         low = m.op(Op.F_LESS_EQUAL, x, m.real(float(limits.min)))
         high = m.op(Op.F_GREATER_EQUAL, x, m.real(float(limits.max)))  # 2^31 - 1 and 2^32 - 1 round up
-        value = m.select(
-            high, m.constant(int(limits.max)), m.select(low, m.constant(int(limits.min)), inside)
-        )
+        value = m.select(high, m.constant(int(limits.max)), m.select(low, m.constant(int(limits.min)), inside))
         return m.select(self.math.is_nan(x), m.constant(0), value)
 
     # Arithmetic.
@@ -204,9 +190,7 @@ class Scalars:
         """add, mul, max, min, and, or or xor: what reductions are made of, and the rest of `_BINARY`."""
         return _BINARY[op](self, a, b, dtype)
 
-    def apply(
-        self, op: str, args: Sequence[Id], dtypes: Sequence[np.dtype], out: np.dtype, params: dict
-    ) -> Id:
+    def apply(self, op: str, args: Sequence[Id], dtypes: Sequence[np.dtype], out: np.dtype, params: dict) -> Id:
         """An elementwise primitive of ELEMENTWISE, on one element."""
         if op in _UNARY_FLOAT:
             return self.rounded(getattr(self.math, op)(args[0]), out)
@@ -478,9 +462,7 @@ def _reduce_precision(s, args, dtypes, out, params):
         case 5, 10:
             return s._rounded_float(args[0], 10, True)
         case other:
-            raise ValueError(
-                f"reduce_precision to {other} exponent and mantissa bits; 8 and any, or 5 and 10"
-            )
+            raise ValueError(f"reduce_precision to {other} exponent and mantissa bits; 8 and any, or 5 and 10")
 
 
 def _clz(s, args, dtypes, out, params):

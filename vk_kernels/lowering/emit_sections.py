@@ -233,9 +233,7 @@ class _Lanes:
         if geometry.by_rows:
             self.across = m.op(Op.U_DIV, m.thread, m.constant(along))
             self.along = m.op(Op.U_MOD, m.thread, m.constant(along))
-            self.first = m.op(
-                Op.I_MUL, self.across, m.constant(along)
-            )  # the thread that leads this one's reduction
+            self.first = m.op(Op.I_MUL, self.across, m.constant(along))  # the thread that leads this one's reduction
             self.stride = 1
         else:
             self.along = m.op(Op.U_DIV, m.thread, m.constant(across))
@@ -245,9 +243,7 @@ class _Lanes:
         k = m.op(Op.I_ADD, m.op(Op.I_MUL, tile, m.constant(across)), self.across)
         last = m.constant(math.prod(geometry.kept) - 1)
         self.inside = m.op(Op.U_LESS_EQUAL, k, last)
-        self.k = m.ext(
-            Ext.U_MIN, k, last
-        )  # threads past the end do the last one's work again, and store nothing
+        self.k = m.ext(Ext.U_MIN, k, last)  # threads past the end do the last one's work again, and store nothing
 
     def leads(self) -> Id:
         m = self._m

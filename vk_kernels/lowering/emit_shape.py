@@ -101,9 +101,7 @@ def _concatenate(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
             return [(yield operands[first], place)]
         middle = (first + last) // 2
         condition = e.m.op(Op.U_LESS, coords[axis], e.m.constant(ends[middle]))
-        return (
-            yield from e.m.branch(condition, lambda: among(first, middle), lambda: among(middle + 1, last))
-        )
+        return (yield from e.m.branch(condition, lambda: among(first, middle), lambda: among(middle + 1, last)))
 
     return (yield from among(0, len(operands) - 1))[0]
 
@@ -124,9 +122,7 @@ def _stack(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
             return [(yield node.inputs[first], place)]
         middle = (first + last) // 2
         condition = e.m.op(Op.U_LESS_EQUAL, coords[axis], e.m.constant(middle))
-        return (
-            yield from e.m.branch(condition, lambda: among(first, middle), lambda: among(middle + 1, last))
-        )
+        return (yield from e.m.branch(condition, lambda: among(first, middle), lambda: among(middle + 1, last)))
 
     return (yield from among(0, len(node.inputs) - 1))[0]
 
@@ -323,9 +319,7 @@ def _scatter(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
     def row(number: Id, carried: list[Id]) -> Code:
         freely = iter(e.place(number, [rows[axis] for axis in free]))
         place = [coords[batch_of[axis]] if axis in batch_of else next(freely) for axis in range(len(rows))]
-        starts, inside = yield from _window_starts(
-            e, indices, place, numbers.scatter_dims_to_operand_dims, room, mode
-        )
+        starts, inside = yield from _window_starts(e, indices, place, numbers.scatter_dims_to_operand_dims, room, mode)
         offsets = {
             axis: m.op(Op.I_SUB, coords[axis], starts[axis]) if axis in starts else coords[axis]
             for axis in range(len(shape))

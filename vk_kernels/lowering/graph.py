@@ -67,6 +67,7 @@ class Node:
     """One operation: `op` is the name of a JAX primitive, `params` are its parameters.
 
     source: the user's file and line. scope: the stack of names around it (`jax.named_scope`), '/' between them.
+    call: of a hot operation, which has kernels that ship: what `call.make_plan` makes its plan from.
     """
 
     op: str
@@ -75,6 +76,7 @@ class Node:
     params: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     scope: str = ""
+    call: bytes = b""
 
     def where(self) -> str:
         """The node for messages: what, of which shapes, from which line."""
@@ -135,7 +137,6 @@ def _lines(graph: Graph) -> Iterator[str]:
 
 
 def _parameters(params: Mapping[str, Any]) -> str:
-    """Parameters that say something, on one line."""
-    told = [f"{key}={value}" for key, value in params.items() if value is not None and not callable(value)]
-    text = ", ".join(told).replace("\n", " ")
-    return f"[{text if len(text) <= 100 else text[:97] + '...'}]" if told else ""
+    """Those that are set, on one line."""
+    text = ", ".join(f"{key}={value}" for key, value in params.items() if value is not None).replace("\n", " ")
+    return f"[{text if len(text) <= 100 else text[:97] + '...'}]" if text else ""

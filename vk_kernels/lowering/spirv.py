@@ -257,9 +257,7 @@ class Module:
 
     def real(self, value: float) -> Id:
         """A float; rounded to 32 bits."""
-        with_overflow = (
-            value if abs(value) < 3.5e38 or value != value else (1 if value > 0 else -1) * float("inf")
-        )
+        with_overflow = value if abs(value) < 3.5e38 or value != value else (1 if value > 0 else -1) * float("inf")
         return self._constant(self.f32, struct.unpack("<I", struct.pack("<f", with_overflow))[0])
 
     def boolean(self, value: bool) -> Id:
@@ -386,9 +384,7 @@ class Module:
         scope = self.constant(_WORKGROUP_SCOPE)
         self._effect(Op.CONTROL_BARRIER, scope, scope, self.constant(_WORKGROUP_SEMANTICS))
 
-    def branch(
-        self, condition: Id, then: Callable[[], Code], otherwise: Callable[[], Code] | None = None
-    ) -> Code:
+    def branch(self, condition: Id, then: Callable[[], Code], otherwise: Callable[[], Code] | None = None) -> Code:
         """Runs one of two pieces of code, each giving a list of ids (none, without `otherwise`); gives the one's."""
         labels = [self._new() for _ in range(3 if otherwise else 2)]
         merge = labels[-1]
@@ -407,9 +403,7 @@ class Module:
         (some, first), (others, second) = ends
         return [self._phi(self._types[a], a, first, b, second) for a, b in zip(some, others, strict=True)]
 
-    def loop(
-        self, start: Id, stop: Id, step: Id, initial: Sequence[Id], body: Callable[[Id, list[Id]], Code]
-    ) -> Code:
+    def loop(self, start: Id, stop: Id, step: Id, initial: Sequence[Id], body: Callable[[Id, list[Id]], Code]) -> Code:
         """for i in range(start, stop, step): carried = body(i, carried). Gives the last `carried`."""
         before, header, inside, latch, done = self._block, *(self._new() for _ in range(4))
         self._effect(Op.BRANCH, header)
