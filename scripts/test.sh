@@ -8,4 +8,4 @@ scripts/setup.sh --dev
 scripts/install_vulkan.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest -n auto --dist loadfile "$@"
