@@ -242,7 +242,7 @@ def test_memory_that_may_be_shared():
 
 def test_what_has_no_kernel_is_refused():
     graph, _ = graph_of(lambda x: lax.linalg.cholesky(x), normal(3, 3))
-    with pytest.raises(ValueError, match=r"no kernel is generated for cholesky\(float32\[3,3\]\)"):
+    with pytest.raises(ValueError, match="no kernel is generated for the primitive cholesky"):
         generate(graph)
 
 

@@ -1,14 +1,22 @@
 """The hot operations of a transformer, for JAX, with kernels for any Vulkan GPU."""
 
+import importlib
 from typing import Any
 
-__all__ = ["use"]
+__all__ = ["Array", "device_get", "device_put", "jit", "use"]
+
+
+_MODULES = {
+    "Array": "vk_kernels.array",
+    "device_get": "vk_kernels.lowering.jit",
+    "device_put": "vk_kernels.lowering.jit",
+    "jit": "vk_kernels.lowering.jit",
+    "use": "vk_kernels.lowering",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`use` is imported when it is asked for: the Vulkan runtime below it must not need jax."""
-    if name == "use":
-        from vk_kernels.lowering import use
-
-        return use
+    """Names are imported when they are asked for: the Vulkan runtime below them must not need jax."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -240,6 +240,7 @@ class Limits:
     subgroup_size: int
     subgroup_size_range: tuple[int, int]
     subgroup_size_selectable: bool  # a compute kernel may ask for any power of two in the range
+    storage_buffers: int = 4  # that a kernel may bind; every device takes 4
 
 
 def device_extensions(functions, physical) -> frozenset[str]:
@@ -365,6 +366,11 @@ def query_limits(functions, physical, features: Features, timestamp_bits: int) -
             (subgroups.minSubgroupSize, subgroups.maxSubgroupSize) if subgroups else (subgroup_size, subgroup_size)
         ),
         subgroup_size_selectable=bool(subgroups and subgroups.requiredSubgroupSizeStages & compute),
+        storage_buffers=min(
+            limits.maxPerStageDescriptorStorageBuffers,
+            limits.maxDescriptorSetStorageBuffers,
+            limits.maxPerStageResources,
+        ),
     )
 
 

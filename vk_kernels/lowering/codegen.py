@@ -76,7 +76,7 @@ class Generated:
 def check(node: Node) -> None:
     """Raises ValueError, in one line, for a node that no kernel can be generated for."""
     if node.op not in SUPPORTED:
-        raise ValueError(f"no kernel is generated for {node.where()}")
+        raise ValueError(f"no kernel is generated for the primitive {node.op}")
     for x in (*node.inputs, *node.outputs):
         kind(dtype_of(x))
         if size_of(x) > _MOST_ELEMENTS:

@@ -1,0 +1,151 @@
+"""Partition into steps, placement in the arena and barriers. Needs no device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_jit_graph import graph_of
+
+from vk_kernels import ops
+from vk_kernels.lowering.arena import ALIGNMENT, Lifetime, place
+from vk_kernels.lowering.call import Target
+from vk_kernels.lowering.fuse import Partition, common_scope, partition
+from vk_kernels.lowering.graph import Value
+from vk_kernels.lowering.simplify import simplify
+from vk_kernels.program import Place, find_barriers
+
+X = np.ones((64, 48), np.float32)
+
+
+def steps_of(fn, *args, **options) -> Partition:
+    return partition(simplify(graph_of(fn, *args)), **options)
+
+
+def kinds(found: Partition) -> list[set[str]]:
+    return [{step.node.op} if step.node else {node.op for node in step.graph.nodes} for step in found.steps]
+
+
+def check_order(found: Partition) -> None:
+    """Everything is in memory when it is read, and steps of one level need nothing of each other."""
+    made: dict[Value, int] = dict.fromkeys((*found.inputs, *found.constants), -1)
+    for step in found.steps:
+        assert all(made[x] < step.level for x in step.inputs)
+        made |= dict.fromkeys(step.outputs, step.level)
+        if step.graph:
+            assert step.graph.inputs == step.inputs
+            assert step.graph.outputs == step.outputs
+    assert [step.level for step in found.steps] == sorted(step.level for step in found.steps)
+    assert all(x in made for x in found.outputs)
+
+
+def test_a_chain_of_elementwise_operations_is_one_step():
+    found = steps_of(lambda x: jnp.tanh(x * 2 + 1).T.reshape(-1), X)
+    check_order(found)
+    assert len(found.steps) == 1
+    assert found.steps[0].inputs == found.inputs
+
+
+def test_what_is_independent_is_one_step():
+    found = steps_of(lambda x, y, z: (x + 1, y * 2, jnp.sin(z)), X, X[0], X[:, 0])
+    check_order(found)
+    assert len(found.steps) == 1
+    assert len(found.steps[0].outputs) == 3
+
+
+def test_a_kernel_binds_so_many_buffers_at_most():
+    arrays = [np.ones(n, np.float32) for n in range(1, 21)]
+    found = steps_of(lambda *xs: [x + 1 for x in xs], *arrays, most_buffers=10)
+    check_order(found)
+    assert [len(step.outputs) for step in found.steps] == [5] * 4
+    assert {step.level for step in found.steps} == {0}
+
+
+def test_products_are_stored_and_what_is_done_to_their_operands_is_not():
+    found = steps_of(lambda x, y: jax.nn.relu((x * 2) @ (y + 1)), X, X.T)
+    check_order(found)
+    assert [next(iter(k & {"dot_general"}), None) for k in kinds(found)] == ["dot_general", None]
+    assert len(found.steps[0].inputs) == 2
+
+
+def test_a_hot_operation_is_its_own_step_and_reads_views_where_they_are():
+    def fn(x, scale, bias):
+        y = ops.layer_norm((x + 1).reshape(8, 8, 48), scale, bias, implementation="vulkan")
+        return y.reshape(-1, 48).sum(0), y
+
+    traced = jax.make_jaxpr(fn)(X, X[0], X[0])
+    assert "layer_norm" in str(traced)
+    found = steps_of(fn, X, X[0], X[0])
+    check_order(found)
+    assert kinds(found)[1] == {"layer_norm"}
+    assert found.steps[1].inputs[0] is found.steps[0].outputs[0]
+    assert found.outputs[1] is found.steps[1].outputs[0]
+    assert found.steps[1].node.call.startswith(b'["layer_norm"')
+    assert Target().device == ""
+
+
+def test_costly_values_that_are_broadcast_are_stored_once():
+    found = steps_of(lambda x, t: x * jnp.exp(t) ** 3.5, X, np.float32(1))
+    check_order(found)
+    assert len(found.steps) == 2
+    assert found.steps[0].outputs[0].shape == ()
+
+
+def test_an_output_that_a_later_step_needs_is_loaded_there():
+    found = steps_of(lambda x: (x + 1, jnp.cos((x + 1).sum(0))), X)
+    check_order(found)
+    assert len(found.steps) == 2
+
+
+def test_constants_and_inputs_can_be_outputs():
+    found = steps_of(lambda x: (x, 3.0, X, x + 1), X)
+    check_order(found)
+    assert found.outputs[0] is found.inputs[0]
+    assert sorted(array.shape for array in found.constants.values()) == [(), (64, 48)]
+
+
+def test_common_scope():
+    assert common_scope(["a/b/c", "a/b", "a/b/d"]) == "a/b"
+    assert common_scope(["a", "b"]) == common_scope([]) == ""
+
+
+@given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 9), st.integers(0, 9)), max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_arrays_that_live_at_one_time_do_not_overlap(found):
+    lifetimes = [Lifetime(n, min(a, b), max(a, b)) for n, a, b in found]
+    offsets, total = place(lifetimes)
+    for i, (own, start) in enumerate(zip(lifetimes, offsets, strict=True)):
+        assert start % ALIGNMENT == 0
+        assert start + own.nbytes <= total
+        for other, at in list(zip(lifetimes, offsets, strict=True))[:i]:
+            if own.first <= other.last and other.first <= own.last:
+                assert start + max(own.nbytes, 1) <= at or at + max(other.nbytes, 1) <= start
+
+
+def test_arrays_of_different_times_share_memory():
+    lifetimes = [Lifetime(1000, i, i + 1) for i in range(20)]
+    assert place(lifetimes)[1] == 2 * 1024
+    assert place([]) == ([], 0)
+
+
+A, B, C = Place("arena", 0, 256), Place("arena", 256, 256), Place("arena", 128, 256)
+X0, OUT = Place("input", 0, 4), Place("output", 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("commands", "expected"),
+    [
+        ([((X0, A), (False, True)), ((X0, B), (False, True))], [False, False]),  # two readers
+        ([((X0, A), (False, True)), ((A, OUT), (False, True))], [False, True]),  # read after write
+        ([((A, OUT), (False, True)), ((X0, A), (False, True))], [False, True]),  # write after read
+        ([((X0, A), (False, True)), ((X0, A), (False, True))], [False, True]),  # write after write
+        ([((X0, A), (False, True)), ((C, OUT), (False, True))], [False, True]),  # parts of the same bytes
+        (  # a barrier orders all before it
+            [((X0, A), (False, True)), ((A, B), (False, True)), ((A, OUT), (False, True))],
+            [False, True, False],
+        ),
+    ],
+)
+def test_barriers_stand_where_a_hazard_is(commands, expected):
+    assert find_barriers([places for places, _ in commands], [writes for _, writes in commands]) == expected

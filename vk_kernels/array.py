@@ -1,0 +1,133 @@
+"""Arrays that live on a Vulkan device. Knows no JAX; `vk_kernels.jit` takes and gives them."""
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from vk_kernels.memory import Buffer
+
+if TYPE_CHECKING:
+    from vk_kernels.device import Device
+
+
+class ArrayType(NamedTuple):
+    """What is known of an array before it is computed. weak_type: as JAX has it, of Python numbers."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    weak_type: bool
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
+
+
+# One object for all arrays of a type: that a call's arguments are those of the last call is seen at a glance.
+array_type = functools.lru_cache(maxsize=65_536)(ArrayType)
+
+
+class Array:
+    """A dense array in device memory, row-major. It is never changed; a donated one is gone.
+
+    A leaf of pytrees. numpy and jax.numpy take it as they take any array, by a copy to the host, which waits for what
+    computes it.
+    """
+
+    __slots__ = ("__weakref__", "_buffer", "type")
+
+    def __init__(self, buffer: Buffer, type: ArrayType):
+        self._buffer: Buffer | None = buffer
+        self.type = type
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.type.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.type.dtype
+
+    @property
+    def weak_type(self) -> bool:
+        return self.type.weak_type
+
+    @property
+    def buffer(self) -> Buffer:
+        """Its memory. Raises RuntimeError where it was donated or deleted."""
+        if self._buffer is None:
+            raise RuntimeError(f"this array, {self.type}, was donated or deleted: use what the function gave back")
+        return self._buffer
+
+    @property
+    def device(self) -> "Device":
+        return self.buffer.device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def numpy(self) -> np.ndarray:
+        """A copy on the host, once it is computed."""
+        return self.buffer.read(self.dtype, self.shape)
+
+    def block_until_ready(self) -> "Array":
+        """Returns when it is computed."""
+        self.device.wait(self.buffer.owner.last_use)
+        return self
+
+    def is_deleted(self) -> bool:
+        """Whether it was donated or deleted."""
+        return self._buffer is None
+
+    def delete(self) -> None:
+        """Gives its memory back."""
+        self._buffer = None
+
+    def item(self) -> Any:
+        """The only element, as a Python number."""
+        return self.numpy().item()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("an array on a Vulkan device is copied to the host: copy=False cannot be met")
+        found = self.numpy()
+        return found if dtype is None else found.astype(dtype)
+
+    def __jax_array__(self) -> Any:
+        import jax.numpy as jnp  # only who calls this has it
+
+        return jnp.asarray(self.numpy())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __index__(self) -> int:
+        return self.numpy().__index__()
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of a scalar array")
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.numpy()[index]
+
+    def __repr__(self) -> str:
+        if self._buffer is None:
+            return f"Array({self.type}, deleted)"
+        return f"Array({self.numpy()}, {self.type})"

@@ -1,0 +1,253 @@
+"""Which nodes become one kernel.
+
+A hot operation is a step of its own. Of everything else only what must be is stored: what a hot operation or the
+caller reads; what is made of many elements each (a reduction, a product, a sort); and what would be costly to compute
+again for every place it is used at. Each of these is a target; all other nodes are computed inside the kernels of the
+targets that need them.
+
+The height of a target is the longest way from it to the end of the program, counted in steps. Targets of one height
+need nothing of each other, and become one step together (horizontal fusion): each is computed as late as it can be.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vk_kernels.lowering.codegen import EXPENSIVE
+from vk_kernels.lowering.graph import Graph, Literal, Node, Operand, Value, producers
+
+MOST_BUFFERS = 96  # that a generated kernel binds, roughly: what one target needs stays together
+
+_BROADCAST = 32  # elements that use a value each, from which on it is stored if it took more than a few operations
+_FEW, _MANY = 4, 100  # operations: worth storing once where it is broadcast; wherever several kernels need it
+
+_FREE = frozenset(
+    (
+        *("broadcast_in_dim", "reshape", "transpose", "slice", "rev", "concatenate", "pad", "iota", "split"),
+        *("convert_element_type", "bitcast_convert_type", "select_n", "unstack"),
+    )
+)
+_SLOW = {
+    **dict.fromkeys(("div", "rem", "sqrt", "rsqrt", "exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic"), 4),
+    **dict.fromkeys(("gather", "dynamic_slice", "dynamic_update_slice", "sin", "cos", "tan", "erf", "cbrt"), 8),
+    **dict.fromkeys(("pow", "erf_inv", "erfc", "atan2", "lgamma", "digamma", "asin", "acos", "sinh", "cosh"), 16),
+    "threefry2x32": _MANY,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What runs together: a hot operation, or a graph to generate kernels for.
+
+    inputs, outputs: arrays in memory, in the order of the operation's or the graph's own. level: steps of one level
+    need nothing of each other; later levels need earlier ones.
+    """
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    level: int
+    node: Node | None = None
+    graph: Graph | None = None
+
+    @property
+    def scope(self) -> str:
+        """Of the node, or what the scopes of all nodes that compute something have in common."""
+        if self.node:
+            return self.node.scope
+        nodes = [node for node in self.graph.nodes if node.op not in _FREE] or self.graph.nodes
+        return common_scope(node.scope for node in nodes if node.scope)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Steps in order. `constants` are all that are read; `outputs` say which array in memory each output is."""
+
+    inputs: tuple[Value, ...]
+    constants: dict[Value, np.ndarray]
+    steps: list[Step]
+    outputs: tuple[Value, ...]
+
+
+def common_scope(scopes: Iterable[str]) -> str:
+    """The names that all of some scopes begin with."""
+    parts = [scope.split("/") for scope in dict.fromkeys(scopes)]
+    shared = []
+    for names in zip(*parts, strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return "/".join(shared)
+
+
+def partition(graph: Graph, most_buffers: int = MOST_BUFFERS) -> Partition:
+    """Cuts a graph into steps."""
+    graph = _with_constants(graph)
+    return _Partitioner(graph, most_buffers).run()
+
+
+def _with_constants(graph: Graph) -> Graph:
+    """Literals that must be in memory, as operands of hot operations or outputs, become constants."""
+    constants = dict(graph.constants)
+    made: dict[tuple, Value] = {}
+
+    def stored(x: Operand) -> Value:
+        if isinstance(x, Value):
+            return x
+        key = x.value.tobytes(), x.dtype, x.shape
+        if key not in made:
+            made[key] = Value(x.shape, x.dtype)
+            constants[made[key]] = x.value
+        return made[key]
+
+    nodes = [replace(node, inputs=tuple(map(stored, node.inputs))) if node.call else node for node in graph.nodes]
+    return Graph(graph.inputs, constants, nodes, tuple(map(stored, graph.outputs)))
+
+
+class _Partitioner:
+    def __init__(self, graph: Graph, most_buffers: int):
+        self._graph = graph
+        self._most_buffers = most_buffers
+        self._producers = producers(graph.nodes)
+        self._order = {node: i for i, node in enumerate(graph.nodes)}
+        self._roots: dict[Value, Value] = {}
+        for node in graph.nodes:
+            if _is_view(node):
+                x = node.inputs[0]
+                self._roots[node.outputs[0]] = self._roots.get(x, x)
+        # Loaded by whoever needs it; stored by its step, and computed again beside it.
+        self._loaded = {*graph.inputs, *graph.constants}
+        self._loaded.update(out for node in graph.nodes if node.call or node.op in EXPENSIVE for out in node.outputs)
+        self._stored = {self._root(value) for value in graph.outputs}
+        self._stored.update(self._root(x) for node in graph.nodes if node.call for x in node.inputs)
+        self._cut_costly()
+        self._heights = self._find_heights()
+
+    def _root(self, value: Value) -> Value:
+        """The array in memory that a view is of."""
+        return self._roots.get(value, value)
+
+    def _cut_costly(self) -> None:
+        """Adds to what is loaded: see the module."""
+        costs: dict[Value, int] = {}
+        for node in self._graph.nodes:
+            values = [x for x in node.inputs if isinstance(x, Value)]
+            if node.op not in _FREE or node.op == "broadcast_in_dim":
+                size = max(out.size for out in node.outputs)
+                self._loaded.update(x for x in values if costs.get(x, 0) >= _FEW and x.size * _BROADCAST <= size)
+            own = 0 if node.op in _FREE else _SLOW.get(node.op, 1)
+            cost = own + sum(0 if x in self._loaded else costs.get(x, 0) for x in values)
+            costs.update((out, 0 if out in self._loaded else min(cost, 10 * _MANY)) for out in node.outputs)
+        reached: dict[Value, set[Value]] = {}
+        for node in reversed(self._graph.nodes):
+            for out in node.outputs:
+                targets = reached.get(out, set())
+                if out not in self._loaded and len(targets) > 1 and costs[out] >= _MANY:
+                    self._loaded.add(out)
+            through: set[Value] = set()
+            for out in node.outputs:
+                through |= {out} if out in self._loaded or out in self._stored else reached.get(out, set())
+            for x in node.inputs:
+                if isinstance(x, Value):
+                    reached.setdefault(x, set()).update(through)
+
+    def _is_target(self, node: Node) -> bool:
+        return any(out in self._loaded or out in self._stored for out in node.outputs)
+
+    def _find_heights(self) -> dict[Node, int]:
+        """Of hot operations and of the nodes that give targets."""
+        heights: dict[Node, int] = {}
+        needed: dict[Node, int] = {}
+        for node in reversed(self._graph.nodes):
+            if not (node.call or self._is_target(node)):
+                continue
+            height = heights[node] = needed.get(node, 0)
+            for value in self._needs(node):
+                producer = self._producers.get(value)
+                if producer is not None:
+                    step = 1 if value in self._loaded or node.call else 0
+                    needed[producer] = max(needed.get(producer, 0), height + step)
+        return heights
+
+    def _needs(self, node: Node) -> list[Value]:
+        """What a target is made of: values that are loaded, and values that are stored."""
+        if node.call:
+            return [self._root(x) for x in node.inputs]
+        found: dict[Value, None] = {}
+        stack, seen = [*node.inputs], set()
+        while stack:
+            x = stack.pop()
+            if isinstance(x, Literal) or x in seen:
+                continue
+            seen.add(x)
+            if x in self._loaded or x in self._stored:
+                found[x] = None
+            else:
+                stack += self._producers[x].inputs
+        return list(found)
+
+    def run(self) -> Partition:
+        heights = self._heights
+        last = max(heights.values(), default=0)
+        by_height: dict[int, list[Node]] = {}
+        for node in self._graph.nodes:
+            if node in heights:
+                by_height.setdefault(heights[node], []).append(node)
+        steps = []
+        for height in sorted(by_height, reverse=True):
+            level, targets = last - height, []
+            for node in by_height[height]:
+                if node.call:
+                    inputs = tuple(self._root(x) for x in node.inputs)
+                    steps.append(Step(inputs, node.outputs, level, node=node))
+                else:
+                    targets.append(node)
+            steps += self._generated(targets, height, level)
+        outputs = tuple(self._root(value) for value in self._graph.outputs)
+        read = {x for step in steps for x in step.inputs} | set(outputs)
+        constants = {value: array for value, array in self._graph.constants.items() if value in read}
+        return Partition(self._graph.inputs, constants, steps, outputs)
+
+    def _generated(self, targets: Sequence[Node], height: int, level: int) -> Iterable[Step]:
+        """Steps for targets of one height, each of as many targets as a kernel has buffers for."""
+        parts: list[tuple[set[Node], set[Value], list[Value]]] = []
+        for target in targets:
+            nodes, loads = self._cone(target, height)
+            stores = [out for out in target.outputs if out in self._loaded or out in self._stored]
+            if parts and len(parts[-1][1] | loads) + len(parts[-1][2]) + len(stores) <= self._most_buffers:
+                parts[-1][0].update(nodes)
+                parts[-1][1].update(loads)
+                parts[-1][2].extend(stores)
+            else:
+                parts.append((nodes, loads, stores))
+        numbers = {value: i for i, value in enumerate((*self._graph.inputs, *self._graph.constants))}
+        for node in self._graph.nodes:
+            numbers |= {out: len(numbers) + k for k, out in enumerate(node.outputs)}
+        for nodes, loads, stores in parts:
+            inputs = tuple(sorted(loads, key=numbers.__getitem__))
+            body = Graph(inputs, {}, sorted(nodes, key=self._order.__getitem__), tuple(stores))
+            yield Step(inputs, tuple(stores), level, graph=body)
+
+    def _cone(self, target: Node, height: int) -> tuple[set[Node], set[Value]]:
+        """The nodes of a target's kernel, and what they load."""
+        nodes, loads = {target}, set()
+        stack = [*target.inputs]
+        while stack:
+            x = stack.pop()
+            if isinstance(x, Literal) or x in loads:
+                continue
+            producer = self._producers.get(x)
+            earlier = producer is not None and x in self._stored and self._heights[producer] > height
+            if x in self._loaded or earlier:
+                loads.add(x)
+            elif producer not in nodes:
+                nodes.add(producer)
+                stack += producer.inputs
+        return nodes, loads
+
+
+def _is_view(node: Node) -> bool:
+    """Whether the result is the bytes of the operand."""
+    if node.op not in ("reshape", "bitcast_convert_type") or isinstance(node.inputs[0], Literal):
+        return False
+    return node.inputs[0].nbytes == node.outputs[0].nbytes

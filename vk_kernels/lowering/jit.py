@@ -1,0 +1,317 @@
+"""vk_kernels.jit: a whole JAX function as one recorded Vulkan submission.
+
+    step = vk_kernels.jit(train_step, donate_argnums=0)
+    state, metrics = step(state, batch)  # arrays of the result stay on the device
+
+The first call with arguments of new shapes traces and compiles; every later one is a queue submit.
+"""
+
+import functools
+import inspect
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vk_kernels.array import Array, ArrayType, array_type
+from vk_kernels.device import Device
+from vk_kernels.lowering import call
+from vk_kernels.lowering.context import target_of, use
+from vk_kernels.lowering.fuse import MOST_BUFFERS, partition
+from vk_kernels.lowering.graph import Graph
+from vk_kernels.lowering.schedule import make_program
+from vk_kernels.lowering.simplify import simplify
+from vk_kernels.lowering.trace import is_key, key_words, make_graph
+from vk_kernels.memory import Buffer
+from vk_kernels.program import Executable, Program
+
+
+def jit(
+    fn: Callable[..., Any],
+    *,
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Iterable[str] = (),
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Iterable[str] | None = None,
+    device: int | str | None = None,
+) -> "Jitted":
+    """`fn` as one submission to a Vulkan device.
+
+    Its hot operations (`vk_kernels.ops`) run as their kernels; everything else as kernels generated for it.
+
+    Args:
+      fn: of pytrees of arrays to a pytree of arrays; pure.
+      static_argnums, static_argnames: arguments that are constants, as for `jax.jit`.
+      donate_argnums, donate_argnames: arguments whose memory the results may take; they must not be used again.
+      device: as for `vk_kernels.use`.
+
+    Returns:
+      A function of the same arguments, which may be of `vk_kernels.Array`, numpy or JAX. Its results are
+      `vk_kernels.Array`; PRNG keys are JAX's own. Called with tracers, inside jax.jit, jax.grad or jax.vmap, it is
+      part of what is traced.
+
+    Raises, when called:
+      UnsupportedError: what no kernel is there for, with the primitive, its shapes and the line.
+      NoDeviceError: no loader, no driver, or no such device.
+    """
+    return Jitted(fn, static_argnums, static_argnames, donate_argnums, donate_argnames, device)
+
+
+def device_put(tree: Any, device: int | str | None = None) -> Any:
+    """A pytree of host arrays as one of `vk_kernels.Array`; PRNG keys stay JAX's own."""
+    opened = call.open_device("" if device is None else str(device))
+
+    def put(x: Any) -> Any:
+        if isinstance(x, Array) or is_key(jax.typeof(x)):
+            return x
+        return Array(opened.upload(_host(x)), _type_of(x))
+
+    return jax.tree.map(put, tree)
+
+
+def device_get(tree: Any) -> Any:
+    """A pytree with numpy arrays for `vk_kernels.Array`s."""
+    return jax.tree.map(lambda x: x.numpy() if isinstance(x, Array) else x, tree)
+
+
+def _type_of(x: Any) -> ArrayType:
+    """What JAX takes an argument for."""
+    if isinstance(x, Array):
+        return x.type
+    aval = jax.typeof(x)
+    return array_type(aval.shape, aval.dtype, aval.weak_type)
+
+
+def _host(x: Any) -> np.ndarray:
+    """An argument as the array that JAX takes it for."""
+    aval = jax.typeof(x)
+    return np.asarray(jax.random.key_data(x)) if is_key(aval) else np.asarray(x, aval.dtype)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call. flops: useful floating-point operations, roughly; bytes: that the dispatches read and write."""
+
+    flops: int
+    bytes: int
+    dispatches: int
+    barriers: int
+    arena_bytes: int
+    constant_bytes: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Device time of a call's dispatches, in order: (label, scope, seconds)."""
+
+    rows: tuple[tuple[str, str, float], ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(row[2] for row in self.rows)
+
+    def by_scope(self, depth: int = 1) -> dict[str, float]:
+        """Seconds by the first `depth` names of the scopes, the slowest first; '' has none."""
+        found: Counter[str] = Counter()
+        for _, scope, seconds in self.rows:
+            found["/".join(scope.split("/")[:depth])] += seconds
+        return dict(found.most_common())
+
+    def write_trace(self, path: str | Path) -> None:
+        """A Chrome trace (chrome://tracing, ui.perfetto.dev) of the dispatches, one after another."""
+        events, start = [], 0.0
+        for label, scope, seconds in self.rows:
+            event = {"name": label, "cat": scope, "ph": "X", "ts": 1e6 * start, "dur": 1e6 * seconds}
+            events.append(event | {"pid": 0, "tid": 0, "args": {"scope": scope}})
+            start += seconds
+        Path(path).write_text(json.dumps({"traceEvents": events}))
+
+    def __str__(self) -> str:
+        lines = [f"{1e3 * self.seconds:10.3f} ms in {len(self.rows)} dispatches"]
+        lines += [f"{1e3 * seconds:10.3f} ms  {scope}: {label}" for label, scope, seconds in self.rows]
+        return "\n".join(lines)
+
+
+class Compiled:
+    """A function for arguments of given shapes: its graph and its program on a device."""
+
+    def __init__(self, traced: Any, device: Device):
+        self.device = device
+        closed = traced.jaxpr
+        donated = [info.donated for info in jax.tree.leaves(traced.args_info)]
+        self.donated = [i for i, given in enumerate(donated) if given]
+        self.out_tree = jax.tree.structure(traced.out_info)
+        self.out_types = [array_type(aval.shape, aval.dtype, aval.weak_type) for aval in closed.out_avals]
+        self.out_keys = [(j, aval) for j, aval in enumerate(closed.out_avals) if is_key(aval)]
+        self.graph: Graph = simplify(make_graph(closed))
+        self.program: Program = make_program(
+            partition(self.graph, min(MOST_BUFFERS, device.limits.storage_buffers)), device, donated
+        )
+        self.executable = Executable(device, self.program)
+
+    def arguments(self, leaves: Sequence[Any]) -> list[Buffer | np.ndarray]:
+        """What the executable takes for the leaves of a call."""
+        found = [x.buffer if type(x) is Array else _host(x) for x in leaves]
+        return [
+            x.read(leaf.dtype, leaf.shape) if isinstance(x, Buffer) and x.device is not self.device else x
+            for x, leaf in zip(found, leaves, strict=True)
+        ]
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        buffers = self.executable(self.arguments(leaves))
+        for i in self.donated:
+            if type(leaves[i]) is Array:
+                leaves[i].delete()
+        results = list(map(Array, buffers, self.out_types))
+        for j, aval in self.out_keys:
+            words = key_words(aval)
+            found = buffers[j].read(words.dtype, words.shape)
+            results[j] = jax.random.wrap_key_data(found, impl=aval.dtype._impl.name)
+        return jax.tree.unflatten(self.out_tree, results)
+
+    def as_text(self) -> str:
+        """The program: every dispatch with what it reads and writes, and where a barrier is."""
+        cost = self.cost()
+        lines = [
+            f"{cost.dispatches} dispatches, {cost.barriers} barriers, {cost.bytes:,} bytes moved, "
+            f"arena of {cost.arena_bytes:,} bytes, constants of {cost.constant_bytes:,}"
+        ]
+        lines += [f"input[{i}]: {array}" for i, array in enumerate(self.program.inputs)]
+        lines += [
+            f"output[{j}]: {array}" + (f" in input[{aliases[j]}]" if j in aliases else "")
+            for aliases in [self.program.aliases]
+            for j, array in enumerate(self.program.outputs)
+        ]
+        for command, barrier in zip(self.program.commands, self.executable.barriers, strict=True):
+            if barrier:
+                lines.append("barrier")
+            operands = ", ".join(f"{place} ({place.nbytes:,})" for place in command.operands)
+            scope = f"  # {command.scope}" if command.scope else ""
+            lines.append(f"dispatch {'x'.join(map(str, command.groups))} {command.label}: {operands}{scope}")
+        return "\n".join(lines)
+
+    def cost(self) -> Cost:
+        commands = self.program.commands
+        return Cost(
+            flops=sum(command.flops for command in commands),
+            bytes=sum(place.nbytes for command in commands for place in set(command.operands)),
+            dispatches=len(commands),
+            barriers=sum(self.executable.barriers),
+            arena_bytes=self.program.arena_bytes,
+            constant_bytes=sum(array.nbytes for array in self.program.constants),
+        )
+
+    def profile(self, leaves: Sequence[Any]) -> Profile:
+        timings = self.executable.time(self.arguments(leaves))
+        timed = [command for command in self.program.commands if 0 not in command.groups]
+        return Profile(
+            tuple((label, command.scope, seconds) for command, (label, seconds) in zip(timed, timings, strict=True))
+        )
+
+
+class Jitted:
+    """What `jit` gives. Compiled once for each set of shapes, dtypes and static arguments, on each device."""
+
+    def __init__(self, fn: Any, static_argnums, static_argnames, donate_argnums, donate_argnames, device):
+        functools.update_wrapper(self, fn)
+        self._device = device
+        numbers = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
+        names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+        self._static_numbers, self._static_names = _matched(fn, numbers, names)
+        self._jitted = jax.jit(
+            fn,
+            static_argnums=self._static_numbers,
+            static_argnames=self._static_names,
+            donate_argnums=donate_argnums,
+            donate_argnames=donate_argnames,
+        )
+        self._compiled: dict[Any, Compiled] = {}
+        self._last: tuple[Any, Any] = (None, None)  # key and program of the last call
+        self._lock = threading.RLock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, key = self._leaves(args, kwargs)
+        if any(isinstance(x, jax.core.Tracer) for x in leaves if type(x) is not Array):
+            with self._using():
+                return self._jitted(*args, **kwargs)
+        with self._lock:
+            if key != self._last[0]:  # quicker than to hash it
+                self._last = key, self._find(key, args, kwargs)
+            return self._last[1](leaves)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Compiled:
+        """What a call with such arguments runs; arguments may be jax.ShapeDtypeStruct."""
+        _, key = self._leaves(args, kwargs)
+        with self._lock:
+            return self._find(key, args, kwargs)
+
+    def cost(self, *args: Any, **kwargs: Any) -> Cost:
+        """Of a call with such arguments."""
+        return self.lower(*args, **kwargs).cost()
+
+    def profile(self, *args: Any, **kwargs: Any) -> Profile:
+        """Runs a call's dispatches one at a time and times them; the arguments stay, also donated ones."""
+        compiled = self.lower(*args, **kwargs)
+        leaves, _ = self._leaves(args, kwargs)
+        return compiled.profile(leaves)
+
+    def clear_cache(self) -> None:
+        """Forgets all that was compiled."""
+        with self._lock:
+            self._last = None, None
+            self._compiled.clear()
+            self._jitted.clear_cache()
+
+    def _using(self) -> Any:
+        return use("vulkan", device=self._device)
+
+    def _leaves(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+        """The arrays of a call, and what it is compiled for."""
+        static: tuple = ()
+        if self._static_numbers or self._static_names:
+            numbers = {n % len(args) for n in self._static_numbers if -len(args) <= n < len(args)}
+            static = (
+                *(args[n] for n in sorted(numbers)),
+                *((name, kwargs[name]) for name in self._static_names if name in kwargs),
+            )
+            args = tuple(x for n, x in enumerate(args) if n not in numbers)
+            kwargs = {name: x for name, x in kwargs.items() if name not in self._static_names}
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        device = self._device if self._device is not None else target_of("vulkan")
+        return leaves, (tree, static, device, *[x.type if type(x) is Array else _type_of(x) for x in leaves])
+
+    def _find(self, key: Any, args: tuple, kwargs: dict[str, Any]) -> Compiled:
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(args, kwargs)
+        return self._compiled[key]
+
+    def _compile(self, args: tuple, kwargs: dict[str, Any]) -> Compiled:
+        args, kwargs = jax.tree.map(_described, (args, kwargs))
+        with self._using():
+            traced = self._jitted.trace(*args, **kwargs)
+            return Compiled(traced, call.open_device(target_of("vulkan").device))
+
+
+def _described(x: Any) -> Any:
+    """What JAX traces an array of ours as."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) if isinstance(x, Array) else x
+
+
+def _matched(fn: Any, numbers: tuple[int, ...], names: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Static arguments both by position and by name, as jax.jit finds the one by the other."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        return numbers, names
+    positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+    if len(positional) == len(parameters):
+        numbers = tuple(n + len(positional) if n < 0 else n for n in numbers)
+    found = [positional[n] for n in numbers if -len(positional) <= n < len(positional)]
+    places = [positional.index(name) for name in names if name in positional]
+    return tuple(dict.fromkeys((*numbers, *places))), tuple(dict.fromkeys((*names, *found)))

@@ -1,0 +1,372 @@
+"""From a traced JAX function to a graph: every call inlined, loops of known length unrolled.
+
+Both branches of a cond are computed and one is selected: they are pure. A recomputation (`jax.checkpoint`) is kept
+apart from what it recomputes by an optimization_barrier. PRNG keys are the uint32 words that they are made of, with
+one more axis, last.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import Literal as JaxLiteral
+
+from vk_kernels.lowering import call, codegen
+from vk_kernels.lowering.graph import Graph, Literal, Node, Operand, Value
+
+UNROLLED = 50_000  # nodes that all loops of a function together may unroll into
+
+# Inlined, with the parameter that holds the body.
+_CALLS = {
+    **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint"), "jaxpr"),
+    **dict.fromkeys(("core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+}
+_REMATERIALIZED = ("remat2", "checkpoint")
+_IDENTITIES = frozenset(
+    (
+        *("copy", "copy_p", "device_put", "name", "stop_gradient", "sharding_constraint", "pvary", "pcast"),
+        *("mesh_cast", "reshard", "layout_constraint", "random_wrap", "random_unwrap", "random_clone"),
+    )
+)
+# Parameters that change nothing about the result.
+_UNUSED = frozenset(("accuracy", "sharding", "out_sharding", "weak_type", "out_dtype"))
+
+
+class UnsupportedError(ValueError):
+    """A function does what no kernel can: the message names the primitive, its shapes and the line."""
+
+
+def make_graph(closed: ClosedJaxpr) -> Graph:
+    """The graph of a traced function; its inputs and outputs in order.
+
+    Raises UnsupportedError for what no kernel is there for.
+    """
+    if closed.effects:
+        effects = ", ".join(map(str, closed.effects))
+        raise UnsupportedError(f"no side effects on Vulkan, found {effects}: leave out callbacks and debug prints")
+    inliner = _Inliner()
+    inputs = tuple(_new_value(aval) for aval in closed.in_avals)
+    outputs = inliner.inline(closed, inputs, Origin())
+    return Graph(inputs, inliner.constants, inliner.nodes, tuple(outputs))
+
+
+class Origin(NamedTuple):
+    """Where an operation comes from: the stack of names around it, and the user's line."""
+
+    scope: str = ""
+    source: str = ""
+    pinned: bool = False  # whether all that is called here is of this line
+
+    def inner(self, equation: JaxprEqn) -> "Origin":
+        """That of an equation of what was called here. Functions of JAX itself have no line of their own."""
+        own = str(equation.source_info.name_stack)
+        scope = f"{self.scope}/{own}" if self.scope and own else self.scope or own
+        source = "" if self.pinned else source_info_util.summarize(equation.source_info)
+        return self._replace(scope=scope, source=source or self.source)
+
+
+def is_key(aval: Any) -> bool:
+    """Whether an abstract value is of PRNG keys."""
+    return jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
+
+
+def key_words(aval: Any) -> jax.ShapeDtypeStruct:
+    """The words that an array of PRNG keys is made of."""
+    return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+
+
+def _new_value(aval: Any) -> Value:
+    if is_key(aval):
+        aval = key_words(aval)
+    return Value(tuple(aval.shape), np.dtype(aval.dtype))
+
+
+class _Inliner:
+    """Collects the nodes of a jaxpr and of all that it calls."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.constants: dict[Value, np.ndarray] = {}
+        self._known: dict[int, tuple[Any, Operand]] = {}  # constants by id, kept alive with their operand
+        self._unrolled = 0
+
+    def inline(self, closed: ClosedJaxpr | Jaxpr, inputs: Sequence[Operand], at: Origin) -> list[Operand]:
+        """The results of a jaxpr for these inputs."""
+        jaxpr, consts = (closed.jaxpr, closed.consts) if isinstance(closed, ClosedJaxpr) else (closed, ())
+        env: dict[Any, Operand] = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
+        env |= zip(jaxpr.invars, inputs, strict=True)
+
+        def read(atom: Any) -> Operand:
+            if isinstance(atom, JaxLiteral):
+                return Literal(np.asarray(atom.val, atom.aval.dtype))
+            return env[atom]
+
+        for equation in jaxpr.eqns:
+            results = self._equation(equation, [read(atom) for atom in equation.invars], at)
+            env |= zip(equation.outvars, results, strict=True)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def constant(self, found: Any) -> Operand:
+        if id(found) not in self._known:
+            words = jax.random.key_data(found) if is_key(jax.typeof(found)) else found
+            array = np.asarray(words, jax.typeof(words).dtype)
+            operand = Literal(array) if array.ndim == 0 else Value(array.shape, array.dtype)
+            if isinstance(operand, Value):
+                self.constants[operand] = array
+            self._known[id(found)] = found, operand
+        return self._known[id(found)][1]
+
+    def _equation(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
+        name, params = equation.primitive.name, equation.params
+        at = at.inner(equation)
+        if name in _CALLS:
+            if name in _REMATERIALIZED and params["prevent_cse"] and params["differentiated"]:
+                inputs = self._barrier(inputs, at)
+            return self.inline(params[_CALLS[name]], inputs, at)
+        if name in _IDENTITIES:
+            return inputs
+        try:
+            if name in _STRUCTURES:
+                return _STRUCTURES[name](self, equation, inputs, at)
+            avals = [x.aval for x in (*equation.invars, *equation.outvars)]
+            if name in _EXPANSIONS and (expansion := _EXPANSIONS[name](equation)):
+                return self._expand(expansion, inputs, at)
+            if any(map(is_key, avals)):
+                return self._expand(_on_words(equation), inputs, at)
+            return self._node(equation, inputs, at)
+        except UnsupportedError:
+            raise
+        except ValueError as error:
+            raise UnsupportedError(f"{error}: {_where(equation, at)}") from None
+
+    def _node(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
+        name = equation.primitive.name
+        outputs = tuple(_new_value(x.aval) for x in equation.outvars)
+        if call.has_planner(name):
+            params = dict(equation.params)
+            target = params.pop("target") or call.Target()
+            what = call.encode(name, params, target).encode()
+            node = Node(name, tuple(inputs), outputs, params, at.source, at.scope, what)
+        else:
+            params = {k: v for k, v in equation.params.items() if k not in _UNUSED}
+            node = Node(name, tuple(inputs), outputs, params, at.source, at.scope)
+            codegen.check(node)
+        self.nodes.append(node)
+        return list(outputs)
+
+    def _expand(self, fn: Callable[..., Any], inputs: list[Operand], at: Origin) -> list[Operand]:
+        """Traces a function of arrays of the inputs' shapes, and inlines it."""
+        structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
+        closed = jax.make_jaxpr(lambda *xs: jax.tree.leaves(fn(*xs)))(*structs)
+        return self.inline(closed, inputs, at._replace(pinned=True))
+
+    def _barrier(self, inputs: Sequence[Operand], at: Origin) -> list[Operand]:
+        values = [x for x in inputs if isinstance(x, Value)]
+        outputs = {x: Value(x.shape, x.dtype) for x in values}
+        gives = tuple(outputs.values())
+        self.nodes.append(Node("optimization_barrier", tuple(outputs), gives, {}, at.source, at.scope))
+        return [outputs[x] if isinstance(x, Value) else x for x in inputs]
+
+    def add(self, op: str, inputs: Sequence[Operand], shape: Sequence[int], at: Origin, **params: Any) -> Value:
+        """A node with one output, of the first input's dtype unless that is a condition."""
+        output = Value(tuple(shape), inputs[-1].dtype)
+        self.nodes.append(Node(op, tuple(inputs), (output,), params, at.source, at.scope))
+        return output
+
+    # Control flow.
+
+    def cond(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
+        which, *operands = inputs
+        branches = equation.params["branches"]
+        if isinstance(which, Literal):
+            return self.inline(branches[min(max(int(which.value), 0), len(branches) - 1)], operands, at)
+        results = [self.inline(branch, operands, at) for branch in branches]
+        if len(branches) == 2:  # select_n takes two cases by a bool only where it is one; an int32 is clamped here
+            zero = Literal(np.zeros((), which.dtype))
+            taken = Value(which.shape, np.dtype(bool))
+            self.nodes.append(Node("gt", (which, zero), (taken,), {}, at.source, at.scope))
+            which = taken
+        return [
+            cases[0]
+            if all(case is cases[0] for case in cases)
+            else self.add("select_n", (which, *cases), cases[0].shape, at)
+            for cases in zip(*results, strict=True)
+        ]
+
+    def scan(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
+        params = equation.params
+        body, length = params["jaxpr"], params["length"]
+        consts, carried = params["num_consts"], params["num_carry"]
+        fixed, carry, xs = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
+        rows: list[list[Operand]] = [[] for _ in body.out_avals[carried:]]
+        for i in reversed(range(length)) if params["reverse"] else range(length):
+            before = len(self.nodes)
+            elements = [self._row(x, i, at) for x in xs]
+            results = self.inline(body, [*fixed, *carry, *elements], at)
+            self._unrolled += len(self.nodes) - before
+            if self._unrolled > UNROLLED:
+                raise UnsupportedError(
+                    f"loops of over {UNROLLED:,} operations in all, unrolled: {_where(equation, at)}; shorten this one"
+                )
+            carry = results[:carried]
+            for row, result in zip(rows, results[carried:], strict=True):
+                row.append(result)
+        stacked = []
+        for row, out in zip(rows, equation.outvars[carried:], strict=True):
+            whole = _new_value(out.aval)
+            if length == 0:
+                stacked.append(self._filled(whole, at))
+                continue
+            ordered = row[::-1] if params["reverse"] else row
+            parts = [self._with_axis(x, at) for x in ordered]
+            stacked.append(self.add("concatenate", parts, whole.shape, at, dimension=0))
+        return [*carry, *stacked]
+
+    def _row(self, x: Operand, i: int, at: Origin) -> Value:
+        row = self.add(
+            "slice",
+            (x,),
+            (1, *x.shape[1:]),
+            at,
+            start_indices=(i,) + (0,) * (len(x.shape) - 1),
+            limit_indices=(i + 1, *x.shape[1:]),
+            strides=None,
+        )
+        return self.add("reshape", (row,), x.shape[1:], at, new_sizes=x.shape[1:], dimensions=None)
+
+    def _with_axis(self, x: Operand, at: Origin) -> Value:
+        shape = (1, *x.shape)
+        if isinstance(x, Literal):
+            return self._broadcast(x, shape, at)
+        return self.add("reshape", (x,), shape, at, new_sizes=shape, dimensions=None)
+
+    def _broadcast(self, x: Literal, shape: tuple[int, ...], at: Origin) -> Value:
+        return self.add("broadcast_in_dim", (x,), shape, at, shape=shape, broadcast_dimensions=())
+
+    def _filled(self, like: Value, at: Origin) -> Value:
+        return self._broadcast(Literal(np.zeros((), like.dtype)), like.shape, at)
+
+    def while_loop(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
+        raise UnsupportedError(
+            f"a loop whose length is known only on the device: {_where(equation, at)}; "
+            "use jax.lax.scan, or jax.lax.fori_loop with Python numbers as bounds"
+        )
+
+    def optimization_barrier(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
+        return self._barrier(inputs, at)
+
+
+_STRUCTURES = {
+    "cond": _Inliner.cond,
+    "scan": _Inliner.scan,
+    "while": _Inliner.while_loop,
+    "optimization_barrier": _Inliner.optimization_barrier,
+}
+
+
+def _where(equation: JaxprEqn, at: Origin) -> str:
+    shapes = ", ".join(str(x.aval) for x in equation.invars)
+    return f"{equation.primitive.name}({shapes})" + (f" at {at.source}" if at.source else "")
+
+
+# Primitives that are functions of others.
+
+
+def _over_keys(fn: Callable[..., Any], equation: JaxprEqn) -> Callable[..., Any]:
+    """A PRNG's function of one key as one of arrays of keys, and of whatever else the primitive takes alike."""
+    for _ in equation.invars[0].aval.shape:
+        fn = jax.vmap(fn)
+    return fn
+
+
+def _generator(equation: JaxprEqn) -> Any:
+    """The PRNG of the keys of an equation, which JAX keeps with their dtype."""
+    return equation.invars[0].aval.dtype._impl
+
+
+def _random_bits(equation: JaxprEqn) -> Callable[..., Any]:
+    width, shape = equation.params["bit_width"], equation.params["shape"]
+    generator = _generator(equation)
+    return _over_keys(lambda key: generator.random_bits(key, width, shape), equation)
+
+
+def _random_split(equation: JaxprEqn) -> Callable[..., Any]:
+    generator, shape = _generator(equation), equation.params["shape"]
+    return _over_keys(lambda key: generator.split(key, shape), equation)
+
+
+def _random_fold_in(equation: JaxprEqn) -> Callable[..., Any]:
+    data = equation.invars[1].aval
+    fold_in = _generator(equation).fold_in
+    if data.shape:
+        return _over_keys(fold_in, equation)
+    return lambda key, number: _over_keys(lambda one: fold_in(one, number), equation)(key)
+
+
+def _random_seed(equation: JaxprEqn) -> Callable[..., Any]:
+    return _over_keys(equation.params["impl"].seed, equation)
+
+
+def _iota_2x32(equation: JaxprEqn) -> Callable[..., Any]:
+    """The high and the low 32 bits of an array's row-major indices."""
+    shape = equation.params["shape"]
+    size = int(np.prod(shape, dtype=np.int64))
+    if size > 2**31:
+        raise ValueError(f"random bits for {size:,} elements in one draw")
+    return lambda: (
+        jnp.zeros(shape, jnp.uint32),
+        jax.lax.iota(jnp.uint32, size).reshape(shape),
+    )
+
+
+def _stack(equation: JaxprEqn) -> Callable[..., Any]:
+    axis = equation.params["axis"]
+    return lambda *xs: jax.lax.concatenate([jax.lax.expand_dims(x, (axis,)) for x in xs], axis)
+
+
+def _bitcast(equation: JaxprEqn) -> Callable[..., Any] | None:
+    """Between types of different width, by shifts. Of one width it is a primitive that kernels have."""
+    (x,), to = equation.invars, np.dtype(equation.params["new_dtype"])
+    source = x.aval.dtype
+    words, parts = (np.dtype(f"uint{8 * t.itemsize}") for t in (source, to))
+    bits = 8 * parts.itemsize
+
+    def narrow(x):
+        x = jax.lax.bitcast_convert_type(x, words)[..., None]
+        shifts = jnp.arange(words.itemsize // parts.itemsize, dtype=words) * words.type(bits)
+        shifts = jnp.broadcast_to(shifts, (*x.shape[:-1], shifts.size))
+        return jax.lax.bitcast_convert_type((x >> shifts).astype(parts), to)
+
+    def widen(x):
+        x = jax.lax.bitcast_convert_type(x, words).astype(parts)
+        shifts = jnp.arange(x.shape[-1], dtype=parts) * parts.type(8 * words.itemsize)
+        whole = (x << jnp.broadcast_to(shifts, x.shape)).sum(axis=-1, dtype=parts)
+        return jax.lax.bitcast_convert_type(whole, to)
+
+    if source.itemsize == to.itemsize:
+        return None
+    return narrow if source.itemsize > to.itemsize else widen
+
+
+def _on_words(equation: JaxprEqn) -> Callable[..., Any]:
+    """What moves PRNG keys about moves each of their words."""
+    primitive, params = equation.primitive, equation.params
+    if primitive.name.startswith("random_"):
+        raise ValueError(f"no kernel is generated for the primitive {primitive.name}")
+    axes = tuple(-1 if is_key(x.aval) else None for x in equation.invars)
+    return jax.vmap(lambda *xs: primitive.bind(*xs, **params), in_axes=axes, out_axes=-1)
+
+
+_EXPANSIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
+    "bitcast_convert_type": _bitcast,
+    "random_bits": _random_bits,
+    "random_split": _random_split,
+    "random_fold_in": _random_fold_in,
+    "random_seed": _random_seed,
+    "iota_2x32_shape": _iota_2x32,
+    "stack": _stack,
+}

@@ -1,0 +1,274 @@
+"""Programs: all dispatches of a function as plain data, and their execution as one submission that is recorded once.
+
+A program works on its inputs where they are. A recording is bound to the buffers it was made with: as long as a
+caller comes back with the same ones, as a training loop does with its donated state, a call is one queue submit.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from vk_kernels.memory import Buffer
+from vk_kernels.plan import Array, Dispatch, kernel_of
+
+if TYPE_CHECKING:
+    from vk_kernels.commands import Recorder, Submission, Timing
+    from vk_kernels.device import Device
+    from vk_kernels.kernel import Kernel
+
+RECORDINGS = 4  # that an executable keeps: for other buffers, and so that a call need not wait for the one before
+
+
+class Place(NamedTuple):
+    """Where an array lies: the `index`-th input, output or constant, or `index` bytes into the arena."""
+
+    space: str
+    index: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.space}{f'+{self.index}' if self.space == 'arena' else f'[{self.index}]'}"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One dispatch. kernel: one that ships, or SPIR-V. operands: in binding order.
+
+    scope: the names around what it does (`jax.named_scope`). flops: useful floating-point operations, roughly.
+    """
+
+    label: str
+    scope: str
+    kernel: Dispatch | bytes
+    operands: tuple[Place, ...]
+    groups: tuple[int, int, int]
+    push_constants: bytes = b""
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """Commands in order. aliases: output -> the donated input in whose memory it is."""
+
+    commands: tuple[Command, ...]
+    inputs: tuple[Array, ...]
+    outputs: tuple[Array, ...]
+    constants: tuple[np.ndarray, ...]
+    aliases: dict[int, int]
+    arena_bytes: int
+
+
+def find_barriers(operands: Sequence[Sequence[Place]], writable: Sequence[Sequence[bool]]) -> list[bool]:
+    """Whether each command needs a barrier before it: it reads or writes what one since the last barrier wrote, or
+    writes what one read."""
+    found, read, written = [], [], []
+    for places, writes in zip(operands, writable, strict=True):
+        ranges = [_range(place) for place in places]
+        outs = [span for span, writes_it in zip(ranges, writes, strict=True) if writes_it]
+        hazard = _meet(ranges, written) or _meet(outs, read)
+        if hazard:
+            read, written = [], []
+        found.append(hazard)
+        read += ranges
+        written += outs
+    return found
+
+
+def _range(place: Place) -> tuple[str, int, int]:
+    """(what memory, start, end)."""
+    if place.space == "arena":
+        return "arena", place.index, place.index + max(place.nbytes, 1)
+    return f"{place.space}{place.index}", 0, 1
+
+
+def _meet(some: Sequence[tuple[str, int, int]], others: Sequence[tuple[str, int, int]]) -> bool:
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for space, start, end in others:
+        spans.setdefault(space, []).append((start, end))
+    return any(start < end_b and start_b < end for space, start, end in some for start_b, end_b in spans.get(space, ()))
+
+
+class _Output(Buffer):
+    """An output of a recording, as its caller holds it: in the recording's memory, until that is wanted again."""
+
+    def __init__(self, buffer: Buffer):
+        super().__init__(buffer.device, buffer.block, buffer.offset, buffer.size, 0, buffer)
+
+    def move_to(self, buffer: Buffer) -> None:
+        """From here on it is all of `buffer`, where its content has been copied."""
+        self.__init__(buffer)
+
+
+class _Recording:
+    """A recorded program with the buffers that it is bound to.
+
+    inputs: None where one is in one of its own `slots`, which host arrays are written to and other buffers are copied
+    to. outputs: its own; None where an output is in an input's memory.
+    """
+
+    def __init__(
+        self,
+        recorder: "Recorder",
+        inputs: list[Buffer | None],
+        slots: dict[int, Buffer],
+        outputs: list[Buffer | None],
+    ):
+        self.recorder = recorder
+        self.inputs, self.slots = inputs, slots
+        self.owned = [(j, buffer) for j, buffer in enumerate(outputs) if buffer is not None]
+        self.views: list[weakref.ref[_Output]] = []  # what callers may hold of its outputs
+
+    @property
+    def held(self) -> list[_Output]:
+        """Outputs of its last run that a caller holds."""
+        return [view for reference in self.views if (view := reference()) is not None]
+
+
+class Executable:
+    """A program on a device: its kernels, its arena and its recordings. Not for two threads at once."""
+
+    def __init__(self, device: "Device", program: Program):
+        """Raises FeatureError for what the device lacks, OutOfMemoryError where it has no room."""
+        self.device, self.program = device, program
+        self._kernels = [_kernel(device, command) for command in program.commands]
+        self.barriers = find_barriers(
+            [command.operands for command in program.commands], [kernel.writable for kernel in self._kernels]
+        )
+        self.arena = device.buffer(program.arena_bytes, sliced=True)
+        self._constants = [device.upload(array) for array in program.constants]
+        self._aliases = [program.aliases.get(j) for j in range(len(program.outputs))]
+        self._aliased = frozenset(program.aliases.values())
+        self._recordings: list[_Recording] = []  # by use, the last used last
+        self._copied: set[int] = set()  # inputs that come in other memory each time: copied into a slot
+        self._misses: Counter[int] = Counter()
+
+    def __call__(self, arguments: Sequence[Buffer | np.ndarray]) -> list[Buffer]:
+        """Submits the program; gives the outputs at once, computed or not.
+
+        arguments: a buffer on the device each, or a host array, which is uploaded. Buffers of aliased inputs come
+        back as outputs. Raises ValueError where two inputs are in the same memory, one of which is an output's.
+        """
+        arguments = self._uploaded(arguments)
+        recording = self._choose(arguments)
+        for i, slot in recording.slots.items():
+            if not isinstance(arguments[i], Buffer):
+                slot.write(arguments[i])
+        self._copy([(arguments[i], slot) for i, slot in recording.slots.items() if isinstance(arguments[i], Buffer)])
+        recording.recorder.submit()
+        results = [None if alias is None else arguments[alias] for alias in self._aliases]
+        recording.views = views = []
+        for j, buffer in recording.owned:
+            results[j] = view = _Output(buffer)
+            views.append(weakref.ref(view))
+        return results
+
+    def _copy(self, copies: Sequence[tuple[Buffer, Buffer]]) -> None:
+        if copies:
+            with self.device.recorder() as recorder:
+                for source, target in copies:
+                    recorder.copy(source, target)
+                recorder.submit()
+
+    def _uploaded(self, arguments: Sequence[Buffer | np.ndarray]) -> list[Buffer | np.ndarray]:
+        """With buffers for the inputs that become outputs: those cannot be slots, which are written again."""
+        missing = [i for i in self._aliased if not isinstance(arguments[i], Buffer)]
+        if not missing:
+            return arguments
+        arguments = list(arguments)
+        for i in missing:
+            arguments[i] = self.device.upload(arguments[i])
+        return arguments
+
+    def _choose(self, arguments: Sequence[Buffer | np.ndarray]) -> _Recording:
+        """A recording for these buffers, the longest unused one if there are several; a new one if that is better."""
+        bound = [x.owner if isinstance(x, Buffer) and i not in self._copied else None for i, x in enumerate(arguments)]
+        fitting = [recording for recording in self._recordings if recording.inputs == bound]
+        free = [recording for recording in fitting if not recording.held]
+        if len(self._recordings) < RECORDINGS:
+            # Slots that the device still reads, and outputs that a caller holds, are better left alone.
+            done = self.device.completed()
+            free = [recording for recording in free if not recording.slots or recording.recorder.last_value <= done]
+            chosen = free[0] if free else self._record(bound)
+        elif fitting:
+            chosen = (free or fitting)[0]
+            self._move_away(chosen)
+        else:
+            chosen = self._record(bound)
+        others = [recording for recording in self._recordings if recording is not chosen]
+        self._recordings = [*others[-RECORDINGS + 1 :], chosen]
+        return chosen
+
+    def _move_away(self, recording: _Recording) -> None:
+        """Gives what callers hold of a recording's outputs memory of its own."""
+        moves = [(view, self.device.buffer(view.size)) for view in recording.held]
+        self._copy(moves)
+        for view, target in moves:
+            view.move_to(target)
+
+    def _record(self, bound: list[Buffer | None]) -> _Recording:
+        """Makes a recording for these buffers."""
+        self._check_apart(bound)
+        if self._recordings:  # an input in other memory each time is not worth a recording each time
+            last = self._recordings[-1].inputs
+            for i, (buffer, before) in enumerate(zip(bound, last, strict=True)):
+                if i not in self._aliased and buffer is not None and buffer is not before:
+                    self._misses[i] += 1
+                    if self._misses[i] > RECORDINGS:
+                        self._copied.add(i)
+        bound = [None if i in self._copied else x for i, x in enumerate(bound)]
+        inputs = self.program.inputs
+        slots = {i: self.device.buffer(x.nbytes) for i, x in enumerate(inputs) if bound[i] is None}
+        outputs = [
+            self.device.buffer(array.nbytes) if alias is None else None
+            for array, alias in zip(self.program.outputs, self._aliases, strict=True)
+        ]
+        recorder = self.device.record(hazards=False, replay=True)
+        self._fill(recorder, [slots.get(i) or x for i, x in enumerate(bound)], outputs)
+        recorder.end()
+        return _Recording(recorder, bound, slots, outputs)
+
+    def _check_apart(self, bound: Sequence[Buffer | None]) -> None:
+        given = Counter(id(x) for x in bound if x is not None)
+        for i in sorted(self._aliased):
+            if given[id(bound[i])] > 1:
+                raise ValueError(
+                    f"input {i}, {self.program.inputs[i]}, is donated, and passed a second time in the same call: "
+                    "pass a copy"
+                )
+
+    def _fill(self, recorder: "Recorder", inputs: Sequence[Buffer], outputs: Sequence[Buffer | None]) -> None:
+        spaces = {"input": inputs, "output": outputs, "constant": self._constants}
+        for command, kernel, barrier in zip(self.program.commands, self._kernels, self.barriers, strict=True):
+            if barrier:
+                recorder.barrier()
+            operands = [
+                self.arena.slice(place.index, place.nbytes)
+                if place.space == "arena"
+                else spaces[place.space][place.index]
+                for place in command.operands
+            ]
+            recorder.dispatch(kernel, operands, command.push_constants, command.groups, command.label)
+
+    def time(self, arguments: Sequence[Buffer | np.ndarray]) -> list["Timing"]:
+        """Device time of each command, one after another; the arguments stay as they are."""
+        inputs = [self.device.buffer(x.size) if isinstance(x, Buffer) else self.device.upload(x) for x in arguments]
+        self._copy([(x, copy) for x, copy in zip(arguments, inputs, strict=True) if isinstance(x, Buffer)])
+        outputs = [
+            None if j in self.program.aliases else self.device.buffer(array.nbytes)
+            for j, array in enumerate(self.program.outputs)
+        ]
+        count = sum(0 not in command.groups for command in self.program.commands)
+        recorder = self.device.record(hazards=False, timestamps=max(count, 1))
+        self._fill(recorder, inputs, outputs)
+        submission: Submission = recorder.submit()
+        return submission.timings()
+
+
+def _kernel(device: "Device", command: Command) -> "Kernel":
+    if isinstance(command.kernel, Dispatch):
+        return kernel_of(device, command.kernel)
+    return device.kernel_from_spirv(command.kernel, command.label)
