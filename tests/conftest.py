@@ -9,7 +9,31 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 import jax
 import pytest
 
+from vk_kernels import device
+from vk_kernels.errors import NoDeviceError
+from vk_kernels.instance import layer_installed
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _validate() -> bool:
+    """The validation layer watches all that runs on the CPU device, where the layer is installed."""
+    try:
+        return "VK_KERNELS_DEVICE" not in os.environ and layer_installed()
+    except NoDeviceError:
+        return False
+
+
+if _validate():
+    os.environ.setdefault("VK_KERNELS_VALIDATION", "1")
+
+
+@pytest.fixture(autouse=True)
+def no_validation_messages():
+    """A test fails for what the validation layer says of devices that it leaves open; of others their `close` tells."""
+    yield
+    for opened in device._open_devices.copy():
+        opened.check_validation("at the end of the test")
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """Devices: which are listed, how one is chosen, and what is said where there is none."""
 
 import os
+import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from vk_fixtures import SELECTOR, needs_vulkan, vulkan_device  # noqa: F401
@@ -173,6 +175,48 @@ def test_a_process_that_never_closes_its_device_ends_cleanly():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+@needs_vulkan
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_lets_go_of_its_parents_device():
+    code = textwrap.dedent(
+        f"""
+        import os, sys
+        from vk_kernels.device import Device
+
+        device = Device.open({SELECTOR!r})
+        buffer = device.buffer(4)
+        child = os.fork()
+        if child == 0:
+            try:
+                device.buffer(4)
+            except Exception as error:
+                print(error, flush=True)
+            sys.exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), buffer.read("u4", (1,)).shape)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert re.fullmatch(r"the Vulkan device '.*' is closed\n7 \(1,\)\n", done.stdout), done.stdout + done.stderr
+
+
+@needs_vulkan
+def test_no_object_is_left_of_a_device_that_could_not_be_opened(monkeypatch):
+    devices = []
+
+    def refuse(device, direct):
+        devices.append(device)
+        raise VulkanError("no memory of the kinds needed")
+
+    monkeypatch.setattr(device_module, "Memory", refuse)
+    with pytest.raises(VulkanError, match=r"no memory of the kinds needed"):
+        Device.open(SELECTOR)
+    (device,) = devices
+    assert not device._made
+    assert device.instance.handle == api.ffi.NULL
+    with pytest.raises(VulkanError, match=r"is closed"):
+        device.completed()
 
 
 @needs_vulkan

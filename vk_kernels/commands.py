@@ -83,7 +83,6 @@ class Recorder:
         self._writes: list[tuple[int, int, int]] = []
         self._transfers = False  # whether any command is a copy or a fill
         self._pipeline = None
-        self._sets_left = 0
         self._timed = 0
         self._ended = self._submitted = False
         once, often = vk.VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT, vk.VK_COMMAND_BUFFER_USAGE_SIMULTANEOUS_USE_BIT
@@ -94,8 +93,9 @@ class Recorder:
             self.device.fn.vkCmdResetQueryPool(self._command, self._queries, 0, 2 * self._capacity)
 
     def reset(self) -> None:
-        """Forgets all commands; the last submission must be done."""
+        """Forgets all commands, once the last submission is done."""
         device = self.device
+        device.wait(self.last_value)
         api.check(device.fn.vkResetCommandPool(device.handle, self._pool, 0), "resetting a command pool")
         for pool in self._descriptor_pools:
             device.fn.vkResetDescriptorPool(device.handle, pool, 0)
@@ -177,21 +177,25 @@ class Recorder:
         fn.vkCmdBindDescriptorSets(command, compute, kernel.layout, 0, 1, handle, 0, ffi.NULL)
 
     def _new_set(self, kernel: Kernel) -> Any:
-        layouts = api.array("VkDescriptorSetLayout", [kernel.set_layout])
-        handle = ffi.new("VkDescriptorSet[1]")
-        device = self.device
         for pool in reversed(self._descriptor_pools):
-            info = api.struct(
-                "VkDescriptorSetAllocateInfo", descriptorPool=pool, descriptorSetCount=1, pSetLayouts=layouts
-            )
-            if device.fn.vkAllocateDescriptorSets(device.handle, info, handle) >= 0:
+            result, handle = self._allocate_set(pool, kernel)
+            if result >= 0:
                 return handle
         size = api.struct(
             "VkDescriptorPoolSize", type=vk.VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, descriptorCount=_POOL_DESCRIPTORS
         )
         info = api.struct("VkDescriptorPoolCreateInfo", maxSets=_POOL_SETS, poolSizeCount=1, pPoolSizes=size)
-        self._descriptor_pools.append(device.make("DescriptorPool", info))
-        return self._new_set(kernel)
+        self._descriptor_pools.append(self.device.make("DescriptorPool", info))
+        result, handle = self._allocate_set(self._descriptor_pools[-1], kernel)
+        api.check(result, f"allocating the descriptors of {kernel.label}")
+        return handle
+
+    def _allocate_set(self, pool: Any, kernel: Kernel) -> tuple[int, Any]:
+        """(VkResult, VkDescriptorSet[1])."""
+        layouts = api.array("VkDescriptorSetLayout", [kernel.set_layout])
+        info = api.struct("VkDescriptorSetAllocateInfo", descriptorPool=pool, descriptorSetCount=1, pSetLayouts=layouts)
+        handle = ffi.new("VkDescriptorSet[1]")
+        return self.device.fn.vkAllocateDescriptorSets(self.device.handle, info, handle), handle
 
     def copy(
         self,
@@ -318,13 +322,15 @@ class Recorder:
             raise VulkanError("this recording has ended: reset it first")
 
     def close(self) -> None:
-        """Destroys the command buffer, once its last submission is done."""
-        pools = [("CommandPool", self._pool), *(("DescriptorPool", pool) for pool in self._descriptor_pools)]
-        if self._queries != ffi.NULL:
-            pools.append(("QueryPool", self._queries))
-        device, self._descriptor_pools, self._queries = self.device, [], ffi.NULL
+        """Destroys the command buffer, once its last submission is done. A second call does nothing."""
+        pools = [("CommandPool", self._pool), ("QueryPool", self._queries)]
+        pools += [("DescriptorPool", pool) for pool in self._descriptor_pools]
+        # Forgotten at once: a driver may give a new object the handle of one that is destroyed.
+        device, self._pool, self._queries, self._descriptor_pools = self.device, ffi.NULL, ffi.NULL, []
         self._ended = True
         for kind, handle in pools:
+            if handle == ffi.NULL:
+                continue
             device.retire(self.last_value, lambda kind=kind, handle=handle: device.unmake(kind, handle))
 
     def __del__(self):

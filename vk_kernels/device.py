@@ -24,7 +24,7 @@ import numpy as np
 from vk_kernels import api, kernel
 from vk_kernels.api import ffi, vk
 from vk_kernels.commands import Recorder
-from vk_kernels.errors import DeviceLostError, DeviceTimeoutError, NoDeviceError
+from vk_kernels.errors import DeviceLostError, DeviceTimeoutError, NoDeviceError, VulkanError
 from vk_kernels.features import Features, Limits, device_properties, enabling, query_features, query_limits
 from vk_kernels.instance import NO_DRIVER, Instance, validation_mode
 from vk_kernels.kernel import Kernel
@@ -212,8 +212,17 @@ class Device:
 
         self.handle = self._create()
         self.fn: Any = api.device_functions(self.handle)
+        try:
+            self._prepare(direct)
+        except BaseException:
+            self._destroy()
+            raise
+        _open_devices.add(self)
+
+    def _prepare(self, direct: bool) -> None:
+        self.check_validation(f"opening {self.info.name}")
         queue = ffi.new("VkQueue*")
-        self.fn.vkGetDeviceQueue(self.handle, family, 0, queue)
+        self.fn.vkGetDeviceQueue(self.handle, self.queue_family, 0, queue)
         self._queue = queue[0]
         timeline = api.struct("VkSemaphoreTypeCreateInfo", semaphoreType=vk.VK_SEMAPHORE_TYPE_TIMELINE)
         self._timeline = self.make("Semaphore", api.struct("VkSemaphoreCreateInfo", pNext=timeline))
@@ -229,7 +238,6 @@ class Device:
         self.final_barrier = api.struct("VkMemoryBarrier", srcAccessMask=write, dstAccessMask=use | host)
         self.memory = Memory(self, direct)
         self.staging = Staging(self)
-        _open_devices.add(self)
 
     def _create(self) -> Any:
         gpu_validation = self.instance.validation == "gpu"
@@ -249,7 +257,6 @@ class Device:
         handle = ffi.new("VkDevice*")
         result = self.instance.fn.vkCreateDevice(self.physical, info, ffi.NULL, handle)
         api.check(result, f"opening {self.info.name}")
-        self.check_validation(f"opening {self.info.name}")
         return handle[0]
 
     def _prepare_submission(self) -> None:
@@ -380,7 +387,8 @@ class Device:
         """The newest submission that is done, and with it all before it."""
         value = ffi.new("uint64_t*")
         result = self.fn.vkGetSemaphoreCounterValue(self.handle, self._timeline, value)
-        api.check(result, "asking how far the device is")
+        if result < 0:
+            api.check(result, f"running {self._running(self._submitted)} on {self.info.name}")
         self._completed = max(self._completed, value[0])
         return self._completed
 
@@ -390,8 +398,9 @@ class Device:
         Raises DeviceTimeoutError, DeviceLostError or ValidationError, each naming the kernels that were running.
         """
         if value > self._completed:
+            label = self._in_flight.get(value, "earlier work")
             self._await(value, self.timeout if timeout is None else timeout)
-            self.check_validation(self._in_flight.get(value, "earlier work"))
+            self.check_validation(label)
 
     def _await(self, value: int, seconds: float) -> None:
         info = api.struct(
@@ -408,8 +417,8 @@ class Device:
 
     def _running(self, value: int) -> str:
         """The kernels of the submissions up to `value` that are not known to be done."""
-        with self._lock:
-            labels = [label for number, label in self._in_flight.items() if self._completed < number <= value]
+        in_flight = self._in_flight.copy()  # takes no lock: whoever asks may hold it
+        labels = [label for number, label in in_flight.items() if self._completed < number <= value]
         return "; ".join(labels[-4:]) or "nothing"
 
     def retire(self, value: int, action: Callable[[], None]) -> None:
@@ -451,18 +460,28 @@ class Device:
         A submission that does not finish within the time limit makes this warn and leave its objects to the process's
         end: destroying what the device still uses is undefined.
         """
-        if self.closed:
-            return
-        self.closed = True
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
         _open_devices.discard(self)
         try:
             self._await(self._submitted, self.timeout)
-        except DeviceTimeoutError as error:
+        except DeviceLostError:
+            pass  # the objects of a lost device may and must still be destroyed
+        except VulkanError as error:
             warnings.warn(f"closed with work unfinished: {error}", stacklevel=2)
             self.fn = api.ClosedFunctions(self.info.name)
             return
-        except DeviceLostError:
-            pass  # the objects of a lost device may and must still be destroyed
+        self.memory.close()
+        self._destroy()
+        try:
+            self.check_validation(f"closing {self.info.name}")
+        finally:
+            self.instance.close()
+
+    def _destroy(self) -> None:
+        """Destroys the device and all that was made on it but memory; nothing may be running."""
         self._retired.clear()
         self._idle.clear()
         for made in self._kernels.values():
@@ -470,13 +489,14 @@ class Device:
         self._kernels.clear()
         for kind, handle in list(self._made):
             self.unmake(kind, ffi.cast(f"Vk{kind}", handle))
-        self.memory.close()
         self.fn.vkDestroyDevice(self.handle, ffi.NULL)
         self.fn = api.ClosedFunctions(self.info.name)
-        try:
-            self.check_validation(f"closing {self.info.name}")
-        finally:
-            self.instance.close()
+
+    def disown(self) -> None:
+        """Counts as closed, with nothing destroyed: in a forked process, where the driver's threads do not run."""
+        self.closed = True
+        self.fn = api.ClosedFunctions(self.info.name)
+        self._lock = threading.Lock()  # a thread that did not come along may hold it
 
     def __enter__(self) -> "Device":
         return self
@@ -511,5 +531,15 @@ def default_device() -> Device:
 
 @atexit.register
 def _close_all() -> None:
-    for device in list(_open_devices):
-        device.close()
+    with contextlib.ExitStack() as stack:  # one that fails keeps no other from being closed
+        for device in _open_devices.copy():
+            stack.callback(device.close)
+
+
+def _disown_all() -> None:
+    while _open_devices:
+        _open_devices.pop().disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)

@@ -9,6 +9,9 @@ from vk_kernels.api import ffi, vk
 from vk_kernels.errors import NoDeviceError, ValidationError, VulkanError
 
 LAYER = "VK_LAYER_KHRONOS_validation"
+# Hazards between submissions too, not only within one: newer layers look for them unasked (Vulkan-ValidationLayers
+# pull request 7129), and this is how older ones are asked.
+_BETWEEN_SUBMISSIONS = "VALIDATION_CHECK_ENABLE_SYNCHRONIZATION_VALIDATION_QUEUE_SUBMIT"
 _MESSAGE_CHARACTERS = 700
 
 
@@ -25,14 +28,13 @@ def validation_mode(asked: bool | str | None) -> str:
 
 
 class Instance:
-    """A VkInstance. With a validation mode, the layer's errors wait in it for `check_validation`."""
+    """A VkInstance. With a validation mode, what the layer says waits in it for `check_validation`."""
 
     def __init__(self, validation: str = ""):
         """Raises NoDeviceError without a loader or a driver, VulkanError without a layer that is asked for."""
         api.require_loader()
         self.validation = validation
-        self.warnings: list[str] = []  # what the layer said that is no error
-        self._errors: list[str] = []
+        self._messages: list[str] = []
         self._lock = threading.Lock()
         self._messenger = ffi.NULL
 
@@ -43,6 +45,7 @@ class Instance:
             flags = vk.VK_INSTANCE_CREATE_ENUMERATE_PORTABILITY_BIT_KHR
         if validation:
             _require_layer()
+            os.environ.setdefault("VK_LAYER_ENABLES", _BETWEEN_SUBMISSIONS)
             layers, behind = [LAYER], _validation_features(validation)
             extensions += ["VK_EXT_debug_utils", "VK_EXT_validation_features"]
         application = api.struct("VkApplicationInfo", pApplicationName="vk_kernels", apiVersion=_API_VERSION)
@@ -64,7 +67,11 @@ class Instance:
         self.handle = handle[0]
         self.fn: Any = api.instance_functions(self.handle)
         if validation:
-            self._listen()
+            try:
+                self._listen()
+            except BaseException:
+                self.close()
+                raise
 
     def _listen(self) -> None:
         severities = vk.VK_DEBUG_UTILS_MESSAGE_SEVERITY_WARNING_BIT_EXT
@@ -72,9 +79,8 @@ class Instance:
 
         def receive(severity, types, data, user):
             text = " ".join(ffi.string(data.pMessage).decode(errors="replace").split())[:_MESSAGE_CHARACTERS]
-            is_error = severity == vk.VK_DEBUG_UTILS_MESSAGE_SEVERITY_ERROR_BIT_EXT
             with self._lock:
-                (self._errors if is_error else self.warnings).append(text)
+                self._messages.append(text)
             return 0  # let the call go on
 
         self._callback = ffi.callback("PFN_vkDebugUtilsMessengerCallbackEXT", receive)  # must outlive the messenger
@@ -90,13 +96,16 @@ class Instance:
         self._messenger = messenger[0]
 
     def check_validation(self, doing: str) -> None:
-        """Raises ValidationError with the layer's errors since the last call; `doing` says what they belong to."""
-        if not self._errors:
+        """Raises ValidationError with the layer's errors and warnings since the last call.
+
+        `doing` says what they belong to.
+        """
+        if not self._messages:
             return
         with self._lock:
-            errors, self._errors = self._errors, []
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise ValidationError(f"{doing}: {errors[0]}{more}")
+            messages, self._messages = self._messages, []
+        more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
+        raise ValidationError(f"{doing}: {messages[0]}{more}")
 
     def physical_devices(self) -> list[Any]:
         return api.enumerate_all(

@@ -277,8 +277,9 @@ class _DiskCache:
         content = bytes(ffi.buffer(data, size[0]))
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._file.parent, delete=False) as file:
-                file.write(hashlib.sha256(content).digest() + content)
-            os.replace(file.name, self._file)
+            with tempfile.TemporaryDirectory(dir=self._file.parent) as folder:  # gone also if the disk is full
+                whole = Path(folder) / "whole"
+                whole.write_bytes(hashlib.sha256(content).digest() + content)
+                os.replace(whole, self._file)
         except OSError as error:
             warnings.warn(f"compiled kernels are not cached: {error}", stacklevel=2)

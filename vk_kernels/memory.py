@@ -308,26 +308,27 @@ class Memory:
         info = api.struct(
             "VkMemoryAllocateInfo", allocationSize=self._requirements(handle).size, memoryTypeIndex=memory_type
         )
-        memory = self._bind(handle, info)
-        content = None
+        block = Block(nbytes, handle, self._bind(handle, info), kind, None, cached)
         if mapped:
             pointer = ffi.new("void**")
-            result = device.fn.vkMapMemory(device.handle, memory, 0, api.WHOLE_SIZE, 0, pointer)
-            api.check(result, "mapping device memory")
-            content = np.frombuffer(ffi.buffer(pointer[0], nbytes), np.uint8)
-        return Block(nbytes, handle, memory, kind, content, cached)
+            result = device.fn.vkMapMemory(device.handle, block.memory, 0, api.WHOLE_SIZE, 0, pointer)
+            if result < 0:
+                self._destroy(block)
+            api.check(result, f"mapping {nbytes:,} bytes of device memory")
+            block.bytes = np.frombuffer(ffi.buffer(pointer[0], nbytes), np.uint8)
+        return block
 
     def _bind(self, handle: Any, info: Any) -> Any:
         """Allocates memory by `info` for a buffer, which is destroyed if that fails."""
         device = self._device
         memory = ffi.new("VkDeviceMemory*")
-        try:
-            result = device.fn.vkAllocateMemory(device.handle, info, ffi.NULL, memory)
-            api.check(result, f"allocating {info.allocationSize:,} bytes of device memory")
-        except VulkanError:
+        result = device.fn.vkAllocateMemory(device.handle, info, ffi.NULL, memory)
+        if result >= 0:
+            result = device.fn.vkBindBufferMemory(device.handle, handle, memory[0], 0)
+        if result < 0:
             device.fn.vkDestroyBuffer(device.handle, handle, ffi.NULL)
-            raise
-        api.check(device.fn.vkBindBufferMemory(device.handle, handle, memory[0], 0), "binding device memory")
+            device.fn.vkFreeMemory(device.handle, memory[0], ffi.NULL)  # NULL where none was allocated
+        api.check(result, f"allocating {info.allocationSize:,} bytes of device memory")
         return memory[0]
 
     def import_host(self, array: np.ndarray) -> Buffer:
