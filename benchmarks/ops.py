@@ -136,16 +136,16 @@ def xla_seconds(case: Case, operands: Sequence[np.ndarray], backward: bool, repe
 def ceilings(device: Device, selector: str, repeats: int) -> None:
     """Prints what a copy and a large product reach."""
     on_cpu = device.info.kind == "cpu"
-    array = Array((1 << (22 if on_cpu else 27),), F32)
-    kernel = device.kernel("copy", "f32")
+    # One element a thread, and workgroups along x alone: no more than 65,535 of them.
+    workgroup = min(1024, device.limits.workgroup_invocations)
+    groups = 4096 if on_cpu else 65535
+    array = Array((workgroup * groups,), F32)
+    kernel = device.kernel("copy", "f32", {"WORKGROUP": workgroup})
     source, target = device.upload(random_array(array, 1)), device.buffer(array.nbytes)
     times = []
     for _ in range(repeats):
         recorder = device.record(timestamps=1)
-        groups = -(-array.size // 256)
-        recorder.dispatch(
-            kernel, [source, target], np.uint32(array.size).tobytes(), (min(groups, 65535), -(-groups // 65535), 1)
-        )
+        recorder.dispatch(kernel, [source, target], np.uint32(array.size).tobytes(), (groups, 1, 1))
         times.append(recorder.submit().timings()[0][1])
         recorder.close()
     print(f"copy of {array.nbytes >> 20} MiB: {2 * array.nbytes / statistics.median(times) / 1e9:,.0f} GB/s")

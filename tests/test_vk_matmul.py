@@ -461,14 +461,15 @@ def test_the_same_bits_every_time(device, variant):
 
 
 def test_a_tile_is_chosen_by_how_many_there_are():
-    big, *_, small = TILES["coop2"]
-    assert choose_tile(TILES["coop2"], 8192, 8192, 8192) == (big, 1)
-    assert choose_tile(TILES["coop2"], 4096, 1024, 256) == (big, 1)
-    assert choose_tile(TILES["coop2"], 4096, 256, 256)[0][:3] == (64, 128, 64)
-    assert choose_tile(TILES["coop2"], 64, 64, 64) == (small, 1)
-    tile, splits = choose_tile(TILES["plain"], 256, 1024, 4096)
-    assert splits * (256 // tile.m) * (1024 // tile.n) >= 128
-    assert choose_tile(TILES["plain"], 10**6, 64, 64, batch=2)[1] == 1
+    big, *_, small = tiles = TILES["coop2"]
+    assert choose_tile(tiles, 8192, 8192, 8192) == (big, 1)
+    assert choose_tile(tiles, 4096, 256, 256) == (small, 1)
+    assert choose_tile(tiles, 64, 64, 64) == (small, 1)
+    tile, splits = choose_tile(tiles, 768, 768, 16384)  # too few tiles for 132 cores
+    assert splits * (768 // tile.m) * (768 // tile.n) > 100
+    assert choose_tile(tiles, 10**6, 64, 512, batch=2)[1] == 1
+    for family in (*TILES.values(), CPU_TILES):
+        assert all(choose_tile((tile,), 100, 30, 0) == (tile, 1) for tile in family)
 
 
 def test_what_cannot_be_multiplied(device):

@@ -8,8 +8,9 @@ Where C has too few tiles to fill the device, k is split: each slice makes its p
 them up, always in the same order, so that a product is the same bit for bit every time.
 """
 
+import functools
+import math
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -32,8 +33,7 @@ _MIN_SPLIT_K = 256  # the shortest slice of k that is worth its partial sums
 _MAX_SPLITS = 32
 _STRIP_ROWS, _STRIP_COLUMNS = 256, 128  # what a workgroup of matmul_column_sums takes
 _ALIGNMENT = 16  # bytes at which the cooperative kernels want a matrix to start
-_BUSY = {"cpu": 16}  # workgroups that keep a kind of device at work
-_BUSY_GPU = 128
+_COOP1_LANES = 32  # of the subgroups of matmul_coop1
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,12 @@ class Matrix:
     batch_stride: int = 0
 
     def aligned(self, count: int) -> bool:
+        """Whether every row starts at a multiple of `count` elements."""
+        return not any(n % count for n in (self.stride, self.offset, self.batch_stride))
+
+    def whole(self, count: int) -> bool:
         """Whether every row starts and ends at a multiple of `count` elements."""
-        return not any(n % count for n in (self.columns, self.stride, self.offset, self.batch_stride))
+        return self.columns % count == 0 and self.aligned(count)
 
 
 def matrix(operand: int, dtype: np.dtype, rows: int, columns: int) -> Matrix:
@@ -105,50 +109,77 @@ NOTHING = Epilogue()
 
 
 class Tile(NamedTuple):
-    """What a workgroup makes: m x n of C, k at a time.
+    """A variant of a kernel: a workgroup makes m x n of C, k at a time, in `threads` threads.
 
-    In `plain` a thread makes block_m x block_n of it, `unroll` of the k without a loop; in `coop1` a subgroup does.
+    How fast is measured on an H100, or on lavapipe for the tiles of CPUs, and read from there by `choose_tile`:
+    TFLOP/s of a product that fills the device, workgroups that share a core, and of how much k the time is that a
+    workgroup takes beside its k.
     """
 
     m: int
     n: int
     k: int
-    block_m: int = 0
-    block_n: int = 0
-    unroll: int = 1
-
-    @property
-    def blocks(self) -> int:
-        return self.m // self.block_m * (self.n // self.block_n)
+    threads: int
+    rate: float
+    resident: int
+    overhead: int
 
 
-# Best first, for products that fill the device. Those of the cooperative families are variants of their kernels.
+# Each is a variant of its family's kernel.
 TILES = {
-    "plain": (Tile(128, 128, 16, 8, 8, 8), Tile(64, 64, 16, 4, 4, 8), Tile(32, 32, 16, 4, 4, 8)),
-    "coop1": (Tile(128, 128, 32, 64, 32), Tile(64, 64, 32, 32, 32)),
-    "coop2": (Tile(128, 256, 32), Tile(128, 128, 32), Tile(64, 128, 64), Tile(64, 64, 64)),
+    "plain": (
+        Tile(128, 128, 16, 256, 45, 2, 64),
+        Tile(64, 64, 16, 128, 36, 4, 64),
+        Tile(32, 32, 16, 64, 20, 8, 64),
+    ),
+    "coop1": (
+        Tile(128, 128, 32, 128, 240, 2, 160),
+        Tile(64, 128, 32, 128, 210, 3, 110),
+        Tile(64, 64, 32, 128, 170, 4, 100),
+    ),
+    "coop2": (
+        Tile(128, 256, 64, 256, 340, 1, 290),
+        Tile(128, 128, 32, 128, 320, 2, 210),
+        Tile(64, 128, 32, 128, 240, 3, 100),
+        Tile(64, 64, 64, 128, 190, 2, 96),
+    ),
 }
-# A CPU driver's compiler takes seconds for what is unrolled, and its time grows with the square of it.
-CPU_TILES = (Tile(64, 64, 16, 8, 8), Tile(32, 32, 8, 4, 4))
+CPU_TILES = (Tile(64, 64, 8, 64, 0.02, 1, 16), Tile(32, 32, 8, 64, 0.014, 1, 16))
 
 
+class _Speed(NamedTuple):
+    """What decides, beside a tile's own speed, how long a product takes; seconds, bytes a second."""
+
+    cores: int
+    launch: float  # of one more dispatch
+    bandwidth: float
+
+
+_CPU, _GPU = _Speed(8, 2e-5, 1e10), _Speed(132, 3e-6, 2.5e12)
+
+
+@functools.lru_cache(maxsize=4096)
 def choose_tile(
-    tiles: Sequence[Tile], m: int, n: int, k: int, batch: int = 1, busy: int = _BUSY_GPU
+    tiles: tuple[Tile, ...], m: int, n: int, k: int, batch: int = 1, on_cpu: bool = False
 ) -> tuple[Tile, int]:
-    """The tile, out of `tiles`, and the number of slices of k for a product.
+    """The tile, out of `tiles`, and the number of slices of k that should make a product in the least time."""
+    most = max(1, min(k // _MIN_SPLIT_K, _MAX_SPLITS))
+    choices = [(tile, splits) for tile in tiles for splits in range(1, most + 1)]
+    return min(choices, key=lambda choice: _estimate(*choice, m, n, k, batch, _CPU if on_cpu else _GPU))
 
-    The first tile of which C has enough, with k split if need be, to keep `busy` workgroups at work; else whatever
-    makes the most of them.
-    """
-    best, most = (tiles[-1], 1), 0
-    for tile in tiles:
-        count = batch * ceil_divide(m, tile.m) * ceil_divide(n, tile.n)
-        splits = max(1, min(ceil_divide(busy, count), k // _MIN_SPLIT_K, _MAX_SPLITS))
-        if count * splits >= busy:
-            return tile, splits
-        if count * splits >= most:
-            best, most = (tile, splits), count * splits
-    return best
+
+def _estimate(tile: Tile, splits: int, m: int, n: int, k: int, batch: int, speed: _Speed) -> float:
+    """Seconds that a product takes, about."""
+    slice_k = ceil_divide(k, splits * tile.k) * tile.k
+    splits = max(1, ceil_divide(k, max(slice_k, 1)))
+    count = batch * splits * ceil_divide(m, tile.m) * ceil_divide(n, tile.n)
+    alone = 2 * tile.m * tile.n * (slice_k + tile.overhead) / (tile.rate * 1e12 / speed.cores)
+    # Cores with all their residents work at full rate; the last ones, i of r on a core, at the rate of sqrt(i / r).
+    rounds, left = divmod(count, speed.cores * tile.resident)
+    seconds = alone * (rounds * tile.resident + math.sqrt(ceil_divide(left, speed.cores) * tile.resident))
+    if splits > 1:  # the partial sums are written and read, by one more dispatch
+        seconds += speed.launch + 8 * splits * batch * m * n / speed.bandwidth
+    return seconds
 
 
 def choose_variant(info: DeviceInfo, dtype: np.dtype, variant: str | None = None) -> str:
@@ -182,15 +213,16 @@ def _lacking(info: DeviceInfo, variant: str) -> str:
     types = ("bf16", "bf16", "f32", "f32")
     if variant == "coop1":
         smallest, largest = info.limits.subgroup_size_range
-        if smallest != largest and not info.limits.subgroup_size_selectable:
-            return "a choice of subgroup size"
+        chosen = info.limits.subgroup_size_selectable and smallest <= _COOP1_LANES <= largest
+        if not chosen and not smallest == largest == _COOP1_LANES:
+            return f"subgroups of {_COOP1_LANES}"
         rows = [row for row in info.features.cooperative_matrices if row.scope == "subgroup"]
         fits = any((row.m, row.n, row.k, row.a, row.b, row.c, row.result) == (16, 16, 16, *types) for row in rows)
         return "" if fits else "cooperative matrices of 16x16x16 bf16"
     rows = [row for row in info.features.cooperative_matrices2 if row.scope == "workgroup"]
     for tile in TILES["coop2"]:
         if not any(
-            row.workgroup_invocations == _coop2_threads(tile)
+            row.workgroup_invocations == tile.threads
             and (row.a, row.b, row.c, row.result) == types
             and tile.m % row.m == tile.n % row.n == tile.k % row.k == 0
             for row in rows
@@ -242,15 +274,16 @@ def plan_gemm(
             raise ValueError(f"matmul variant {variant!r} takes matrices that start at multiples of {_ALIGNMENT} bytes")
         chosen = "plain"
     if tile is None:
-        tiles = CPU_TILES if info.kind == "cpu" and chosen == "plain" else TILES[chosen]
-        tiles = [tile for tile in tiles if _fits(info, chosen, tile)]
-        tile, found = choose_tile(tiles, m, n, k, batch, _BUSY.get(info.kind, _BUSY_GPU))
+        on_cpu = info.kind == "cpu"
+        tiles = CPU_TILES if on_cpu and chosen == "plain" else TILES[chosen]
+        tiles = tuple(tile for tile in tiles if _fits(info, *_kernel(chosen, tile, a, c), tile))
+        tile, found = choose_tile(tiles, m, n, k, batch, on_cpu)
         splits = found if splits is None else splits
     slice_k = max(1, ceil_divide(k, (splits or 1) * tile.k)) * tile.k  # whole tiles: only the last slice is ragged
     splits = max(1, ceil_divide(k, slice_k))
 
     work = _Work(m, n, k, batch, splits, slice_k)
-    multiply = _Multiply(info, chosen, tile, work, a, b, transpose_a, transpose_b)
+    multiply = _Multiply(chosen, tile, work, a, b, transpose_a, transpose_b)
     if splits > 1:
         partial = replace(matrix(scratch, F32, m, n), batch_stride=ceil_divide(m * n, 4) * 4)
         nbytes = 4 * batch * splits * partial.batch_stride
@@ -284,8 +317,8 @@ def plan_column_sums(a: Matrix, c: Matrix, *, scratch: int) -> Plan:
         _push_constants(work, a, a, partial, NOTHING, workgroups := strips * ceil_divide(a.columns, _STRIP_COLUMNS)),
         workgroups,
         THREADS=THREADS,
-        ALIGNED_A=a.aligned(4),
-        ALIGNED_C=partial.aligned(4),
+        ALIGNED_A=a.whole(4),
+        ALIGNED_C=partial.whole(4),
     )
     last = _finish(_Work(1, a.columns, splits=strips), partial, c, NOTHING)
     return Plan((first, last), (4 * strips * a.columns,))
@@ -306,7 +339,6 @@ class _Work(NamedTuple):
 class _Multiply:
     """A product that waits to be told where it goes."""
 
-    info: DeviceInfo
     variant: str
     tile: Tile
     work: _Work
@@ -318,31 +350,38 @@ class _Multiply:
     def dispatch(self, c: Matrix, epilogue: Epilogue) -> Dispatch:
         """C = the epilogue of the product, or of each of its partial sums."""
         tile, work, a, b = self.tile, self.work, self.a, self.b
-        at_once = {"plain": (4, 4), "coop1": (8, 4), "coop2": (8, 8)}[self.variant]  # elements of an operand, of C
         spec = {"TRANSPOSE_A": self.transpose_a, "TRANSPOSE_B": self.transpose_b}
-        spec |= {"ALIGNED_A": a.aligned(at_once[0]), "ALIGNED_B": b.aligned(at_once[0])}
-        spec |= _epilogue_spec(epilogue, c.aligned(at_once[1]))
-        kernel, kind = f"matmul_{self.variant}", f"{_types(a, c)}_{tile.m}x{tile.n}x{tile.k}"
-        subgroup_size = None
-        if self.variant == "plain":
-            kernel, kind = "matmul", _types(a, c)
-            spec |= {"TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "THREADS": tile.blocks}
-            spec |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "UNROLL_K": tile.unroll}
-        elif self.variant == "coop1":
-            subgroup_size = self.info.limits.subgroup_size
-            spec["THREADS"] = tile.blocks * subgroup_size
-        else:
+        if self.variant == "coop2":
+            edges = work.m % tile.m or work.n % tile.n or work.k % tile.k
+            spec |= {"EDGES": bool(edges), "ALIGNED_A": a.aligned(8), "ALIGNED_B": b.aligned(8)}
+            spec |= _epilogue_spec(epilogue, c.aligned(8))
             del spec["DROPOUT"]
+        else:
+            at_once = 8 if self.variant == "coop1" else 4  # elements of an operand
+            spec |= {"ALIGNED_A": a.whole(at_once), "ALIGNED_B": b.whole(at_once)}
+            spec |= _epilogue_spec(epilogue, c.whole(4))
         groups = work.batch * work.splits * ceil_divide(work.m, tile.m) * ceil_divide(work.n, tile.n)
         push_constants = _push_constants(work, a, b, c, epilogue, groups)
-        made = dispatch(kernel, kind, _operands(a, b, c, epilogue), push_constants, groups, **spec)
-        return replace(made, subgroup_size=subgroup_size)
+        names = _kernel(self.variant, tile, a, c)
+        made = dispatch(*names, _operands(a, b, c, epilogue), push_constants, groups, **spec)
+        return replace(made, subgroup_size=_COOP1_LANES if self.variant == "coop1" else None)
+
+
+def _kernel(variant: str, tile: Tile, a: Matrix, c: Matrix) -> tuple[str, str]:
+    """The name of a kernel and of its variant."""
+    return "matmul" if variant == "plain" else f"matmul_{variant}", f"{_types(a, c)}_{tile.m}x{tile.n}x{tile.k}"
+
+
+def _fits(info: DeviceInfo, kernel: str, kind: str, tile: Tile) -> bool:
+    """Whether the device has the threads and the shared memory that a tile takes."""
+    shared = manifest()[f"{kernel}.{kind}"]["shared_bytes"]
+    return tile.threads <= info.limits.workgroup_invocations and shared <= info.limits.shared_memory
 
 
 def _finish(work: _Work, a: Matrix, c: Matrix, epilogue: Epilogue) -> Dispatch:
     """C = epilogue(the sum of A over splits)."""
     groups = ceil_divide(work.batch * work.m * ceil_divide(work.n, 4), THREADS)
-    spec = {"THREADS": THREADS, "ALIGNED_A": a.aligned(4), **_epilogue_spec(epilogue, c.aligned(4))}
+    spec = {"THREADS": THREADS, "ALIGNED_A": a.whole(4), **_epilogue_spec(epilogue, c.whole(4))}
     push_constants = _push_constants(work, a, a, c, epilogue, groups)
     return dispatch("matmul_finish", _types(a, c), _operands(a, a, c, epilogue), push_constants, groups, **spec)
 
@@ -382,23 +421,6 @@ def _epilogue_spec(epilogue: Epilogue, aligned: bool) -> dict[str, int | bool]:
         "RESIDUAL": epilogue.residual is not None,
         "ACCUMULATE": epilogue.accumulate,
     }
-
-
-def _coop2_threads(tile: Tile) -> int:
-    """The workgroup that shaders/matmul_coop2.slang declares for a tile."""
-    return 128 if tile.m * tile.n <= 64 * 64 else 256
-
-
-def _fits(info: DeviceInfo, variant: str, tile: Tile) -> bool:
-    """Whether the device has the threads and the shared memory that a tile takes."""
-    limits = info.limits
-    if variant == "coop2":
-        return True  # the driver finds room, or `_lacking` said that it cannot
-    if variant == "coop1":
-        shared = (tile.m + tile.n) * (tile.k + 8) * 2 + tile.blocks * 16 * 16 * 4
-        return tile.blocks * limits.subgroup_size <= limits.workgroup_invocations and shared <= limits.shared_memory
-    shared = tile.k * (tile.m + tile.n + 8) * 4
-    return tile.blocks <= limits.workgroup_invocations and shared <= limits.shared_memory
 
 
 def _starts_aligned(x: Matrix, batch: int) -> bool:
