@@ -26,7 +26,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -217,17 +217,22 @@ class RunInfo:
         domain: str,
         backend: str,
         command: str | None = None,
+        device: dict[str, Any] | None = None,
+        peak_bytes: Callable[[], int | None] | None = None,
         **facts: Any,
     ) -> None:
         """Begins the run of the folder, or goes on with it: then its id, start and time spent stay.
 
         Args:
           command: what was typed; None: the command line of this process.
+          device: platform, kind and count of the devices; None: those that JAX sees.
+          peak_bytes: gives the most memory used so far on one of them; None: as JAX knows it.
           **facts: more to save, as JSON values: parameters, tokenizer, data, ...
         """
         self._path = Path(workdir) / INFO_FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         earlier = read_json(self._path)
+        self._peak_bytes = peak_bytes or device_peak_bytes
         self._begun = time.monotonic()
         self._spent_before = earlier.get("elapsed_seconds", 0.0)
         self.fields: dict[str, Any] = {
@@ -238,7 +243,7 @@ class RunInfo:
             "command": shlex.join(sys.orig_argv) if command is None else command,
             "backend": backend,
             "versions": versions(),
-            "device": device_facts(),
+            "device": device_facts() if device is None else device,
             "host": host_facts(),
             "git": git_facts(Path(__file__).parent),
             "starts": earlier.get("starts", 0) + 1,
@@ -255,7 +260,7 @@ class RunInfo:
         """Adds or changes facts, brings the time and memory used up to date, and saves."""
         self.fields |= facts
         self.fields["elapsed_seconds"] = self._spent_before + time.monotonic() - self._begun
-        self.fields["peak_memory_bytes"] = {"host": _host_peak_bytes(), "device": _device_peak_bytes()}
+        self.fields["peak_memory_bytes"] = {"host": _host_peak_bytes(), "device": self._peak_bytes()}
         write_json(self._path, self.fields)
 
     def finish(self, status: str, **facts: Any) -> None:
@@ -321,7 +326,8 @@ def _host_peak_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _device_peak_bytes() -> int | None:
+def device_peak_bytes() -> int | None:
+    """Most bytes in use at one time on JAX's first device; None where it does not tell."""
     import jax
 
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

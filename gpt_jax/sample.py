@@ -1,5 +1,6 @@
 """Text from a trained model, and a chat with it: `python -m gpt_jax.sample --workdir=RUN [--prompt=TEXT]`."""
 
+import contextlib
 import functools
 import json
 import time
@@ -14,9 +15,10 @@ from absl import flags
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+from gpt_jax.backend import enter_backend
 from gpt_jax.checkpoint import restore_parameters
 from gpt_jax.cli import run_main
-from gpt_jax.config import UserError
+from gpt_jax.config import BACKENDS, UserError
 from gpt_jax.corpus import Turn
 from gpt_jax.model import GPT, ModelConfig
 from gpt_jax.tokenizer import decode, encode_prompt, marker_ids
@@ -57,9 +59,11 @@ def next_token(
 
 
 @functools.lru_cache(maxsize=8)
-def make_sampler(model: GPT, temperature: float, top_k: int) -> Callable[..., jax.Array]:
-    """`next_token` compiled, for `generate`."""
-    return jax.jit(functools.partial(next_token, model=model, temperature=temperature, top_k=top_k))
+def make_sampler(
+    model: GPT, temperature: float, top_k: int, jit: Callable[..., Any] = jax.jit
+) -> Callable[..., jax.Array]:
+    """`next_token` compiled by `jit`, for `generate`."""
+    return jit(functools.partial(next_token, model=model, temperature=temperature, top_k=top_k))
 
 
 def generate(
@@ -137,12 +141,20 @@ def load_for_sampling(workdir: Path) -> tuple[ConfigDict, Any, Tokenizer, str]:
 
 
 def main(argv: Sequence[str]) -> None:
+    with contextlib.ExitStack() as stack:
+        chat(stack)
+
+
+def chat(stack: contextlib.ExitStack) -> None:
+    """Answers one prompt, or chats, as the flags say; a backend is in force until `stack` is closed."""
     config, params, tokenizer, description = load_for_sampling(Path(FLAGS.workdir))
     print(f"{description}; {'one answer' if FLAGS.prompt else 'an empty line starts anew, Ctrl-D ends'}")
     model = GPT(ModelConfig.from_config(config.model))
     temperature = config.sample.temperature if FLAGS.temperature is None else FLAGS.temperature
     top_k = config.sample.top_k if FLAGS.top_k is None else FLAGS.top_k
-    sampler = make_sampler(model, temperature, top_k)
+    backend = enter_backend(FLAGS.backend or config.backend, config.matmul_precision, stack)
+    sampler = make_sampler(model, temperature, top_k, backend.jit)
+    params = backend.put(params)
     key = jax.random.key(time.time_ns() % 2**32 if FLAGS.seed is None else FLAGS.seed)
 
     def reply(turns: Sequence[Turn]) -> str:
@@ -181,5 +193,6 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", None, "Instead of the config's.", lower_bound=0.0)
     flags.DEFINE_integer("top_k", None, "Instead of the config's; 0: all.", lower_bound=0)
     flags.DEFINE_integer("max_tokens", None, "Instead of the config's.", lower_bound=1)
+    flags.DEFINE_enum("backend", None, BACKENDS, "Instead of the config's.")
     flags.DEFINE_integer("seed", None, "Of the draw; without it, another one each time.", lower_bound=0)
     run_main(main)

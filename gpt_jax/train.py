@@ -20,8 +20,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-import vk_kernels
 from gpt_jax import data, metrics, tokenizer
+from gpt_jax.backend import Backend, enter_backend
 from gpt_jax.checkpoint import Checkpointer, merge_parameters, restore_parameters
 from gpt_jax.config import UserError, validate
 from gpt_jax.corpus import Turn
@@ -30,6 +30,7 @@ from gpt_jax.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.report import write_report
 from gpt_jax.sample import answer, make_sampler
 from gpt_jax.steps import (
+    Batch,
     TrainState,
     diagnostics_step,
     eval_step,
@@ -38,8 +39,6 @@ from gpt_jax.steps import (
     nonfinite_places,
     train_step,
 )
-from vk_kernels.errors import NoDeviceError
-from vk_kernels.lowering import open_device
 
 READ_BACK_LAG = 2  # steps whose metrics may still be on their way while the next one is dispatched
 SAMPLING = 1  # purpose of a random key; dropout needs none, its bits are keyed by seed and step
@@ -110,30 +109,11 @@ def parameter_table(params: Any) -> str:
     return "\n".join([*lines, f"  {'total':<{width}}  {'':<14} {total:>12,}"])
 
 
-def enter_backend(config: ConfigDict, stack: contextlib.ExitStack) -> str:
-    """Has JAX run on the config's backend until `stack` is closed; returns one line that says which it is, and why.
-
-    Raises:
-      UserError: there is no Vulkan device.
-    """
-    stack.enter_context(jax.default_matmul_precision(config.matmul_precision))
-    if config.backend == "vulkan":
-        try:
-            stack.enter_context(jax.default_device(jax.devices("cpu")[0]))  # whose custom calls the kernels are
-            stack.enter_context(vk_kernels.use("vulkan"))
-        except NoDeviceError as error:
-            raise UserError(f"config.backend=vulkan: {error}") from None
-        return f"vulkan (asked for): each hot operation is one call to {open_device().info}"
-    device = jax.devices()[0]
-    reason = "asked for" if config.backend == "xla" else "auto: the faster until a whole step is one Vulkan submission"
-    return f"xla ({reason}) on {len(jax.devices())} x {device.device_kind} ({device.platform})"
-
-
 def initial_state(
     config: ConfigDict, model: GPT, checkpointer: Checkpointer, log: Log
 ) -> tuple[TrainState, dict[str, Any] | None]:
-    """The state to go on from, and the position saved with it: the run's own checkpoint if it has one, else the
-    parameters of `init_from` with a fresh optimizer, else fresh parameters."""
+    """The state to go on from, on JAX's default device, and the position saved with it: the run's own checkpoint if it
+    has one, else the parameters of `init_from` with a fresh optimizer, else fresh parameters."""
     optimizer = make_optimizer(config.optimizer)
     fresh = functools.partial(init_params, model, config.seed)
     restored = checkpointer.restore_latest(jax.eval_shape(lambda: init_state(fresh(), optimizer)))
@@ -158,6 +138,7 @@ class Run:
         config: ConfigDict,
         workdir: Path,
         *,
+        backend: Backend,
         corpus: data.Corpus,
         model: GPT,
         state: TrainState,
@@ -168,7 +149,8 @@ class Run:
     ) -> None:
         self.config, self.workdir, self.corpus, self.model = config, workdir, corpus, model
         self.checkpointer, self.writer, self.log = checkpointer, writer, log
-        self.state = state
+        self.backend = backend
+        self.state = backend.put(state)
         self.step = int(state.step)
         self.resumed = position is not None
         position = position or {}
@@ -180,7 +162,7 @@ class Run:
         self.pending: collections.deque = collections.deque()  # (step, metrics on the device)
         self.logged_step, self.logged_time = self.step, time.perf_counter()
 
-        self.train_step = jax.jit(
+        self.train_step = backend.jit(
             functools.partial(
                 train_step,
                 model=model,
@@ -191,10 +173,10 @@ class Run:
             ),
             donate_argnames="state",
         )
-        self.eval_step = jax.jit(functools.partial(eval_step, model=model))
-        self.nonfinite_places = jax.jit(functools.partial(nonfinite_places, model=model))
-        self.diagnostics_step = jax.jit(functools.partial(diagnostics_step, model=model))
-        self.sampler = make_sampler(model, config.sample.temperature, config.sample.top_k)
+        self.eval_step = backend.jit(functools.partial(eval_step, model=model))
+        self.nonfinite_places = backend.jit(functools.partial(nonfinite_places, model=model))
+        self.diagnostics_step = backend.jit(functools.partial(diagnostics_step, model=model))
+        self.sampler = make_sampler(model, config.sample.temperature, config.sample.top_k, backend.jit)
         shape = {
             "block_size": config.model.block_size,
             "batch_size": config.batch_size,
@@ -209,8 +191,7 @@ class Run:
         self.flops_per_token = metrics.model_flops_per_token(
             parameters - embeddings, config.model.num_layers, config.model.embed_dim, config.model.block_size
         )
-        device = jax.devices()[0]
-        self.peak_flops = metrics.device_peak_flops(device.device_kind, self._matmul_kind())
+        self.peak_flops = metrics.device_peak_flops(backend.device["kind"], self._matmul_kind())
 
     def _matmul_kind(self) -> str:
         if self.config.model.dtype == "bfloat16":
@@ -243,9 +224,9 @@ class Run:
                 if last or stop.received is not None:
                     return stop.received
                 housekeeping_done = False
-                self.profile()
                 with self.clock.phase("data"):
                     batch = next(batches)
+                self.profile(batch)
                 self.state, device_metrics = self.train_step(self.state, batch)
                 jax.tree.map(lambda leaf: leaf.copy_to_host_async(), device_metrics)
                 self.step += 1
@@ -390,17 +371,25 @@ class Run:
         }
         self.checkpointer.save(self.step, self.state, position, validation_loss)
 
-    def profile(self) -> None:
-        """Starts and ends the profiler's trace around the steps that the config names."""
+    def profile(self, batch: Batch) -> None:
+        """Traces the steps that the config names: all of them by JAX's profiler, or the first by Vulkan's clock."""
         first, count = self.config.log.profile_step, self.config.log.profile_steps
         if first == 0 or self.step + 1 not in (first, first + count):
             return
+        folder = self.workdir / "profile"
         jax.block_until_ready(self.state)
-        if self.step + 1 == first:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
+        if self.backend.name == "vulkan":
+            if self.step + 1 == first:
+                folder.mkdir(exist_ok=True)
+                profile = self.train_step.profile(self.state, batch)  # runs it one dispatch at a time, on copies
+                profile.write_trace(folder / "trace.json")
+                (folder / "dispatches.txt").write_text(f"{profile}\n")
+                self.log(f"device time of step {first}, {1e3 * profile.seconds:.3f} ms, by dispatch: {folder}")
+        elif self.step + 1 == first:
+            jax.profiler.start_trace(str(folder))
         else:
             jax.profiler.stop_trace()
-            self.log(f"trace of steps {first} to {first + count - 1}: {self.workdir / 'profile'}")
+            self.log(f"trace of steps {first} to {first + count - 1}: {folder}")
 
 
 def format_seconds(seconds: float) -> str:
@@ -436,7 +425,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
         except OSError as error:
             raise UserError(f"cannot write to the run folder: {error}; choose another --workdir") from None
         log = make_log(log_file)
-        backend = enter_backend(config, stack)
+        backend = enter_backend(config.backend, config.matmul_precision, stack)
         log(f"run folder {workdir}\nbackend {backend}")
         corpus = data.prepare(config.data, config.model.vocab_size, log)
         model = GPT(ModelConfig.from_config(config.model))
@@ -460,7 +449,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             workdir,
             name=config.name,
             domain=config.domain,
-            backend=backend,
+            backend=str(backend),
+            device=backend.device,
+            peak_bytes=backend.peak_bytes,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             vocabulary=corpus.tokenizer.get_vocab_size(),
             data=corpus.stats,
@@ -478,6 +469,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
         run = Run(
             config,
             workdir,
+            backend=backend,
             corpus=corpus,
             model=model,
             state=state,

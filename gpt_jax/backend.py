@@ -1,0 +1,72 @@
+"""What the steps of a run run on: XLA, or a Vulkan device, where each step is one recorded submission."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+import vk_kernels
+from gpt_jax.config import UserError
+from gpt_jax.metrics import device_facts, device_peak_bytes
+from vk_kernels.device import choose, list_devices
+from vk_kernels.errors import NoDeviceError
+from vk_kernels.lowering import open_device
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a run compiles its functions and where its state lives.
+
+    device: its facts: platform, kind and count. jit: `jax.jit`, or `vk_kernels.jit`, which takes the same arguments.
+    put: a pytree of host arrays to the device. peak_bytes: the most of its memory that was in use; None: not known.
+    """
+
+    name: str  # xla or vulkan
+    reason: str
+    device: dict[str, Any]
+    jit: Callable[..., Any]
+    put: Callable[[Any], Any]
+    peak_bytes: Callable[[], int | None]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason}) on {self.device['count']} x {self.device['kind']}"
+
+
+def enter_backend(name: str, matmul_precision: str, stack: contextlib.ExitStack) -> Backend:
+    """The backend that a config asks for, in force until `stack` is closed.
+
+    Args:
+      name: xla, vulkan, or auto: Vulkan where there is a real GPU for it and XLA has none, else XLA.
+      matmul_precision: of XLA's products, see `jax.default_matmul_precision`.
+
+    Raises:
+      UserError: there is no Vulkan device.
+    """
+    stack.enter_context(jax.default_matmul_precision(matmul_precision))
+    reason = "asked for"
+    if name == "auto":
+        name, reason = _choose()
+    if name == "xla":
+        return Backend(name, reason, device_facts(), jax.jit, jax.device_put, device_peak_bytes)
+    try:
+        device = open_device()
+    except NoDeviceError as error:
+        raise UserError(f"config.backend=vulkan: {error}") from None
+    stack.enter_context(jax.default_device(jax.devices("cpu")[0]))  # for what is done once, like initialisation
+    facts = {"platform": "vulkan", "kind": device.info.name, "count": 1}
+    return Backend(name, reason, facts, vk_kernels.jit, vk_kernels.device_put, lambda: device.memory_stats().peak)
+
+
+def _choose() -> tuple[str, str]:
+    """(backend, why). A Vulkan device that is a processor is never chosen."""
+    if jax.default_backend() != "cpu":
+        return "xla", "auto: JAX has an accelerator of its own"
+    try:
+        info = choose(list_devices())
+    except NoDeviceError as error:
+        return "xla", f"auto: {error}"
+    if info.kind == "cpu":
+        return "xla", f"auto: Vulkan has but a processor, {info.name}"
+    return "vulkan", "auto: a GPU that JAX itself does not serve"

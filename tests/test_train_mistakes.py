@@ -1,0 +1,90 @@
+"""Whole runs that meet damage, bad numbers and mistakes, and what else is started from a run."""
+
+import json
+import subprocess
+import sys
+
+from whole_run import ROOT, assert_same_results, chats, environment, run, straight_run, train_lines  # noqa: F401
+
+from gpt_jax.metrics import read_lines
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_and_named(straight, corpus, tmp_path):
+    workdir = tmp_path / "run"
+    assert run(corpus, workdir, "--config.num_steps=20").returncode == 0
+    newest = workdir / "checkpoints" / "20"
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    done = run(corpus, workdir)
+    assert done.returncode == 0, done.stderr
+    assert str(newest) in done.stderr
+    assert "initialised from this run's checkpoint at step 10" in done.stdout
+    assert "config.num_steps was 20, now 60" in done.stdout
+    assert_same_results(straight, workdir)
+
+
+def test_nonfinite_steps_are_named_and_end_the_run(corpus, tmp_path):
+    done = run(corpus, tmp_path / "run", "--config.optimizer.learning_rate=1e38", "--config.optimizer.warmup_steps=1")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: step ")
+    assert "is not finite" in last
+    assert "5 in a row, so the run stops" in last
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    events = [line["text"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["split"] == "event"]
+    assert len(events) == 5
+    assert all("update skipped" in event for event in events)
+
+
+def test_finetuning_says_what_it_took(straight, corpus, tmp_path):
+    done = run(
+        corpus,
+        tmp_path / "run",
+        f"--config.init_from={straight}",
+        "--config.num_steps=6",
+        "--config.model.num_layers=3",
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{straight}/checkpoints/" in done.stdout
+    assert "0 dropped, 0 mismatched and kept fresh, 8 new" in done.stdout
+    assert "new h_2/qkv/kernel" in done.stdout
+    first = train_lines(tmp_path / "run")[0]
+    assert first["step"] == 1
+    assert first["loss"] < train_lines(straight)[0]["loss"] - 0.2
+
+
+def test_mistakes_about_runs_and_data_cost_one_line(straight, corpus, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(corpus.read_text().splitlines()[:250]))
+    (tmp_path / "file").write_text("")
+    cases = [
+        ((corpus, straight, "--config.model.embed_dim=32"), "does not fit this config"),
+        ((other, straight), "the data of"),
+        ((corpus, tmp_path / "a", "--config.model.block_size=100000"), "block_size is 100000 but the training"),
+        ((tmp_path / "none.jsonl", tmp_path / "b"), "does not exist"),
+        ((corpus, tmp_path / "c", f"--config.init_from={tmp_path}"), "is neither a run nor a checkpoint"),
+        ((corpus, tmp_path / "file"), "cannot write to the run folder"),
+    ]
+    before = {path.name: path.read_bytes() for path in straight.iterdir() if path.suffix == ".json"}
+    for arguments, expected in cases:
+        done = run(*arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, done.stderr
+        assert expected in errors[0]
+        assert "Traceback" not in done.stderr
+    assert before == {path.name: path.read_bytes() for path in straight.iterdir() if path.suffix == ".json"}
+
+
+def test_sampling_from_a_run_on_the_command_line(straight):
+    ask = [sys.executable, "-m", "gpt_jax.sample", f"--workdir={straight}", "--seed=1", "--max_tokens=5"]
+    options = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": 120, "check": False}
+    one, again = (subprocess.run([*ask, "--prompt=moon?"], **options) for _ in range(2))
+    assert one.returncode == 0, one.stderr
+    assert one.stdout == again.stdout
+    chat = subprocess.run(ask, input="sun?\n\nrain?\n", **options)
+    assert chat.returncode == 0, chat.stderr
+    assert chat.stdout.count("gpt> ") == 2
+    missing = subprocess.run([*ask[:3], "--workdir=nowhere"], **options)
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: nowhere is no run folder")

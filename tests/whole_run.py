@@ -1,0 +1,115 @@
+"""Runs as a user starts them, in a process of their own, and what two of them are compared by.
+
+Import what a test module needs by name, the fixtures `chats` (corpus) and `straight_run` (straight) too.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt_jax.checkpoint import restore_parameters
+from gpt_jax.metrics import read_lines
+
+ROOT = Path(__file__).parent.parent
+
+# Seconds on a processor: what is tested is the loop, not the model.
+SMALL = [
+    *("--config=configs/chat_tiny.py", "--config.num_steps=60", "--config.batch_size=4"),
+    *(
+        "--config.model.vocab_size=300",
+        "--config.model.dropout_rate=0.1",
+        "--config.model.block_size=24",
+        "--config.model.num_layers=2",
+    ),
+    *("--config.model.num_heads=2", "--config.model.embed_dim=16", "--config.optimizer.warmup_steps=5"),
+    *("--config.optimizer.decay_steps=60", "--config.eval.every=20", "--config.eval.batches=2"),
+    *("--config.sample.every=60", "--config.sample.max_tokens=4", "--config.checkpoint.every=10"),
+    *("--config.log.every=5", "--config.log.diagnostics_every=60", "--config.log.tensorboard=False"),
+]
+
+
+@pytest.fixture(scope="module", name="corpus")
+def chats(tmp_path_factory) -> Path:
+    """A few hundred small dialogues."""
+    file = tmp_path_factory.mktemp("corpus") / "chats.jsonl"
+    rng = np.random.default_rng(0)
+    words = ["sun", "moon", "star", "sea", "hill", "tree", "bird", "stone", "wind", "rain"]
+    with file.open("w") as out:
+        for _ in range(300):
+            question, reply = (" ".join(rng.choice(words, 8)) for _ in range(2))
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+            out.write(json.dumps({"messages": turns}) + "\n")
+    return file
+
+
+def command(corpus: Path, workdir: Path, *changes: str) -> list[str]:
+    data = [f"--config.data.source={corpus}", f"--config.data.cache_dir={corpus.parent / 'cache'}"]
+    return [sys.executable, "-m", "gpt_jax.main", *SMALL, *data, f"--workdir={workdir}", *changes]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **more}
+
+
+def run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def train_lines(workdir: Path) -> list[dict]:
+    return [line for line in read_lines(workdir / "metrics.jsonl") if line["split"] == "train"]
+
+
+def results(workdir: Path) -> tuple[list[tuple], dict]:
+    """What must be the same bits in two runs: loss and norms by step, and the last parameters."""
+    numbers = [(line["step"], line["loss"], line["grad_norm"], line["update_norm"]) for line in train_lines(workdir)]
+    last = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    return numbers, restore_parameters(last)[0]
+
+
+def assert_same_results(one: Path, other: Path) -> None:
+    (numbers, params), (other_numbers, other_params) = results(one), results(other)
+    assert numbers == other_numbers
+    flat, other_flat = (dict(flatten(tree)) for tree in (params, other_params))
+    assert flat.keys() == other_flat.keys()
+    for name in flat:
+        np.testing.assert_array_equal(flat[name], other_flat[name], err_msg=name)
+
+
+def flatten(tree: dict, prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+@pytest.fixture(scope="module", name="straight")
+def straight_run(corpus, tmp_path_factory) -> Path:
+    """A run from start to end, without incident."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    done = run(corpus, workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < deadline, "the run took too long"
+        time.sleep(0.01)
