@@ -144,6 +144,14 @@ def test_every_tile(device, variant):
             assert_exact(multiply(device, a, b, out, variant=variant, tile=tile), exact_product(a, b))
 
 
+@pytest.mark.parametrize(("columns", "padded"), [(5, 8), (8, 16), (33, 40)])
+def test_columns_that_are_missing_are_zeros(device, columns, padded):
+    a = integers(7, columns, dtype=BF16)
+    plan = plan_epilogue(matrix(0, BF16, 7, columns), matrix(1, BF16, 7, padded), Epilogue())
+    expected = np.pad(a.astype(F32), ((0, 0), (0, padded - columns)))
+    np.testing.assert_array_equal(execute_plan(device, plan, [a], undefined(7, padded, dtype=BF16))[0], expected)
+
+
 def test_nothing_to_multiply(device):
     for m, n, batch in [(0, 3, 1), (3, 0, 1), (3, 3, 0)]:
         a, b = matrix(0, F32, m, 5), matrix(1, F32, 5, n)

@@ -2,12 +2,14 @@
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from vk_kernels.ops.gemm import F32, Epilogue, Matrix, matrix, plan_epilogue, plan_gemm
+from vk_kernels.ops.gemm import F32, Epilogue, Matrix, choose_variant, matrix, plan_epilogue, plan_gemm
 from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element
 from vk_kernels.plan import Array, Dispatch, Plan
 
@@ -16,11 +18,13 @@ if TYPE_CHECKING:
 
 IGNORED = -1  # a target that counts for nothing
 
-# Logits are made for a chunk of tokens at a time: a quarter of them, so that they are never all in memory, and no more
-# than these bytes. Fewer, larger chunks keep the matrix products efficient: each adds to all of dw.
+# Logits are made for a chunk of tokens at a time, so that they are never all in memory: a quarter of the tokens, or as
+# many as a cache holds, and no more than these bytes. Fewer, larger chunks keep the matrix products efficient: each
+# adds to all of dw.
 _CHUNKS = 4
-_CHUNK_BYTES = 256 << 20
+_CACHED_BYTES, _CHUNK_BYTES = 32 << 20, 256 << 20
 _CHUNK_STEP = 128  # rows: whole tiles of the matrix products
+_PADDING = 8  # elements: what the kernels read at a time
 
 
 def linear_cross_entropy(x: jax.Array, w: jax.Array, targets: jax.Array) -> jax.Array:
@@ -77,17 +81,15 @@ def plan_linear_cross_entropy_forward(
     Raises:
       ValueError: no row of logits fits a buffer of the device; as `plan_gemm`.
     """
-    x, w = inputs[:2]
-    element(x)
-    tokens, vocab = x.shape[0], w.shape[1]
-    work, logits = _Work(scratch=5, own=1), 5
-    most = _chunk_rows(info, tokens, vocab, chunk_rows)
-    for first, rows in _chunks(tokens, most):
-        work.add(_logits(info, x, w, first, rows, logits, work.free, variant))
-        push_constants = struct.pack("<III", rows, vocab, first)
-        operands = (logits, 2, 4, 3)
-        work.add(Plan((dispatch("cross_entropy_loss", "f32", operands, push_constants, rows),)))
-    return work.plan(4 * min(most, tokens) * vocab)
+    work = _Work(scratch=5)
+    head = _Head.of(info, inputs, work, chunk_rows, variant)
+    logits = head.own_logits(work, F32)
+    head.pad_weights(work)
+    for first, rows in head.chunks:
+        head.make_logits(work, logits, first, rows)
+        constants = head.constants(first, rows)
+        work.add(Plan((dispatch("cross_entropy_loss", "f32", (logits, 2, 4, 3), constants, rows),)))
+    return work.plan()
 
 
 def plan_linear_cross_entropy_backward(
@@ -102,55 +104,47 @@ def plan_linear_cross_entropy_backward(
 
     Each chunk makes its logits again, turns them into their gradient, in place in f32, and adds its part to dw, in f32.
     """
-    x, w = inputs[:2]
-    (tokens, width), vocab = x.shape, w.shape[1]
-    dx, dw, logits, dlogits, sums = 5, 6, 7, 7, 8
-    most = _chunk_rows(info, tokens, vocab, chunk_rows)
-    kind = element(x)
-    own = [4 * min(most, tokens) * vocab]
-    if x.dtype != F32:
-        dlogits, sums = 8, 9
-        own += [x.dtype.itemsize * min(most, tokens) * vocab]
-    # dw takes the sum over chunks itself where it is f32, or there is but one chunk.
-    in_place = x.dtype == F32 or tokens <= most
-    total = matrix(dw, w.dtype, width, vocab) if in_place else matrix(sums, F32, width, vocab)
-    own += [] if in_place else [4 * width * vocab]
-    work = _Work(scratch=7, own=len(own))
-    for first, rows in _chunks(tokens, most) or [(0, 0)]:  # of no tokens, dw is 0
-        work.add(_logits(info, x, w, first, rows, logits, work.free, variant))
+    work = _Work(scratch=7)
+    head = _Head.of(info, inputs, work, chunk_rows, variant)
+    dtype, w = inputs[0].dtype, head.weights
+    logits = dlogits = head.own_logits(work, F32)
+    if dtype != F32:
+        dlogits = head.own_logits(work, dtype)
+    # dw takes the sum over chunks itself where it is f32, or there is but one chunk, and it has all columns.
+    total = dw = matrix(6, dtype, *inputs[1].shape)
+    if w.columns > dw.columns or (dtype != F32 and len(head.chunks) > 1):
+        total = matrix(work.own(4 * w.batch_stride), F32, w.rows, w.columns)
+    head.pad_weights(work)
+    for first, rows in head.chunks or [(0, 0)]:  # of no tokens, dw is 0
+        head.make_logits(work, logits, first, rows)
         if rows:
-            push_constants = struct.pack("<III", rows, vocab, first)
-            operands, groups = (logits, 2, 3, 4, dlogits), rows * ceil_divide(vocab, THREADS)
-            work.add(Plan((dispatch("cross_entropy_gradient", kind, operands, push_constants, groups),)))
-        part = matrix(dlogits, x.dtype, rows, vocab)
-        w_whole, dx_rows = matrix(1, w.dtype, width, vocab), _rows_of(dx, x, first, rows)
-        free = work.free
-        work.add(plan_gemm(info, part, w_whole, dx_rows, transpose_b=True, scratch=free, variant=variant))
-        accumulate, x_rows = Epilogue(accumulate=first > 0), _rows_of(0, x, first, rows)
-        work.add(
-            plan_gemm(
-                info,
-                x_rows,
-                part,
-                total,
-                transpose_a=True,
-                epilogue=accumulate,
-                scratch=free,
-                variant=variant,
-            )
-        )
-    if not in_place:
-        work.add(plan_epilogue(total, matrix(dw, w.dtype, width, vocab), Epilogue()))
-    return work.plan(*own)
+            groups = ceil_divide(rows * head.stride // _PADDING, THREADS)
+            operands, constants = (logits, 2, 3, 4, dlogits), head.constants(first, rows)
+            work.add(Plan((dispatch("cross_entropy_gradient", element(inputs[0]), operands, constants, groups),)))
+        part, x, dx = head.chunk_of_logits(dlogits, dtype, rows), *(head.rows_of(i, first, rows) for i in (0, 5))
+        options = {"scratch": work.free, "variant": variant}
+        work.add(plan_gemm(info, part, w, dx, transpose_b=True, **options))
+        epilogue = Epilogue(accumulate=first > 0)
+        work.add(plan_gemm(info, x, part, total, transpose_a=True, epilogue=epilogue, **options))
+    if total is not dw:
+        work.add(plan_epilogue(replace(total, columns=dw.columns), dw, Epilogue()))
+    return work.plan()
 
 
 class _Work:
-    """Plans one after another: operands from `scratch` on are `own` buffers of ours, then what the plans share."""
+    """Plans one after another: operands from `scratch` on are buffers of our own, then what the plans share."""
 
-    def __init__(self, scratch: int, own: int):
-        self.free = scratch + own  # the first operand for the scratch of a plan
+    def __init__(self, scratch: int):
+        self.free = scratch  # the first operand for the scratch of a plan
+        self._own: list[int] = []
         self._dispatches: list[Dispatch] = []
         self._shared: list[int] = []
+
+    def own(self, nbytes: int) -> int:
+        """The operand of a new buffer of our own, before any plan is added."""
+        self._own.append(nbytes)
+        self.free += 1
+        return self.free - 1
 
     def add(self, plan: Plan) -> None:
         self._dispatches += plan.dispatches
@@ -158,8 +152,63 @@ class _Work:
         sizes = [(*nbytes, *[0] * (longest - len(nbytes))) for nbytes in (self._shared, plan.scratch)]
         self._shared = [max(pair) for pair in zip(*sizes, strict=True)]
 
-    def plan(self, *own: int) -> Plan:
-        return Plan(tuple(self._dispatches), (*own, *self._shared)) if self._dispatches else Plan(())
+    def plan(self) -> Plan:
+        return Plan(tuple(self._dispatches), (*self._own, *self._shared)) if self._dispatches else Plan(())
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The output layer of one call, and its chunks of tokens."""
+
+    info: "DeviceInfo"
+    variant: str | None
+    x: Array
+    weights: Matrix  # as the products read them
+    vocab: int
+    stride: int  # of logits
+    largest: int  # chunk, in tokens
+    chunks: list[tuple[int, int]]  # first token, tokens
+
+    @classmethod
+    def of(
+        cls, info: "DeviceInfo", inputs: Sequence[Array], work: _Work, chunk_rows: int | None, variant: str | None
+    ) -> "_Head":
+        x, w = inputs[:2]
+        element(x)
+        width, vocab = w.shape
+        stride = ceil_divide(vocab, _PADDING) * _PADDING
+        weights = matrix(1, w.dtype, width, vocab)
+        if stride > vocab and choose_variant(info, w.dtype, variant) != "plain":
+            # Cooperative matrices are four times slower where rows do not start at multiples of 16 bytes.
+            weights = matrix(work.own(w.dtype.itemsize * width * stride), w.dtype, width, stride)
+        tokens = x.shape[0]
+        largest = min(_chunk_rows(info, tokens, stride, chunk_rows), max(tokens, 1))
+        chunks = [(first, min(largest, tokens - first)) for first in range(0, tokens, largest)]
+        return cls(info, variant, x, weights, vocab, stride, largest, chunks)
+
+    def own_logits(self, work: _Work, dtype: np.dtype) -> int:
+        return work.own(dtype.itemsize * self.largest * self.stride)
+
+    def pad_weights(self, work: _Work) -> None:
+        if self.weights.columns > self.vocab and self.chunks:
+            work.add(plan_epilogue(matrix(1, self.x.dtype, self.weights.rows, self.vocab), self.weights, Epilogue()))
+
+    def make_logits(self, work: _Work, logits: int, first: int, rows: int) -> None:
+        """Logits of a chunk in f32."""
+        out, options = self.chunk_of_logits(logits, F32, rows), {"scratch": work.free, "variant": self.variant}
+        work.add(plan_gemm(self.info, self.rows_of(0, first, rows), self.weights, out, **options))
+
+    def chunk_of_logits(self, operand: int, dtype: np.dtype, rows: int) -> Matrix:
+        return Matrix(operand, dtype, rows, self.weights.columns, self.stride)
+
+    def rows_of(self, operand: int, first: int, rows: int) -> Matrix:
+        """Of x or its gradient."""
+        width = self.x.shape[1]
+        return Matrix(operand, self.x.dtype, rows, width, width, offset=first * width)
+
+    def constants(self, first: int, rows: int) -> bytes:
+        """Params of shaders/cross_entropy.slang."""
+        return struct.pack("<4I", rows, self.vocab, self.stride, first)
 
 
 def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, wanted: int | None) -> int:
@@ -173,26 +222,9 @@ def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, wanted: int | None)
     if wanted is not None:
         return min(wanted, limit)
     quarter = ceil_divide(ceil_divide(tokens, _CHUNKS), _CHUNK_STEP) * _CHUNK_STEP
-    most = min(limit, max(quarter, 1), max(_CHUNK_BYTES // (4 * max(vocab, 1)), 1))
+    cached, largest = (max(nbytes // (4 * max(vocab, 1)), 1) for nbytes in (_CACHED_BYTES, _CHUNK_BYTES))
+    most = min(limit, max(quarter, cached), largest)
     for step in (_CHUNK_STEP, 8):  # cooperative matrices want chunks that start at multiples of 8
         if most > step:
             return most // step * step
     return most
-
-
-def _chunks(tokens: int, most: int) -> list[tuple[int, int]]:
-    """(first, rows) of each chunk."""
-    return [(first, min(most, tokens - first)) for first in range(0, tokens, most)]
-
-
-def _rows_of(operand: int, x: Array, first: int, rows: int) -> Matrix:
-    width = x.shape[1]
-    return Matrix(operand, x.dtype, rows, width, width, offset=first * width)
-
-
-def _logits(
-    info: "DeviceInfo", x: Array, w: Array, first: int, rows: int, logits: int, free: int, variant: str | None
-) -> Plan:
-    """Logits of a chunk, f32 (rows, V)."""
-    whole, out = matrix(1, w.dtype, *w.shape), matrix(logits, F32, rows, w.shape[1])
-    return plan_gemm(info, _rows_of(0, x, first, rows), whole, out, scratch=free, variant=variant)

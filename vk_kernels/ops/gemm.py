@@ -296,7 +296,10 @@ def plan_gemm(
 
 
 def plan_epilogue(a: Matrix, c: Matrix, epilogue: Epilogue) -> Plan:
-    """C = epilogue(A), element by element, f32 or bf16 each but not bf16 to f32; A and C may be one operand."""
+    """C = epilogue(A), element by element, f32 or bf16 each but not bf16 to f32; A and C may be one operand.
+
+    Columns that A lacks are taken for zeros.
+    """
     epilogue.check(1)
     if 0 in (c.rows, c.columns):
         return Plan(())
@@ -382,7 +385,7 @@ def _finish(work: _Work, a: Matrix, c: Matrix, epilogue: Epilogue) -> Dispatch:
     """C = epilogue(the sum of A over splits)."""
     groups = ceil_divide(work.batch * work.m * ceil_divide(work.n, 4), THREADS)
     spec = {"THREADS": THREADS, "ALIGNED_A": a.whole(4), **_epilogue_spec(epilogue, c.whole(4))}
-    push_constants = _push_constants(work, a, a, c, epilogue, groups)
+    push_constants = _push_constants(work._replace(k=a.columns), a, a, c, epilogue, groups)
     return dispatch("matmul_finish", _types(a, c), _operands(a, a, c, epilogue), push_constants, groups, **spec)
 
 
