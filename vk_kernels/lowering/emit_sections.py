@@ -4,6 +4,7 @@ A kernel is a row of sections, so that outputs of different shapes need one disp
 which elements are combined is fixed by the shapes, so that every run gives the same bits.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ _SPLIT_GROUPS, _SPLIT_LENGTH = (
     128,
     1024,
 )  # workgroups that a long reduction is cut into; least length of a piece
+_TREES = 8  # reductions that are brought to their ends together; each takes 1 or 2 KiB of shared memory
 _LONG = 33  # a reduction of fewer elements is one thread's loop
 
 
@@ -279,40 +281,51 @@ def _totals(
 
     initial = [x for reducer in reducers for x in reducer.initial()]
     parts = iter((yield from m.loop(start, stop, m.constant(lanes.count), initial, body)))
+    own = [(reducer, [next(parts) for _ in reducer.dtypes]) for reducer in reducers]
     totals = []
-    for reducer in reducers:
-        own = [next(parts) for _ in reducer.dtypes]
-        totals.append((reducer, (yield from _tree(e, lanes, reducer, own, workspace))))
+    while own:
+        totals += yield from _tree(e, lanes, own[:_TREES], workspace)
+        own = own[_TREES:]
     return totals
 
 
-def _tree(e: Emitter, lanes: _Lanes, reducer: Reducer, own: list[Id], workspace: Workspace) -> Code:
+def _tree(e: Emitter, lanes: _Lanes, own: list[tuple[Reducer, list[Id]]], workspace: Workspace) -> Code:
+    """[(reducer, totals)] from the parts of each thread, `own`."""
     m, s = e.m, e.scalars
+    first = [0, *itertools.accumulate(len(reducer.dtypes) for reducer, _ in own)]  # each reducer's first array
 
-    def load(index: Id) -> list[Id]:
-        return [s.from_word(workspace[i].load(index), dtype) for i, dtype in enumerate(reducer.dtypes)]
+    def load(k: int, index: Id) -> list[Id]:
+        dtypes = own[k][0].dtypes
+        return [s.from_word(workspace[first[k] + i].load(index), dtype) for i, dtype in enumerate(dtypes)]
 
-    def store(values: Sequence[Id]) -> None:
-        for i, (x, dtype) in enumerate(zip(values, reducer.dtypes, strict=True)):
-            workspace[i].store(m.thread, s.to_word(x, dtype))
+    def store(k: int, values: Sequence[Id]) -> None:
+        for i, (x, dtype) in enumerate(zip(values, own[k][0].dtypes, strict=True)):
+            workspace[first[k] + i].store(m.thread, s.to_word(x, dtype))
 
-    store(own)
+    for k, (_, values) in enumerate(own):
+        store(k, values)
     m.barrier()
-    half = lanes.count // 2
-    while half:
 
-        def step(half: int = half) -> Code:
-            other = m.op(Op.I_ADD, m.thread, m.constant(half * lanes.stride))
-            store(reducer.combine(load(m.thread), load(other)))
+    def step(i: Id, carried: list[Id]) -> Code:
+        half = m.op(Op.SHIFT_RIGHT_LOGICAL, m.constant(lanes.count // 2), i)
+
+        def join() -> Code:
+            other = m.op(Op.I_ADD, m.thread, m.op(Op.I_MUL, half, m.constant(lanes.stride)))
+            for k, (reducer, _) in enumerate(own):
+                store(k, reducer.combine(load(k, m.thread), load(k, other)))
             return []
             yield
 
-        yield from m.branch(m.op(Op.U_LESS, lanes.along, m.constant(half)), step)
+        yield from m.branch(m.op(Op.U_LESS, lanes.along, half), join)
         m.barrier()
-        half //= 2
-    total = load(lanes.first)
+        return []
+
+    # A loop, and one for all: some drivers take very long over code with many barriers.
+    steps = m.constant(lanes.count.bit_length() - 1)
+    yield from m.loop(m.constant(0), steps, m.constant(1), [], step)
+    totals = [(reducer, load(k, lanes.first)) for k, (reducer, _) in enumerate(own)]
     m.barrier()  # before the next tree writes
-    return total
+    return totals
 
 
 @dataclass

@@ -11,6 +11,7 @@ need nothing of each other, and become one step together (horizontal fusion): ea
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from vk_kernels.lowering.codegen import EXPENSIVE
 from vk_kernels.lowering.graph import Graph, Literal, Node, Operand, Value, producers
 
 MOST_BUFFERS = 96  # that a generated kernel binds, roughly: what one target needs stays together
+_MOST_SHAPES = 4  # that a kernel reduces: drivers take long over code with many barriers
 
 _BROADCAST = 32  # elements that use a value each, from which on it is stored if it took more than a few operations
 _FEW, _MANY = 4, 100  # operations: worth storing once where it is broadcast; wherever several kernels need it
@@ -102,6 +104,26 @@ def _with_constants(graph: Graph) -> Graph:
 
     nodes = [replace(node, inputs=tuple(map(stored, node.inputs))) if node.call else node for node in graph.nodes]
     return Graph(graph.inputs, constants, nodes, tuple(map(stored, graph.outputs)))
+
+
+class _Part(NamedTuple):
+    """What one generated kernel is to do. reduced: shapes of the arrays that are reduced."""
+
+    nodes: set[Node]
+    loads: set[Value]
+    stores: list[Value]
+    reduced: set[tuple[int, ...]]
+
+    def joined(self, other: "_Part") -> "_Part":
+        return _Part(
+            self.nodes | other.nodes,
+            self.loads | other.loads,
+            self.stores + other.stores,
+            self.reduced | other.reduced,
+        )
+
+    def fits(self, most_buffers: int) -> bool:
+        return len(self.loads) + len(self.stores) <= most_buffers and len(self.reduced) <= _MOST_SHAPES
 
 
 class _Partitioner:
@@ -210,23 +232,23 @@ class _Partitioner:
 
     def _generated(self, targets: Sequence[Node], height: int, level: int) -> Iterable[Step]:
         """Steps for targets of one height, each of as many targets as a kernel has buffers for."""
-        parts: list[tuple[set[Node], set[Value], list[Value]]] = []
+        parts: list[_Part] = []
         for target in targets:
             nodes, loads = self._cone(target, height)
             stores = [out for out in target.outputs if out in self._loaded or out in self._stored]
-            if parts and len(parts[-1][1] | loads) + len(parts[-1][2]) + len(stores) <= self._most_buffers:
-                parts[-1][0].update(nodes)
-                parts[-1][1].update(loads)
-                parts[-1][2].extend(stores)
+            reduced = {x.shape for x in target.inputs} if target.op in EXPENSIVE else set()
+            part = _Part(nodes, loads, stores, reduced)
+            if parts and (joined := parts[-1].joined(part)).fits(self._most_buffers):
+                parts[-1] = joined
             else:
-                parts.append((nodes, loads, stores))
+                parts.append(part)
         numbers = {value: i for i, value in enumerate((*self._graph.inputs, *self._graph.constants))}
         for node in self._graph.nodes:
             numbers |= {out: len(numbers) + k for k, out in enumerate(node.outputs)}
-        for nodes, loads, stores in parts:
-            inputs = tuple(sorted(loads, key=numbers.__getitem__))
-            body = Graph(inputs, {}, sorted(nodes, key=self._order.__getitem__), tuple(stores))
-            yield Step(inputs, tuple(stores), level, graph=body)
+        for part in parts:
+            inputs, stores = tuple(sorted(part.loads, key=numbers.__getitem__)), tuple(part.stores)
+            body = Graph(inputs, {}, sorted(part.nodes, key=self._order.__getitem__), stores)
+            yield Step(inputs, stores, level, graph=body)
 
     def _cone(self, target: Node, height: int) -> tuple[set[Node], set[Value]]:
         """The nodes of a target's kernel, and what they load."""
