@@ -1,0 +1,171 @@
+"""The train step of a config as one Vulkan program: what it is made of, and what a call costs.
+
+    python benchmarks/program.py [--config configs/chat.py] [--device gpu] [--bfloat16] [--text FILE]
+    python benchmarks/program.py --calls 100 --profile [--trace FILE]
+
+Without --calls it only traces, compiles and records, on any device, twice: the second time the compiled kernels come
+from the cache on disk. With it, steps run with donated state and a batch of numpy arrays: Python is the time until a
+call returns while nothing waits for the device; step is wall time over all calls. --profile times each dispatch alone,
+so that their sum is more than a step, and groups them by kernel and by scope.
+"""
+
+import argparse
+import collections
+import functools
+import importlib.util
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vk_kernels
+from gpt_jax.model import GPT, ModelConfig
+from gpt_jax.optimizer import learning_rate_schedule, make_optimizer
+from gpt_jax.steps import init_params, init_state, train_step
+from vk_kernels.lowering import open_device
+
+
+def load_config(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location("config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def make_step(config: Any) -> tuple[Any, Any, dict[str, np.ndarray]]:
+    """(step, shapes of its state, a batch)."""
+    model, optimizer = GPT(ModelConfig.from_config(config.model)), make_optimizer(config.optimizer)
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        schedule=learning_rate_schedule(config.optimizer),
+        seed=config.seed,
+        accumulate_steps=config.accumulate_steps,
+    )
+    state = jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer))
+    shape = (config.batch_size, config.model.block_size + 1)
+    stream = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
+    return step, state, {"inputs": stream[:, :-1].copy(), "targets": stream[:, 1:].copy()}
+
+
+def fresh_state(shapes: Any, device: str) -> Any:
+    """Small random parameters, and zeros for the optimizer's and the counters: values that a step can be timed with."""
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    params = jax.tree.map(lambda x: (0.02 * rng.standard_normal(x.shape)).astype(x.dtype), shapes.params)
+    return vk_kernels.device_put(state.replace(params=params), device)
+
+
+def compile_twice(step: Any, state: Any, batch: Any, device: str) -> Any:
+    """The compiled step, the second time; prints how long each took."""
+    for what in ("first", "warm cache"):
+        jax.clear_caches()
+        jitted = vk_kernels.jit(step, donate_argnames="state", device=device)
+        start = time.perf_counter()
+        compiled = jitted.lower(state, batch)
+        print(f"trace, compile ({what}): {time.perf_counter() - start:.2f} s")
+    return jitted, compiled
+
+
+def report(compiled: Any, batch: dict[str, np.ndarray]) -> None:
+    cost, program = compiled.cost(), compiled.program
+    state_bytes = sum(program.inputs[i].nbytes for i in compiled.donated)
+    back = [array.nbytes for j, array in enumerate(program.outputs) if j not in program.aliases]
+    print(f"dispatches: {cost.dispatches}, barriers: {cost.barriers}, queue submits a call: 1")
+    print(
+        f"arena: {cost.arena_bytes / 1e6:.1f} MB, state: {state_bytes / 1e6:.1f} MB, constants: {cost.constant_bytes}"
+    )
+    print(f"host to device a call: {sum(x.nbytes for x in batch.values()):,} bytes in {len(batch)} arrays (the batch)")
+    print(f"outputs that are not the state: {sum(back):,} bytes in {len(back)} arrays (the metrics)")
+    print(f"useful FLOPs: {cost.flops / 1e9:.1f} G, bytes that dispatches read and write: {cost.bytes / 1e9:.2f} G")
+    kinds = collections.Counter(kernel_name(command.label) for command in program.commands)
+    print("dispatches by kernel: " + ", ".join(f"{count} {name}" for name, count in kinds.most_common()))
+
+
+def kernel_name(label: str) -> str:
+    return label.split(" of ")[0].split(",")[0]
+
+
+def measure(jitted: Any, state: Any, batch: Any, calls: int) -> Any:
+    """Runs steps and prints what they took; gives the state after them."""
+    start = time.perf_counter()
+    state, metrics = jitted(state, batch)
+    float(metrics["loss"])
+    print(f"first call (recording included): {time.perf_counter() - start:.3f} s")
+    for _ in range(5):  # makes what recordings there will be
+        state, metrics = jitted(state, batch)
+    host = []
+    for _ in range(calls):
+        float(metrics["loss"])  # so that no call waits for the device
+        begin = time.perf_counter()
+        state, metrics = jitted(state, batch)
+        host.append(time.perf_counter() - begin)
+    print(f"Python a call: {1e6 * statistics.median(host):.0f} us (least {1e6 * min(host):.0f})")
+    float(metrics["loss"])
+    begin = time.perf_counter()
+    for _ in range(calls):
+        state, metrics = jitted(state, batch)
+    float(metrics["loss"])
+    print(f"step: {1e3 * (time.perf_counter() - begin) / calls:.3f} ms over {calls} calls")
+    return state
+
+
+def print_profile(profile: Any) -> None:
+    print(f"sum over dispatches, each alone: {1e3 * profile.seconds:.3f} ms")
+    groups: dict[str, dict[str, list[float]]] = {"kernel": {}, "scope": {}}
+    for label, scope, seconds in profile.rows:
+        groups["kernel"].setdefault(kernel_name(label), []).append(seconds)
+        groups["scope"].setdefault(scope.split("/")[0] or "(none)", []).append(seconds)
+    for what, found in groups.items():
+        print(f"by {what}:")
+        for name, seconds in sorted(found.items(), key=lambda item: -sum(item[1])):
+            print(f"{1e3 * sum(seconds):10.3f} ms in {len(seconds):>4}  {name}")
+    print("slowest dispatches:")
+    for label, scope, seconds in sorted(profile.rows, key=lambda row: -row[2])[:25]:
+        print(f"{1e3 * seconds:10.3f} ms  {scope}: {label}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/chat.py")
+    parser.add_argument(
+        "--device", default="", help="index, 'gpu', 'cpu' or part of a name; the process's own if empty"
+    )
+    parser.add_argument("--bfloat16", action="store_true", help="matrix products and activations in bfloat16")
+    parser.add_argument("--batch-size", type=int, help="instead of the config's")
+    parser.add_argument("--calls", type=int, default=0, help="steps to run and time")
+    parser.add_argument("--profile", action="store_true", help="time each dispatch of a step")
+    parser.add_argument("--text", type=Path, help="file to write the program's listing to")
+    parser.add_argument("--trace", type=Path, help="file to write the profile to, as a Chrome trace")
+    options = parser.parse_args()
+    config = load_config(options.config)
+    if options.bfloat16:
+        config.model.dtype = jnp.bfloat16.dtype.name
+    config.batch_size = options.batch_size or config.batch_size
+    print(f"{options.config} ({config.model.dtype}, batch {config.batch_size}) on {open_device(options.device).info}")
+
+    step, shapes, batch = make_step(config)
+    device = options.device or None
+    jitted, compiled = compile_twice(step, shapes, batch, device)
+    report(compiled, batch)
+    if options.text:
+        options.text.write_text(compiled.as_text())
+    if not (options.calls or options.profile):
+        return
+    state = fresh_state(shapes, device)
+    if options.calls:
+        state = measure(jitted, state, batch, options.calls)
+    if options.profile:
+        profile = jitted.profile(state, batch)
+        print_profile(profile)
+        if options.trace:
+            profile.write_trace(options.trace)
+
+
+if __name__ == "__main__":
+    main()
