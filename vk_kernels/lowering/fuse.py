@@ -18,8 +18,8 @@ import numpy as np
 from vk_kernels.lowering.codegen import EXPENSIVE
 from vk_kernels.lowering.graph import Graph, Literal, Node, Operand, Value, producers
 
-MOST_BUFFERS = 96  # that a generated kernel binds, roughly: what one target needs stays together
-_MOST_SHAPES = 4  # that a kernel reduces: drivers take long over code with many barriers
+MOST_BUFFERS = 128  # that a generated kernel binds, roughly: what one target needs stays together
+_MOST_SHAPES = 8  # that a kernel reduces: drivers take long over code with many barriers
 
 _BROADCAST = 32  # elements that use a value each, from which on it is stored if it took more than a few operations
 _FEW, _MANY = 4, 100  # operations: worth storing once where it is broadcast; wherever several kernels need it
@@ -132,6 +132,8 @@ class _Partitioner:
         self._most_buffers = most_buffers
         self._producers = producers(graph.nodes)
         self._order = {node: i for i, node in enumerate(graph.nodes)}
+        made = (out for node in graph.nodes for out in node.outputs)
+        self._numbers = {value: i for i, value in enumerate((*graph.inputs, *graph.constants, *made))}
         self._roots: dict[Value, Value] = {}
         for node in graph.nodes:
             if _is_view(node):
@@ -242,11 +244,8 @@ class _Partitioner:
                 parts[-1] = joined
             else:
                 parts.append(part)
-        numbers = {value: i for i, value in enumerate((*self._graph.inputs, *self._graph.constants))}
-        for node in self._graph.nodes:
-            numbers |= {out: len(numbers) + k for k, out in enumerate(node.outputs)}
         for part in parts:
-            inputs, stores = tuple(sorted(part.loads, key=numbers.__getitem__)), tuple(part.stores)
+            inputs, stores = tuple(sorted(part.loads, key=self._numbers.__getitem__)), tuple(part.stores)
             body = Graph(inputs, {}, sorted(part.nodes, key=self._order.__getitem__), stores)
             yield Step(inputs, stores, level, graph=body)
 

@@ -55,10 +55,16 @@ def make_primitive(
         found = reference(*operands, **parameters)
         return list(found) if isinstance(found, (tuple, list)) else [found]
 
+    @functools.lru_cache(maxsize=4096)
+    def result_avals(operands, parameters):
+        traced = jax.make_jaxpr(functools.partial(results, **dict(parameters)))(*operands)
+        return [aval.update(weak_type=False) for aval in traced.out_avals]
+
     @primitive.def_abstract_eval
     def abstract(*operands, target, **parameters):
-        traced = jax.make_jaxpr(functools.partial(results, **parameters))(*operands)
-        return [aval.update(weak_type=False) for aval in traced.out_avals]
+        if "stream" in parameters:  # each layer has its own number, and none changes a shape: traced once for all
+            parameters["stream"] = 0
+        return result_avals(operands, tuple(sorted(parameters.items())))
 
     @functools.lru_cache(maxsize=4096)
     def compiled(parameters):
