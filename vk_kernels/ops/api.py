@@ -342,7 +342,7 @@ def attention(target, q, k, v, rng=None, *, scale=None, cap=None, dropout_rate=0
     (out,) = _attention_operation(
         target,
         *(q, k, v, rng),
-        scale=1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        scale=_attention.default_scale(q.shape[-1]) if scale is None else float(scale),
         cap=None if cap is None else float(cap),
         dropout_rate=dropout_rate,
         stream=stream,

@@ -146,8 +146,13 @@ def attention_backward_reference(
     return dq, dk, dv
 
 
+def default_scale(head_dim: int) -> float:
+    """Of the scores of heads of that dim, 1 where they have none."""
+    return 1 / math.sqrt(max(head_dim, 1))
+
+
 def _scale(scale: float | None, head_dim: int) -> float:
-    return 1 / math.sqrt(head_dim) if scale is None else scale
+    return default_scale(head_dim) if scale is None else scale
 
 
 def _causal(length: int) -> jax.Array:

@@ -28,11 +28,21 @@ def philox4x32(
     k0, k1 = key
     m0, m1 = map(jnp.uint32, MULTIPLIERS)
     for _ in range(rounds):
-        hi0, lo0 = jax.lax.mulhi(c0, m0), c0 * m0
-        hi1, lo1 = jax.lax.mulhi(c2, m1), c2 * m1
+        hi0, lo0 = _multiply(c0, m0)
+        hi1, lo1 = _multiply(c2, m1)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = k0 + jnp.uint32(KEY_INCREMENTS[0]), k1 + jnp.uint32(KEY_INCREMENTS[1])
     return c0, c1, c2, c3
+
+
+def _multiply(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(high, low) words of the product of two uint32 numbers.
+
+    jax.lax.mulhi says the same, but on the CPU it does not compile under shard_map (jax 0.10 and 0.11).
+    """
+    with jax.enable_x64(True):
+        product = a.astype(jnp.uint64) * b.astype(jnp.uint64)
+        return (product >> jnp.uint64(32)).astype(jnp.uint32), product.astype(jnp.uint32)
 
 
 def random_uint16(rng: jax.Array, stream: int, shape: tuple[int, int, int]) -> jax.Array:
