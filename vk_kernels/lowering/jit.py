@@ -157,10 +157,9 @@ class Compiled:
 
     def arguments(self, leaves: Sequence[Any]) -> list[Buffer | np.ndarray]:
         """What the executable takes for the leaves of a call."""
-        found = [x.buffer if type(x) is Array else _host(x) for x in leaves]
+        device = self.device
         return [
-            x.read(leaf.dtype, leaf.shape) if isinstance(x, Buffer) and x.device is not self.device else x
-            for x, leaf in zip(found, leaves, strict=True)
+            _host(x) if type(x) is not Array else x.buffer if x.buffer.device is device else x.numpy() for x in leaves
         ]
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
@@ -237,7 +236,8 @@ class Jitted:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, key = self._leaves(args, kwargs)
-        if any(isinstance(x, jax.core.Tracer) for x in leaves if type(x) is not Array):
+        others = [x for x in leaves if type(x) is not Array]
+        if any(isinstance(x, jax.core.Tracer) for x in others):
             with self._using():
                 return self._jitted(*args, **kwargs)
         with self._lock:
