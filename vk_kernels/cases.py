@@ -154,7 +154,7 @@ def random_bits(rng: np.ndarray, stream: int, grid: tuple[int, int, int]) -> np.
 
 def _drop(y: jax.Array, rate: float, stream: int, grid: tuple[int, int, int] | None = None) -> jax.Array:
     """Dropout by RNG, which is what every case with dropout draws from."""
-    grid = grid or (1, math.prod(y.shape[:-1]), y.shape[-1])
+    grid = grid or (1, math.prod(y.shape[:-1]), math.prod(y.shape[-1:]))
     threshold = round(rate * 2**16)
     kept = random_bits(RNG, stream, grid).reshape(y.shape) >= threshold
     return jnp.where(kept, y * (2**16 / (2**16 - threshold)), 0.0)
@@ -183,9 +183,9 @@ def _matmul(x, w, bias=None, activation=None, residual=None, rng=None, dropout_r
     return (y if residual is None else residual + y,)
 
 
-def _attention(q, k, v, rng=None, cap=None, dropout_rate=0.0, stream=0):
+def _attention(q, k, v, rng=None, scale=None, cap=None, dropout_rate=0.0, stream=0):
     batch, length, heads, head_dim = q.shape
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(head_dim)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (1 / math.sqrt(head_dim) if scale is None else scale)
     scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
     weights = jax.nn.softmax(jnp.where(causal, scores, -1e300), axis=-1)
@@ -194,27 +194,41 @@ def _attention(q, k, v, rng=None, cap=None, dropout_rate=0.0, stream=0):
     return (jnp.einsum("bhqk,bkhd->bqhd", weights, v),)
 
 
+def _embedding(table, ids):
+    inside = (ids >= 0) & (ids < len(table))
+    return (jnp.where(inside[..., None], table[jnp.where(inside, ids, 0)], jnp.nan),)
+
+
 def _linear_cross_entropy(x, w, targets):
     logits = x @ w
     hit = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
     return (jnp.where(targets < 0, 0.0, jax.nn.logsumexp(logits, axis=-1) - hit),)
 
 
-def _adamw(*operands, decay, b1, b2, epsilon, weight_decay, clip_norm):
+def _norm(*arrays):
+    return (jnp.sqrt(sum((jnp.sum(x * x) for x in arrays), start=jnp.zeros(()))),)
+
+
+def _adamw(*operands, decay, b1, b2, epsilon, weight_decay, clip_norm, shadow=False):
     size = len(decay)
-    params, grads, mus, nus = (operands[i * size : (i + 1) * size] for i in range(4))
-    count, learning_rate, _ = operands[4 * size :]
-    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads))
-    count = (count + 1).astype(norm.dtype)
-    grads = [g * jnp.minimum(1.0, clip_norm / norm) for g in grads]
+    old, (count, learning_rate, loss) = operands[: 4 * size], operands[4 * size :]
+    params, grads, mus, nus = (old[i * size : (i + 1) * size] for i in range(4))
+    (norm,) = _norm(*grads)
+    clip = 1.0 if clip_norm is None else clip_norm / jnp.maximum(norm, clip_norm)
+    grads = [g * clip for g in grads]
     mus = [b1 * mu + (1 - b1) * g for mu, g in zip(mus, grads, strict=True)]
     nus = [b2 * nu + (1 - b2) * g * g for nu, g in zip(nus, grads, strict=True)]
+    count, next_count = count.astype(norm.dtype), (count + 1).astype(norm.dtype)
     steps = [
-        mu / (1 - b1**count) / (jnp.sqrt(nu / (1 - b2**count)) + epsilon) + (weight_decay if decays else 0.0) * p
+        mu / (1 - b1**next_count) / (jnp.sqrt(nu / (1 - b2**next_count)) + epsilon)
+        + (weight_decay if decays else 0.0) * p
         for mu, nu, p, decays in zip(mus, nus, params, decay, strict=True)
     ]
     params = [p - learning_rate * step for p, step in zip(params, steps, strict=True)]
-    return *params, *mus, *nus, count, norm, jnp.ones(())
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    old = *old[:size], *old[2 * size :], count  # without the gradients
+    new = [jnp.where(finite, x, y) for x, y in zip((*params, *mus, *nus, next_count), old, strict=True)]
+    return *new, norm, finite.astype(norm.dtype), *(new[:size] if shadow else ())
 
 
 _DROPOUT = {"dropout_rate": 0.1, "stream": 3}
@@ -293,7 +307,7 @@ CASES = (
         "embedding",
         "",
         lambda s, t: (numbers((s.vocab, s.width), t, 1), _ids(s)),
-        lambda table, ids: (table[ids],),
+        _embedding,
         differentiable=(0,),
     ),
     Case(
@@ -311,7 +325,7 @@ CASES = (
         "global_norm",
         "",
         lambda s, t: tuple(numbers(shape, t, i) for i, shape in enumerate(_model_parameters(s))),
-        lambda *arrays: (jnp.sqrt(sum(jnp.sum(x * x) for x in arrays)),),
+        _norm,
     ),
     Case("adamw", "", _adamw_operands, _adamw, {**ADAMW, "decay": (True, True, False)}),
 )

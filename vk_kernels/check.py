@@ -10,22 +10,24 @@ Exit code: 0 if everything passed, else 1.
 
 import argparse
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vk_kernels import lowering
-from vk_kernels.cases import BF16, CASES, F32, SIZES, Case
+from vk_kernels.cases import BF16, CASES, F32, SIZES, Case, Operands
 from vk_kernels.errors import FeatureError, NoDeviceError
 
 VARIANTS = ("coop2", "coop1", "plain")
 OUTPUT_FACTOR, GRADIENT_FACTOR, SLACK = 2.0, 3.0, 1e-5
 PLAUSIBLE = {F32: 1e-4, BF16: 5e-2}
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 HEADER = f"{'operation':<34} {'size':<9} {'dtype':<8} {'variant':<8} {'of':<9} {'error':>9} {'XLA':>9} {'limit':>9}"
 
@@ -53,50 +55,74 @@ class Result:
         return f"{where} {numbers} {'pass' if self.passed else 'FAIL'}"
 
 
-def check(case: Case, size: str, dtype: np.dtype, device: str | None = None) -> Iterator[Result]:
-    """Runs a case with each variant that the device offers for it.
+class Difference(NamedTuple):
+    """How far one output or gradient of a variant is from the truth, and how far it may be."""
 
-    Raises RuntimeError if no kernel ran, and what the operation raises.
+    variant: str
+    of: str  # 'output' or 'gradient', and its index
+    error: float
+    xla_error: float
+    allowed: float
+
+
+def check(case: Case, size: str, dtype: np.dtype, device: str | None = None) -> Iterator[Result]:
+    """Runs a case with each variant that the device offers for it; raises as `compare`."""
+    differences = compare(case, [case.operands(SIZES[size], dtype)], device)
+    for _, group in itertools.groupby(differences, key=lambda found: (found.variant, found.of.split()[0])):
+        rows = [
+            Result(case, size, dtype.name, *found[:-1], limit=min(found.allowed, PLAUSIBLE[dtype])) for found in group
+        ]
+        yield max(rows, key=lambda row: np.nan_to_num(row.error / row.limit, nan=np.inf))
+
+
+def compare(
+    case: Case,
+    draws: Sequence[Operands],
+    device: str | None = None,
+    *,
+    variants: Sequence[str] = VARIANTS,
+    unit: float = 0.0,
+    compiler_options: dict[str, Any] | None = None,
+) -> Iterator[Difference]:
+    """Runs a case on some operands, all of the same shapes, with each of `variants` that the device offers for them.
+
+    An error is the largest of any draw. It is in units of the truth's largest element, or of `unit` if that is more:
+    where terms of that size cancel, what is left of them does not say how exact a result can be. compiler_options:
+    XLA's, for its implementation.
+
+    Raises RuntimeError if no kernel ran though there was something to compute, or if a second run gave other bits; and
+    what the operation raises.
     """
-    operands = case.operands(SIZES[size], dtype)
-    truths = _truths(case, operands)
-    jitted = jax.jit(functools.partial(_outputs_and_gradients, case.run, case.differentiable))
+    truths = _truths(case, draws)
+    jitted = jax.jit(functools.partial(outputs_and_gradients, case.run, case.differentiable))
     with lowering.use("xla"):
-        references = jitted(*operands)
-    for variant in VARIANTS:
+        reference = jitted.lower(*draws[0]).compile(compiler_options)
+    references = [reference(*operands) for operands in draws]
+    for variant in variants:
         with lowering.use("vulkan", device=device, variant=variant):
             try:
-                compiled = jitted.lower(*operands).compile()
+                compiled = jitted.lower(*draws[0]).compile()
             except (FeatureError, ValueError):
                 if variant == "plain":  # every device has it
                     raise
                 continue
             before = sum(lowering.counts().values())
-            results = jax.block_until_ready(compiled(*operands))
-        if sum(lowering.counts().values()) == before:
+            results = [jax.block_until_ready(compiled(*operands)) for operands in draws]
+            again = compiled(*draws[0])
+        if sum(lowering.counts().values()) == before and any(x.size for x in jax.tree.leaves(again)):
             raise RuntimeError(f"{case.label}: no kernel ran")
-        for of, factor, *arrays in zip(
-            ("output", "gradient"), (OUTPUT_FACTOR, GRADIENT_FACTOR), results, references, truths, strict=True
-        ):
-            rows = [
-                Result(
-                    case,
-                    size,
-                    dtype.name,
-                    variant,
-                    f"{of} {i}",
-                    error,
-                    xla,
-                    min(factor * xla + SLACK, PLAUSIBLE[dtype]),
+        if _bits(again) != _bits(results[0]):
+            raise RuntimeError(f"{case.label}: a second run gave other bits")
+        for place, (of, factor) in enumerate((("output", OUTPUT_FACTOR), ("gradient", GRADIENT_FACTOR))):
+            for i in range(len(truths[0][place])):
+                error, xla_error = (
+                    float(np.max([_error(y[place][i], t[place][i], unit) for y, t in zip(ys, truths, strict=True)]))
+                    for ys in (results, references)
                 )
-                for i, (found, reference, truth) in enumerate(zip(*arrays, strict=True))
-                for error, xla in [(_error(found, truth), _error(reference, truth))]
-            ]
-            if rows:
-                yield max(rows, key=lambda row: np.nan_to_num(row.error / row.limit, nan=np.inf))
+                yield Difference(variant, f"{of} {i}", error, xla_error, factor * xla_error + SLACK)
 
 
-def _outputs_and_gradients(function: Any, differentiable: Sequence[int], *operands: Any) -> tuple[Any, Any]:
+def outputs_and_gradients(function: Any, differentiable: Sequence[int], *operands: Any) -> tuple[Any, Any]:
     """The results, and the gradients of a fixed random combination of them."""
 
     def of_differentiable(*chosen):
@@ -117,20 +143,29 @@ def _cotangent(shape: tuple[int, ...], seed: int) -> jax.Array:
     return jnp.asarray(values.astype(BF16))
 
 
-def _truths(case: Case, operands: Sequence[Any]) -> tuple[Any, Any]:
+def _bits(results: Any) -> list[bytes]:
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(results)]
+
+
+def _truths(case: Case, draws: Sequence[Operands]) -> list[tuple[Any, Any]]:
     with jax.enable_x64(True):
-        exact = [np.asarray(x, np.float64) if x.dtype in (F32, BF16) else x for x in operands]
-        function = jax.jit(functools.partial(_outputs_and_gradients, case.run_truth, case.differentiable))
-        return jax.tree.map(np.asarray, function(*exact))
+        function = jax.jit(
+            functools.partial(outputs_and_gradients, case.run_truth, case.differentiable),
+            compiler_options=QUICK_TO_COMPILE,
+        )
+        return [jax.tree.map(np.asarray, function(*map(_exact, operands))) for operands in draws]
 
 
-def _error(found: Any, truth: np.ndarray) -> float:
-    """Largest difference of any element, in units of the truth's largest; NaN counts as itself."""
-    truth = np.asarray(truth, np.float64)
-    if truth.size == 0:
-        return 0.0
-    scale = np.abs(truth).max() or 1.0
-    return float(np.abs(np.asarray(found, np.float64) - truth).max() / scale)
+def _exact(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x, np.float64) if x.dtype in (F32, BF16) else x
+
+
+def _error(found: Any, truth: np.ndarray, unit: float = 0.0) -> float:
+    """Largest difference of any element, in units of the truth's largest finite one or of `unit`; NaN for NaN alone."""
+    found, truth = np.asarray(found, np.float64), np.asarray(truth, np.float64)
+    same = (found == truth) | (np.isnan(found) & np.isnan(truth))
+    scale = max(np.abs(truth).max(initial=0, where=np.isfinite(truth)), unit) or 1.0
+    return float(np.abs(np.where(same, 0, found - truth)).max(initial=0) / scale)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
