@@ -19,7 +19,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def _validate() -> bool:
     """The validation layer watches all that runs on the CPU device, where the layer is installed."""
     try:
-        return "VK_KERNELS_DEVICE" not in os.environ and layer_installed()
+        return os.environ.get("VK_KERNELS_DEVICE", "cpu") in ("", "cpu") and layer_installed()
     except NoDeviceError:
         return False
 
