@@ -12,18 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 from jax.extend.core import Literal as JaxLiteral
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from vk_kernels.lowering import call, codegen
+from vk_kernels.lowering.expand import EXPANSIONS
 from vk_kernels.lowering.graph import Graph, Literal, Node, Operand, Value
 
 UNROLLED = 50_000  # nodes that all loops of a function together may unroll into
 
 # Inlined, with the parameter that holds the body.
 _CALLS = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint"), "jaxpr"),
+    **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint", "composite"), "jaxpr"),
     **dict.fromkeys(("core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+    "custom_vmap_call": "call",
+    "linear_call": "callee",
 }
 _REMATERIALIZED = ("remat2", "checkpoint")
 _IDENTITIES = frozenset(
@@ -133,7 +137,7 @@ class _Inliner:
             if name in _STRUCTURES:
                 return _STRUCTURES[name](self, equation, inputs, at)
             avals = [x.aval for x in (*equation.invars, *equation.outvars)]
-            if name in _EXPANSIONS and (expansion := _EXPANSIONS[name](equation)):
+            if name in EXPANSIONS and (expansion := EXPANSIONS[name](equation)):
                 return self._expand(expansion, inputs, at)
             if any(map(is_key, avals)):
                 return self._expand(_on_words(equation), inputs, at)
@@ -207,14 +211,7 @@ class _Inliner:
         fixed, carry, xs = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
         rows: list[list[Operand]] = [[] for _ in body.out_avals[carried:]]
         for i in reversed(range(length)) if params["reverse"] else range(length):
-            before = len(self.nodes)
-            elements = [self._row(x, i, at) for x in xs]
-            results = self.inline(body, [*fixed, *carry, *elements], at)
-            self._unrolled += len(self.nodes) - before
-            if self._unrolled > UNROLLED:
-                raise UnsupportedError(
-                    f"loops of over {UNROLLED:,} operations in all, unrolled: {_where(equation, at)}; shorten this one"
-                )
+            results = self._turn(equation, body, [*fixed, *carry, *(self._row(x, i, at) for x in xs)], at)
             carry = results[:carried]
             for row, result in zip(rows, results[carried:], strict=True):
                 row.append(result)
@@ -254,10 +251,34 @@ class _Inliner:
         return self._broadcast(Literal(np.zeros((), like.dtype)), like.shape, at)
 
     def while_loop(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
-        raise UnsupportedError(
-            f"a loop whose length is known only on the device: {_where(equation, at)}; "
-            "use jax.lax.scan, or jax.lax.fori_loop with Python numbers as bounds"
-        )
+        """Unrolled, where what it counts by is known now."""
+        params = equation.params
+        fixed, body = params["cond_nconsts"] + params["body_nconsts"], params["body_jaxpr"]
+        of_body, carry = inputs[params["cond_nconsts"] : fixed], inputs[fixed:]
+        counter = _Counter(equation)
+        if not all(isinstance(inputs[i], Literal) for i in counter.needs):
+            raise UnsupportedError(
+                f"a loop whose length is known only on the device: {_where(equation, at)}; "
+                "use jax.lax.scan, or jax.lax.fori_loop with Python numbers as bounds"
+            )
+        known = {i: inputs[i].value for i in counter.needs}
+        while counter.goes_on(known):
+            carry = self._turn(equation, body, [*of_body, *carry], at)
+            known = counter.next(known)
+            for i in counter.carried:
+                carry[i - fixed] = Literal(known[i])
+        return carry
+
+    def _turn(self, equation: JaxprEqn, body: ClosedJaxpr, inputs: list[Operand], at: Origin) -> list[Operand]:
+        """The results of one turn of a loop, which counts towards what may be unrolled."""
+        before = len(self.nodes)
+        results = self.inline(body, inputs, at)
+        self._unrolled += len(self.nodes) - before + 1
+        if self._unrolled > UNROLLED:
+            raise UnsupportedError(
+                f"loops of over {UNROLLED:,} operations in all, unrolled: {_where(equation, at)}; shorten this one"
+            )
+        return results
 
     def optimization_barrier(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
         return self._barrier(inputs, at)
@@ -271,88 +292,44 @@ _STRUCTURES = {
 }
 
 
+class _Counter:
+    """What decides how often a while loop turns, cut out of it.
+
+    needs: the operands of the loop that it is made of. carried: those of them that every turn changes.
+    """
+
+    def __init__(self, equation: JaxprEqn):
+        params = equation.params
+        before, consts = params["cond_nconsts"], params["body_nconsts"]
+        fixed, cond, body = before + consts, params["cond_jaxpr"], params["body_jaxpr"]
+        test, used = dce_jaxpr(cond.jaxpr, [True])
+        numbers = [*range(before), *range(fixed, len(equation.invars))]
+        self._test_needs = {i for i, is_used in zip(numbers, used, strict=True) if is_used}
+        self.needs = set(self._test_needs)
+        numbers = range(before, len(equation.invars))
+        while True:
+            self.carried = sorted(i for i in self.needs if i >= fixed)
+            step, used = dce_jaxpr(body.jaxpr, [fixed + i in self.needs for i in range(len(body.out_avals))])
+            self._step_needs = [i for i, is_used in zip(numbers, used, strict=True) if is_used]
+            if self.needs.issuperset(self._step_needs):
+                break
+            self.needs.update(self._step_needs)
+        self._test = jaxpr_as_fun(ClosedJaxpr(test, cond.consts))
+        self._step = jaxpr_as_fun(ClosedJaxpr(step, body.consts))
+
+    def goes_on(self, known: dict[int, np.ndarray]) -> bool:
+        with jax.ensure_compile_time_eval():
+            return bool(self._test(*(known[i] for i in sorted(self._test_needs)))[0])
+
+    def next(self, known: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        with jax.ensure_compile_time_eval():
+            found = self._step(*(known[i] for i in self._step_needs))
+        return known | {i: np.asarray(x) for i, x in zip(self.carried, found, strict=True)}
+
+
 def _where(equation: JaxprEqn, at: Origin) -> str:
     shapes = ", ".join(str(x.aval) for x in equation.invars)
     return f"{equation.primitive.name}({shapes})" + (f" at {at.source}" if at.source else "")
-
-
-# Primitives that are functions of others.
-
-
-def _over_keys(fn: Callable[..., Any], equation: JaxprEqn) -> Callable[..., Any]:
-    """A PRNG's function of one key as one of arrays of keys, and of whatever else the primitive takes alike."""
-    for _ in equation.invars[0].aval.shape:
-        fn = jax.vmap(fn)
-    return fn
-
-
-def _generator(equation: JaxprEqn) -> Any:
-    """The PRNG of the keys of an equation, which JAX keeps with their dtype."""
-    return equation.invars[0].aval.dtype._impl
-
-
-def _random_bits(equation: JaxprEqn) -> Callable[..., Any]:
-    width, shape = equation.params["bit_width"], equation.params["shape"]
-    generator = _generator(equation)
-    return _over_keys(lambda key: generator.random_bits(key, width, shape), equation)
-
-
-def _random_split(equation: JaxprEqn) -> Callable[..., Any]:
-    generator, shape = _generator(equation), equation.params["shape"]
-    return _over_keys(lambda key: generator.split(key, shape), equation)
-
-
-def _random_fold_in(equation: JaxprEqn) -> Callable[..., Any]:
-    data = equation.invars[1].aval
-    fold_in = _generator(equation).fold_in
-    if data.shape:
-        return _over_keys(fold_in, equation)
-    return lambda key, number: _over_keys(lambda one: fold_in(one, number), equation)(key)
-
-
-def _random_seed(equation: JaxprEqn) -> Callable[..., Any]:
-    return _over_keys(equation.params["impl"].seed, equation)
-
-
-def _iota_2x32(equation: JaxprEqn) -> Callable[..., Any]:
-    """The high and the low 32 bits of an array's row-major indices."""
-    shape = equation.params["shape"]
-    size = int(np.prod(shape, dtype=np.int64))
-    if size > 2**31:
-        raise ValueError(f"random bits for {size:,} elements in one draw")
-    return lambda: (
-        jnp.zeros(shape, jnp.uint32),
-        jax.lax.iota(jnp.uint32, size).reshape(shape),
-    )
-
-
-def _stack(equation: JaxprEqn) -> Callable[..., Any]:
-    axis = equation.params["axis"]
-    return lambda *xs: jax.lax.concatenate([jax.lax.expand_dims(x, (axis,)) for x in xs], axis)
-
-
-def _bitcast(equation: JaxprEqn) -> Callable[..., Any] | None:
-    """Between types of different width, by shifts. Of one width it is a primitive that kernels have."""
-    (x,), to = equation.invars, np.dtype(equation.params["new_dtype"])
-    source = x.aval.dtype
-    words, parts = (np.dtype(f"uint{8 * t.itemsize}") for t in (source, to))
-    bits = 8 * parts.itemsize
-
-    def narrow(x):
-        x = jax.lax.bitcast_convert_type(x, words)[..., None]
-        shifts = jnp.arange(words.itemsize // parts.itemsize, dtype=words) * words.type(bits)
-        shifts = jnp.broadcast_to(shifts, (*x.shape[:-1], shifts.size))
-        return jax.lax.bitcast_convert_type((x >> shifts).astype(parts), to)
-
-    def widen(x):
-        x = jax.lax.bitcast_convert_type(x, words).astype(parts)
-        shifts = jnp.arange(x.shape[-1], dtype=parts) * parts.type(8 * words.itemsize)
-        whole = (x << jnp.broadcast_to(shifts, x.shape)).sum(axis=-1, dtype=parts)
-        return jax.lax.bitcast_convert_type(whole, to)
-
-    if source.itemsize == to.itemsize:
-        return None
-    return narrow if source.itemsize > to.itemsize else widen
 
 
 def _on_words(equation: JaxprEqn) -> Callable[..., Any]:
@@ -362,14 +339,3 @@ def _on_words(equation: JaxprEqn) -> Callable[..., Any]:
         raise ValueError(f"no kernel is generated for the primitive {primitive.name}")
     axes = tuple(-1 if is_key(x.aval) else None for x in equation.invars)
     return jax.vmap(lambda *xs: primitive.bind(*xs, **params), in_axes=axes, out_axes=-1)
-
-
-_EXPANSIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
-    "bitcast_convert_type": _bitcast,
-    "random_bits": _random_bits,
-    "random_split": _random_split,
-    "random_fold_in": _random_fold_in,
-    "random_seed": _random_seed,
-    "iota_2x32_shape": _iota_2x32,
-    "stack": _stack,
-}
