@@ -31,7 +31,8 @@ from vk_kernels.kernel import Kernel
 from vk_kernels.memory import Buffer, Memory, MemoryStats, Staging
 from vk_kernels.reflect import reflect
 
-TIMEOUT = 120.0  # seconds that a wait takes at most, unless told otherwise
+# Seconds that a wait takes at most, unless told otherwise. A CPU device compiles a kernel when it first runs it.
+TIMEOUT, CPU_TIMEOUT = 120.0, 1800.0
 
 # VkPhysicalDeviceType -> our name; the order is the order of choice. A CPU device is taken only when asked for.
 _KINDS = {2: "discrete", 1: "integrated", 3: "virtual", 0: "other", 4: "cpu"}
@@ -176,12 +177,12 @@ class Device:
         validation: bool | str | None = None,
         without: Iterable[str] = (),
         direct: bool = True,
-        timeout: float = TIMEOUT,
+        timeout: float | None = None,
     ) -> "Device":
         """Opens the device that `choose` picks by `selector`, with every feature of ours that it has.
 
         validation: see `validation_mode`. without: extensions to leave alone. direct: map device memory where all of
-        it can be. timeout: seconds that a wait takes at most.
+        it can be. timeout: seconds that a wait takes at most; None is 120, or half an hour on a CPU device.
         Raises NoDeviceError, or VulkanError where the driver fails.
         """
         instance = Instance(validation_mode(validation))
@@ -189,6 +190,8 @@ class Device:
             found = _survey(instance, frozenset(without))
             info = choose([info for info, _, _ in found], selector)
             _, physical, family = found[info.index]
+            if timeout is None:
+                timeout = CPU_TIMEOUT if info.kind == "cpu" else TIMEOUT
             return cls(instance, info, physical, family, direct, timeout)
         except BaseException:
             instance.close()
