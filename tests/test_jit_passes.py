@@ -62,6 +62,13 @@ def test_a_kernel_binds_so_many_buffers_at_most():
     assert {step.level for step in found.steps} == {0}
 
 
+def test_a_kernel_has_so_many_reductions_at_most():
+    arrays = [np.ones((n, 50), np.float32) for n in (1, 2, 1, 2, 1, 2)]
+    found = steps_of(lambda *xs: [x.sum() for x in xs], *arrays, most_reductions=3)
+    check_order(found)
+    assert [{x.shape for x in step.inputs} for step in found.steps] == [{(1, 50)}, {(2, 50)}]
+
+
 def test_products_are_stored_and_what_is_done_to_their_operands_is_not():
     found = steps_of(lambda x, y: jax.nn.relu((x * 2) @ (y + 1)), X, X.T)
     check_order(found)

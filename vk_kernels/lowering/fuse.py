@@ -19,7 +19,7 @@ from vk_kernels.lowering.codegen import EXPENSIVE
 from vk_kernels.lowering.graph import Graph, Literal, Node, Operand, Value, producers
 
 MOST_BUFFERS = 128  # that a generated kernel binds, roughly: what one target needs stays together
-_MOST_SHAPES = 8  # that a kernel reduces: drivers take long over code with many barriers
+MOST_REDUCTIONS = 64  # that a generated kernel does, or products or sorts
 
 _BROADCAST = 32  # elements that use a value each, from which on it is stored if it took more than a few operations
 _FEW, _MANY = 4, 100  # operations: worth storing once where it is broadcast; wherever several kernels need it
@@ -82,10 +82,10 @@ def common_scope(scopes: Iterable[str]) -> str:
     return "/".join(shared)
 
 
-def partition(graph: Graph, most_buffers: int = MOST_BUFFERS) -> Partition:
-    """Cuts a graph into steps."""
+def partition(graph: Graph, most_buffers: int = MOST_BUFFERS, most_reductions: int = MOST_REDUCTIONS) -> Partition:
+    """Cuts a graph into steps; a generated one binds `most_buffers` and has `most_reductions` at most."""
     graph = _with_constants(graph)
-    return _Partitioner(graph, most_buffers).run()
+    return _Partitioner(graph, most_buffers, most_reductions).run()
 
 
 def _with_constants(graph: Graph) -> Graph:
@@ -107,29 +107,29 @@ def _with_constants(graph: Graph) -> Graph:
 
 
 class _Part(NamedTuple):
-    """What one generated kernel is to do. reduced: shapes of the arrays that are reduced."""
+    """What one generated kernel is to do. reductions: how many, products and sorts among them."""
 
     nodes: set[Node]
     loads: set[Value]
     stores: list[Value]
-    reduced: set[tuple[int, ...]]
+    reductions: int
 
     def joined(self, other: "_Part") -> "_Part":
         return _Part(
             self.nodes | other.nodes,
             self.loads | other.loads,
             self.stores + other.stores,
-            self.reduced | other.reduced,
+            self.reductions + other.reductions,
         )
 
-    def fits(self, most_buffers: int) -> bool:
-        return len(self.loads) + len(self.stores) <= most_buffers and len(self.reduced) <= _MOST_SHAPES
+    def fits(self, most_buffers: int, most_reductions: int) -> bool:
+        return len(self.loads) + len(self.stores) <= most_buffers and self.reductions <= most_reductions
 
 
 class _Partitioner:
-    def __init__(self, graph: Graph, most_buffers: int):
+    def __init__(self, graph: Graph, most_buffers: int, most_reductions: int):
         self._graph = graph
-        self._most_buffers = most_buffers
+        self._limits = most_buffers, most_reductions
         self._producers = producers(graph.nodes)
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         made = (out for node in graph.nodes for out in node.outputs)
@@ -235,12 +235,11 @@ class _Partitioner:
     def _generated(self, targets: Sequence[Node], height: int, level: int) -> Iterable[Step]:
         """Steps for targets of one height, each of as many targets as a kernel has buffers for."""
         parts: list[_Part] = []
-        for target in targets:
+        for target in sorted(targets, key=lambda node: node.inputs[0].shape if node.op in EXPENSIVE else ()):
             nodes, loads = self._cone(target, height)
             stores = [out for out in target.outputs if out in self._loaded or out in self._stored]
-            reduced = {x.shape for x in target.inputs} if target.op in EXPENSIVE else set()
-            part = _Part(nodes, loads, stores, reduced)
-            if parts and (joined := parts[-1].joined(part)).fits(self._most_buffers):
+            part = _Part(nodes, loads, stores, int(target.op in EXPENSIVE))
+            if parts and (joined := parts[-1].joined(part)).fits(*self._limits):
                 parts[-1] = joined
             else:
                 parts.append(part)

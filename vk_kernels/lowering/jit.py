@@ -23,7 +23,7 @@ from vk_kernels.array import Array, ArrayType, array_type
 from vk_kernels.device import Device
 from vk_kernels.lowering import call
 from vk_kernels.lowering.context import target_of, use
-from vk_kernels.lowering.fuse import MOST_BUFFERS, partition
+from vk_kernels.lowering.fuse import MOST_BUFFERS, MOST_REDUCTIONS, partition
 from vk_kernels.lowering.graph import Graph
 from vk_kernels.lowering.schedule import make_program
 from vk_kernels.lowering.simplify import simplify
@@ -150,9 +150,10 @@ class Compiled:
         self.out_types = [array_type(aval.shape, aval.dtype, aval.weak_type) for aval in closed.out_avals]
         self.out_keys = [(j, aval) for j, aval in enumerate(closed.out_avals) if is_key(aval)]
         self.graph: Graph = simplify(make_graph(closed))
-        self.program: Program = make_program(
-            partition(self.graph, min(MOST_BUFFERS, device.limits.storage_buffers)), device, donated
-        )
+        buffers = min(MOST_BUFFERS, device.limits.storage_buffers)
+        # Of a kernel with 32 reductions, whose code is full of barriers, lavapipe's compilation takes minutes.
+        reductions = 4 if device.info.kind == "cpu" else MOST_REDUCTIONS
+        self.program: Program = make_program(partition(self.graph, buffers, reductions), device, donated)
         self.executable = Executable(device, self.program)
 
     def arguments(self, leaves: Sequence[Any]) -> list[Buffer | np.ndarray]:
