@@ -404,11 +404,12 @@ def adamw(target, *operands, decay, **parameters):
     size = len(decay)
     if len(operands) != 4 * size + 3:
         raise ValueError(f"adamw: {size} parameters need {4 * size + 3} operands, found {len(operands)}")
-    for i, x in enumerate(operands[:size]):
-        for name, offset in (("gradient", 1), ("first moment", 2), ("second moment", 3)):
-            other = operands[i + offset * size]
-            if jnp.shape(other) != jnp.shape(x):
-                raise ValueError(f"adamw: {name} {i} must be {jnp.shape(x)}, found {jnp.shape(other)}")
+    for i in range(size):
+        x, gradient, mu, nu = operands[i : 4 * size : size]
+        shape = jnp.shape(x)
+        state = {f"parameter {i}": x, f"first moment {i}": mu, f"second moment {i}": nu}
+        _check("adamw", **{name: (array, shape, jnp.float32) for name, array in state.items()})
+        _check("adamw", **{f"gradient {i}": (gradient, shape, jnp.result_type(gradient))})
     count, learning_rate, loss = operands[4 * size :]
     scalars = {"count": (count, (), jnp.int32), "learning_rate": (learning_rate, (), jnp.float32)}
     _check("adamw", **scalars, loss=(loss, (), jnp.float32))
