@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vk_kernels.memory import Buffer
+from vk_kernels.operators import Operators
 
 if TYPE_CHECKING:
     from vk_kernels.device import Device
@@ -26,11 +27,11 @@ class ArrayType(NamedTuple):
 array_type = functools.lru_cache(maxsize=65_536)(ArrayType)
 
 
-class Array:
+class Array(Operators):
     """A dense array in device memory, row-major. It is never changed; a donated one is gone.
 
-    A leaf of pytrees. numpy and jax.numpy take it as they take any array, by a copy to the host, which waits for what
-    computes it.
+    A leaf of pytrees. numpy and JAX take it as they take any array, by a copy to the host, which waits for what
+    computes it. It is no `jax.Array`, but has that class's operators and methods, which compute on the host.
     """
 
     __slots__ = ("__weakref__", "_buffer", "type")
@@ -50,6 +51,13 @@ class Array:
     @property
     def weak_type(self) -> bool:
         return self.type.weak_type
+
+    @property
+    def aval(self) -> Any:
+        """What JAX takes it for."""
+        import jax  # only who calls this has it
+
+        return jax.typeof(self)
 
     @property
     def buffer(self) -> Buffer:
@@ -106,9 +114,9 @@ class Array:
         return found if dtype is None else found.astype(dtype)
 
     def __jax_array__(self) -> Any:
-        import jax.numpy as jnp  # only who calls this has it
+        from vk_kernels.lowering import interop  # only who calls this has JAX
 
-        return jnp.asarray(self.numpy())
+        return interop.to_jax(self)
 
     def __float__(self) -> float:
         return float(self.item())
@@ -127,8 +135,15 @@ class Array:
             raise TypeError("len() of a scalar array")
         return self.shape[0]
 
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return self.numpy()[index]
+    def copy(self) -> "Array":
+        """In memory of its own."""
+        return Array(self.device.upload(self.numpy()), self.type)
+
+    def __copy__(self) -> "Array":
+        return self.copy()
+
+    def __deepcopy__(self, memo: Any) -> "Array":
+        return self.copy()
 
     def __repr__(self) -> str:
         if self._buffer is None:

@@ -1,5 +1,6 @@
 """How JAX reaches the Vulkan runtime: one operation under jax.jit on the CPU backend is one custom call."""
 
+from vk_kernels.lowering import interop  # noqa: F401  (it tells JAX of our arrays)
 from vk_kernels.lowering.call import Target, counts, open_device
 from vk_kernels.lowering.context import target_of, use
 from vk_kernels.lowering.operation import make_operation
