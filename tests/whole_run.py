@@ -3,10 +3,13 @@
 Import what a test module needs by name, the fixtures `chats` (corpus) and `straight_run` (straight) too.
 """
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,8 @@ from gpt_jax.checkpoint import restore_parameters
 from gpt_jax.metrics import read_lines
 
 ROOT = Path(__file__).parent.parent
+COMPILED = tempfile.mkdtemp(prefix="compiled-")
+atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
 # Seconds on a processor: what is tested is the loop, not the model.
 SMALL = [
@@ -55,7 +60,9 @@ def command(corpus: Path, workdir: Path, *changes: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **more}
+    """For runs that compile alike: what one has compiled, the others take from the cache on disk."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **cache, **more}
 
 
 def run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess:
