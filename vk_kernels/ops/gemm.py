@@ -31,6 +31,7 @@ VARIANTS = ("coop2", "coop1", "plain")  # in order of preference
 _SHORT = {F32: "f32", BF16: "bf16"}  # as in the variants' names
 _MIN_SPLIT_K = 256  # the shortest slice of k that is worth its partial sums
 _MAX_SPLITS = 32
+_LONG_ROW, _CACHE_LINE = 16384, 64  # elements: rows that no cache holds should be read by whole lines of it
 _STRIP_ROWS, _STRIP_COLUMNS = 256, 128  # what a workgroup of matmul_column_sums takes
 _ALIGNMENT = 16  # bytes at which the cooperative kernels want a matrix to start
 _COOP1_LANES = 32  # of the subgroups of matmul_coop1
@@ -112,8 +113,8 @@ class Tile(NamedTuple):
     """A variant of a kernel: a workgroup makes m x n of C, k at a time, in `threads` threads.
 
     How fast is measured on an H100, or on lavapipe for the tiles of CPUs, and read from there by `choose_tile`:
-    TFLOP/s of a product that fills the device, workgroups that share a core, and of how much k the time is that a
-    workgroup takes beside its k.
+    TFLOP/s of a product that fills the device, workgroups that share a core, of how much k the time is that a workgroup
+    takes beside its k, and what is left of the rate where tiles stick out of a matrix.
     """
 
     m: int
@@ -123,6 +124,7 @@ class Tile(NamedTuple):
     rate: float
     resident: int
     overhead: int
+    ragged: float = 1.0
 
 
 # Each is a variant of its family's kernel.
@@ -138,10 +140,11 @@ TILES = {
         Tile(64, 64, 32, 128, 170, 4, 100),
     ),
     "coop2": (
-        Tile(128, 256, 64, 256, 340, 1, 290),
-        Tile(128, 128, 32, 128, 320, 2, 210),
-        Tile(64, 128, 32, 128, 240, 3, 100),
-        Tile(64, 64, 64, 128, 190, 2, 96),
+        Tile(128, 256, 64, 256, 313, 1, 310, ragged=0.51),
+        Tile(128, 128, 32, 128, 311, 2, 290, ragged=0.48),
+        Tile(128, 128, 64, 256, 271, 1, 214, ragged=0.48),
+        Tile(64, 128, 32, 128, 246, 4, 230, ragged=0.54),
+        Tile(64, 64, 64, 128, 187, 2, 261, ragged=0.5),
     ),
 }
 CPU_TILES = (Tile(64, 64, 8, 64, 0.02, 1, 16), Tile(32, 32, 8, 64, 0.014, 1, 16))
@@ -160,26 +163,38 @@ _CPU, _GPU = _Speed(8, 2e-5, 1e10), _Speed(132, 5e-6, 5e12)
 
 @functools.lru_cache(maxsize=4096)
 def choose_tile(
-    tiles: tuple[Tile, ...], m: int, n: int, k: int, batch: int = 1, on_cpu: bool = False
+    tiles: tuple[Tile, ...], m: int, n: int, k: int, batch: int = 1, k_inner: bool = False, on_cpu: bool = False
 ) -> tuple[Tile, int]:
-    """The tile, out of `tiles`, and the number of slices of k that should make a product in the least time."""
+    """The tile, out of `tiles`, and the number of slices of k that should make a product in the least time.
+
+    k_inner: whether the rows of both operands run along k.
+    """
     most = max(1, min(k // _MIN_SPLIT_K, _MAX_SPLITS))
     choices = [(tile, splits) for tile in tiles for splits in range(1, most + 1)]
-    return min(choices, key=lambda choice: _estimate(*choice, m, n, k, batch, _CPU if on_cpu else _GPU))
+    return min(choices, key=lambda choice: _estimate(*choice, m, n, k, batch, k_inner, _CPU if on_cpu else _GPU))
 
 
-def _estimate(tile: Tile, splits: int, m: int, n: int, k: int, batch: int, speed: _Speed) -> float:
+def _estimate(tile: Tile, splits: int, m: int, n: int, k: int, batch: int, k_inner: bool, speed: _Speed) -> float:
     """Seconds that a product takes, about."""
     slice_k = ceil_divide(k, splits * tile.k) * tile.k
     splits = max(1, ceil_divide(k, max(slice_k, 1)))
     count = batch * splits * ceil_divide(m, tile.m) * ceil_divide(n, tile.n)
-    alone = 2 * tile.m * tile.n * (slice_k + tile.overhead) / (tile.rate * 1e12 / speed.cores)
+    rate = tile.rate * 1e12 / speed.cores
+    if _sticks_out(tile, m, n, k):
+        rate *= tile.ragged
+    if k_inner and k >= _LONG_ROW and tile.k < _CACHE_LINE:
+        rate *= 0.6
+    alone = 2 * tile.m * tile.n * (slice_k + tile.overhead) / rate
     # Cores with all their residents work at full rate; the last ones, i of r on a core, at the rate of sqrt(i / r).
     rounds, left = divmod(count, speed.cores * tile.resident)
     seconds = alone * (rounds * tile.resident + math.sqrt(ceil_divide(left, speed.cores) * tile.resident))
     if splits > 1:  # the partial sums are written and read, by one more dispatch
         seconds += speed.launch + 8 * splits * batch * m * n / speed.bandwidth
     return seconds
+
+
+def _sticks_out(tile: Tile, m: int, n: int, k: int) -> bool:
+    return any((m % tile.m, n % tile.n, k % tile.k))
 
 
 def choose_variant(info: DeviceInfo, dtype: np.dtype, variant: str | None = None) -> str:
@@ -277,7 +292,7 @@ def plan_gemm(
         on_cpu = info.kind == "cpu"
         tiles = CPU_TILES if on_cpu and chosen == "plain" else TILES[chosen]
         tiles = tuple(tile for tile in tiles if _fits(info, *_kernel(chosen, tile, a, c), tile))
-        tile, found = choose_tile(tiles, m, n, k, batch, on_cpu)
+        tile, found = choose_tile(tiles, m, n, k, batch, transpose_b and not transpose_a, on_cpu)
         splits = found if splits is None else splits
     slice_k = max(1, ceil_divide(k, (splits or 1) * tile.k)) * tile.k  # whole tiles: only the last slice is ragged
     splits = max(1, ceil_divide(k, slice_k))
@@ -355,8 +370,8 @@ class _Multiply:
         tile, work, a, b = self.tile, self.work, self.a, self.b
         spec = {"TRANSPOSE_A": self.transpose_a, "TRANSPOSE_B": self.transpose_b}
         if self.variant == "coop2":
-            edges = work.m % tile.m or work.n % tile.n or work.k % tile.k
-            spec |= {"EDGES": bool(edges), "ALIGNED_A": a.aligned(8), "ALIGNED_B": b.aligned(8)}
+            edges = _sticks_out(tile, work.m, work.n, work.k)
+            spec |= {"EDGES": edges, "ALIGNED_A": a.aligned(8), "ALIGNED_B": b.aligned(8)}
             spec |= _epilogue_spec(epilogue, c.aligned(8))
             del spec["DROPOUT"]
         else:
