@@ -191,6 +191,45 @@ def test_an_array_cannot_be_donated_and_kept():
     np.testing.assert_array_equal(state, X)
 
 
+def test_a_loop_over_a_state_may_be_left_and_entered_again():
+    def step(state, x):
+        return {"a": state["a"] * 0.5 + x, "b": state["b"] + state["a"].sum()}, x.max()
+
+    jitted = vjit(step, donate_argnums=0)
+    first = {"a": X, "b": np.float32(1)}
+    expected = [first]
+    for i in range(9):
+        expected.append(jax.tree.map(np.asarray, jax.jit(step)(expected[-1], X + i)[0]))
+
+    def check(state, i):
+        for name, value in expected[i].items():
+            np.testing.assert_allclose(state[name], value, rtol=1e-5)
+
+    state, _ = jitted(first, X)
+    old = state
+    state, _ = jitted(state, X + 1)
+    state, _ = jitted(state, X + 2)
+    assert old["a"].is_deleted()
+    with pytest.raises(RuntimeError, match="donated"):
+        jitted(old, X)
+    with pytest.raises(RuntimeError, match="donated"):
+        jitted({"a": state["a"], "b": old["b"]}, X)
+    with pytest.raises(ValueError, match="a second time"):
+        jitted(state, state["a"])
+    other, _ = jitted(first, X)  # two states at once
+    state, _ = jitted(state, X + 3)
+    state, _ = jitted(state, X + 4)
+    check(other, 1)
+    check(state, 5)
+    state["b"] = state["b"].numpy()  # one leaf from elsewhere
+    state, _ = jitted(state, X + 5)
+    state, _ = jitted(state, X + 6)
+    check(state, 7)
+    state["a"].delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        jitted(state, X)
+
+
 def test_donated_arrays_are_read_before_they_are_written():
     def rotate(a, b, c):
         return b, c + a.sum(), a[::-1]

@@ -27,6 +27,19 @@ class ArrayType(NamedTuple):
 array_type = functools.lru_cache(maxsize=65_536)(ArrayType)
 
 
+class Life:
+    """Of arrays that one call gave in the memory that it was donated. It ends for all of them at once when they are
+    donated again. whole: whether none of them was deleted by itself."""
+
+    __slots__ = ("ended", "whole")
+
+    def __init__(self, ended: bool = False):
+        self.ended, self.whole = ended, True
+
+
+_OWN = Life()  # of arrays that only end by themselves
+
+
 class Array(Operators):
     """A dense array in device memory, row-major. It is never changed; a donated one is gone.
 
@@ -34,11 +47,12 @@ class Array(Operators):
     computes it. It is no `jax.Array`, but has that class's operators and methods, which compute on the host.
     """
 
-    __slots__ = ("__weakref__", "_buffer", "type")
+    __slots__ = ("__weakref__", "_buffer", "_life", "type")
 
-    def __init__(self, buffer: Buffer, type: ArrayType):
+    def __init__(self, buffer: Buffer, type: ArrayType, life: Life = _OWN):
         self._buffer: Buffer | None = buffer
         self.type = type
+        self._life = life
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,7 +76,7 @@ class Array(Operators):
     @property
     def buffer(self) -> Buffer:
         """Its memory. Raises RuntimeError where it was donated or deleted."""
-        if self._buffer is None:
+        if self._buffer is None or self._life.ended:
             raise RuntimeError(f"this array, {self.type}, was donated or deleted: use what the function gave back")
         return self._buffer
 
@@ -97,11 +111,12 @@ class Array(Operators):
 
     def is_deleted(self) -> bool:
         """Whether it was donated or deleted."""
-        return self._buffer is None
+        return self._buffer is None or self._life.ended
 
     def delete(self) -> None:
         """Gives its memory back."""
         self._buffer = None
+        self._life.whole = False
 
     def item(self) -> Any:
         """The only element, as a Python number."""
@@ -146,6 +161,6 @@ class Array(Operators):
         return self.copy()
 
     def __repr__(self) -> str:
-        if self._buffer is None:
+        if self.is_deleted():
             return f"Array({self.type}, deleted)"
         return f"Array({self.numpy()}, {self.type})"

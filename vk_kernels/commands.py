@@ -12,7 +12,7 @@ from vk_kernels import api
 from vk_kernels.api import ffi, vk
 from vk_kernels.errors import VulkanError
 from vk_kernels.kernel import Kernel
-from vk_kernels.memory import Buffer
+from vk_kernels.memory import Buffer, Replay
 
 if TYPE_CHECKING:
     from vk_kernels.device import Device
@@ -57,8 +57,9 @@ class Recorder:
         self.device = device
         self.last_value = 0  # the newest submission
         self._hazards = hazards
-        self._replay = replay
+        self._replay = Replay() if replay else None
         self._capacity = timestamps
+        self._buffers: dict[int, Buffer] = {}  # by id: every buffer (never a slice) that the commands use
         self._descriptor_pools: list[Any] = []
         self._queries = ffi.NULL
         if timestamps and not device.limits.timestamp_bits:
@@ -78,7 +79,6 @@ class Recorder:
 
     def _begin(self) -> None:
         self.labels: list[str] = []
-        self._buffers: dict[int, Buffer] = {}  # by id: every buffer (never a slice) that the commands use
         self._reads: list[tuple[int, int, int]] = []  # (VkBuffer, start, end) since the last barrier
         self._writes: list[tuple[int, int, int]] = []
         self._transfers = False  # whether any command is a copy or a fill
@@ -96,6 +96,7 @@ class Recorder:
         """Forgets all commands, once the last submission is done."""
         device = self.device
         device.wait(self.last_value)
+        self._forget_buffers()
         api.check(device.fn.vkResetCommandPool(device.handle, self._pool, 0), "resetting a command pool")
         for pool in self._descriptor_pools:
             device.fn.vkResetDescriptorPool(device.handle, pool, 0)
@@ -295,20 +296,34 @@ class Recorder:
         fn.vkCmdPipelineBarrier(command, compute | transfer, after, 0, 1, barrier, 0, ffi.NULL, 0, ffi.NULL)
         api.check(fn.vkEndCommandBuffer(command), "ending a command buffer")
         self._ended = True
+        self._description = self.describe()
+        if self._replay:
+            for buffer in self._buffers.values():
+                buffer.join(self._replay)
 
     def submit(self) -> Submission:
         """Hands the commands to the device and returns at once. A second time needs `replay`."""
         self.end()
-        if self._submitted and not self._replay:
-            raise VulkanError(f"{self.describe()}: submitted already; record with replay=True to do so again")
-        for buffer in self._buffers.values():
-            if buffer.freed:
-                raise VulkanError(f"{self.describe()}: a buffer of {buffer.size} bytes was freed before the submission")
-        self.last_value = self.device.submit(self._command, self._buffers.values(), self.describe())
+        if self._replay:
+            used, freed = (self._replay,), self._replay.freed
+        elif self._submitted:
+            raise VulkanError(f"{self._description}: submitted already; record with replay=True to do so again")
+        else:
+            used = self._buffers.values()
+            freed = next((buffer.size for buffer in used if buffer.freed), None)
+        if freed is not None:
+            raise VulkanError(f"{self._description}: a buffer of {freed} bytes was freed before the submission")
+        self.last_value = self.device.submit(self._command, used, self._description)
         self._submitted = True
         if not self._replay:
             self._buffers.clear()  # from here on `last_use` keeps their memory from being given away
         return Submission(self, self.last_value)
+
+    def _forget_buffers(self) -> None:
+        if self._replay:
+            for buffer in self._buffers.values():
+                buffer.leave(self._replay)
+        self._buffers.clear()
 
     def describe(self) -> str:
         """The kernels of the recording, for messages."""
@@ -327,6 +342,7 @@ class Recorder:
         pools += [("DescriptorPool", pool) for pool in self._descriptor_pools]
         # Forgotten at once: a driver may give a new object the handle of one that is destroyed.
         device, self._pool, self._queries, self._descriptor_pools = self.device, ffi.NULL, ffi.NULL, []
+        self._forget_buffers()
         self._ended = True
         for kind, handle in pools:
             if handle == ffi.NULL:

@@ -78,6 +78,18 @@ class Block:
         self.free.insert(index, (offset, nbytes))
 
 
+class Replay:
+    """What the buffers of a recording that is submitted many times share, so that a submission touches none of them.
+
+    last_use: the newest submission. freed: bytes of a buffer that was freed since, or None.
+    """
+
+    __slots__ = ("freed", "last_use")
+
+    def __init__(self):
+        self.last_use, self.freed = 0, None
+
+
 class Buffer:
     """`size` bytes of device memory at `offset` of the VkBuffer `handle`. It is freed with its last reference."""
 
@@ -89,10 +101,30 @@ class Buffer:
         self.offset = offset
         self.size = size
         self.range = max(4, -(-size // 4) * 4)  # what a descriptor spans: whole words, and never nothing
-        self.last_use = 0  # the newest submission that has this buffer, or a slice of it
+        self._last_use = 0
+        self._replays: tuple[Replay, ...] = ()
         self._reserved = reserved
         self._parent = parent
         self._freed = False
+
+    @property
+    def last_use(self) -> int:
+        """The newest submission that has this buffer, or a slice of it."""
+        return max([self._last_use, *(replay.last_use for replay in self._replays)])
+
+    @last_use.setter
+    def last_use(self, value: int) -> None:
+        self._last_use = value
+
+    def join(self, replay: Replay) -> None:
+        """From here on `replay` says when the buffer is used."""
+        self._replays = (*self._replays, replay)
+        if self._freed:
+            replay.freed = self.size
+
+    def leave(self, replay: Replay) -> None:
+        self._last_use = max(self._last_use, replay.last_use)
+        self._replays = tuple(other for other in self._replays if other is not replay)
 
     @property
     def owner(self) -> "Buffer":
@@ -149,6 +181,8 @@ class Buffer:
         """Gives the memory back as soon as the device is done with it. On a slice, or a second time, does nothing."""
         if self._parent is None and not self._freed:
             self._freed = True
+            for replay in self._replays:
+                replay.freed = self.size
             memory, block, offset, reserved = self.device.memory, self.block, self.offset, self._reserved
             self.device.retire(self.last_use, lambda: memory.release(block, offset, reserved))
 

@@ -6,7 +6,7 @@ caller comes back with the same ones, as a training loop does with its donated s
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -98,6 +98,11 @@ class _Output(Buffer):
     def __init__(self, buffer: Buffer):
         super().__init__(buffer.device, buffer.block, buffer.offset, buffer.size, 0, buffer)
 
+    def another(self) -> "_Output":
+        made = _Output.__new__(_Output)
+        made.__dict__ |= self.__dict__
+        return made
+
     def move_to(self, buffer: Buffer) -> None:
         """From here on it is all of `buffer`, where its content has been copied."""
         self.__init__(buffer)
@@ -119,7 +124,7 @@ class _Recording:
     ):
         self.recorder = recorder
         self.inputs, self.slots = inputs, slots
-        self.owned = [(j, buffer) for j, buffer in enumerate(outputs) if buffer is not None]
+        self.outputs = [_Output(buffer) for buffer in outputs if buffer is not None]
         self.views: list[weakref.ref[_Output]] = []  # what callers may hold of its outputs
 
     @property
@@ -142,28 +147,28 @@ class Executable:
         self._constants = [device.upload(array) for array in program.constants]
         self._aliases = [program.aliases.get(j) for j in range(len(program.outputs))]
         self._aliased = frozenset(program.aliases.values())
+        self._last: list[Buffer | None] = [None] * len(program.inputs)  # that the last call was bound to
         self._recordings: list[_Recording] = []  # by use, the last used last
         self._copied: set[int] = set()  # inputs that come in other memory each time: copied into a slot
         self._misses: Counter[int] = Counter()
 
-    def __call__(self, arguments: Sequence[Buffer | np.ndarray]) -> list[Buffer]:
-        """Submits the program; gives the outputs at once, computed or not.
+    def __call__(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Buffer]:
+        """Submits the program; gives the outputs at once, computed or not, but for those in an input's memory.
 
-        arguments: a buffer on the device each, or a host array, which is uploaded. Buffers of aliased inputs come
-        back as outputs. Raises ValueError where two inputs are in the same memory, one of which is an output's.
+        arguments: by number, a buffer on the device each, or a host array, which is uploaded; of aliased inputs always
+        a buffer, or nothing at all, where it is the one of the last call. Raises ValueError where two inputs are in
+        the same memory, one of which is an output's.
         """
-        arguments = self._uploaded(arguments)
-        recording = self._choose(arguments)
+        bound = self._bound(arguments)
+        recording = self._choose(bound)
         for i, slot in recording.slots.items():
             if not isinstance(arguments[i], Buffer):
                 slot.write(arguments[i])
         self._copy([(arguments[i], slot) for i, slot in recording.slots.items() if isinstance(arguments[i], Buffer)])
         recording.recorder.submit()
-        results = [None if alias is None else arguments[alias] for alias in self._aliases]
-        recording.views = views = []
-        for j, buffer in recording.owned:
-            results[j] = view = _Output(buffer)
-            views.append(weakref.ref(view))
+        self._last = bound
+        results = [output.another() for output in recording.outputs]
+        recording.views = list(map(weakref.ref, results))
         return results
 
     def _copy(self, copies: Sequence[tuple[Buffer, Buffer]]) -> None:
@@ -173,19 +178,15 @@ class Executable:
                     recorder.copy(source, target)
                 recorder.submit()
 
-    def _uploaded(self, arguments: Sequence[Buffer | np.ndarray]) -> list[Buffer | np.ndarray]:
-        """With buffers for the inputs that become outputs: those cannot be slots, which are written again."""
-        missing = [i for i in self._aliased if not isinstance(arguments[i], Buffer)]
-        if not missing:
-            return arguments
-        arguments = list(arguments)
-        for i in missing:
-            arguments[i] = self.device.upload(arguments[i])
-        return arguments
+    def _bound(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Buffer | None]:
+        """The buffers that a recording for a call is bound to; None where it has a slot."""
+        bound = self._last.copy()
+        for i, x in arguments.items():
+            bound[i] = x.owner if isinstance(x, Buffer) and i not in self._copied else None
+        return bound
 
-    def _choose(self, arguments: Sequence[Buffer | np.ndarray]) -> _Recording:
+    def _choose(self, bound: list[Buffer | None]) -> _Recording:
         """A recording for these buffers, the longest unused one if there are several; a new one if that is better."""
-        bound = [x.owner if isinstance(x, Buffer) and i not in self._copied else None for i, x in enumerate(arguments)]
         fitting = [recording for recording in self._recordings if recording.inputs == bound]
         free = [recording for recording in fitting if not recording.held]
         if len(self._recordings) < RECORDINGS:

@@ -13,13 +13,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import is_
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vk_kernels.array import Array, ArrayType, array_type
+from vk_kernels.array import Array, ArrayType, Life, array_type
 from vk_kernels.device import Device
 from vk_kernels.lowering import call
 from vk_kernels.lowering.context import target_of, use
@@ -84,14 +86,20 @@ def _type_of(x: Any) -> ArrayType:
     """What JAX takes an argument for."""
     if isinstance(x, Array):
         return x.type
+    if type(x) is np.ndarray and x.dtype.kind in "biuf":
+        return array_type(x.shape, jax.dtypes.canonicalize_dtype(x.dtype), False)
     aval = jax.typeof(x)
     return array_type(aval.shape, aval.dtype, aval.weak_type)
 
 
 def _host(x: Any) -> np.ndarray:
     """An argument as the array that JAX takes it for."""
-    aval = jax.typeof(x)
-    return np.asarray(jax.random.key_data(x)) if is_key(aval) else np.asarray(x, aval.dtype)
+    kind = _type_of(x)
+    return np.asarray(jax.random.key_data(x)) if is_key(kind) else np.asarray(x, kind.dtype)
+
+
+def _is_tracer(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,10 @@ class Compiled:
     def __init__(self, traced: Any, device: Device):
         self.device = device
         closed = traced.jaxpr
-        donated = [info.donated for info in jax.tree.leaves(traced.args_info)]
+        self.in_types = [array_type(aval.shape, aval.dtype, aval.weak_type) for aval in closed.in_avals]
+        # Keys live on the host: there is nothing to donate.
+        infos = zip(jax.tree.leaves(traced.args_info), self.in_types, strict=True)
+        donated = [info.donated and not is_key(kind) for info, kind in infos]
         self.donated = [i for i, given in enumerate(donated) if given]
         self.out_tree = jax.tree.structure(traced.out_info)
         self.out_types = [array_type(aval.shape, aval.dtype, aval.weak_type) for aval in closed.out_avals]
@@ -155,23 +166,58 @@ class Compiled:
         reductions = 4 if device.info.kind == "cpu" else MOST_REDUCTIONS
         self.program: Program = make_program(partition(self.graph, buffers, reductions), device, donated)
         self.executable = Executable(device, self.program)
+        self._plan_results()
 
-    def arguments(self, leaves: Sequence[Any]) -> list[Buffer | np.ndarray]:
-        """What the executable takes for the leaves of a call."""
-        device = self.device
-        return [
-            _host(x) if type(x) is not Array else x.buffer if x.buffer.device is device else x.numpy() for x in leaves
-        ]
+    def _plan_results(self) -> None:
+        aliases = self.program.aliases
+        self._carried = list(aliases.values())  # inputs whose memory comes back as an output
+        self._dropped = [i for i in self.donated if i not in aliases.values()]
+        self._rest = [i for i in range(len(self.in_types)) if i not in aliases.values()]
+        made = [j for j in range(len(self.out_types)) if j not in aliases]
+        self._carried_types = [self.out_types[j] for j in aliases]
+        self._made_types = [self.out_types[j] for j in made]
+        places = {j: k for k, j in enumerate((*aliases, *made))}
+        self._order = [places[j] for j in range(len(self.out_types))]
+        # What the last call gave in donated memory: arrays, with one life, and their buffers.
+        self._given, self._life, self._buffers = [], Life(ended=True), []
 
-    def __call__(self, leaves: Sequence[Any]) -> Any:
-        buffers = self.executable(self.arguments(leaves))
-        for i in self.donated:
+    def continues(self, leaves: Sequence[Any]) -> bool:
+        """Whether this call is the next in a loop over a state: what the last call gave in donated memory comes back
+        in the same places, and the other leaves are of its types too. Quicker than to look at every leaf."""
+        life = self._life
+        if life.ended or not life.whole or not all(map(is_, map(leaves.__getitem__, self._carried), self._given)):
+            return False
+        return all(_type_of(leaves[i]) == self.in_types[i] and not _is_tracer(leaves[i]) for i in self._rest)
+
+    def argument(self, i: int, x: Any) -> Buffer | np.ndarray:
+        """What the executable takes for the i-th leaf of a call."""
+        if type(x) is np.ndarray:
+            return x.astype(self.in_types[i].dtype, copy=False)
+        if type(x) is not Array:
+            return _host(x)
+        buffer = x.buffer
+        return buffer if buffer.device is self.device else x.numpy()
+
+    def __call__(self, leaves: Sequence[Any], continues: bool = False) -> Any:
+        """continues: what `continues` says of these leaves."""
+        arguments = {i: self.argument(i, leaves[i]) for i in self._rest}
+        carried = self._buffers
+        if not continues:
+            found = [self.argument(i, leaves[i]) for i in self._carried]
+            carried = [x if isinstance(x, Buffer) else self.device.upload(x) for x in found]
+            arguments |= zip(self._carried, carried, strict=True)
+        made = self.executable(arguments)
+        self._life.ended |= continues
+        for i in self._dropped if continues else self.donated:
             if type(leaves[i]) is Array:
                 leaves[i].delete()
-        results = list(map(Array, buffers, self.out_types))
+        self._life, self._buffers = Life(), carried
+        self._given = list(map(Array, carried, self._carried_types, repeat(self._life)))
+        results = [*self._given, *map(Array, made, self._made_types)]
+        results = list(map(results.__getitem__, self._order))
         for j, aval in self.out_keys:
             words = key_words(aval)
-            found = buffers[j].read(words.dtype, words.shape)
+            found = results[j].buffer.read(words.dtype, words.shape)
             results[j] = jax.random.wrap_key_data(found, impl=aval.dtype._impl.name)
         return jax.tree.unflatten(self.out_tree, results)
 
@@ -208,7 +254,7 @@ class Compiled:
         )
 
     def profile(self, leaves: Sequence[Any]) -> Profile:
-        timings = self.executable.time(self.arguments(leaves))
+        timings = self.executable.time(list(map(self.argument, range(len(leaves)), leaves)))
         timed = [command for command in self.program.commands if 0 not in command.groups]
         return Profile(
             tuple((label, command.scope, seconds) for command, (label, seconds) in zip(timed, timings, strict=True))
@@ -232,25 +278,30 @@ class Jitted:
             donate_argnames=donate_argnames,
         )
         self._compiled: dict[Any, Compiled] = {}
-        self._last: tuple[Any, Any] = (None, None)  # key and program of the last call
+        self._last: tuple[Any, Any, Any] = (None, None, None)  # of the last call: form, types, what is compiled
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, key = self._leaves(args, kwargs)
-        others = [x for x in leaves if type(x) is not Array]
-        if any(isinstance(x, jax.core.Tracer) for x in others):
+        leaves, form = self._leaves(args, kwargs)
+        with self._lock:
+            last_form, last_types, compiled = self._last
+            if form == last_form and compiled.continues(leaves):
+                return compiled(leaves, continues=True)
+        if any(map(_is_tracer, leaves)):
             with self._using():
                 return self._jitted(*args, **kwargs)
         with self._lock:
-            if key != self._last[0]:  # quicker than to hash it
-                self._last = key, self._find(key, args, kwargs)
-            return self._last[1](leaves)
+            types = list(map(_type_of, leaves))
+            if form != last_form or types != last_types:  # quicker than to hash them
+                compiled = self._find(form, types, args, kwargs)
+                self._last = form, types, compiled
+            return compiled(leaves)
 
     def lower(self, *args: Any, **kwargs: Any) -> Compiled:
         """What a call with such arguments runs; arguments may be jax.ShapeDtypeStruct."""
-        _, key = self._leaves(args, kwargs)
+        leaves, form = self._leaves(args, kwargs)
         with self._lock:
-            return self._find(key, args, kwargs)
+            return self._find(form, map(_type_of, leaves), args, kwargs)
 
     def cost(self, *args: Any, **kwargs: Any) -> Cost:
         """Of a call with such arguments."""
@@ -265,7 +316,7 @@ class Jitted:
     def clear_cache(self) -> None:
         """Forgets all that was compiled."""
         with self._lock:
-            self._last = None, None
+            self._last = None, None, None
             self._compiled.clear()
             self._jitted.clear_cache()
 
@@ -273,7 +324,7 @@ class Jitted:
         return use("vulkan", device=self._device)
 
     def _leaves(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-        """The arrays of a call, and what it is compiled for."""
+        """The arrays of a call, and what else it is compiled for."""
         static: tuple = ()
         if self._static_numbers or self._static_names:
             numbers = {n % len(args) for n in self._static_numbers if -len(args) <= n < len(args)}
@@ -285,9 +336,10 @@ class Jitted:
             kwargs = {name: x for name, x in kwargs.items() if name not in self._static_names}
         leaves, tree = jax.tree.flatten((args, kwargs))
         device = self._device if self._device is not None else target_of("vulkan")
-        return leaves, (tree, static, device, *[x.type if type(x) is Array else _type_of(x) for x in leaves])
+        return leaves, (tree, static, device)
 
-    def _find(self, key: Any, args: tuple, kwargs: dict[str, Any]) -> Compiled:
+    def _find(self, form: Any, types: Iterable[ArrayType], args: tuple, kwargs: dict[str, Any]) -> Compiled:
+        key = form, tuple(types)
         if key not in self._compiled:
             self._compiled[key] = self._compile(args, kwargs)
         return self._compiled[key]
