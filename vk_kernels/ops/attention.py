@@ -28,6 +28,7 @@ MAX_HEAD_DIM = 128  # of the kernels: a query's sums must fit in registers
 
 VARIANTS = ("coop1", "plain")  # in order of preference
 _MATRIX = 16  # rows of a cooperative matrix
+_LANES = 32  # of the subgroups that work on them
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _TILED = ("attention_forward", "attention_dkv", "attention_dq")  # kernels that work on tiles of the scores
@@ -302,20 +303,14 @@ def _lacking(info: "DeviceInfo", head_dim: int) -> str:
         for row in info.features.cooperative_matrices
     ):
         return "cooperative matrices of 16x16x16 bf16"
-    return "" if _lanes(info) else "subgroups of 16, 32 or 64"
+    smallest, largest = info.limits.subgroup_size_range
+    chosen = info.limits.subgroup_size_selectable and smallest <= _LANES <= largest
+    return "" if chosen or smallest == largest == _LANES else f"subgroups of {_LANES}"
 
 
 def _padded(head_dim: int) -> int:
     """The head dim of the cooperative kernel that takes `head_dim`."""
     return next(padded for padded in (32, 64, MAX_HEAD_DIM) if head_dim <= padded)
-
-
-def _lanes(info: "DeviceInfo") -> int:
-    """The size of subgroup that the cooperative kernels run in; 0 where there is none."""
-    smallest, largest = info.limits.subgroup_size_range
-    if not info.limits.subgroup_size_selectable:
-        return largest if smallest == largest and largest in (16, 32, 64) else 0
-    return next((lanes for lanes in (32, 64, 16) if smallest <= lanes <= largest), 0)
 
 
 class _Work(NamedTuple):
@@ -362,8 +357,7 @@ class _Work(NamedTuple):
             spec |= {"GROUPS": groups, "QUERIES": queries, "STAGE_ROWS": (64, 32, 16, 16)[groups - 1]}
             used, tile_queries, subgroup_size, eights = kind, _THREAD_ROWS * queries, None, 4
         else:
-            used, tile_queries, subgroup_size, eights = f"coop1_{_padded(head_dim)}", _TILE, _lanes(info), 8
-            spec |= {"LANES": subgroup_size, "THREADS": 4 * subgroup_size}
+            used, tile_queries, subgroup_size, eights = f"coop1_{_padded(head_dim)}", _TILE, _LANES, 8
         spec["ALIGNED"] = all(n % eights == 0 for n in (head_dim, *strides))
         push_constants = struct.pack(
             "<18I3f",
