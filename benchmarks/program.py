@@ -6,7 +6,7 @@
 Without --calls it only traces, compiles and records, on any device, twice: the second time the compiled kernels come
 from the cache on disk. With it, steps run with donated state and a batch of numpy arrays: Python is the time until a
 call returns while nothing waits for the device; step is wall time over all calls. --profile times each dispatch alone,
-so that their sum is more than a step, and groups them by kernel and by scope.
+so that their sum is more than a step, and groups them by phase and by kernel.
 """
 
 import argparse
@@ -117,14 +117,15 @@ def measure(jitted: Any, state: Any, batch: Any, calls: int) -> Any:
 
 def print_profile(profile: Any) -> None:
     print(f"sum over dispatches, each alone: {1e3 * profile.seconds:.3f} ms")
-    groups: dict[str, dict[str, list[float]]] = {"kernel": {}, "scope": {}}
-    for label, scope, seconds in profile.rows:
-        groups["kernel"].setdefault(kernel_name(label), []).append(seconds)
-        groups["scope"].setdefault(scope.split("/")[0] or "(none)", []).append(seconds)
-    for what, found in groups.items():
-        print(f"by {what}:")
-        for name, seconds in sorted(found.items(), key=lambda item: -sum(item[1])):
-            print(f"{1e3 * sum(seconds):10.3f} ms in {len(seconds):>4}  {name}")
+    print("by phase:")
+    for name, seconds in profile.by_phase().items():
+        print(f"{1e3 * seconds:10.3f} ms  {name or '(none)'}")
+    groups: dict[str, list[float]] = {}
+    for label, _, seconds in profile.rows:
+        groups.setdefault(kernel_name(label), []).append(seconds)
+    print("by kernel:")
+    for name, seconds in sorted(groups.items(), key=lambda item: -sum(item[1])):
+        print(f"{1e3 * sum(seconds):10.3f} ms in {len(seconds):>4}  {name}")
     print("slowest dispatches:")
     for label, scope, seconds in sorted(profile.rows, key=lambda row: -row[2])[:25]:
         print(f"{1e3 * seconds:10.3f} ms  {scope}: {label}")

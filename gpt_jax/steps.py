@@ -101,33 +101,35 @@ def train_step(
     loss, grads = loss_and_gradient(
         state.params, batch, state.step, model=model, seed=seed, accumulate_steps=accumulate_steps
     )
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
 
     def keep_if_finite(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-    skip = 1 - finite.astype(jnp.int32)
-    skipped_in_a_row = (state.skipped_in_a_row + skip) * skip
-    metrics = {
-        "loss": loss,
-        "learning_rate": schedule(state.step - state.skipped),
-        "grad_norm": grad_norm,
-        "param_norm": optax.tree.norm(state.params),
-        "update_norm": optax.tree.norm(updates),
-        "finite": finite,
-        "skipped_in_a_row": skipped_in_a_row,
-    }
-    metrics |= {f"grad_norm/{layer}": optax.tree.norm(layer_grads) for layer, layer_grads in grads.items()}
-    next_state = TrainState(
-        step=state.step + 1,
-        skipped=state.skipped + skip,
-        skipped_in_a_row=skipped_in_a_row,
-        params=keep_if_finite(params, state.params),
-        opt_state=keep_if_finite(opt_state, state.opt_state),
-    )
+    with jax.named_scope("optimizer"):
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        skip = 1 - finite.astype(jnp.int32)
+        skipped_in_a_row = (state.skipped_in_a_row + skip) * skip
+        next_state = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + skip,
+            skipped_in_a_row=skipped_in_a_row,
+            params=keep_if_finite(params, state.params),
+            opt_state=keep_if_finite(opt_state, state.opt_state),
+        )
+    with jax.named_scope("metrics"):
+        metrics = {
+            "loss": loss,
+            "learning_rate": schedule(state.step - state.skipped),
+            "grad_norm": grad_norm,
+            "param_norm": optax.tree.norm(state.params),
+            "update_norm": optax.tree.norm(updates),
+            "finite": finite,
+            "skipped_in_a_row": skipped_in_a_row,
+        }
+        metrics |= {f"grad_norm/{layer}": optax.tree.norm(layer_grads) for layer, layer_grads in grads.items()}
     return next_state, metrics
 
 

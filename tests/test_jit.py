@@ -411,6 +411,22 @@ def test_a_profile_times_every_dispatch_by_scope(tmp_path):
     assert events[1]["ts"] == pytest.approx(events[0]["dur"])
 
 
+def test_a_profile_tells_forward_backward_and_the_rest_apart():
+    @vjit
+    def fn(x, w):
+        def loss(w):
+            with jax.named_scope("layer"):
+                return (ops.gelu(x @ w) ** 2).mean()
+
+        value, gradient = jax.value_and_grad(loss)(w)
+        with jax.named_scope("optimizer"):
+            return value, jnp.cos(w - 0.1 * gradient)
+
+    profile = fn.profile(X, PARAMS[0]["w"])
+    assert set(profile.by_phase()) == {"forward", "backward", "optimizer"}
+    assert sum(profile.by_phase().values()) == pytest.approx(profile.seconds)
+
+
 def test_a_profile_leaves_donated_arguments_as_they_are():
     state = vk_kernels.device_put(X, SELECTOR)
     jitted = vjit(lambda x: x * 2, donate_argnums=0)

@@ -9,6 +9,7 @@ The height of a target is the longest way from it to the end of the program, cou
 need nothing of each other, and become one step together (horizontal fusion): each is computed as late as it can be.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -54,11 +55,17 @@ class Step:
 
     @property
     def scope(self) -> str:
-        """Of the node, or what the scopes of all nodes that compute something have in common."""
+        """Of the node, or what the scopes of all nodes that compute something have in common; where those begin with
+        different names, of the nodes under the name that has the most elements."""
         if self.node:
             return self.node.scope
         nodes = [node for node in self.graph.nodes if node.op not in _FREE] or self.graph.nodes
-        return common_scope(node.scope for node in nodes if node.scope)
+        elements: Counter[str] = Counter()
+        for node in nodes:
+            if node.scope:
+                elements[node.scope.split("/")[0]] += sum(out.size for out in node.outputs)
+        ((name, _),) = elements.most_common(1) or [("", 0)]
+        return common_scope(node.scope for node in nodes if node.scope.split("/")[0] == name)
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,14 @@ class Profile:
             found["/".join(scope.split("/")[:depth])] += seconds
         return dict(found.most_common())
 
+    def by_phase(self) -> dict[str, float]:
+        """Seconds 'forward' and 'backward', by the marks of JAX on what it differentiates, and of the rest by the
+        first name of the scope, the slowest first; '' has none, or several."""
+        found: Counter[str] = Counter()
+        for _, scope, seconds in self.rows:
+            found[_phase(scope)] += seconds
+        return dict(found.most_common())
+
     def write_trace(self, path: str | Path) -> None:
         """A Chrome trace (chrome://tracing, ui.perfetto.dev) of the dispatches, one after another."""
         events, start = [], 0.0
@@ -144,6 +152,13 @@ class Profile:
         lines = [f"{1e3 * self.seconds:10.3f} ms in {len(self.rows)} dispatches"]
         lines += [f"{1e3 * seconds:10.3f} ms  {scope}: {label}" for label, scope, seconds in self.rows]
         return "\n".join(lines)
+
+
+def _phase(scope: str) -> str:
+    first = scope.split("/")[0]
+    if "transpose(" in first:
+        return "backward"
+    return "forward" if "jvp(" in first else first
 
 
 class Compiled:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from vk_kernels.device import Device
 
 
+_COPIES = 32  # of outputs, that one kernel does
+
+
 @dataclass(frozen=True)
 class _Dispatch:
     """A dispatch whose operands index into (*inputs, *outputs, *scratch) of its step."""
@@ -59,8 +62,9 @@ def make_program(partition: Partition, device: "Device", donated: Sequence[bool]
                     0 if number else flops,
                 )
             )
-    for source, target, value in memory.copies:
-        commands += _copy(source, target, value)
+    copies = memory.copies
+    for start in range(0, len(copies), _COPIES):
+        commands += _copy(copies[start : start + _COPIES])
     return Program(
         tuple(commands),
         tuple(map(_array, partition.inputs)),
@@ -99,9 +103,12 @@ def _plan_hot(step: Step, node: Node, device: "Device") -> _Planned:
     return _Planned(step, tuple(dispatches), plan.scratch, frozenset())
 
 
-def _copy(source: Place, target: Place, value: Value) -> list[Command]:
-    generated = codegen.generate(Graph((value,), {}, [], (value,)), "copy")
-    places = (source, target)
+def _copy(copies: Sequence[tuple[Place, Place, Value]]) -> list[Command]:
+    """In one kernel: no place that is copied from is one that is copied to."""
+    sources = {value: source for source, _, value in copies}
+    graph = Graph(tuple(sources), {}, [], tuple(value for _, _, value in copies))
+    generated = codegen.generate(graph, "copy")
+    places = (*sources.values(), *(target for _, target, _ in copies))
     return [
         Command(kernel.label, "", kernel.spirv, tuple(places[i] for i in kernel.operands), kernel.groups)
         for kernel in generated.kernels
