@@ -17,9 +17,9 @@ from gpt_jax.steps import diagnostics_step, eval_step, init_params, init_state, 
 
 pytestmark = needs_vulkan
 
-SEED, STEPS = 42, 8
+SEED, STEPS, REPLAYS = 42, 8, 100
 MODEL = ModelConfig(
-    vocab_size=50, block_size=16, num_layers=2, num_heads=2, embed_dim=32, dropout_rate=0.1, soft_cap=30.0
+    vocab_size=50, block_size=16, num_layers=1, num_heads=2, embed_dim=32, dropout_rate=0.1, soft_cap=30.0
 )
 
 
@@ -38,7 +38,7 @@ def make_step(config: ModelConfig = MODEL, **options):
     model, optimizer = GPT(config), make_optimizer(optimizer_config)
     schedule = learning_rate_schedule(optimizer_config)
     step = functools.partial(train_step, model=model, optimizer=optimizer, schedule=schedule, seed=SEED, **options)
-    state = jax.jit(lambda: init_state(init_params(model, SEED), optimizer))()
+    state = xla(lambda: init_state(init_params(model, SEED), optimizer))()
     return jax.tree.map(np.asarray, state), step
 
 
@@ -90,10 +90,37 @@ def test_losses_and_norms_are_those_of_xla():
         assert getattr(found_state, name) == getattr(xla_state, name)
 
 
-def test_two_runs_are_equal_bit_for_bit():
-    first, second = vulkan_run(), run(vulkan_step(), start())
-    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        assert x.tobytes() == y.tobytes()
+def same_bits(found, expected) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (x.dtype, x.tobytes()) == (y.dtype, y.tobytes())
+
+
+def test_replays_are_fresh_recordings_in_an_arena_of_nan_bit_for_bit():
+    step, compiled = vulkan_step(), vulkan_step().lower(make_step()[0], make_batch(0))
+    assert compiled.cost().arena_bytes > 0
+
+    def fresh(state, batch):
+        executable = compiled.executable
+        executable._recordings.clear()
+        with compiled.device.recorder() as recorder:
+            recorder.fill(executable.arena, 0xFFFFFFFF)
+            recorder.submit()
+        return step(state, batch)
+
+    replayed = run(step, start(), REPLAYS)
+    same_bits(run(fresh, start(), REPLAYS), replayed)
+    same_bits(run(step, start(), REPLAYS), replayed)
+
+
+def test_steps_chained_in_one_submission_are_those_steps_bit_for_bit():
+    step = make_step()[1]
+    chained = vk_kernels.jit(lambda *args: jax.lax.scan(step, *args), donate_argnums=0, device=SELECTOR)
+    batches = jax.tree.map(lambda *xs: np.stack(xs), *map(make_batch, range(3)))
+    state, metrics = jax.tree.map(np.asarray, chained(start(), batches))
+    expected_state, expected = run(vulkan_step(), start(), 3)
+    same_bits(state, expected_state)
+    same_bits(metrics, jax.tree.map(lambda *xs: np.stack(xs), *expected))
 
 
 def test_the_state_stays_in_its_memory():
@@ -122,7 +149,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     ],
 )
 def test_every_kind_of_model_trains(changes, options, rtol):
-    config = ModelConfig(**{**MODEL.__dict__, **changes, "num_layers": 1})
+    config = ModelConfig(**{**MODEL.__dict__, **changes})
     state, step = make_step(config, **options)
     _, expected = run(xla(step), state, 3)
     _, found = run(vk_kernels.jit(step, donate_argnums=0, device=SELECTOR), state, 3)

@@ -3,7 +3,11 @@
     step = vk_kernels.jit(train_step, donate_argnums=0)
     state, metrics = step(state, batch)  # arrays of the result stay on the device
 
-The first call with arguments of new shapes traces and compiles; every later one is a queue submit.
+The first call with arguments of new shapes traces and compiles; every later one is a queue submit. Several steps go
+into one submission as a scan over their batches, which is unrolled:
+
+    steps = vk_kernels.jit(lambda state, batches: jax.lax.scan(train_step, state, batches), donate_argnums=0)
+    state, metrics = steps(state, batches)  # each array of both with one more axis, first: the step
 """
 
 import functools
