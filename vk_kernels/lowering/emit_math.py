@@ -90,8 +90,13 @@ class FloatMath:
     def _mul(self, a: Id, b: Id) -> Id:
         return self._m.op(Op.F_MUL, a, b)
 
-    def _div(self, a: Id, b: Id) -> Id:
-        return self._m.op(Op.F_DIV, a, b)
+    def div(self, a: Id, b: Id) -> Id:
+        """a / b for every b: a driver may divide by way of 1 / b, and its own range is 2^-126 to 2^126 only."""
+        m = self._m
+        size = self.abs(b)
+        large, small = m.op(Op.F_GREATER, size, self._c(2.0**100)), self._less(size, self._c(2.0**-100))
+        factor = m.select(large, self._c(2.0**-64), m.select(small, self._c(2.0**64), self._c(1)))
+        return self._mul(m.op(Op.F_DIV, a, self._mul(b, factor)), factor)
 
     def _fma(self, a: Id, b: Id, c: Id) -> Id:
         return self._m.ext(Ext.FMA, a, b, c)
@@ -143,12 +148,17 @@ class FloatMath:
 
     def max(self, a: Id, b: Id) -> Id:
         """NaN where either is."""
-        m = self._m
-        return m.select(m.op(Op.LOGICAL_OR, m.op(Op.F_GREATER, a, b), self.is_nan(a)), a, b)
+        return self._or_nan(self._m.select(self._m.op(Op.F_GREATER, a, b), a, b), a, b)
 
     def min(self, a: Id, b: Id) -> Id:
-        m = self._m
-        return m.select(m.op(Op.LOGICAL_OR, self._less(a, b), self.is_nan(a)), a, b)
+        """NaN where either is."""
+        return self._or_nan(self._m.select(self._less(a, b), a, b), a, b)
+
+    def _or_nan(self, value: Id, *operands: Id) -> Id:
+        """NaN where an operand is: a comparison and a select may become an instruction that has no NaN."""
+        for x in operands:
+            value = self._m.select(self.is_nan(x), x, value)
+        return value
 
     def sign(self, x: Id) -> Id:
         m = self._m
@@ -184,7 +194,7 @@ class FloatMath:
             shift = m.op(Op.I_SUB, m.op(Op.I_SUB, ahead, exponent), m.constant(20))
             power = m.op(Op.S_TO_F, m.ext(Ext.S_MAX, shift, m.constant(0)))
             step = self._scale(by, power)
-            quotient = m.ext(Ext.TRUNC, self._div(rest, step))
+            quotient = m.ext(Ext.TRUNC, self.div(rest, step))
             product, error = self._two_product(quotient, step)
             rest = self._sub(self._sub(rest, product), error)
             rest = m.select(self._less(rest, self._c(0)), self._add(rest, step), rest)
@@ -209,7 +219,7 @@ class FloatMath:
         y = m.from_bits(guess)
         third = self._c(1 / 3)
         for _ in range(4):
-            y = self._sub(y, self._mul(self._sub(y, self._div(size, self._mul(y, y))), third))
+            y = self._sub(y, self._mul(self._sub(y, self.div(size, self._mul(y, y))), third))
         usual = m.op(Op.LOGICAL_AND, self.is_finite(x), m.op(Op.F_GREATER, size, self._c(0)))
         return m.select(usual, self._with_sign(y, x), x)
 
@@ -228,8 +238,8 @@ class FloatMath:
     def _clamped(self, x: Id, low: float, high: float) -> Id:
         """NaN stays NaN."""
         m = self._m
-        x = m.select(self._less(x, self._c(low)), self._c(low), x)
-        return m.select(m.op(Op.F_GREATER, x, self._c(high)), self._c(high), x)
+        value = m.select(self._less(x, self._c(low)), self._c(low), x)
+        return self._or_nan(m.select(m.op(Op.F_GREATER, value, self._c(high)), self._c(high), value), x)
 
     def _exp_reduced(self, r: Id) -> Id:
         """exp, for |r| <= ln(2) / 2."""
@@ -252,7 +262,7 @@ class FloatMath:
         m = self._m
         e = self.exp(x)
         less = self._sub(e, self._c(1))
-        value = self._mul(less, self._div(x, self.log(e)))
+        value = self._mul(less, self.div(x, self.log(e)))
         value = m.select(m.op(Op.F_EQUAL, e, self._c(1)), x, value)
         value = m.select(m.op(Op.F_EQUAL, less, self._c(-1)), less, value)
         return m.select(m.op(Op.F_GREATER, x, self._c(40)), e, value)
@@ -286,7 +296,7 @@ class FloatMath:
         """log(1 + x) x / ((1 + x) - 1) (Kahan)."""
         m = self._m
         u = self._add(x, self._c(1))
-        value = self._mul(self.log(u), self._div(x, self._sub(u, self._c(1))))
+        value = self._mul(self.log(u), self.div(x, self._sub(u, self._c(1))))
         value = m.select(m.op(Op.F_EQUAL, u, self._c(1)), x, value)
         infinite = m.op(Op.F_EQUAL, u, self._c(math.inf))
         return m.select(infinite, u, m.select(m.op(Op.F_EQUAL, u, self._c(0)), self._c(-math.inf), value))
@@ -298,10 +308,10 @@ class FloatMath:
         f, e = self._split(size)
         d = self._add(c(2), f)  # log(1 + f) = 2 atanh(s), s = f / (2 + f)
         d_low = self._sub(f, self._sub(d, c(2)))
-        s = self._div(f, d)
+        s = self.div(f, d)
         product, error = self._two_product(s, d)
         rest = self._sub(self._sub(f, product), error)
-        s_low = self._div(self._sub(rest, self._mul(s, d_low)), d)
+        s_low = self.div(self._sub(rest, self._mul(s, d_low)), d)
         z = self._mul(s, s)
         series = self._polynomial(z, (2 / 13, 2 / 11, 2 / 9, 2 / 7, 2 / 5, 2 / 3))
         high = self._mul(c(2), s)
@@ -344,28 +354,28 @@ class FloatMath:
         size, z = self.abs(x), self._mul(x, x)
         near = self._fma(self._mul(self._polynomial(z, _TANH), z), size, size)
         e = self.exp(self._add(size, size))
-        far = self._sub(self._c(1), self._div(self._c(2), self._add(e, self._c(1))))
+        far = self._sub(self._c(1), self.div(self._c(2), self._add(e, self._c(1))))
         return self._with_sign(self._m.select(self._less(size, self._c(0.625)), near, far), x)
 
     def logistic(self, x: Id) -> Id:
-        return self._div(self._c(1), self._add(self._c(1), self.exp(self.neg(x))))
+        return self.div(self._c(1), self._add(self._c(1), self.exp(self.neg(x))))
 
     def sinh(self, x: Id) -> Id:
         size = self.abs(x)
         less = self.expm1(size)
-        near = self._mul(self._c(0.5), self._add(less, self._div(less, self._add(less, self._c(1)))))
+        near = self._mul(self._c(0.5), self._add(less, self.div(less, self._add(less, self._c(1)))))
         far = self.exp(self._sub(size, self._c(math.log(2))))
         return self._with_sign(self._m.select(self._less(size, self._c(20)), near, far), x)
 
     def cosh(self, x: Id) -> Id:
         half = self.exp(self._sub(self.abs(x), self._c(math.log(2))))
-        return self._add(half, self._div(self._c(0.25), half))
+        return self._add(half, self.div(self._c(0.25), half))
 
     def asinh(self, x: Id) -> Id:
         size = self.abs(x)
         z = self._mul(size, size)
         root = self._add(self._c(1), self.sqrt(self._add(z, self._c(1))))
-        near = self.log1p(self._add(size, self._div(z, root)))
+        near = self.log1p(self._add(size, self.div(z, root)))
         far = self._add(self.log(size), self._c(math.log(2)))
         return self._with_sign(self._m.select(self._less(size, self._c(1e9)), near, far), x)
 
@@ -457,7 +467,7 @@ class FloatMath:
         return self._quadrant(sine, cosine, self._m.op(Op.I_ADD, n, self._m.constant(1)))
 
     def tan(self, x: Id) -> Id:
-        return self._div(self.sin(x), self.cos(x))
+        return self.div(self.sin(x), self.cos(x))
 
     def atan(self, x: Id) -> Id:
         m, c = self._m, self._c
@@ -466,8 +476,8 @@ class FloatMath:
             m.op(Op.F_GREATER, size, c(math.tan(3 * math.pi / 8))),
             m.op(Op.F_GREATER, size, c(0.41421356)),
         )
-        turned = m.select(middle, self._div(self._sub(size, c(1)), self._add(size, c(1))), size)
-        turned = m.select(large, self._div(c(-1), size), turned)
+        turned = m.select(middle, self.div(self._sub(size, c(1)), self._add(size, c(1))), size)
+        turned = m.select(large, self.div(c(-1), size), turned)
         base = m.select(large, c(math.pi / 2), m.select(middle, c(math.pi / 4), c(0)))
         z = self._mul(turned, turned)
         value = self._fma(self._mul(self._polynomial(z, _ATAN), z), turned, turned)
@@ -477,7 +487,7 @@ class FloatMath:
         m, c = self._m, self._c
         up, across = self.abs(y), self.abs(x)
         equal = m.op(Op.F_EQUAL, up, across)  # both 0 or both infinite too
-        ratio = m.select(equal, m.select(m.op(Op.F_EQUAL, up, c(0)), c(0), c(1)), self._div(up, across))
+        ratio = m.select(equal, m.select(m.op(Op.F_EQUAL, up, c(0)), c(0), c(1)), self.div(up, across))
         angle = self.atan(ratio)
         negative = m.op(Op.I_NOT_EQUAL, m.op(Op.AND, m.bits(x), m.constant(0x80000000)), m.constant(0))
         angle = m.select(negative, self._sub(c(math.pi), angle), angle)
@@ -501,7 +511,7 @@ class FloatMath:
         z, z_low = self._two_product(size, size)
         e = self.exp(self.neg(z))
         e = self._sub(e, self._mul(e, z_low))
-        t = self._div(self._c(1), self._fma(size, self._c(0.5), self._c(1)))
+        t = self.div(self._c(1), self._fma(size, self._c(0.5), self._c(1)))
         return self._mul(e, self._polynomial(t, _ERFC))
 
     def erf(self, x: Id) -> Id:
@@ -535,16 +545,16 @@ class FloatMath:
         series, slope = c(0.99999999999980993227684700473478), c(0)
         for i, coefficient in enumerate(_LANCZOS):
             below = self._add(z, c(i + 1))
-            term = self._div(c(coefficient), below)
-            series, slope = self._add(series, term), self._sub(slope, self._div(term, below))
+            term = self.div(c(coefficient), below)
+            series, slope = self._add(series, term), self._sub(slope, self.div(term, below))
         return z, series, slope
 
     def lgamma(self, x: Id) -> Id:
         m, c = self._m, self._c
         z, series, _ = self._lanczos(x)
-        log_t = self._add(c(math.log(7.5)), self.log1p(self._div(z, c(7.5))))
+        log_t = self._add(c(math.log(7.5)), self.log1p(self.div(z, c(7.5))))
         t = self._add(c(7.5), z)
-        body = self._mul(self._sub(self._add(z, c(0.5)), self._div(t, log_t)), log_t)
+        body = self._mul(self._sub(self._add(z, c(0.5)), self.div(t, log_t)), log_t)
         value = self._add(c(math.log(2 * math.pi) / 2), self._add(body, self.log(series)))
         size = self.abs(x)
         fraction = self._sub(size, self.floor(size))
@@ -561,10 +571,10 @@ class FloatMath:
     def digamma(self, x: Id) -> Id:
         m, c = self._m, self._c
         z, series, slope = self._lanczos(x)
-        log_t = self._add(c(math.log(7.5)), self.log1p(self._div(z, c(7.5))))
-        value = self._sub(self._add(log_t, self._div(slope, series)), self._div(c(7), self._add(z, c(7.5))))
+        log_t = self._add(c(math.log(7.5)), self.log1p(self.div(z, c(7.5))))
+        value = self._sub(self._add(log_t, self.div(slope, series)), self.div(c(7), self._add(z, c(7.5))))
         fraction = self._mul(c(math.pi), self._add(x, self.abs(self.floor(self._add(x, c(0.5))))))
-        reflected = self._sub(value, self._div(self._mul(c(math.pi), self.cos(fraction)), self.sin(fraction)))
+        reflected = self._sub(value, self.div(self._mul(c(math.pi), self.cos(fraction)), self.sin(fraction)))
         value = m.select(self._less(x, c(0.5)), reflected, value)
         pole = m.op(Op.LOGICAL_AND, m.op(Op.F_LESS_EQUAL, x, c(0)), m.op(Op.F_EQUAL, self.floor(x), x))
         return m.select(pole, c(math.nan), value)

@@ -253,7 +253,7 @@ def _div(s: Scalars, a: Id, b: Id, dtype: np.dtype) -> Id:
     """Integers divided by 0 give all ones; the smallest by -1 is itself."""
     m = s.m
     if kind(dtype) == "float":
-        return s.rounded(m.op(Op.F_DIV, a, b), dtype)
+        return s.rounded(s.math.div(a, b), dtype)
     by_zero, ones = m.op(Op.I_EQUAL, b, m.constant(0)), s.rounded(m.constant(-1), dtype)
     if kind(dtype) == "unsigned":
         return m.select(by_zero, ones, m.op(Op.U_DIV, a, m.select(by_zero, m.constant(1), b)))
@@ -264,7 +264,7 @@ def _div(s: Scalars, a: Id, b: Id, dtype: np.dtype) -> Id:
 
 
 def _rem(s: Scalars, a: Id, b: Id, dtype: np.dtype) -> Id:
-    """By 0 it is the dividend."""
+    """By 0 it is the dividend. Not by S_REM, which Vulkan leaves undefined for what is negative."""
     m = s.m
     if kind(dtype) == "float":
         return s.rounded(s.math.rem(a, b), dtype)
@@ -273,7 +273,8 @@ def _rem(s: Scalars, a: Id, b: Id, dtype: np.dtype) -> Id:
         return m.select(by_zero, a, m.op(Op.U_MOD, a, m.select(by_zero, m.constant(1), b)))
     by_minus_one = m.op(Op.I_EQUAL, b, m.constant(-1))
     divisor = m.select(m.op(Op.LOGICAL_OR, by_zero, by_minus_one), m.constant(1), b)
-    return m.select(by_zero, a, m.op(Op.S_REM, a, divisor))  # by 1 gives 0, as by -1
+    rest = m.op(Op.I_SUB, a, m.op(Op.I_MUL, m.op(Op.S_DIV, a, divisor), divisor))  # by 1 gives 0, as by -1
+    return m.select(by_zero, a, rest)
 
 
 def _pow(s: Scalars, a: Id, b: Id, dtype: np.dtype) -> Id:

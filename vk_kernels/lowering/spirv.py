@@ -68,7 +68,6 @@ class Op(IntEnum):
     S_DIV = 135
     F_DIV = 136
     U_MOD = 137
-    S_REM = 138
     U_MUL_EXTENDED = 151
     S_MUL_EXTENDED = 152
     LOGICAL_EQUAL = 164
