@@ -198,15 +198,19 @@ def _reduce(equation: JaxprEqn) -> Callable[..., Any]:
 
     def reduce(*operands: jax.Array) -> tuple:
         xs, firsts = operands[: len(operands) // 2], operands[len(operands) // 2 :]
+        if not axes:  # XLA leaves the first value out, too
+            return xs
         kept = [axis for axis in range(xs[0].ndim) if axis not in axes]
-        rows = tuple(lax.transpose(x, [*axes, *kept]).reshape(-1, math.prod(out)) for x in xs)
-        while (count := len(rows[0])) > 1:
+        count = math.prod(xs[0].shape[axis] for axis in axes)
+        rows = tuple(lax.transpose(x, [*axes, *kept]).reshape(count, math.prod(out)) for x in xs)
+        while count > 1:
             left, right = (tuple(x[i : count - count % 2 : 2] for x in rows) for i in range(2))
             joined = combine(left, right)
             last = tuple(x[count - count % 2 :] for x in rows)
             rows = tuple(lax.concatenate([x, y], 0) for x, y in zip(joined, last, strict=True))
+            count = len(rows[0])
         found = tuple(jnp.full(out, first) for first in firsts)
-        return combine(found, tuple(x.reshape(out) for x in rows)) if len(rows[0]) else found
+        return combine(found, tuple(x.reshape(out) for x in rows)) if count else found
 
     return reduce
 
@@ -291,6 +295,14 @@ def _approx_top_k(equation: JaxprEqn) -> Callable[..., Any]:
 # The rest.
 
 
+def _reshape(equation: JaxprEqn) -> Callable[..., Any] | None:
+    """With `dimensions`, a transpose before it."""
+    sizes, dimensions = equation.params["new_sizes"], equation.params["dimensions"]
+    if dimensions is None:
+        return None
+    return lambda x: lax.reshape(lax.transpose(x, dimensions), sizes)
+
+
 def _empty(equation: JaxprEqn) -> Callable[..., Any]:
     aval = equation.outvars[0].aval
     return lambda: jnp.zeros(aval.shape, aval.dtype)
@@ -310,6 +322,7 @@ EXPANSIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
     "approx_top_k": _approx_top_k,
     "bitcast_convert_type": _bitcast,
     "empty": _empty,
+    "empty2": _empty,
     "eq_to": functools.partial(_total_order, lax.eq),
     "iota_2x32_shape": _iota_2x32,
     "le_to": functools.partial(_total_order, lax.le),
@@ -324,6 +337,7 @@ EXPANSIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
     "reduce_window_max": functools.partial(_window_extreme, _least, lax.max),
     "reduce_window_min": functools.partial(_window_extreme, _most, lax.min),
     "reduce_window_sum": functools.partial(_window_extreme, lambda dtype: 0, lax.add),
+    "reshape": _reshape,
     "select_and_gather_add": _select_and_gather_add,
     "select_and_scatter_add": _select_and_scatter_add,
     "stack": _stack,

@@ -24,8 +24,8 @@ UNROLLED = 50_000  # nodes that all loops of a function together may unroll into
 
 # Inlined, with the parameter that holds the body.
 _CALLS = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint", "composite"), "jaxpr"),
-    **dict.fromkeys(("core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+    **dict.fromkeys(("jit", "pjit", "remat2", "checkpoint", "composite"), "jaxpr"),
+    **dict.fromkeys(("call", "closed_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
     "custom_vmap_call": "call",
     "linear_call": "callee",
 }
@@ -175,7 +175,7 @@ class _Inliner:
         self.nodes.append(Node("optimization_barrier", tuple(outputs), gives, {}, at.source, at.scope))
         return [outputs[x] if isinstance(x, Value) else x for x in inputs]
 
-    def add(self, op: str, inputs: Sequence[Operand], shape: Sequence[int], at: Origin, **params: Any) -> Value:
+    def add(self, op: str, inputs: Sequence[Operand], shape: Sequence[int], at: Origin, /, **params: Any) -> Value:
         """A node with one output, of the first input's dtype unless that is a condition."""
         output = Value(tuple(shape), inputs[-1].dtype)
         self.nodes.append(Node(op, tuple(inputs), (output,), params, at.source, at.scope))
