@@ -1,0 +1,44 @@
+"""See `vk_kernels.conformance`."""
+
+import argparse
+import sys
+import time
+
+from vk_kernels.conformance.check import check
+from vk_kernels.conformance.suite import cases, names
+from vk_kernels.conformance.table import write
+from vk_kernels.errors import NoDeviceError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vk_kernels.conformance", description=__doc__)
+    parser.add_argument("--device", help="a Vulkan device by number or part of its name; default: the first GPU")
+    parser.add_argument("--full", action="store_true", help="every dtype in every shape")
+    parser.add_argument("--only", default="", help="primitives, by name, with commas between them")
+    parser.add_argument("--readme", help="bring the table in this file up to date, and run nothing")
+    args = parser.parse_args(argv)
+    if args.readme:
+        write(args.readme)
+        return 0
+    wanted = args.only.split(",") if args.only else names()
+    if unknown := set(wanted) - set(names()):
+        parser.error(f"no cases of {', '.join(sorted(unknown))}; there are some of {', '.join(names())}")
+    passed = failed = 0
+    for name in wanted:
+        start, found = time.perf_counter(), cases(name, args.full)
+        try:
+            wrong = check(found, args.device)
+        except NoDeviceError as error:
+            print(error, file=sys.stderr)
+            return 1
+        passed, failed = passed + len(found) - len(wrong), failed + len(wrong)
+        spent = time.perf_counter() - start
+        print(f"{name:<28} {len(found) - len(wrong):5} passed {len(wrong):5} failed {spent:7.1f} s", flush=True)
+        for case, message in wrong.items():
+            print(f"    {case}: {message}")
+    print(f"{len(wanted)} primitives: {passed} cases passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
