@@ -11,7 +11,7 @@ test: ## all tests
 	bash scripts/test.sh
 
 night: ## the tests on drawn inputs, 200 of each, and 10,000 calls watched for leaks
-	HYPOTHESIS_PROFILE=night .venv/bin/python -m pytest -n auto --dist load tests/test_vk_properties.py tests/test_vk_api.py::test_mixed_calls_keep_memory_and_files_flat
+	HYPOTHESIS_PROFILE=night .venv/bin/python -m pytest -n auto --dist load tests/test_vk_properties.py tests/test_jit*.py tests/test_vk_api.py::test_mixed_calls_keep_memory_and_files_flat
 
 shaders: ## compile the shaders that changed
 	.venv/bin/python -m vk_kernels.build

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from vk_fixtures import SELECTOR, needs_vulkan
+from vk_profiles import night
 
 import vk_kernels
 from configs import chat
@@ -141,6 +142,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
         np.testing.assert_array_equal(x, y)
 
 
+@night
 @pytest.mark.parametrize(
     ("changes", "options", "rtol"),
     [

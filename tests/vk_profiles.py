@@ -5,6 +5,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("ci", max_examples=6, derandomize=True, database=None, deadline=None)
@@ -13,3 +14,4 @@ settings.register_profile("night", max_examples=200, deadline=None)
 NAME = os.environ.get("HYPOTHESIS_PROFILE") or "ci"
 NIGHT = NAME == "night"
 PROFILE = settings.get_profile(NAME)
+night = pytest.mark.skipif(not NIGHT, reason="takes long: make night runs it")
