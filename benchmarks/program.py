@@ -10,6 +10,7 @@ so that their sum is more than a step, and groups them by phase and by kernel.
 """
 
 import argparse
+import ast
 import collections
 import functools
 import importlib.util
@@ -138,7 +139,7 @@ def main() -> None:
         "--device", default="", help="index, 'gpu', 'cpu' or part of a name; the process's own if empty"
     )
     parser.add_argument("--bfloat16", action="store_true", help="matrix products and activations in bfloat16")
-    parser.add_argument("--batch-size", type=int, help="instead of the config's")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of the config, as in Python")
     parser.add_argument("--calls", type=int, default=0, help="steps to run and time")
     parser.add_argument("--profile", action="store_true", help="time each dispatch of a step")
     parser.add_argument("--text", type=Path, help="file to write the program's listing to")
@@ -147,7 +148,9 @@ def main() -> None:
     config = load_config(options.config)
     if options.bfloat16:
         config.model.dtype = jnp.bfloat16.dtype.name
-    config.batch_size = options.batch_size or config.batch_size
+    config.update_from_flattened_dict(
+        {name: ast.literal_eval(value) for name, value in (x.split("=") for x in options.set)}
+    )
     print(f"{options.config} ({config.model.dtype}, batch {config.batch_size}) on {open_device(options.device).info}")
 
     step, shapes, batch = make_step(config)
