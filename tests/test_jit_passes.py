@@ -40,6 +40,27 @@ def check_order(found: Partition) -> None:
     assert all(x in made for x in found.outputs)
 
 
+def test_an_optimizer_reads_each_gradient_in_one_step_only():
+    """However many parameters there are, and however long the way to a number that all of them are scaled by."""
+    shapes = [(8 + i, 16) for i in range(60)]
+    arrays = [[np.ones(shape, np.float32) for shape in shapes] for _ in range(3)]
+
+    def momentum(params, momenta, grads):
+        norm = sum(jnp.sqrt(g[0, 0] * g[0, 0] + i) for i, g in enumerate(grads))
+        scale = jnp.where(norm > 1, 1 / norm, 1)
+        momenta = [0.9 * m + scale * g for m, g in zip(momenta, grads, strict=True)]
+        updated = [p - jnp.tanh(m) for p, m in zip(params, momenta, strict=True)]
+        keep = jnp.isfinite(norm)
+        return [jnp.where(keep, m, 0) for m in momenta], [jnp.where(keep, p, 0) for p in updated]
+
+    found = steps_of(momentum, *arrays, most_buffers=32)
+    check_order(found)
+    updates = [step for step in found.steps if any(out.size > 1 for out in step.outputs)]
+    assert len(updates) > 5
+    read = [x for step in updates for x in step.inputs if x.size > 1]
+    assert sorted(map(found.inputs.index, read)) == list(range(3 * len(shapes)))
+
+
 def test_a_chain_of_elementwise_operations_is_one_step():
     found = steps_of(lambda x: jnp.tanh(x * 2 + 1).T.reshape(-1), X)
     check_order(found)

@@ -9,6 +9,7 @@ The height of a target is the longest way from it to the end of the program, cou
 need nothing of each other, and become one step together (horizontal fusion): each is computed as late as it can be.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -163,7 +164,7 @@ class _Partitioner:
         costs: dict[Value, int] = {}
         for node in self._graph.nodes:
             values = [x for x in node.inputs if isinstance(x, Value)]
-            if node.op not in _FREE or node.op == "broadcast_in_dim":
+            if node.op not in _FREE or node.op in ("broadcast_in_dim", "select_n"):
                 size = max(out.size for out in node.outputs)
                 self._loaded.update(x for x in values if costs.get(x, 0) >= _FEW and x.size * _BROADCAST <= size)
             own = 0 if node.op in _FREE else _SLOW.get(node.op, 1)
@@ -241,22 +242,22 @@ class _Partitioner:
 
     def _generated(self, targets: Sequence[Node], height: int, level: int) -> Iterable[Step]:
         """Steps for targets of one height, each of as many targets as a kernel has buffers for."""
+        targets = sorted(targets, key=lambda node: node.inputs[0].shape if node.op in EXPENSIVE else ())
         parts: list[_Part] = []
-        for target in sorted(targets, key=lambda node: node.inputs[0].shape if node.op in EXPENSIVE else ()):
-            nodes, loads = self._cone(target, height)
-            stores = [out for out in target.outputs if out in self._loaded or out in self._stored]
-            part = _Part(nodes, loads, stores, int(target.op in EXPENSIVE))
-            if parts and (joined := parts[-1].joined(part)).fits(*self._limits):
-                parts[-1] = joined
-            else:
-                parts.append(part)
+        for group in _sharing([self._part(target, height) for target in targets]):
+            whole = functools.reduce(_Part.joined, group)
+            for part in [whole] if whole.fits(*self._limits) else group:
+                if parts and (joined := parts[-1].joined(part)).fits(*self._limits):
+                    parts[-1] = joined
+                else:
+                    parts.append(part)
         for part in parts:
             inputs, stores = tuple(sorted(part.loads, key=self._numbers.__getitem__)), tuple(part.stores)
             body = Graph(inputs, {}, sorted(part.nodes, key=self._order.__getitem__), stores)
             yield Step(inputs, stores, level, graph=body)
 
-    def _cone(self, target: Node, height: int) -> tuple[set[Node], set[Value]]:
-        """The nodes of a target's kernel, and what they load."""
+    def _part(self, target: Node, height: int) -> _Part:
+        """A target by itself."""
         nodes, loads = {target}, set()
         stack = [*target.inputs]
         while stack:
@@ -270,7 +271,27 @@ class _Partitioner:
             elif producer not in nodes:
                 nodes.add(producer)
                 stack += producer.inputs
-        return nodes, loads
+        stores = [out for out in target.outputs if out in self._loaded or out in self._stored]
+        return _Part(nodes, loads, stores, int(target.op in EXPENSIVE))
+
+
+def _sharing(parts: Sequence[_Part]) -> list[list[_Part]]:
+    """Parts in groups: those together that load the same arrays, of the size of what they store or larger. An
+    optimizer's new moments and parameter are one group: apart, each would read the gradient and the old moments, and
+    where those are donated, be copied.
+    """
+    groups: dict[Value, list[_Part]] = {}  # by what is loaded
+    found: list[list[_Part]] = []
+    for part in parts:
+        size = max(2, *(out.size for out in part.stores))
+        large = [x for x in part.loads if x.size >= size]
+        group = next((groups[x] for x in large if x in groups), None)
+        if group is None:
+            group = []
+            found.append(group)
+        group.append(part)
+        groups.update((x, group) for x in large if x not in groups)
+    return found
 
 
 def _is_view(node: Node) -> bool:
