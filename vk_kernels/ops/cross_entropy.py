@@ -25,6 +25,9 @@ _CHUNKS = 4
 _CACHED_BYTES, _CHUNK_BYTES = 32 << 20, 256 << 20
 _CHUNK_STEP = 128  # rows: whole tiles of the matrix products
 _PADDING = 8  # elements: what the kernels read at a time
+# Columns of a whole tile of cooperative matrices: they take twice the time where tiles stick out. Not where it adds
+# more than a part in _MOST_PADDED.
+_TILE_COLUMNS, _MOST_PADDED = 256, 32
 
 
 def linear_cross_entropy(x: jax.Array, w: jax.Array, targets: jax.Array) -> jax.Array:
@@ -178,9 +181,11 @@ class _Head:
         width, vocab = w.shape
         stride = ceil_divide(vocab, _PADDING) * _PADDING
         weights = matrix(1, w.dtype, width, vocab)
-        if stride > vocab and choose_variant(info, w.dtype, variant) != "plain":
-            # Cooperative matrices are four times slower where rows do not start at multiples of 16 bytes.
-            weights = matrix(work.own(w.dtype.itemsize * width * stride), w.dtype, width, stride)
+        if choose_variant(info, w.dtype, variant) != "plain":
+            whole = ceil_divide(vocab, _TILE_COLUMNS) * _TILE_COLUMNS
+            stride = whole if (whole - vocab) * _MOST_PADDED <= vocab else stride
+            if stride > vocab:  # and they are four times slower where rows do not start at multiples of 16 bytes
+                weights = matrix(work.own(w.dtype.itemsize * width * stride), w.dtype, width, stride)
         tokens = x.shape[0]
         largest = min(_chunk_rows(info, tokens, stride, chunk_rows), max(tokens, 1))
         chunks = [(first, min(largest, tokens - first)) for first in range(0, tokens, largest)]
