@@ -133,12 +133,11 @@ def xla_seconds(case: Case, operands: Sequence[np.ndarray], backward: bool, repe
     return (time.perf_counter() - start) / repeats
 
 
-def ceilings(device: Device, selector: str, repeats: int) -> None:
-    """Prints what a copy and a large product reach."""
-    on_cpu = device.info.kind == "cpu"
+def copy_rate(device: Device, repeats: int) -> float:
+    """Bytes a second of a large copy, read and written ones."""
     # One element a thread, and workgroups along x alone: no more than 65,535 of them.
     workgroup = min(1024, device.limits.workgroup_invocations)
-    groups = 4096 if on_cpu else 65535
+    groups = 4096 if device.info.kind == "cpu" else 65535
     array = Array((workgroup * groups,), F32)
     kernel = device.kernel("copy", "f32", {"WORKGROUP": workgroup})
     source, target = device.upload(random_array(array, 1)), device.buffer(array.nbytes)
@@ -148,20 +147,33 @@ def ceilings(device: Device, selector: str, repeats: int) -> None:
         recorder.dispatch(kernel, [source, target], np.uint32(array.size).tobytes(), (groups, 1, 1))
         times.append(recorder.submit().timings()[0][1])
         recorder.close()
-    print(f"copy of {array.nbytes >> 20} MiB: {2 * array.nbytes / statistics.median(times) / 1e9:,.0f} GB/s")
-    n = 256 if on_cpu else 4096
+    return 2 * array.nbytes / statistics.median(times)
+
+
+def product_rate(device: Device, dtype: np.dtype, variant: str | None, repeats: int) -> float:
+    """FLOPs a second of a large product. Raises FeatureError or ValueError where the variant cannot make it."""
+    n = 256 if device.info.kind == "cpu" else 4096
     case = next(case for case in CASES if case.label == "matmul (product)")
+    operands = [random_array(Array((n, n), dtype), 1) for _ in range(2)]
+    name, equation = next(kernel_calls(case, operands, call.Target(str(device.info.index), variant)))
+    plan, reads, writes = plan_of(device, name, equation)
+    return 2 * n**3 / device_seconds(device, plan, reads, writes, 1, repeats)
+
+
+def ceiling_rates(device: Device, dtype: str, repeats: int = 20) -> tuple[float, float]:
+    """Bytes a second of a large copy, FLOPs a second of a large product by the variant that the device prefers."""
+    return copy_rate(device, repeats), product_rate(device, np.dtype(dtype), None, repeats)
+
+
+def print_ceilings(device: Device, repeats: int) -> None:
+    print(f"copy: {copy_rate(device, repeats) / 1e9:,.0f} GB/s")
     for dtype in (F32, BF16):
         for variant in VARIANTS:
-            target = call.Target(selector, variant)
-            operands = [random_array(Array((n, n), dtype), 1) for _ in range(2)]
-            name, equation = next(kernel_calls(case, operands, target))
             try:
-                plan, reads, writes = plan_of(device, name, equation)
+                rate = product_rate(device, dtype, variant, repeats)
             except (FeatureError, ValueError):
                 continue
-            seconds = device_seconds(device, plan, reads, writes, 1, repeats)
-            print(f"product of {n}^3, {dtype.name}, {variant}: {2 * n**3 / seconds / 1e12:,.1f} TFLOP/s")
+            print(f"product, {dtype.name}, {variant}: {rate / 1e12:,.1f} TFLOP/s")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = lowering.open_device(options.device)
     print(f"Vulkan: {device.info}\nXLA: {jax.devices()[0].device_kind} ({jax.devices()[0].platform})\n")
-    ceilings(device, options.device, options.repeats)
+    print_ceilings(device, options.repeats)
     print(
         "\n" + ROW.format(*("kernels", "size", "dtype", "variant", "pass"), "us", "GB/s", "TFLOP/s", "XLA us", "ratio")
     )

@@ -49,12 +49,16 @@ def make_step(config: Any) -> tuple[Any, Any, dict[str, np.ndarray]]:
         accumulate_steps=config.accumulate_steps,
     )
     state = jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer))
+    return step, state, random_batch(config, 0)
+
+
+def random_batch(config: Any, seed: int) -> dict[str, np.ndarray]:
     shape = (config.batch_size, config.model.block_size + 1)
-    stream = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
-    return step, state, {"inputs": stream[:, :-1].copy(), "targets": stream[:, 1:].copy()}
+    stream = np.random.default_rng(seed).integers(0, config.model.vocab_size, shape).astype(np.int32)
+    return {"inputs": stream[:, :-1].copy(), "targets": stream[:, 1:].copy()}
 
 
-def fresh_state(shapes: Any, device: str) -> Any:
+def fresh_state(shapes: Any, device: str | None) -> Any:
     """Small random parameters, and zeros for the optimizer's and the counters: values that a step can be timed with."""
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)

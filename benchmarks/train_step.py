@@ -1,0 +1,316 @@
+"""Times the full train step, ours beside XLA's and torch.compile's, each in processes of its own, one after another.
+
+    python benchmarks/train_step.py [--cases chat-f32,chat-bf16,124m-b4] [--rivals xla,torch] [--steps 100]
+
+The maths is the same on every side: dropout and soft cap on, the precision named in the table (XLA's float32 is
+`highest`: no TF32), a new batch from the host each step, the loss of every tenth step read back. ms is the median over
+the steps, in tens, after a warm-up. The first step is counted from the start of the process, imports included: cold
+with empty caches of compiled kernels, warm in a second process that finds them (XLA: its compilation cache). Memory is
+the most that was in use on the device; MFU is of the published peak of the device, where it is known.
+
+After the table, where the time of our step goes: each kernel's device time beside its floor, the larger of its bytes
+at the bandwidth of a large copy and its FLOPs at the rate of a large product, both measured in the same process.
+"""
+
+import argparse
+import collections
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+GPT2_124M = {"accumulate_steps": 1, "model.dropout_rate": 0.1, "model.soft_cap": 30.0}
+BF16 = {"model.dtype": "bfloat16"}
+
+
+class Case(NamedTuple):
+    config: str
+    fields: dict[str, Any]
+
+    def load(self) -> Any:
+        from program import load_config
+
+        config = load_config(str(HERE.parent / "configs" / self.config))
+        config.update_from_flattened_dict(self.fields)
+        return config
+
+
+CASES = {
+    "chat-f32": Case("chat.py", {}),
+    "chat-bf16": Case("chat.py", BF16),
+    "124m-b1": Case("gpt2_124m.py", GPT2_124M | {"batch_size": 1}),
+    "124m-b4": Case("gpt2_124m.py", GPT2_124M | {"batch_size": 4}),
+    "124m-b16": Case("gpt2_124m.py", GPT2_124M | {"batch_size": 16}),
+    "tiny-f32": Case("chat_tiny.py", {}),
+}
+RIVALS = ("xla", "torch")
+
+
+def case_of(name: str) -> Case:
+    """One of CASES, or chat-DTYPE-bB-tT: the chat config with a batch and a block of that size, for scaling."""
+    if name in CASES:
+        return CASES[name]
+    _, dtype, batch, block = name.split("-")
+    fields = {"batch_size": int(batch[1:]), "model.block_size": int(block[1:])}
+    return Case("chat.py", fields | (BF16 if dtype == "bf16" else {}))
+
+
+# One side, in a process of its own. Everything is imported here, so that imports are in the time of the first step.
+
+
+def run_side(side: str, case: Case, steps: int, profile: bool) -> dict[str, Any]:
+    """What the table and the profile are made of."""
+    config = case.load()
+    if side == "torch":
+        from torch_step import make_side
+    else:
+        make_side = {"vulkan": vulkan_side, "xla": xla_side}[side]
+    step, finish = make_side(config)
+    from program import random_batch
+
+    batches = [random_batch(config, seed) for seed in range(8)]
+    loss = step(batches[0])
+    float(loss())
+    found: dict[str, Any] = {"first_s": time.time() - float(os.environ["BENCHMARK_START"])}
+    if steps:
+        timed(step, batches, 2)
+        times = timed(step, batches, max(1, steps // 10))
+        found |= {"ms": 1e3 * statistics.median(times), "least_ms": 1e3 * min(times), "loss": float(loss())}
+    tokens = config.batch_size * config.model.block_size
+    return found | {"tokens": tokens, "flops": model_flops(config)} | finish(profile)
+
+
+def timed(step: Callable[[Any], Any], batches: list[Any], tens: int) -> list[float]:
+    """Seconds a step of each ten, whose last loss is waited for."""
+    times = []
+    for ten in range(tens):
+        start = time.perf_counter()
+        for i in range(10):
+            loss = step(batches[(10 * ten + i) % len(batches)])
+        float(loss())
+        times.append((time.perf_counter() - start) / 10)
+    return times
+
+
+def model_flops(config: Any) -> float:
+    """Of a step: 6 a weight in a product and token, and 6 T D a token of each layer's causal attention (as PaLM's
+    appendix B counts, halved for what the mask hides)."""
+    model = config.model
+    weights = 12 * model.num_layers * model.embed_dim**2 + model.vocab_size * model.embed_dim
+    attention = 6 * model.num_layers * model.block_size * model.embed_dim
+    return (6.0 * weights + attention) * config.batch_size * model.block_size
+
+
+def vulkan_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[str, Any]]]:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from program import fresh_state, make_step
+
+    import vk_kernels
+    from vk_kernels.lowering import open_device
+
+    step, shapes, batch = make_step(config)
+    jitted = vk_kernels.jit(step, donate_argnames="state")
+    state = fresh_state(shapes, None)
+
+    def run(batch: Any) -> Callable[[], float]:
+        nonlocal state
+        state, metrics = jitted(state, batch)
+        return lambda: float(metrics["loss"])
+
+    def finish(profile: bool) -> dict[str, Any]:
+        device = open_device("")
+        cost = jitted.cost(state, batch)
+        memory = device.memory_stats().peak  # before the profile, which copies the state
+        found = {"device": device.info.name, "memory": memory, "dispatches": cost.dispatches, "arena": cost.arena_bytes}
+        return found | ({"profile": profile_rows(jitted, state, batch, device, config)} if profile else {})
+
+    return run, finish
+
+
+def xla_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[str, Any]]]:
+    import jax
+    import numpy as np
+    from program import make_step
+
+    step, shapes, _ = make_step(config)
+    jitted = jax.jit(step, donate_argnames="state")
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    params = jax.tree.map(lambda x: (0.02 * rng.standard_normal(x.shape)).astype(x.dtype), shapes.params)
+    state = jax.device_put(state.replace(params=params))
+
+    def run(batch: Any) -> Callable[[], float]:
+        nonlocal state
+        with jax.default_matmul_precision("highest"):
+            state, metrics = jitted(state, batch)
+        return lambda: float(metrics["loss"])
+
+    def finish(_: bool) -> dict[str, Any]:
+        device = jax.devices()[0]
+        memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        return {"device": f"{device.device_kind} ({device.platform})", "memory": memory}
+
+    return run, finish
+
+
+def profile_rows(jitted: Any, state: Any, batch: Any, device: Any, config: Any) -> dict[str, Any]:
+    """Time, bytes and FLOPs by kernel, and the device's ceilings."""
+    import numpy as np
+    from ops import ceiling_rates
+    from program import kernel_name
+
+    profiles = [jitted.profile(state, batch) for _ in range(5)]
+    commands = [command for command in jitted.lower(state, batch).program.commands if 0 not in command.groups]
+    kernels: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
+    for i, command in enumerate(commands):
+        row = kernels[kernel_name(command.label)]
+        row[0] += 1
+        row[1] += float(np.median([profile.rows[i][2] for profile in profiles]))
+        row[2] += sum(place.nbytes for place in set(command.operands))
+        row[3] += dispatch_flops(command, config)
+    dtype = config.model.dtype
+    bandwidth, rate = ceiling_rates(device, dtype)
+    return {"kernels": kernels, "bandwidth": bandwidth, "rate": rate, "phases": profiles[-1].by_phase()}
+
+
+def dispatch_flops(command: Any, config: Any) -> float:
+    """Of a product or of attention; 0 for all else, which is bound by bytes."""
+    import struct
+
+    name, model = command.label, config.model
+    if name.startswith("matmul") and not name.startswith(("matmul_finish", "matmul_column")):
+        m, n, k, batches = struct.unpack_from("<4I", command.push_constants)
+        return 2.0 * m * n * k * batches
+    products = {"attention_forward": 2, "attention_dq": 3, "attention_dkv": 4}
+    count = next((n for kernel, n in products.items() if name.startswith(kernel)), 0)
+    return count * float(config.batch_size * model.block_size**2 * model.embed_dim)  # half of 2 T T D: causal
+
+
+# All sides.
+
+
+def measure(name: str, side: str, steps: int, profile: bool, caches: str, timeout: float = 600) -> dict[str, Any]:
+    """Runs one side of a case; {"error": ...} where it fails."""
+    environment = os.environ | {
+        "BENCHMARK_START": str(time.time()),
+        "PYTHONPATH": f"{HERE.parent}:{HERE}:{os.environ.get('PYTHONPATH', '')}",
+        "VK_KERNELS_CACHE": f"{caches}/vulkan",
+        "__GL_SHADER_DISK_CACHE_PATH": f"{caches}/nvidia",
+        "MESA_SHADER_CACHE_DIR": f"{caches}/mesa",
+        "JAX_COMPILATION_CACHE_DIR": f"{caches}/xla",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TORCHINDUCTOR_CACHE_DIR": f"{caches}/torch",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    Path(f"{caches}/nvidia").mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, "--side", side, "--cases", name, "--steps", str(steps)]
+    try:
+        done = subprocess.run(
+            command + ["--profile"] * profile, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"took over {timeout:.0f} s"}
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def have(side: str) -> bool:
+    import importlib.util
+
+    return side != "torch" or importlib.util.find_spec("torch") is not None
+
+
+ROW = "{:<16} {:<7} {:>9} {:>7} {:>12} {:>6} {:>9} {:>9} {:>9} {:>6}"
+
+
+def table(names: list[str], sides: list[str], steps: int, warm: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Prints a line for each case and side; gives what was found of our own."""
+    print(ROW.format("case", "side", "ms", "ratio", "tokens/s", "MFU", "memory", "cold s", "warm s", "disp."))
+    for name in names:
+        ours = None
+        for side in sides:
+            with tempfile.TemporaryDirectory() as caches:
+                found = measure(name, side, steps, side == "vulkan", caches)
+                again = measure(name, side, 0, False, caches) if warm and "error" not in found else {}
+            if side == "vulkan":
+                ours = found
+            print(line(name, side, found, again, ours), flush=True)
+            if side == "vulkan" and "error" not in found:
+                yield name, found
+
+
+def line(name: str, side: str, found: dict[str, Any], again: dict[str, Any], ours: dict[str, Any] | None) -> str:
+    if "error" in found:
+        return f"{name:<16} {side:<7} failed: {found['error']}"
+    from gpt_jax.metrics import device_peak_flops
+
+    ms = found["ms"]
+    dtype = case_of(name).load().model.dtype
+    peak = device_peak_flops(found["device"].split(" (")[0], dtype)
+    mfu = f"{100 * found['flops'] / (ms / 1e3) / peak:.0f}%" if peak else "-"
+    memory = f"{found['memory'] / 1e6:,.0f} MB" if found.get("memory") else "-"
+    ratio = f"{ms / ours['ms']:.2f}" if ours and "ms" in ours else "-"
+    first = f"{again['first_s']:.1f}" if "first_s" in again else "-"
+    numbers = (f"{found['tokens'] / ms * 1e3:,.0f}", mfu, memory, f"{found['first_s']:.1f}", first)
+    return ROW.format(name, side, f"{ms:.3f}", ratio, *numbers, found.get("dispatches", "-"))
+
+
+def print_floors(name: str, found: dict[str, Any]) -> None:
+    """Kernels of our step, those first that are furthest from their floor."""
+    profile = found["profile"]
+    bandwidth, rate = profile["bandwidth"], profile["rate"]
+    print(
+        f"\n{name}: {found['ms']:.3f} ms a step; copy {bandwidth / 1e9:,.0f} GB/s, product {rate / 1e12:,.1f} TFLOP/s"
+    )
+    phases = ", ".join(f"{phase or 'other'} {1e3 * seconds:.2f}" for phase, seconds in profile["phases"].items())
+    print(f"each dispatch alone, ms: {phases}")
+    row = "{:<44} {:>5} {:>9} {:>9} {:>9} {:>7}"
+    print(row.format("kernel", "calls", "ms", "floor ms", "gap ms", "bound"))
+    rows = []
+    for kernel, (count, seconds, nbytes, flops) in profile["kernels"].items():
+        by_bytes, by_flops = nbytes / bandwidth, flops / rate
+        floor = max(by_bytes, by_flops)
+        rows.append((seconds - floor, kernel, count, seconds, floor, "FLOPs" if by_flops > by_bytes else "bytes"))
+    for gap, kernel, count, seconds, floor, bound in sorted(rows, reverse=True):
+        print(row.format(kernel[:44], count, *(f"{1e3 * x:.3f}" for x in (seconds, floor, gap)), bound))
+    print(row.format("all", sum(r[2] for r in rows), *(f"{1e3 * sum(r[i] for r in rows):.3f}" for i in (3, 4, 0)), ""))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "chat-f32,chat-bf16,124m-b1,124m-b4,124m-b16"
+    parser.add_argument("--cases", default=default, help=f"of {', '.join(CASES)}, or chat-bf16-b32-t512 and the like")
+    parser.add_argument(
+        "--rivals", default=",".join(RIVALS), help="beside vulkan; those that are not there are left out"
+    )
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--no-warm", action="store_true", help="leave out the second process, of the warm caches")
+    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    parser.add_argument("--side", choices=("vulkan", *RIVALS), help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    names = options.cases.split(",")
+    if options.side:
+        print(json.dumps(run_side(options.side, case_of(names[0]), options.steps, options.profile)))
+        return 0
+    sides = ["vulkan", *(side for side in filter(None, options.rivals.split(",")) if have(side))]
+    found = dict(table(names, sides, options.steps, not options.no_warm))
+    for name, ours in found.items():
+        print_floors(name, ours)
+    if options.json:
+        options.json.write_text(json.dumps(found))
+    return 0 if len(found) == len(names) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
