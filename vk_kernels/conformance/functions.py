@@ -55,8 +55,8 @@ def _called(primitive, x):
 
 
 _on_array("jit", ("within", lambda x: jax.jit(_layer)(x) + jax.jit(jnp.sin)(x)))
-for _name in ("call", "closed_call"):
-    _on_array(_name, ("bound", functools.partial(_called, getattr(jax.extend.core.primitives, f"{_name}_p"))))
+for _primitive in dict.fromkeys((jax.extend.core.primitives.call_p, jax.extend.core.primitives.closed_call_p)):
+    _on_array(_primitive.name, ("bound", functools.partial(_called, _primitive)))  # one primitive since jax 0.11
 _on_array("custom_jvp_call", ("relu", jax.nn.relu), ("own", _clipped))
 _on_array("custom_vjp_call", ("own", _doubled))
 _on_array("remat2", ("one", jax.checkpoint(_layer)), ("two", jax.checkpoint(jax.checkpoint(_layer))))

@@ -308,6 +308,12 @@ def _empty(equation: JaxprEqn) -> Callable[..., Any]:
     return lambda: jnp.zeros(aval.shape, aval.dtype)
 
 
+def _log2(equation: JaxprEqn) -> Callable[..., Any]:
+    """jax 0.11."""
+    dtype = equation.outvars[0].aval.dtype
+    return lambda x: (lax.log(x.astype(np.float32)) / np.log(np.float32(2))).astype(dtype)
+
+
 def _platform_index(equation: JaxprEqn) -> Callable[..., Any]:
     """Vulkan is no platform of XLA: the default, or else what the processor takes."""
     platforms = equation.params["platforms"]
@@ -325,6 +331,7 @@ EXPANSIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
     "empty2": _empty,
     "eq_to": functools.partial(_total_order, lax.eq),
     "iota_2x32_shape": _iota_2x32,
+    "log2": _log2,
     "le_to": functools.partial(_total_order, lax.le),
     "lt_to": functools.partial(_total_order, lax.lt),
     "platform_index": _platform_index,

@@ -22,13 +22,14 @@ from vk_kernels.lowering.graph import Graph, Literal, Node, Operand, Value
 
 UNROLLED = 50_000  # nodes that all loops of a function together may unroll into
 
-# Inlined, with the parameter that holds the body.
-_CALLS = {
-    **dict.fromkeys(("jit", "pjit", "remat2", "checkpoint", "composite"), "jaxpr"),
-    **dict.fromkeys(("call", "closed_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
-    "custom_vmap_call": "call",
-    "linear_call": "callee",
-}
+# Inlined. Which parameter holds the body depends on the primitive, and of some on JAX's version.
+_CALLS = frozenset(
+    (
+        *("jit", "pjit", "remat2", "checkpoint", "composite", "call", "closed_call", "eval_jaxpr"),
+        *("custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "linear_call"),
+    )
+)
+_BODIES = ("jaxpr", "call_jaxpr", "call", "callee")
 _REMATERIALIZED = ("remat2", "checkpoint")
 _IDENTITIES = frozenset(
     (
@@ -130,7 +131,7 @@ class _Inliner:
         if name in _CALLS:
             if name in _REMATERIALIZED and params["prevent_cse"] and params["differentiated"]:
                 inputs = self._barrier(inputs, at)
-            return self.inline(params[_CALLS[name]], inputs, at)
+            return self.inline(next(params[body] for body in _BODIES if body in params), inputs, at)
         if name in _IDENTITIES:
             return inputs
         try:
