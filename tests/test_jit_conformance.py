@@ -1,7 +1,7 @@
 """Every JAX primitive that vk_kernels.jit supports, against XLA; and that the README says which those are."""
 
-from dataclasses import replace
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax

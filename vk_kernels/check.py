@@ -120,7 +120,8 @@ def compare(
                     float(np.max([_error(y[place][i], t[place][i], unit) for y, t in zip(ys, truths, strict=True)]))
                     for ys in (results, references)
                 )
-                rounding = float(jnp.finfo(results[0][place][i].dtype).eps) / 2
+                dtype = results[0][place][i].dtype
+                rounding = float(jnp.finfo(dtype).eps) / 2 if jnp.issubdtype(dtype, jnp.inexact) else 0.0
                 allowed = factor * max(xla_error, rounding) + SLACK
                 yield Difference(variant, f"{of} {i}", error, xla_error, allowed)
 
