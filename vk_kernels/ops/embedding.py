@@ -8,16 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vk_kernels.ops.launch import (
-    LANE_COLUMNS,
-    MAX_GROUPS,
-    THREADS,
-    aligned,
-    ceil_divide,
-    dispatch,
-    element,
-    require_plain,
-)
+from vk_kernels.ops.launch import MAX_GROUPS, THREADS, aligned, ceil_divide, dispatch, element, require_plain
 from vk_kernels.plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
@@ -25,7 +16,7 @@ if TYPE_CHECKING:
 
 _DIGIT_BITS = 8  # of a pass of the sort
 _DIGITS = 1 << _DIGIT_BITS
-_ROWS = THREADS // 32  # of the table, a workgroup of embedding_backward
+_ROWS, _COLUMNS = THREADS // 32, 4 * 32  # of the table, a workgroup of embedding_backward
 
 
 def embedding(table: jax.Array, ids: jax.Array) -> jax.Array:
@@ -111,7 +102,7 @@ def plan_embedding_backward(
         order = target
     operands, groups = (0, order, counts, starts), ceil_divide(table_rows + 1, THREADS)
     dispatches.append(dispatch("embedding_sort_starts", "", operands, push_constants, groups))
-    groups = ceil_divide(table_rows, _ROWS) * ceil_divide(columns, LANE_COLUMNS)
+    groups = ceil_divide(table_rows, _ROWS) * ceil_divide(columns, _COLUMNS)
     push_constants = struct.pack("<II", table_rows, columns)
     spec = {"ALIGNED": aligned(columns)}
     dispatches.append(

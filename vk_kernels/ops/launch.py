@@ -6,7 +6,6 @@ import numpy as np
 from vk_kernels.plan import Array, Dispatch
 
 THREADS = 256  # of a workgroup
-LANE_COLUMNS = 128  # that a workgroup of a kernel with lanes (shaders/reduce_columns.slang) has side by side
 MAX_GROUPS = 65535  # along either axis; every device takes that many
 
 _ELEMENTS = {np.dtype(np.float32): "f32", np.dtype(ml_dtypes.bfloat16): "bf16"}

@@ -9,15 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vk_kernels.ops.dropout import dropout, dropout_constants
-from vk_kernels.ops.launch import (
-    LANE_COLUMNS,
-    THREADS,
-    aligned,
-    ceil_divide,
-    dispatch,
-    element,
-    require_plain,
-)
+from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, require_plain
 from vk_kernels.plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
@@ -25,8 +17,8 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-5  # GPT-2's
 
-# The gradients of scale and bias are summed in chunks of rows: enough workgroups to fill a device, none of few rows.
-_MIN_CHUNK_ROWS, _CHUNK_GROUPS = 32, 1024
+_MOST_STRIPS = 512  # of rows, in the backward pass: workgroups that fill a device, whose sums are soon added up
+_SUM_COLUMNS = 32  # of a workgroup of layer_norm_parameters
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float = EPSILON) -> jax.Array:
@@ -149,7 +141,7 @@ def plan_layer_norm_forward(
     """inputs: x, scale, bias; outputs: y, mean, rstd. See `layer_norm_forward_reference`."""
     require_plain(variant)
     x, constants = inputs[0], dropout_constants(0.0, 0)
-    return Plan(_row_dispatch("layer_norm", element(x), (0, 1, 2, 3, 4, 5), x, epsilon, constants))
+    return _plan_forward(element(x), (0, 1, 2, 3, 4, 5), x, constants, epsilon)
 
 
 def plan_residual_layer_norm_forward(
@@ -170,7 +162,7 @@ def plan_residual_layer_norm_forward(
     x, first = inputs[0], len(inputs)
     rng, constants = _rng_and_constants(inputs, 4, dropout_rate, stream)
     operands = (0, 2, 3, first + 1, first + 2, first + 3, 1, rng, first)
-    return Plan(_row_dispatch("layer_norm", f"residual_{element(x)}", operands, x, epsilon, constants))
+    return _plan_forward(f"residual_{element(x)}", operands, x, constants, epsilon)
 
 
 def plan_layer_norm_backward(
@@ -179,9 +171,7 @@ def plan_layer_norm_backward(
     """inputs: x, scale, mean, rstd, dy; outputs: dx, dscale, dbias. See `layer_norm_backward_reference`."""
     require_plain(variant)
     x, constants = inputs[0], dropout_constants(0.0, 0)
-    rows = _row_dispatch("layer_norm_backward", element(x), (0, 1, 2, 3, 4, 5), x, 0.0, constants)
-    parameters = _plan_parameters(x, (0, 2, 3, 4), (6, 7), scratch=8)
-    return Plan((*rows, *parameters.dispatches), parameters.scratch)
+    return _plan_backward(element(x), (0, 1, 2, 3, 4, 5), (6, 7), (), x, constants)
 
 
 def plan_residual_layer_norm_backward(
@@ -200,10 +190,8 @@ def plan_residual_layer_norm_backward(
     require_plain(variant)
     x, first = inputs[0], len(inputs)
     rng, constants = _rng_and_constants(inputs, 6, dropout_rate, stream)
-    operands = (0, 1, 2, 3, 5, first, 4, rng, first + 1)
-    rows = _row_dispatch("layer_norm_backward", f"residual_{element(x)}", operands, x, 0.0, constants)
-    parameters = _plan_parameters(x, (0, 2, 3, 5), (first + 2, first + 3), scratch=first + 4)
-    return Plan((*rows, *parameters.dispatches), parameters.scratch)
+    operands, residual = (0, 1, 2, 3, 5, first), (4, rng, first + 1)
+    return _plan_backward(f"residual_{element(x)}", operands, (first + 2, first + 3), residual, x, constants)
 
 
 def _rng_and_constants(inputs: Sequence[Array], index: int, rate: float, stream: int) -> tuple[int, bytes]:
@@ -217,35 +205,47 @@ def _rows_and_columns(x: Array) -> tuple[int, int]:
     return math.prod(x.shape[:-1]), x.shape[-1]
 
 
-def _row_dispatch(
-    kernel: str, variant: str, operands: tuple[int, ...], x: Array, epsilon: float, dropout: bytes
-) -> tuple[Dispatch, ...]:
+def _rows_at_once(x: Array) -> int:
+    """Rows that a workgroup has threads for: one for 8 columns, a power of two for each row."""
+    return THREADS // min(THREADS, 1 << (ceil_divide(x.shape[-1], 8) - 1).bit_length())
+
+
+def _dispatch(
+    kernel: str, variant: str, operands: tuple[int, ...], x: Array, strip_rows: int, dropout: bytes, epsilon: float = 0
+) -> Dispatch:
+    """One workgroup for each strip of rows."""
     rows, columns = _rows_and_columns(x)
+    push_constants = struct.pack("<IIIf", rows, columns, strip_rows, epsilon) + dropout
+    spec = {"ROW_THREADS": THREADS // _rows_at_once(x), "ALIGNED": aligned(columns)}
+    return dispatch(kernel, variant, operands, push_constants, max(1, ceil_divide(rows, strip_rows)), **spec)
+
+
+def _plan_forward(variant: str, operands: tuple[int, ...], x: Array, dropout: bytes, epsilon: float) -> Plan:
     if x.size == 0:
-        return ()
-    row_threads = min(THREADS, 1 << (ceil_divide(columns, 8) - 1).bit_length())
-    groups = ceil_divide(rows, THREADS // row_threads)
-    push_constants = struct.pack("<IIf", rows, columns, epsilon) + dropout
-    spec = {"ROW_THREADS": row_threads, "ALIGNED": aligned(columns)}
-    return (dispatch(kernel, variant, operands, push_constants, groups, **spec),)
+        return Plan(())
+    return Plan((_dispatch("layer_norm", variant, operands, x, _rows_at_once(x), dropout, epsilon),))
 
 
-def _plan_parameters(x: Array, reads: tuple[int, ...], writes: tuple[int, int], scratch: int) -> Plan:
-    """Gradients of scale and bias. reads: the operands x, mean, rstd, dy; writes: dscale, dbias."""
+def _plan_backward(
+    variant: str,
+    operands: tuple[int, ...],
+    outputs: tuple[int, int],
+    residual: tuple[int, ...],
+    x: Array,
+    dropout: bytes,
+) -> Plan:
+    """outputs: dscale and dbias, the last ones; operands, residual: of the kernel, before and after those."""
     rows, columns = _rows_and_columns(x)
     if columns == 0:
         return Plan(())
-    strips = ceil_divide(columns, LANE_COLUMNS)
-    chunk_rows = max(_MIN_CHUNK_ROWS, ceil_divide(rows * strips, _CHUNK_GROUPS))
-    chunks = max(1, ceil_divide(rows, chunk_rows))
-    sums = writes if chunks == 1 else (scratch, scratch + 1)
-    spec = {"ALIGNED": aligned(columns)}
-    push_constants = struct.pack("<III", rows, columns, chunk_rows)
-    operands = (*reads, *sums)
-    first = dispatch("layer_norm_parameters", element(x), operands, push_constants, chunks * strips, **spec)
-    if chunks == 1:
+    at_once = _rows_at_once(x)
+    strip_rows = max(1, ceil_divide(rows, at_once * _MOST_STRIPS)) * at_once
+    strips = max(1, ceil_divide(rows, strip_rows))
+    sums = outputs if strips == 1 else (outputs[1] + 1, outputs[1] + 2)
+    first = _dispatch("layer_norm_backward", variant, (*operands, *sums, *residual), x, strip_rows, dropout)
+    if strips == 1:
         return Plan((first,))
-    push_constants = struct.pack("<II", chunks, columns)
-    pairs = zip(sums, writes, strict=True)
-    last = (dispatch("reduce_rows", "", pair, push_constants, strips, **spec) for pair in pairs)
-    return Plan((first, *last), (4 * chunks * columns,) * 2)
+    push_constants = struct.pack("<II", strips, columns)
+    groups, spec = 2 * ceil_divide(columns, _SUM_COLUMNS), {"ALIGNED": aligned(columns)}
+    last = dispatch("layer_norm_parameters", "", (*sums, *outputs), push_constants, groups, **spec)
+    return Plan((first, last), (4 * strips * columns,) * 2)
