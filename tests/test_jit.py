@@ -230,6 +230,46 @@ def test_a_loop_over_a_state_may_be_left_and_entered_again():
         jitted(state, X)
 
 
+def test_what_a_loop_gave_and_a_caller_still_holds_stays_deleted():
+    step = vjit(lambda state, x: (jax.tree.map(lambda s: s + x, state), x.sum()), donate_argnums=0)
+    state, _ = step({"a": X, "b": -X}, X)
+    held, sums = [], []
+    for i in range(8):
+        if i % 3 == 1:
+            held.append(state)
+        if i % 3 == 2:
+            held.append(state["b"])  # one leaf of it
+        state, total = step(state, X)
+        sums.append(total)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held))
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    np.testing.assert_allclose(state["b"], 8 * X, rtol=1e-5)
+    np.testing.assert_array_equal(np.stack(sums), np.asarray(sums[0]))
+
+
+def test_a_loop_is_left_for_another_structure_or_type():
+    def step(state, x):
+        return jax.tree.map(lambda s: s + x, state)
+
+    jitted = vjit(step, donate_argnums=0)
+    state = jitted([X, (X, None)], np.float32(1))
+    state = jitted(state, np.float32(1))
+    a, (b, _) = state
+    state = jitted((a, [b]), np.float32(1))
+    assert isinstance(state, tuple)
+    np.testing.assert_allclose(state[1][0], X + 3, rtol=1e-6)
+    state = jitted(state, np.float32(1))
+    state = jitted(state, 2)  # a weak type: another program
+    np.testing.assert_allclose(state[0], X + 6, rtol=1e-6)
+    state = jitted(state, vk_kernels.device_put(X, SELECTOR))
+    state = jitted(state, X)
+    with pytest.raises(TypeError):
+        jitted(state, [X])
+    with pytest.raises((TypeError, ValueError)):
+        jitted(state, None)
+    np.testing.assert_allclose(state[0], X + 6 + X + X, rtol=1e-5)
+
+
 def test_donated_arrays_are_read_before_they_are_written():
     def rotate(a, b, c):
         return b, c + a.sum(), a[::-1]

@@ -149,14 +149,15 @@ class Buffer:
 
         Comes after every submission so far that uses the buffer. On return `array` may be changed.
         """
-        source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self._check(offset, source.nbytes)
+        source = np.ascontiguousarray(array)
+        nbytes = source.nbytes
+        self._check(offset, nbytes)
         if self.block.bytes is None:
-            self.device.staging.upload(self, offset, source)
+            self.device.staging.upload(self, offset, source.reshape(-1).view(np.uint8))
             return
         self.device.wait(self.owner.last_use)
         start = self.offset + offset
-        self.block.bytes[start : start + source.nbytes] = source
+        ffi.memmove(self.block.bytes[start : start + nbytes], source, nbytes)
 
     def read(self, dtype: Any, shape: tuple[int, ...], offset: int = 0) -> np.ndarray:
         """A new array from the bytes at `offset`, once the submissions so far that use the buffer are done."""

@@ -4,11 +4,12 @@ A program works on its inputs where they are. A recording is bound to the buffer
 caller comes back with the same ones, as a training loop does with its donated state, a call is one queue submit.
 """
 
-import weakref
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import compress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -92,16 +93,22 @@ def _meet(some: Sequence[tuple[str, int, int]], others: Sequence[tuple[str, int,
     return any(start < end_b and start_b < end for space, start, end in some for start_b, end_b in spans.get(space, ()))
 
 
+def held(objects: list[Any]) -> list[Any]:
+    """Those that are referred to from elsewhere than this list, of which the caller has the only one."""
+    counts = list(map(sys.getrefcount, objects))
+    if counts.count(_ALONE) == len(counts):
+        return []
+    return list(compress(objects, map(_ALONE.__lt__, counts)))
+
+
+_ALONE = next(map(sys.getrefcount, [object()]))  # what a reference in a list counts there
+
+
 class _Output(Buffer):
     """An output of a recording, as its caller holds it: in the recording's memory, until that is wanted again."""
 
     def __init__(self, buffer: Buffer):
         super().__init__(buffer.device, buffer.block, buffer.offset, buffer.size, 0, buffer)
-
-    def another(self) -> "_Output":
-        made = _Output.__new__(_Output)
-        made.__dict__ |= self.__dict__
-        return made
 
     def move_to(self, buffer: Buffer) -> None:
         """From here on it is all of `buffer`, where its content has been copied."""
@@ -124,13 +131,8 @@ class _Recording:
     ):
         self.recorder = recorder
         self.inputs, self.slots = inputs, slots
-        self.outputs = [_Output(buffer) for buffer in outputs if buffer is not None]
-        self.views: list[weakref.ref[_Output]] = []  # what callers may hold of its outputs
-
-    @property
-    def held(self) -> list[_Output]:
-        """Outputs of its last run that a caller holds."""
-        return [view for reference in self.views if (view := reference()) is not None]
+        self.outputs = [buffer for buffer in outputs if buffer is not None]
+        self.views = list(map(_Output, self.outputs))  # what callers hold of its last run
 
 
 class Executable:
@@ -167,9 +169,7 @@ class Executable:
         self._copy([(arguments[i], slot) for i, slot in recording.slots.items() if isinstance(arguments[i], Buffer)])
         recording.recorder.submit()
         self._last = bound
-        results = [output.another() for output in recording.outputs]
-        recording.views = list(map(weakref.ref, results))
-        return results
+        return recording.views.copy()
 
     def _copy(self, copies: Sequence[tuple[Buffer, Buffer]]) -> None:
         if copies:
@@ -188,14 +188,14 @@ class Executable:
     def _choose(self, bound: list[Buffer | None]) -> _Recording:
         """A recording for these buffers, the longest unused one if there are several; a new one if that is better."""
         fitting = [recording for recording in self._recordings if recording.inputs == bound]
-        free = [recording for recording in fitting if not recording.held]
+        free = (recording for recording in fitting if not held(recording.views))
         if len(self._recordings) < RECORDINGS:
             # Slots that the device still reads, and outputs that a caller holds, are better left alone.
             done = self.device.completed()
-            free = [recording for recording in free if not recording.slots or recording.recorder.last_value <= done]
-            chosen = free[0] if free else self._record(bound)
+            free = (recording for recording in free if not recording.slots or recording.recorder.last_value <= done)
+            chosen = next(free, None) or self._record(bound)
         elif fitting:
-            chosen = (free or fitting)[0]
+            chosen = next(free, fitting[0])
             self._move_away(chosen)
         else:
             chosen = self._record(bound)
@@ -205,10 +205,11 @@ class Executable:
 
     def _move_away(self, recording: _Recording) -> None:
         """Gives what callers hold of a recording's outputs memory of its own."""
-        moves = [(view, self.device.buffer(view.size)) for view in recording.held]
+        moves = [(view, self.device.buffer(view.size)) for view in held(recording.views)]
         self._copy(moves)
         for view, target in moves:
             view.move_to(target)
+        recording.views = list(map(_Output, recording.outputs))
 
     def _record(self, bound: list[Buffer | None]) -> _Recording:
         """Makes a recording for these buffers."""

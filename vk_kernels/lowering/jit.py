@@ -35,7 +35,7 @@ from vk_kernels.lowering.schedule import make_program
 from vk_kernels.lowering.simplify import simplify
 from vk_kernels.lowering.trace import is_key, key_words, make_graph
 from vk_kernels.memory import Buffer
-from vk_kernels.program import Executable, Program
+from vk_kernels.program import Executable, Program, held
 
 
 def jit(
@@ -106,6 +106,14 @@ def _is_tracer(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
+def _is_leaf_of(x: Any, kind: ArrayType) -> bool:
+    """Whether an argument, of which it is not known that it is a leaf, is an array of a type."""
+    if type(x) is np.ndarray and x.dtype == kind.dtype:
+        return x.shape == kind.shape and not kind.weak_type
+    is_leaf = type(x) is Array or jax.tree_util.all_leaves([x])
+    return is_leaf and not _is_tracer(x) and _type_of(x) == kind
+
+
 @dataclass(frozen=True)
 class Cost:
     """Of one call. flops: useful floating-point operations, roughly; bytes: that the dispatches read and write."""
@@ -165,6 +173,19 @@ def _phase(scope: str) -> str:
     return "forward" if "jvp(" in first else first
 
 
+class _Given:
+    """Arrays that a call gave in the memory that it was donated."""
+
+    def __init__(self, arrays: list[Array], life: Life):
+        self.arrays, self.life = arrays, life
+
+    def revive(self) -> bool:
+        """Takes donated arrays that nobody holds any more for new ones, where that can be: all of them."""
+        possible = self.life.whole and not held(self.arrays)
+        self.life.ended = not possible
+        return possible
+
+
 class Compiled:
     """A function for arguments of given shapes: its graph and its program on a device."""
 
@@ -197,16 +218,17 @@ class Compiled:
         self._made_types = [self.out_types[j] for j in made]
         places = {j: k for k, j in enumerate((*aliases, *made))}
         self._order = [places[j] for j in range(len(self.out_types))]
-        # What the last call gave in donated memory: arrays, with one life, and their buffers.
-        self._given, self._life, self._buffers = [], Life(ended=True), []
+        self._in_order = self._order == sorted(self._order)
+        # What the last call gave in donated memory, and the buffers; and what the one before it gave there.
+        self._given, self._before, self._buffers = _Given([], Life(ended=True)), None, []
 
     def continues(self, leaves: Sequence[Any]) -> bool:
         """Whether this call is the next in a loop over a state: what the last call gave in donated memory comes back
         in the same places, and the other leaves are of its types too. Quicker than to look at every leaf."""
-        life = self._life
-        if life.ended or not life.whole or not all(map(is_, map(leaves.__getitem__, self._carried), self._given)):
+        life, arrays = self._given.life, self._given.arrays
+        if life.ended or not life.whole or not all(map(is_, map(leaves.__getitem__, self._carried), arrays)):
             return False
-        return all(_type_of(leaves[i]) == self.in_types[i] and not _is_tracer(leaves[i]) for i in self._rest)
+        return all(_is_leaf_of(leaves[i], self.in_types[i]) for i in self._rest)
 
     def argument(self, i: int, x: Any) -> Buffer | np.ndarray:
         """What the executable takes for the i-th leaf of a call."""
@@ -226,19 +248,25 @@ class Compiled:
             carried = [x if isinstance(x, Buffer) else self.device.upload(x) for x in found]
             arguments |= zip(self._carried, carried, strict=True)
         made = self.executable(arguments)
-        self._life.ended |= continues
+        self._given.life.ended |= continues
         for i in self._dropped if continues else self.donated:
             if type(leaves[i]) is Array:
                 leaves[i].delete()
-        self._life, self._buffers = Life(), carried
-        self._given = list(map(Array, carried, self._carried_types, repeat(self._life)))
-        results = [*self._given, *map(Array, made, self._made_types)]
-        results = list(map(results.__getitem__, self._order))
+        before, self._before = (self._before, self._given) if continues else (None, None)
+        if before is not None and before.revive():
+            self._given = before
+        else:
+            life = Life()
+            self._given = _Given(list(map(Array, carried, self._carried_types, repeat(life))), life)
+        self._buffers = carried
+        results = [*self._given.arrays, *map(Array, made, self._made_types)]
+        if not self._in_order:
+            results = list(map(results.__getitem__, self._order))
         for j, aval in self.out_keys:
             words = key_words(aval)
             found = results[j].buffer.read(words.dtype, words.shape)
             results[j] = jax.random.wrap_key_data(found, impl=aval.dtype._impl.name)
-        return jax.tree.unflatten(self.out_tree, results)
+        return self.out_tree.unflatten(results)
 
     def as_text(self) -> str:
         """The program: every dispatch with what it reads and writes, and where a barrier is."""
@@ -297,30 +325,36 @@ class Jitted:
             donate_argnames=donate_argnames,
         )
         self._compiled: dict[Any, Compiled] = {}
-        self._last: tuple[Any, Any, Any] = (None, None, None)  # of the last call: form, types, what is compiled
+        # Of the last call: structure, static arguments and device, types, what is compiled.
+        self._last: tuple[Any, Any, Any, Any] = (None, None, None, None)
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, form = self._leaves(args, kwargs)
+        dynamic, static = self._split(args, kwargs)
         with self._lock:
-            last_form, last_types, compiled = self._last
-            if form == last_form and compiled.continues(leaves):
-                return compiled(leaves, continues=True)
+            last_tree, last_static, last_types, compiled = self._last
+            if compiled is not None and static == last_static:
+                leaves = _leaves_of(last_tree, dynamic)
+                if leaves is not None and compiled.continues(leaves):
+                    return compiled(leaves, continues=True)
+        leaves, tree = jax.tree.flatten(dynamic)
         if any(map(_is_tracer, leaves)):
             with self._using():
                 return self._jitted(*args, **kwargs)
         with self._lock:
             types = list(map(_type_of, leaves))
-            if form != last_form or types != last_types:  # quicker than to hash them
-                compiled = self._find(form, types, args, kwargs)
-                self._last = form, types, compiled
+            last = last_tree, last_static, last_types
+            if compiled is None or (tree, static, types) != last:  # quicker than to hash them
+                compiled = self._find(tree, static, types, args, kwargs)
+                self._last = tree, static, types, compiled
             return compiled(leaves)
 
     def lower(self, *args: Any, **kwargs: Any) -> Compiled:
         """What a call with such arguments runs; arguments may be jax.ShapeDtypeStruct."""
-        leaves, form = self._leaves(args, kwargs)
+        dynamic, static = self._split(args, kwargs)
+        leaves, tree = jax.tree.flatten(dynamic)
         with self._lock:
-            return self._find(form, map(_type_of, leaves), args, kwargs)
+            return self._find(tree, static, map(_type_of, leaves), args, kwargs)
 
     def cost(self, *args: Any, **kwargs: Any) -> Cost:
         """Of a call with such arguments."""
@@ -329,21 +363,21 @@ class Jitted:
     def profile(self, *args: Any, **kwargs: Any) -> Profile:
         """Runs a call's dispatches one at a time and times them; the arguments stay, also donated ones."""
         compiled = self.lower(*args, **kwargs)
-        leaves, _ = self._leaves(args, kwargs)
-        return compiled.profile(leaves)
+        dynamic, _ = self._split(args, kwargs)
+        return compiled.profile(jax.tree.leaves(dynamic))
 
     def clear_cache(self) -> None:
         """Forgets all that was compiled."""
         with self._lock:
-            self._last = None, None, None
+            self._last = None, None, None, None
             self._compiled.clear()
             self._jitted.clear_cache()
 
     def _using(self) -> Any:
         return use("vulkan", device=self._device)
 
-    def _leaves(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-        """The arrays of a call, and what else it is compiled for."""
+    def _split(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The arguments of a call that are arrays, and what else it is compiled for."""
         static: tuple = ()
         if self._static_numbers or self._static_names:
             numbers = {n % len(args) for n in self._static_numbers if -len(args) <= n < len(args)}
@@ -353,12 +387,11 @@ class Jitted:
             )
             args = tuple(x for n, x in enumerate(args) if n not in numbers)
             kwargs = {name: x for name, x in kwargs.items() if name not in self._static_names}
-        leaves, tree = jax.tree.flatten((args, kwargs))
         device = self._device if self._device is not None else target_of("vulkan")
-        return leaves, (tree, static, device)
+        return (args, kwargs), (static, device)
 
-    def _find(self, form: Any, types: Iterable[ArrayType], args: tuple, kwargs: dict[str, Any]) -> Compiled:
-        key = form, tuple(types)
+    def _find(self, tree: Any, static: Any, types: Iterable[ArrayType], args: tuple, kwargs: dict) -> Compiled:
+        key = tree, static, tuple(types)
         if key not in self._compiled:
             self._compiled[key] = self._compile(args, kwargs)
         return self._compiled[key]
@@ -368,6 +401,14 @@ class Jitted:
         with self._using():
             traced = self._jitted.trace(*args, **kwargs)
             return Compiled(traced, call.open_device(target_of("vulkan").device))
+
+
+def _leaves_of(tree: Any, x: Any) -> list[Any] | None:
+    """What stands where a structure has its leaves, if `x` has that structure at least; quicker than to flatten it."""
+    try:
+        return tree.flatten_up_to(x)
+    except ValueError:
+        return None
 
 
 def _described(x: Any) -> Any:
