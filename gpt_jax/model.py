@@ -4,7 +4,9 @@ Source: Radford et al., "Language models are unsupervised multitask learners" (2
 """
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -75,40 +77,48 @@ class LayerNorm(nn.Module):
     """Layer norm over the last axis; parameters `scale` and `bias`, (D,) f32."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, branch: jax.Array | None = None, **dropout) -> tuple[jax.Array, jax.Array]:
+        """total = x + dropout(branch), or x where there is no branch yet; and the norm of total."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
-        return ops.layer_norm(x, scale, bias)
+        if branch is None:
+            return x, ops.layer_norm(x, scale, bias)
+        return ops.residual_layer_norm(x, branch, scale, bias, **dropout)
+
+
+def dropout_at(site: int, layer: int, config: ModelConfig, rng: jax.Array | None) -> dict[str, Any]:
+    """The arguments of an operation that drops out."""
+    return {"rng": rng, "dropout_rate": config.dropout_rate, "stream": 3 * layer + site}
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + attention(norm(x)), then x + MLP(norm(x)).
+
+    A branch is added to x by the layer norm that comes next, in the same kernel: the MLP's by that of the next layer.
+    """
 
     config: ModelConfig
     layer: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, branch: jax.Array | None, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """x and the branch that is to be added to it, (B, T, D) each; None in the first layer."""
         config = self.config
         batch, length, width = x.shape
         heads = config.num_heads
 
-        def dropout(site: int) -> dict:
-            return {"rng": rng, "dropout_rate": config.dropout_rate, "stream": 3 * self.layer + site}
-
-        y = LayerNorm(name="ln_1")(x)
+        x, y = LayerNorm(name="ln_1")(x, branch, **dropout_at(MLP_SITE, self.layer - 1, config, rng))
         qkv = Linear(3 * width, config, name="qkv")(y)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, heads, width // heads), 2, 0)  # (B, T, H, D) each
         if self.is_mutable_collection(DIAGNOSTICS):
             self._sow_statistics(q, k)
+        dropout = functools.partial(dropout_at, layer=self.layer, config=config, rng=rng)
         y = ops.attention(q, k, v, cap=config.soft_cap, **dropout(ATTENTION_SITE))
         y = y.reshape(batch, length, width)
-        x = Linear(width, config, config.residual_init_scale, name="projection")(
-            y, residual=x, **dropout(PROJECTION_SITE)
-        )
-        y = LayerNorm(name="ln_2")(x)
+        branch = Linear(width, config, config.residual_init_scale, name="projection")(y)
+        x, y = LayerNorm(name="ln_2")(x, branch, **dropout(PROJECTION_SITE))
         y = Linear(4 * width, config, name="mlp_in")(y, activation="gelu")
-        return Linear(width, config, config.residual_init_scale, name="mlp_out")(y, residual=x, **dropout(MLP_SITE))
+        return x, Linear(width, config, config.residual_init_scale, name="mlp_out")(y)
 
     def _sow_statistics(self, q: jax.Array, k: jax.Array) -> None:
         """Largest score before the soft cap, and mean entropy in nats of the attention weights; f32 (H,) each."""
@@ -151,10 +161,10 @@ class GPT(nn.Module):
         """
         dtype = jnp.dtype(self.config.dtype)
         x = ops.embedding(self.wte, tokens) + self.wpe[None, : tokens.shape[1]]
-        x = x.astype(dtype)
+        x, branch = x.astype(dtype), None
         for block in self.h:
-            x = block(x, rng)
-        return self.ln_f(x)
+            x, branch = block(x, branch, rng)
+        return self.ln_f(x, branch, **dropout_at(MLP_SITE, len(self.h) - 1, self.config, rng))[1]
 
     def output_matrix(self) -> jax.Array:
         """(embed_dim, vocab_size) in the config's dtype."""
