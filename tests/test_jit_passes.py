@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_jit_graph import graph_of
 
 from vk_kernels import ops
+from vk_kernels.lowering.absorb import absorb
 from vk_kernels.lowering.arena import ALIGNMENT, Lifetime, place
 from vk_kernels.lowering.call import Target
 from vk_kernels.lowering.fuse import Partition, common_scope, partition
@@ -111,6 +112,40 @@ def test_a_hot_operation_is_its_own_step_and_reads_views_where_they_are():
     assert found.outputs[1] is found.steps[1].outputs[0]
     assert found.steps[1].node.call.startswith(b'["layer_norm"')
     assert Target().device == ""
+
+
+def two_products(x, first, second):
+    """(loss, hidden activations), by products of which the first has an activation."""
+    hidden = ops.matmul(x, first, activation="gelu", implementation="vulkan")
+    return ops.matmul(hidden, second, implementation="vulkan").sum(), hidden
+
+
+def test_the_slope_of_an_activation_goes_into_the_product_that_makes_its_gradient():
+    gradient = jax.grad(lambda *xs: two_products(*xs)[0], argnums=(0, 1, 2))
+    plain = simplify(graph_of(gradient, X, X.T, X))
+    found = absorb(plain)
+    pre_activation = next(node.outputs[1] for node in found.nodes if node.op == "matmul")
+    later, earlier = (node for node in found.nodes if node.op == "matmul_backward")
+    assert later.inputs[-1] is pre_activation
+    assert later.params["input_activation"] == "gelu"
+    assert (len(earlier.inputs), earlier.params["activation"]) == (3, None)
+    assert earlier.inputs[0] is later.outputs[0]
+    assert b'"input_activation": "gelu"' in later.call
+    assert b'"activation": null' in earlier.call
+    assert [node.outputs for node in found.nodes] == [node.outputs for node in plain.nodes]
+
+
+def test_what_others_read_too_stays_as_it_is():
+    def gradients(x, first, second):
+        _, back = jax.vjp(lambda h: ops.matmul(h, second, implementation="vulkan"), x)
+        _, back_in = jax.vjp(lambda w: ops.matmul(x, w, activation="gelu", implementation="vulkan"), first)
+        hidden = back(x)[0]
+        return hidden, back_in(hidden)
+
+    square = X[:48]
+    plain = simplify(graph_of(gradients, square, square, square))
+    assert [node.op for node in plain.nodes].count("matmul_backward") == 2
+    assert str(absorb(plain)) == str(plain)
 
 
 def test_costly_values_that_are_broadcast_are_stored_once():

@@ -12,6 +12,7 @@ from vk_run import BF16, DTYPES, F32, FILL, GUARD, assert_accurate, normal, run,
 from vk_kernels.errors import FeatureError
 from vk_kernels.ops import gemm, launch
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
+from vk_kernels.ops.gelu import gelu
 from vk_kernels.ops.gemm import (
     CPU_TILES,
     NOTHING,
@@ -424,6 +425,34 @@ def test_the_slope_as_the_epilogue_of_a_product(device, variant, dtype, m, n, k)
     plain = jnp.einsum("mk,nk->mn", a, b, preferred_element_type=jnp.float32).astype(dtype)
     plain = jax.vjp(lambda x: jax.nn.gelu(x), x)[1](plain)[0]
     assert_accurate(actual, plain, exact)
+
+
+@pytest.mark.parametrize(("dtype", "rate", "shape"), [(F32, 0.0, EVEN), (F32, 0.1, ODD), (BF16, 0.1, EVEN)], ids=str)
+def test_gradients_through_the_activation_of_the_input(device, variant, dtype, rate, shape):
+    """dx is that of z, for x = gelu(z)."""
+    check_dtype(variant, dtype)
+    static = {"activation": "gelu", "has_bias": False, "dropout_rate": rate, "stream": 5}
+    rows, k, n = shape
+    z, dy = normal(*rows, k, seed=6, dtype=dtype), normal(*rows, n, seed=4, dtype=dtype)
+    p = problem(rows, k, n, dtype, False, False, rate)
+    x = np.asarray(gelu(z))
+    pre = x.astype(np.float64) @ p["w"].astype(np.float64)
+    inputs = present(dy, x, p["w"], pre.astype(dtype), p["rng"], z)
+    static["input_activation"] = "gelu"
+    found = run(device, plan_matmul_backward, matmul_backward_reference, *inputs, **static, variant=variant)
+
+    dsums = dy.astype(np.float64) * mask_of(rows, n, rate, 5).reshape(dy.shape) * gelu_in_float64(slope=True)(pre)
+    dx = dsums @ p["w"].astype(np.float64).T * gelu_in_float64(slope=True)(z.astype(np.float64))
+    exact = dx, x.reshape(-1, k).astype(np.float64).T @ dsums.reshape(-1, n)
+
+    def through(z, w):
+        return matmul(gelu(z), w, activation="gelu", rng=p["rng"], dropout_rate=rate, stream=5)
+
+    plain = jax.jit(lambda dy, *xs: jax.vjp(through, *xs)[1](dy))(dy, z, p["w"])
+    explicit = jax.jit(functools.partial(matmul_backward_reference, **static))(*inputs)
+    for name, actual, automatic, reference, value in zip(("dz", "dw"), found, plain, explicit, exact, strict=True):
+        assert_accurate(actual, automatic, value, 3, name)
+        assert_accurate(reference, automatic, value, 3, f"{name} of the reference")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -98,6 +98,12 @@ def encode(operation: str, parameters: dict[str, Any], target: Target) -> str:
     return json.dumps([operation, parameters, target])
 
 
+def with_parameters(call: bytes, parameters: dict[str, Any]) -> bytes:
+    """The same call with other parameters."""
+    operation, _, target = _decode(call)
+    return encode(operation, parameters, target).encode()
+
+
 @functools.lru_cache(maxsize=4096)
 def _decode(call: bytes) -> tuple[str, dict[str, Any], Target]:
     operation, parameters, target = json.loads(call)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from vk_kernels.lowering import make_operation, make_primitive, target_of, vary_alike
+from vk_kernels.lowering import changed, make_operation, make_primitive, register_rule, target_of, vary_alike
 from vk_kernels.ops import adamw as _adamw
 from vk_kernels.ops import attention as _attention
 from vk_kernels.ops import cross_entropy as _cross_entropy
@@ -94,6 +94,18 @@ def _present(*operands: jax.Array | None) -> list[jax.Array]:
 # Matrix product.
 
 _matmul_backward = make_primitive("matmul_backward", _matmul.matmul_backward_reference, _matmul.plan_matmul_backward)
+
+
+def _slope_into_product(before, after):
+    """The gradient through GELU as the last step of the product that makes it."""
+    if after.params["activation"] != "gelu" or after.params["dropout_rate"] or "input_activation" in after.params:
+        return None  # the pre-activation is not the last operand
+    *reads, pre_activation = after.inputs
+    before = changed(before, (*before.inputs, pre_activation), input_activation="gelu")
+    return before, changed(after, reads, activation=None)
+
+
+register_rule("matmul_backward", "matmul_backward", _slope_into_product)
 
 
 def _matmul_folding(has_bias, has_residual, dropout_rate, **_):

@@ -96,13 +96,16 @@ def matmul_backward_reference(
     has_bias: bool,
     dropout_rate: float,
     stream: int,
+    input_activation: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """(dx, dw), and with has_bias dbias (N,), in x's dtype. The gradient of the residual is dy itself.
 
-    optional: the activation's input if there is one, rng if there is dropout.
+    optional: the activation's input if there is one, rng if there is dropout. input_activation: x is this of the last
+    of them, whose gradient dx is then.
     """
     _check_activation(activation)
-    rest = iter(optional)
+    _check_activation(input_activation)
+    rest = iter(optional[:-1] if input_activation else optional)
     pre_activation = None if activation is None else next(rest)
     dy = dropout(dy.astype(jnp.float32), next(rest, None), rate=dropout_rate, stream=stream)
     if activation == "gelu":
@@ -110,6 +113,8 @@ def matmul_backward_reference(
     dsums = dy.astype(x.dtype).reshape(math.prod(x.shape[:-1]), w.shape[1])
     rows = x.reshape(dsums.shape[0], w.shape[0])
     dx = jnp.einsum("mn,kn->mk", dsums, w, preferred_element_type=jnp.float32)
+    if input_activation == "gelu":
+        dx = gelu_backward_reference(optional[-1].astype(jnp.float32).reshape(dx.shape), dx)
     dw = jnp.einsum("mk,mn->kn", rows, dsums, preferred_element_type=jnp.float32)
     gradients = (dx.reshape(x.shape).astype(x.dtype), dw.astype(w.dtype))
     return (*gradients, dsums.astype(jnp.float32).sum(axis=0).astype(x.dtype)) if has_bias else gradients
@@ -161,17 +166,21 @@ def plan_matmul_backward(
     has_bias: bool,
     dropout_rate: float,
     stream: int,
+    input_activation: str | None = None,
     variant: str | None = None,
 ) -> Plan:
-    """inputs: dy, x, w, and of the activation's input and rng those that there are; outputs: dx, dw and maybe dbias.
+    """inputs: dy, x, w, and of the activation's input, rng and the input activation's input those that there are;
+    outputs: dx, dw and maybe dbias.
 
     See `matmul_backward_reference`; variant: of `plan_gemm`, which also says what is raised.
     """
     _check_activation(activation)
+    _check_activation(input_activation)
     dsums, x, w = (_rows(i, array) for i, array in enumerate(inputs[:3]))
     first = len(inputs)
     dx, dw = _rows(first, outputs[0]), _rows(first + 1, outputs[1])
-    optional = iter(range(3, len(inputs)))
+    slope_of = None if input_activation is None else first - 1
+    optional = iter(range(3, first if slope_of is None else slope_of))
     pre_activation = None if activation is None else next(optional)
     drop = _dropout_step(next(optional, None), dropout_rate, stream)
     plan, free = Plan(()), first + len(outputs)
@@ -184,7 +193,8 @@ def plan_matmul_backward(
 
     # Each with its own scratch: they do not depend on one another, and may run side by side.
     options = {"variant": variant, "scratch": free + len(plan.scratch)}
-    plan = _both(plan, plan_gemm(info, dsums, w, dx, transpose_b=True, **options))
+    epilogue = Epilogue(gelu_slope_of=slope_of)
+    plan = _both(plan, plan_gemm(info, dsums, w, dx, transpose_b=True, epilogue=epilogue, **options))
     options["scratch"] = free + len(plan.scratch)
     plan = _both(plan, plan_gemm(info, x, dsums, dw, transpose_a=True, **options))
     if has_bias:
