@@ -15,6 +15,7 @@ from vk_kernels.lowering.call import Target
 from vk_kernels.lowering.fuse import Partition, common_scope, partition
 from vk_kernels.lowering.graph import Value
 from vk_kernels.lowering.simplify import simplify
+from vk_kernels.lowering.waves import Access, find_waves
 from vk_kernels.program import Place, find_barriers
 
 X = np.ones((64, 48), np.float32)
@@ -190,6 +191,51 @@ def test_arrays_of_different_times_share_memory():
     lifetimes = [Lifetime(1000, i, i + 1) for i in range(20)]
     assert place(lifetimes)[1] == 2 * 1024
     assert place([]) == ([], 0)
+
+
+def dispatch(reads: str, writes: str, nbytes: int = 4) -> Access:
+    return Access(frozenset(reads), frozenset(writes), nbytes)
+
+
+def test_independent_chains_of_a_level_run_side_by_side():
+    products = [dispatch("ab", "p"), dispatch("p", "c"), dispatch("ad", "q"), dispatch("q", "e")]
+    assert find_waves([(0, products), (1, [dispatch("c", "f")])]) == [[0, 1, 0, 1], [2]]
+
+
+def test_what_a_step_prepares_comes_before_its_level_unless_it_is_large():
+    before = [(i, [dispatch("iabcde"[i], "abcdef"[i])]) for i in range(6)]
+    sort = [dispatch("t", "u"), dispatch("u", "v"), dispatch("vf", "w")]
+    assert find_waves([*before, (6, sort)]) == [[0], [1], [2], [3], [4], [5], [4, 5, 6]]
+    large = [dispatch("t", "u", 1 << 21), dispatch("u", "v"), dispatch("vf", "w")]
+    assert find_waves([*before, (6, large)])[-1] == [6, 7, 8]
+
+
+def test_what_is_needed_late_is_not_computed_early():
+    steps = [(i, [dispatch("abcde"[i], "bcdef"[i])]) for i in range(5)]
+    steps.insert(4, (3, [dispatch("x", "y")]))
+    steps.append((5, [dispatch("fy", "z")]))
+    assert find_waves(steps) == [[0], [1], [2], [3], [3], [4], [5]]
+
+
+def test_memory_is_read_before_it_is_written_again():
+    steps = [(0, [dispatch("a", "b")]), (0, [dispatch("a", "c")]), (1, [dispatch("b", "a")]), (1, [dispatch("c", "d")])]
+    assert find_waves(steps) == [[0], [0], [1], [1]]
+    assert find_waves([(0, [dispatch("a", "b")]), (0, [dispatch("c", "a")])]) == [[0], [1]]
+    assert find_waves([(0, [dispatch("a", "b")]), (0, [dispatch("c", "b")])]) == [[0], [1]]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.text("abcdef", max_size=3), st.text("abcdef", max_size=2)), max_size=12)
+)
+@settings(max_examples=200, deadline=None)
+def test_waves_keep_the_order_of_what_meets(found):
+    steps = [(level, [dispatch(reads, writes)]) for level, reads, writes in sorted(found, key=lambda item: item[0])]
+    waves = [wave for (wave,) in find_waves(steps)]
+    assert all(wave >= 0 for wave in waves)
+    for i, (_, (later,)) in enumerate(steps):
+        for j, (_, (earlier,)) in enumerate(steps[:i]):
+            if later.writes & (earlier.reads | earlier.writes) or later.reads & earlier.writes:
+                assert waves[j] < waves[i]
 
 
 A, B, C = Place("arena", 0, 256), Place("arena", 256, 256), Place("arena", 128, 256)

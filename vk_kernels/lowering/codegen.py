@@ -52,11 +52,15 @@ _MOST_ELEMENTS = 2**31 - THREADS
 
 @dataclass(frozen=True)
 class GeneratedKernel:
-    """One dispatch. `operands` index into (*inputs, *outputs, *scratch) of the graph, in binding order."""
+    """One dispatch. `operands` index into (*inputs, *outputs, *scratch) of the graph, in binding order.
+
+    writes: of each operand, whether the kernel writes it.
+    """
 
     label: str
     spirv: bytes
     operands: tuple[int, ...]
+    writes: tuple[bool, ...]
     groups: tuple[int, int, int]
 
 
@@ -287,7 +291,7 @@ class _Stage:
         for operand in {operand for pair in shared for operand in pair}:
             bindings.buffers[operand].may_alias()
         groups = (total, 1, 1) if rows == 1 else (_MOST_GROUPS, rows, 1)
-        kernel = GeneratedKernel(label, module.assemble(), tuple(bindings.operands), groups)
+        kernel = GeneratedKernel(label, module.assemble(), tuple(bindings.operands), tuple(bindings.writes), groups)
         return kernel, {self._stored[value] for value in emitter.reads}, shared
 
     def _shared_memory(
@@ -313,12 +317,14 @@ class _Bindings:
     def __init__(self, module: Module, stored: dict[Value, int]):
         self._module, self._stored = module, stored
         self.operands: list[int] = []
+        self.writes: list[bool] = []
         self.buffers: dict[int, Buffer] = {}
 
     def _bind(self, operand: int, dtype: np.dtype, writable: bool) -> Buffer:
         if operand not in self.buffers:
             self.buffers[operand] = self._module.buffer(len(self.operands), bits_of(dtype), writable)
             self.operands.append(operand)
+            self.writes.append(writable)
         return self.buffers[operand]
 
     def output(self, operand: int, dtype: np.dtype) -> Buffer:

@@ -20,10 +20,8 @@ from vk_kernels.lowering.spirv import Buffer, Code, Ext, Id, Module, Op, Shared
 
 THREADS = 256  # of a workgroup
 _COLUMNS = 32  # neighbouring outputs that a workgroup reduces together, where the last axis is kept
-_SPLIT_GROUPS, _SPLIT_LENGTH = (
-    128,
-    1024,
-)  # workgroups that a long reduction is cut into; least length of a piece
+_SPLIT_GROUPS = 128  # workgroups that a long reduction is cut into
+_SPLIT_LENGTH = 4096  # elements of a piece at least: 16 a thread take less time than another kernel
 _TREES = 8  # reductions that are brought to their ends together; each takes 1 or 2 KiB of shared memory
 _LONG = 33  # a reduction of fewer elements is one thread's loop
 

@@ -5,14 +5,15 @@ cannot be, it is copied there in the end. What only steps need lies in the arena
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vk_kernels.lowering import arena, call, codegen
 from vk_kernels.lowering.fuse import Partition, Step
 from vk_kernels.lowering.graph import Graph, Node, Value
-from vk_kernels.plan import Array, Dispatch
+from vk_kernels.lowering.waves import Access, find_waves
+from vk_kernels.plan import Array, Dispatch, kernel_of
 from vk_kernels.program import Command, Place, Program
 
 if TYPE_CHECKING:
@@ -24,11 +25,12 @@ _COPIES = 32  # of outputs, that one kernel does
 
 @dataclass(frozen=True)
 class _Dispatch:
-    """A dispatch whose operands index into (*inputs, *outputs, *scratch) of its step."""
+    """A dispatch whose operands index into (*inputs, *outputs, *scratch) of its step. writes: whether it does, each."""
 
     label: str
     kernel: Dispatch | bytes
     operands: tuple[int, ...]
+    writes: tuple[bool, ...]
     groups: tuple[int, int, int]
     push_constants: bytes = b""
 
@@ -45,23 +47,23 @@ def make_program(partition: Partition, device: "Device", donated: Sequence[bool]
     """Raises ValueError or FeatureError for what the kernels or the device cannot do, naming the line."""
     planned = [_plan(step, device) for step in partition.steps]
     memory = _Memory(partition, planned, donated)
-    commands = []
+    ordered = []
     for index, plan in enumerate(planned):
         places = memory.places(index)
         flops = _flops(plan.step)
         for number, dispatch in enumerate(plan.dispatches):
             operands = tuple(places[i] for i in dispatch.operands)
-            commands.append(
-                Command(
-                    dispatch.label,
-                    plan.step.scope,
-                    dispatch.kernel,
-                    operands,
-                    dispatch.groups,
-                    dispatch.push_constants,
-                    0 if number else flops,
-                )
+            command = Command(
+                dispatch.label,
+                plan.step.scope,
+                dispatch.kernel,
+                operands,
+                dispatch.groups,
+                dispatch.push_constants,
+                0 if number else flops,
             )
+            ordered.append((memory.waves[index][number], command))
+    commands = [command for _, command in sorted(ordered, key=lambda item: item[0])]
     copies = memory.copies
     for start in range(0, len(copies), _COPIES):
         commands += _copy(copies[start : start + _COPIES])
@@ -84,7 +86,8 @@ def _plan(step: Step, device: "Device") -> _Planned:
         return _plan_hot(step, step.node, device)
     generated = codegen.generate(step.graph)
     dispatches = tuple(
-        _Dispatch(kernel.label, kernel.spirv, kernel.operands, kernel.groups) for kernel in generated.kernels
+        _Dispatch(kernel.label, kernel.spirv, kernel.operands, kernel.writes, kernel.groups)
+        for kernel in generated.kernels
     )
     return _Planned(step, dispatches, generated.scratch, generated.in_place)
 
@@ -99,7 +102,9 @@ def _plan_hot(step: Step, node: Node, device: "Device") -> _Planned:
     for dispatch in plan.dispatches:
         name = f"{dispatch.kernel}.{dispatch.variant}" if dispatch.variant else dispatch.kernel
         label = f"{name} of {node.op}({', '.join(map(str, inputs))})"
-        dispatches.append(_Dispatch(label, dispatch, dispatch.operands, dispatch.groups, dispatch.push_constants))
+        writes = kernel_of(device, dispatch).writable
+        found = _Dispatch(label, dispatch, dispatch.operands, writes, dispatch.groups, dispatch.push_constants)
+        dispatches.append(found)
     return _Planned(step, tuple(dispatches), plan.scratch, frozenset())
 
 
@@ -130,6 +135,9 @@ class _Memory:
         self.aliases: dict[int, int] = {}
         self._copied: list[tuple[Value, Place]] = []  # in the end
         self._place_outputs(donated)
+        self._accesses = [self._step_accesses(index) for index in range(len(planned))]
+        levels = [plan.step.level for plan in planned]
+        self.waves = find_waves(list(zip(levels, self._accesses, strict=True)))
         self._scratch: list[list[Place]] = []
         self.arena_bytes = self._place_rest()
 
@@ -179,35 +187,61 @@ class _Memory:
         plan = self._planned[index]
         return (plan.step.inputs.index(donor), plan.step.outputs.index(value)) in plan.in_place
 
+    def _step_accesses(self, index: int) -> list[Access]:
+        """What each dispatch of a step accesses: places that are known, arrays and scratch that are not."""
+        plan = self._planned[index]
+        arrays = [self._places.get(value, value) for value in (*plan.step.inputs, *plan.step.outputs)]
+        arrays += [(index, number) for number in range(len(plan.scratch))]
+        sizes = [*(value.nbytes for value in (*plan.step.inputs, *plan.step.outputs)), *plan.scratch]
+        found = []
+        for dispatch in plan.dispatches:
+            written = {i for i, writes in zip(dispatch.operands, dispatch.writes, strict=True) if writes}
+            reads, writes = (frozenset(arrays[i] for i in some) for some in (set(dispatch.operands) - written, written))
+            found.append(Access(reads, writes, sum(sizes[i] for i in written)))
+        return found
+
     def _place_rest(self) -> int:
-        """Places what is left in the arena, by the levels at which it lives; gives the arena's bytes."""
-        end = max((plan.step.level for plan in self._planned), default=0) + 1
-        kept = {value for value, _ in self._copied}
+        """Places what is left in the arena, by the waves in which it lives; gives the arena's bytes."""
+        lives: dict[Hashable, list[tuple[int, Access]]] = {}
+        for accesses, waves in zip(self._accesses, self.waves, strict=True):
+            for access, wave in zip(accesses, waves, strict=True):
+                for x in access.reads | access.writes:
+                    lives.setdefault(x, []).append((wave, access))
+        first = {x: min(wave for wave, _ in found) for x, found in lives.items()}
+        last = {x: max(wave for wave, _ in found) for x, found in lives.items()}
+        end = max(last.values(), default=0) + 1
+        last |= {value: end for value, _ in self._copied}
+
+        def takes(value: Value, donor: Value) -> bool:
+            """Whether nobody but the dispatch that writes an array reads the other then, or later."""
+            readers = [access for wave, access in lives[donor] if wave == first[value]]
+            return last[donor] == first[value] and len(readers) == 1 and value in readers[0].writes
+
         lifetimes: list[arena.Lifetime] = []
-        blocks: dict[Value, int] = {}
-        scratch: list[list[int]] = []
+        blocks: dict[Hashable, int] = {}
         for index, plan in enumerate(self._planned):
-            level = plan.step.level
-            ending = [x for x in plan.step.inputs if x in blocks and x not in kept and self._last_reads[x] == index]
-            for value in plan.step.outputs:
-                if value in self._places:
+            donors = [x for x in plan.step.inputs if x in blocks]
+            scratch = [(index, number) for number in range(len(plan.scratch))]
+            sizes = [value.nbytes for value in plan.step.outputs] + list(plan.scratch)
+            for x, nbytes in zip((*plan.step.outputs, *scratch), sizes, strict=True):
+                if x in self._places:
                     continue
-                last = self._planned[self._last_reads[value]].step.level if value in self._last_reads else level
-                last = end if value in kept else last
-                donor = next((x for x in ending if self._in_place(index, x, value)), None)
+                donor = None
+                if x in plan.step.outputs and x in lives:
+                    donor = next((y for y in donors if self._in_place(index, y, x) and takes(x, y)), None)
                 if donor is None:
-                    blocks[value] = len(lifetimes)
-                    lifetimes.append(arena.Lifetime(value.nbytes, level, last))
+                    blocks[x] = len(lifetimes)
+                    lifetimes.append(arena.Lifetime(nbytes, first.get(x, 0), last.get(x, 0)))
                 else:
-                    ending.remove(donor)
-                    blocks[value] = blocks[donor]
-                    before = lifetimes[blocks[donor]]
-                    lifetimes[blocks[donor]] = before._replace(last=max(before.last, last))
-            scratch.append(list(range(len(lifetimes), len(lifetimes) + len(plan.scratch))))
-            lifetimes += [arena.Lifetime(nbytes, level, level) for nbytes in plan.scratch]
+                    donors.remove(donor)
+                    blocks[x] = blocks[donor]
+                    lifetimes[blocks[x]] = lifetimes[blocks[x]]._replace(last=last[x])
         offsets, size = arena.place(lifetimes)
-        self._places |= {value: Place("arena", offsets[k], value.nbytes) for value, k in blocks.items()}
-        for numbers in scratch:
+        for x, k in blocks.items():
+            if isinstance(x, Value):
+                self._places[x] = Place("arena", offsets[k], x.nbytes)
+        for index, plan in enumerate(self._planned):
+            numbers = [blocks[index, number] for number in range(len(plan.scratch))]
             self._scratch.append([Place("arena", offsets[k], lifetimes[k].nbytes) for k in numbers])
         return size
 

@@ -1,0 +1,71 @@
+"""When the dispatches of a program run: in waves, with a barrier between one wave and the next.
+
+Dispatches of one wave need nothing of each other and run side by side: both products of a matrix product's gradient,
+then what finishes each of them. Few waves mean few barriers, and each of them well filled.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+_EARLY_BYTES = 1 << 20  # that may be written before the level of a step
+
+
+class Access(NamedTuple):
+    """The memory that a dispatch reads, and that it writes; and how many bytes it writes."""
+
+    reads: frozenset[Hashable]
+    writes: frozenset[Hashable]
+    nbytes: int = 0
+
+
+def find_waves(steps: Sequence[tuple[int, Sequence[Access]]]) -> list[list[int]]:
+    """The wave of each dispatch of each step, (level, accesses of its dispatches).
+
+    Steps are in an order, and by level, in which they could run one dispatch at a time. Two dispatches of which one
+    writes what the other one accesses are in different waves, in that order. The dispatches of a step stay together:
+    it ends no sooner than its level starts, so that its results are not kept for long. Where the rest would have to
+    wait for a part that needs nothing of the level before, that part comes earlier, unless it writes much.
+    """
+    read: dict[Hashable, int] = {}  # the last wave that reads, or writes
+    written: dict[Hashable, int] = {}
+    waves: list[list[int]] = []
+    start = level = -1  # the wave at which the level starts
+    for i, (own_level, accesses) in enumerate(steps):
+        if own_level != level:
+            level = own_level
+            peers = [other for other_level, other in steps[i:] if other_level == level]
+            ready = [max(_after(access, read, written) for access in other) for other in peers if other]
+            start = min((wave for wave in ready if wave > start), default=start + 1)
+        offsets = _offsets(accesses)
+        first = start - max(offsets, default=0)
+        for access, offset in zip(accesses, offsets, strict=True):
+            first = max(first, _after(access, read, written) - offset)
+        early = sum(access.nbytes for access, offset in zip(accesses, offsets, strict=True) if first + offset < start)
+        first = max(first, start) if early > _EARLY_BYTES else first
+        waves.append([first + offset for offset in offsets])
+        for access, wave in zip(accesses, waves[-1], strict=True):
+            _note(access, wave, read, written)
+    return waves
+
+
+def _after(access: Access, read: dict[Hashable, int], written: dict[Hashable, int]) -> int:
+    """The first wave in which an access may be."""
+    before = [written.get(x, -1) for x in (*access.reads, *access.writes)]
+    return 1 + max([-1, *before, *(read.get(x, -1) for x in access.writes)])
+
+
+def _note(access: Access, wave: int, read: dict[Hashable, int], written: dict[Hashable, int]) -> None:
+    for found, places in ((read, access.reads), (written, access.writes)):
+        for x in places:
+            found[x] = max(wave, found.get(x, -1))
+
+
+def _offsets(accesses: Sequence[Access]) -> list[int]:
+    """How many waves after the step's first one each of its dispatches is."""
+    read: dict[Hashable, int] = {}
+    written: dict[Hashable, int] = {}
+    offsets = []
+    for access in accesses:
+        offsets.append(_after(access, read, written))
+        _note(access, offsets[-1], read, written)
+    return offsets
