@@ -142,6 +142,7 @@ def xla_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[s
     from program import make_step
 
     step, shapes, _ = make_step(config)
+    precision = "default" if config.model.dtype == "bfloat16" else "highest"
     jitted = jax.jit(step, donate_argnames="state")
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
@@ -150,7 +151,7 @@ def xla_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[s
 
     def run(batch: Any) -> Callable[[], float]:
         nonlocal state
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision(precision):
             state, metrics = jitted(state, batch)
         return lambda: float(metrics["loss"])
 

@@ -109,11 +109,11 @@ class Block(nn.Module):
 
         x, y = LayerNorm(name="ln_1")(x, branch, **dropout_at(MLP_SITE, self.layer - 1, config, rng))
         qkv = Linear(3 * width, config, name="qkv")(y)
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, heads, width // heads), 2, 0)  # (B, T, H, D) each
+        qkv = qkv.reshape(batch, length, 3, heads, width // heads)
         if self.is_mutable_collection(DIAGNOSTICS):
-            self._sow_statistics(q, k)
+            self._sow_statistics(qkv[:, :, 0], qkv[:, :, 1])
         dropout = functools.partial(dropout_at, layer=self.layer, config=config, rng=rng)
-        y = ops.attention(q, k, v, cap=config.soft_cap, **dropout(ATTENTION_SITE))
+        y = ops.packed_attention(qkv, cap=config.soft_cap, **dropout(ATTENTION_SITE))
         y = y.reshape(batch, length, width)
         branch = Linear(width, config, config.residual_init_scale, name="projection")(y)
         x, y = LayerNorm(name="ln_2")(x, branch, **dropout(PROJECTION_SITE))

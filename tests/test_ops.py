@@ -158,6 +158,17 @@ def test_attention_gradient():
     check_grads(attend, (q, k, v), order=1, modes=["rev"], rtol=1e-2, atol=1e-2)
 
 
+def test_packed_attention_is_attention_of_its_parts():
+    qkv, options = jnp.asarray(normal(2, 9, 3, 2, 4)), {"cap": 3.0, "dropout_rate": 0.2, "stream": 5}
+    rng = jnp.asarray(RNG)
+
+    def apart(qkv):
+        return ops.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], rng, **options)
+
+    np.testing.assert_array_equal(ops.packed_attention(qkv, rng, **options), apart(qkv))
+    check_grads(lambda qkv: ops.packed_attention(qkv, rng, **options), (qkv,), 1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
 def test_attention_sees_no_later_token():
     q, k, v = (normal(1, 9, 2, 4, seed=seed) for seed in range(3))
     before = ops.attention(q, k, v)

@@ -86,6 +86,10 @@ VMAPPED = {
         lambda x: ops.attention(x, x, x, jnp.asarray(RNG), cap=20.0, dropout_rate=0.3, stream=2),
         (3, 2, 5, 2, 4),
     ),
+    "packed_attention": (
+        lambda qkv: ops.packed_attention(qkv, jnp.asarray(RNG), cap=20.0, dropout_rate=0.3, stream=2),
+        (3, 2, 5, 3, 2, 4),
+    ),
     "gelu of numbers": (ops.gelu, (7,)),
     "dropout": (lambda x: ops.dropout(x, jnp.asarray(RNG), rate=0.3, stream=2), (4, 3, 6)),
     "embedding": (lambda table: ops.embedding(table, jnp.array([[0, 2], [1, 2]], jnp.int32)), (3, 4, 5)),

@@ -167,19 +167,22 @@ def test_residual_layer_norm(lead, d, dtype, rate, stream):
     scale=st.one_of(st.none(), st.floats(0.01, 1)),
     cap_and_rate=caps_and_rates,
     stream=streams,
+    packed=st.booleans(),
 )
-def test_attention(batch, length, heads, head_dim, dtype, scale, cap_and_rate, stream):
+def test_attention(batch, length, heads, head_dim, dtype, scale, cap_and_rate, stream, packed):
     cap, rate = cap_and_rate
+    op, operation = ("packed_attention", ops.packed_attention) if packed else ("attention", ops.attention)
 
     def operands(seed):
-        return (*(numbers((batch, length, heads, head_dim), dtype, seed + i) for i in range(3)), RNG)
+        qkv = [numbers((batch, length, heads, head_dim), dtype, seed + i) for i in range(3)]
+        return (np.stack(qkv, axis=2), RNG) if packed else (*qkv, RNG)
 
     parameters = {"scale": scale, "cap": cap, "dropout_rate": rate, "stream": stream}
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         event("refused")
-        assert_refused(lambda: ops.attention(*operands(0), **parameters), f"from 1 to 128, found {head_dim}")
+        assert_refused(lambda: operation(*operands(0), **parameters), f"from 1 to 128, found {head_dim}")
         return
-    assert_accurate("attention", operands, parameters=parameters)
+    assert_accurate(op, operands, parameters=parameters)
 
 
 @PROFILE
@@ -364,6 +367,7 @@ SPOILS = {
     "layer_norm": {0: (longer(-1), other_dtype), 1: (longer(0), more_axes), 2: (longer(0), more_axes)},
     "residual_layer_norm": {0: ANY, 1: ANY, 2: (longer(0), more_axes), 3: (longer(0), more_axes), 4: ANY},
     "attention": {0: ANY, 1: ANY, 2: ANY, 3: ANY},
+    "packed_attention": {0: (more_axes, other_dtype), 1: ANY},
     "gelu": {0: (other_dtype,)},
     "dropout": {0: (other_dtype,), 1: ANY},
     "embedding": {0: (more_axes, other_dtype), 1: (other_dtype,)},

@@ -294,6 +294,14 @@ CASES = (
         {"cap": 30.0, **_DROPOUT},
         differentiable=(0, 1, 2),
     ),
+    Case(
+        "packed_attention",
+        "cap, dropout",
+        lambda s, t: (np.stack(_qkv(s, t), axis=2), RNG),
+        lambda qkv, *rest, **options: _attention(*jnp.moveaxis(qkv, 2, 0), *rest, **options),
+        {"cap": 30.0, **_DROPOUT},
+        differentiable=(0,),
+    ),
     Case("gelu", "", lambda s, t: (_hidden(s, t, 1),), _gelu, differentiable=(0,)),
     Case(
         "dropout",

@@ -270,8 +270,9 @@ def _product(node: Node) -> int:
 
 
 def _attention(node: Node) -> int:
-    """Of one product over the causal half of (T, T), for q (B, T, H, D)."""
-    return node.inputs[0].size * node.inputs[0].shape[1]
+    """Of one product over the causal half of (T, T), for q (B, T, H, D) or qkv (B, T, 3, H, D)."""
+    batch, length, *_, heads, head_dim = node.inputs[0].shape
+    return batch * length * length * heads * head_dim
 
 
 _HOT_FLOPS: dict[str, Callable[[Node], int]] = {
@@ -279,6 +280,8 @@ _HOT_FLOPS: dict[str, Callable[[Node], int]] = {
     "matmul_backward": lambda node: 2 * _product(node),
     "attention": lambda node: 2 * _attention(node),
     "attention_backward": lambda node: 4 * _attention(node),
+    "packed_attention": lambda node: 2 * _attention(node),
+    "packed_attention_backward": lambda node: 4 * _attention(node),
     "linear_cross_entropy": _product,
     "linear_cross_entropy_backward": lambda node: 2 * _product(node),
 }

@@ -10,6 +10,7 @@ from vk_kernels.ops.api import (
     layer_norm,
     linear_cross_entropy,
     matmul,
+    packed_attention,
     residual_layer_norm,
 )
 from vk_kernels.ops.attention import attention_scores
@@ -27,5 +28,6 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "matmul",
+    "packed_attention",
     "residual_layer_norm",
 ]

@@ -24,6 +24,7 @@ from vk_kernels.ops import gelu as _gelu
 from vk_kernels.ops import global_norm as _global_norm
 from vk_kernels.ops import layer_norm as _layer_norm
 from vk_kernels.ops import matmul as _matmul
+from vk_kernels.ops import packed_attention as _packed_attention
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -345,21 +346,56 @@ _attention_operation = make_operation(
 )
 
 
+def _scoring(head_dim, scale, cap, rng, dropout_rate, stream):
+    """(rng, the parameters of the primitives)."""
+    rng, dropout_rate, stream = _drawing(rng, dropout_rate, stream)
+    scale = _attention.default_scale(head_dim) if scale is None else float(scale)
+    cap = None if cap is None else float(cap)
+    return rng, {"scale": scale, "cap": cap, "dropout_rate": dropout_rate, "stream": stream}
+
+
 @_public(_attention.attention)
 def attention(target, q, k, v, rng=None, *, scale=None, cap=None, dropout_rate=0.0, stream=0):
-    rng, dropout_rate, stream = _drawing(rng, dropout_rate, stream)
     if q.ndim != 4:
         raise ValueError(f"attention: q must be (B, T, H, D), found {q.shape}")
+    rng, parameters = _scoring(q.shape[-1], scale, cap, rng, dropout_rate, stream)
     _check("attention", k=(k, q.shape, q.dtype), v=(v, q.shape, q.dtype), rng=(rng, (2,), jnp.uint32))
-    (out,) = _attention_operation(
-        target,
-        *(q, k, v, rng),
-        scale=_attention.default_scale(q.shape[-1]) if scale is None else float(scale),
-        cap=None if cap is None else float(cap),
-        dropout_rate=dropout_rate,
-        stream=stream,
-    )
-    return out
+    return _attention_operation(target, q, k, v, rng, **parameters)[0]
+
+
+_packed_attention_backward = make_primitive(
+    "packed_attention_backward",
+    _packed_attention.packed_attention_backward_reference,
+    _packed_attention.plan_packed_attention_backward,
+    folding=lambda dropout_rate, **_: None if dropout_rate else (True,) * 4,
+)
+
+
+def _packed_attention_gradients(target, operands, results, cotangents, **parameters):
+    qkv, rng = operands
+    return *_packed_attention_backward.bind(
+        *_present(qkv, *results, *cotangents, rng), target=target, **parameters
+    ), None
+
+
+_packed_attention_operation = make_operation(
+    make_primitive(
+        "packed_attention",
+        _packed_attention.packed_attention_forward_reference,
+        _packed_attention.plan_packed_attention_forward,
+        folding=lambda dropout_rate, **_: None if dropout_rate else (True,),
+    ),
+    _packed_attention_gradients,
+)
+
+
+@_public(_packed_attention.packed_attention)
+def packed_attention(target, qkv, rng=None, *, scale=None, cap=None, dropout_rate=0.0, stream=0):
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"packed_attention: qkv must be (B, T, 3, H, D), found {qkv.shape}")
+    rng, parameters = _scoring(qkv.shape[-1], scale, cap, rng, dropout_rate, stream)
+    _check("packed_attention", rng=(rng, (2,), jnp.uint32))
+    return _packed_attention_operation(target, qkv, rng, **parameters)[0]
 
 
 # Output layer and loss.
