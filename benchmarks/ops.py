@@ -28,7 +28,6 @@ from vk_kernels.errors import FeatureError
 from vk_kernels.lowering import call
 from vk_kernels.plan import Array, Plan, record
 
-WARM_SECONDS = 0.1  # of replays before those that count
 ROW = "{:<30} {:<9} {:<5} {:<9} {:<6} {:>10} {:>9} {:>9} {:>10} {:>6}"
 
 
@@ -88,10 +87,10 @@ def random_array(array: Array, largest: int) -> np.ndarray:
     return rng.standard_normal(array.shape, np.float32).astype(array.dtype)
 
 
-def replay_seconds(recorder: Recorder, repeats: int) -> float:
-    """Median device time of the last `repeats` of many: after a rest a device's clocks are low for a while."""
+def replay_seconds(recorder: Recorder, repeats: int, warm: float = 0.1) -> float:
+    """Median device time of the last `repeats` of many, after `warm` seconds: after a rest a device's clocks are low."""
     times, start = [], time.perf_counter()
-    while len(times) < repeats + 3 or time.perf_counter() < start + WARM_SECONDS:
+    while len(times) < repeats + 3 or time.perf_counter() < start + warm:
         times.append(sum(seconds for _, seconds in recorder.submit().timings()))
     return statistics.median(times[-repeats:])
 
@@ -140,7 +139,7 @@ def xla_seconds(case: Case, operands: Sequence[np.ndarray], backward: bool, repe
     return (time.perf_counter() - start) / repeats
 
 
-def copy_rate(device: Device, repeats: int) -> float:
+def copy_rate(device: Device, repeats: int, warm: float = 0.1) -> float:
     """Bytes a second of a large copy, read and written ones."""
     # One element a thread, and workgroups along x alone: no more than 65,535 of them.
     workgroup = min(1024, device.limits.workgroup_invocations)
@@ -151,7 +150,7 @@ def copy_rate(device: Device, repeats: int) -> float:
     recorder = device.record(timestamps=1, replay=True)
     recorder.dispatch(kernel, [source, target], np.uint32(array.size).tobytes(), (groups, 1, 1))
     recorder.end()
-    seconds = replay_seconds(recorder, repeats)
+    seconds = replay_seconds(recorder, repeats, warm)
     recorder.close()
     return 2 * array.nbytes / seconds
 
@@ -168,7 +167,7 @@ def product_rate(device: Device, dtype: np.dtype, variant: str | None, repeats: 
 
 def ceiling_rates(device: Device, dtype: str, repeats: int = 20) -> tuple[float, float]:
     """Bytes a second of a large copy, FLOPs a second of a large product by the variant that the device prefers."""
-    return copy_rate(device, repeats), product_rate(device, np.dtype(dtype), None, repeats)
+    return copy_rate(device, repeats, warm=2.0), product_rate(device, np.dtype(dtype), None, repeats)
 
 
 def print_ceilings(device: Device, repeats: int) -> None:
