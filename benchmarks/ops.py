@@ -88,7 +88,7 @@ def random_array(array: Array, largest: int) -> np.ndarray:
 
 
 def replay_seconds(recorder: Recorder, repeats: int, warm: float = 0.1) -> float:
-    """Median device time of the last `repeats` of many, after `warm` seconds: after a rest a device's clocks are low."""
+    """Median device time of `repeats`, after `warm` seconds of them: after a rest a device's clocks are low."""
     times, start = [], time.perf_counter()
     while len(times) < repeats + 3 or time.perf_counter() < start + warm:
         times.append(sum(seconds for _, seconds in recorder.submit().timings()))
