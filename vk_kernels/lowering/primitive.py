@@ -15,6 +15,7 @@ from jax.interpreters import ad, batching, mlir
 
 from vk_kernels.lowering import call
 from vk_kernels.lowering.ffi import CALL_ATTRIBUTE
+from vk_kernels.lowering.recompute import Rule, register_rule
 from vk_kernels.plan import Array
 
 # From the parameters: which operands carry a batch in their first axis, as all results then do; None: no batch may be
@@ -34,7 +35,11 @@ def _settle() -> None:
 
 
 def make_primitive(
-    name: str, reference: Callable[..., Any], planner: call.Planner, folding: Folding | None = None
+    name: str,
+    reference: Callable[..., Any],
+    planner: call.Planner,
+    folding: Folding | None = None,
+    rule: Rule | None = None,
 ) -> Primitive:
     """A primitive with a list of results.
 
@@ -43,6 +48,8 @@ def make_primitive(
       reference: `reference(*operands, **parameters)`, in JAX: the results, one array or a tuple.
       planner: `planner(info, inputs, outputs, **parameters)`, the plan of the same for a Vulkan device.
       folding: under vmap, folds the mapped axis into the first axis of these operands; else the elements run in turn.
+      rule: `rule(operands, results, **parameters)`: each result as an elementwise function of operands and other
+        results, or None where it is none; by it, large results are computed again instead of kept.
 
     Its parameters are those of the reference, which are numbers, strings, None, and tuples of these; and `target`:
     where to run it on Vulkan, or None for the reference on whatever platform a program is compiled for.
@@ -50,6 +57,8 @@ def make_primitive(
     primitive = Primitive(name)
     primitive.multiple_results = True
     call.register_planner(name, planner)
+    if rule is not None:
+        register_rule(name, rule)
 
     def results(*operands, **parameters):
         found = reference(*operands, **parameters)

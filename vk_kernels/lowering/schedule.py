@@ -137,7 +137,8 @@ class _Memory:
         self._place_outputs(donated)
         self._accesses = [self._step_accesses(index) for index in range(len(planned))]
         levels = [plan.step.level for plan in planned]
-        self.waves = find_waves(list(zip(levels, self._accesses, strict=True)))
+        kept = set(self._places.values())
+        self.waves = find_waves(list(zip(levels, self._accesses, strict=True)), kept)
         self._scratch: list[list[Place]] = []
         self.arena_bytes = self._place_rest()
 

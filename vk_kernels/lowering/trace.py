@@ -59,6 +59,15 @@ def make_graph(closed: ClosedJaxpr) -> Graph:
     return Graph(inputs, inliner.constants, inliner.nodes, tuple(outputs))
 
 
+def inline(fn: Callable[..., Any], inputs: Sequence[Operand], at: Node) -> tuple[list[Node], list[Operand]]:
+    """The nodes of a function of arrays, and its results, for these inputs; they are where `at` is in the program."""
+    inliner = _Inliner()
+    results = inliner.expand(fn, list(inputs), Origin(at.scope, at.source))
+    if inliner.constants:
+        raise ValueError(f"constants of {fn} must be scalars")
+    return inliner.nodes, results
+
+
 class Origin(NamedTuple):
     """Where an operation comes from: the stack of names around it, and the user's line."""
 
@@ -139,9 +148,9 @@ class _Inliner:
                 return _STRUCTURES[name](self, equation, inputs, at)
             avals = [x.aval for x in (*equation.invars, *equation.outvars)]
             if name in EXPANSIONS and (expansion := EXPANSIONS[name](equation)):
-                return self._expand(expansion, inputs, at)
+                return self.expand(expansion, inputs, at)
             if any(map(is_key, avals)):
-                return self._expand(_on_words(equation), inputs, at)
+                return self.expand(_on_words(equation), inputs, at)
             return self._node(equation, inputs, at)
         except UnsupportedError:
             raise
@@ -163,7 +172,7 @@ class _Inliner:
         self.nodes.append(node)
         return list(outputs)
 
-    def _expand(self, fn: Callable[..., Any], inputs: list[Operand], at: Origin) -> list[Operand]:
+    def expand(self, fn: Callable[..., Any], inputs: list[Operand], at: Origin) -> list[Operand]:
         """Traces a function of arrays of the inputs' shapes, and inlines it."""
         structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
         closed = jax.make_jaxpr(lambda *xs: jax.tree.leaves(fn(*xs)))(*structs)

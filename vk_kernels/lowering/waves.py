@@ -4,7 +4,7 @@ Dispatches of one wave need nothing of each other and run side by side: both pro
 then what finishes each of them. Few waves mean few barriers, and each of them well filled.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import NamedTuple
 
 _EARLY_BYTES = 1 << 20  # that may be written before the level of a step
@@ -18,13 +18,14 @@ class Access(NamedTuple):
     nbytes: int = 0
 
 
-def find_waves(steps: Sequence[tuple[int, Sequence[Access]]]) -> list[list[int]]:
-    """The wave of each dispatch of each step, (level, accesses of its dispatches).
+def find_waves(steps: Sequence[tuple[int, Sequence[Access]]], kept: Collection[Hashable] = ()) -> list[list[int]]:
+    """The wave of each dispatch of each step, (level, accesses of its dispatches). kept: memory that is not shared.
 
     Steps are in an order, and by level, in which they could run one dispatch at a time. Two dispatches of which one
     writes what the other one accesses are in different waves, in that order. The dispatches of a step stay together:
     it ends no sooner than its level starts, so that its results are not kept for long. Where the rest would have to
-    wait for a part that needs nothing of the level before, that part comes earlier, unless it writes much.
+    wait for a part that needs nothing of the level before, that part comes earlier, unless it writes much. In the end
+    steps of one dispatch are put off until just before their results are read, if that keeps nothing else for longer.
     """
     read: dict[Hashable, int] = {}  # the last wave that reads, or writes
     written: dict[Hashable, int] = {}
@@ -45,7 +46,26 @@ def find_waves(steps: Sequence[tuple[int, Sequence[Access]]]) -> list[list[int]]
         waves.append([first + offset for offset in offsets])
         for access, wave in zip(accesses, waves[-1], strict=True):
             _note(access, wave, read, written)
+    _put_off([accesses for _, accesses in steps], waves, kept)
     return waves
+
+
+def _put_off(steps: Sequence[Sequence[Access]], waves: list[list[int]], kept: Collection[Hashable]) -> None:
+    read: dict[Hashable, int] = {}  # the first wave, of the steps from here on, that reads, or writes
+    written: dict[Hashable, int] = {}
+    last: dict[Hashable, int] = {}  # the last wave that does either
+    for accesses, own in reversed(list(zip(steps, waves, strict=True))):
+        if len(accesses) == 1:
+            (access,), (wave,) = accesses, own
+            latest = [found[x] - 1 for found in (read, written) for x in access.writes if x in found]
+            latest += [written[x] - 1 for x in access.reads if x in written]
+            latest += [last.get(x, wave) for x in access.reads if x not in kept]
+            own[0] = max(wave, min(latest, default=wave))
+        for access, wave in zip(accesses, own, strict=True):
+            for found, places in ((read, access.reads), (written, access.writes)):
+                for x in places:
+                    found[x] = min(wave, found.get(x, wave))
+                    last[x] = max(wave, last.get(x, wave))
 
 
 def _after(access: Access, read: dict[Hashable, int], written: dict[Hashable, int]) -> int:

@@ -124,7 +124,13 @@ def _matmul_gradients(target, operands, results, cotangents, has_residual, **par
 
 
 _matmul_operation = make_operation(
-    make_primitive("matmul", _matmul.matmul_forward_reference, _matmul.plan_matmul_forward, folding=_matmul_folding),
+    make_primitive(
+        "matmul",
+        _matmul.matmul_forward_reference,
+        _matmul.plan_matmul_forward,
+        folding=_matmul_folding,
+        rule=_matmul.matmul_rule,
+    ),
     _matmul_gradients,
 )
 
@@ -185,6 +191,7 @@ _layer_norm_operation = make_operation(
         _layer_norm.layer_norm_forward_reference,
         _layer_norm.plan_layer_norm_forward,
         folding=lambda epsilon: (True, False, False),
+        rule=_layer_norm.layer_norm_rule,
     ),
     _layer_norm_gradients,
 )

@@ -87,6 +87,21 @@ def matmul_forward_reference(
     return (y,) if activation is None else (y, pre_activation)
 
 
+def matmul_rule(
+    operands: Sequence[jax.Array],
+    results: Sequence[jax.Array],
+    *,
+    activation: str | None,
+    has_residual: bool,
+    dropout_rate: float,
+    **_,
+) -> tuple[jax.Array | None, ...]:
+    """The results of `matmul_forward_reference` that follow from others: see `make_primitive`."""
+    if activation is None:
+        return (None,)
+    return (None if has_residual or dropout_rate else gelu(results[1]), None)
+
+
 def matmul_backward_reference(
     dy: jax.Array,
     x: jax.Array,
