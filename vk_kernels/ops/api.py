@@ -231,6 +231,7 @@ _residual_layer_norm_operation = make_operation(
         _layer_norm.residual_layer_norm_forward_reference,
         _layer_norm.plan_residual_layer_norm_forward,
         folding=lambda epsilon, dropout_rate, stream: None if dropout_rate else (True, True, False, False),
+        rule=_layer_norm.residual_layer_norm_rule,
     ),
     _residual_layer_norm_gradients,
     outputs=2,

@@ -75,14 +75,20 @@ def layer_norm_forward_reference(
     return (centred * rstd * scale + bias).astype(x.dtype), mean[..., 0], rstd[..., 0]
 
 
-def layer_norm_rule(
-    operands: Sequence[jax.Array], results: Sequence[jax.Array], **_
-) -> tuple[jax.Array | None, None, None]:
+def layer_norm_rule(operands: Sequence[jax.Array], results: Sequence[jax.Array], **_) -> tuple[jax.Array | None, ...]:
     """The results of `layer_norm_forward_reference` that follow from others: see `make_primitive`."""
     x, scale, bias = operands
     mean, rstd = (jnp.broadcast_to(result[..., None], x.shape) for result in results[1:])
     scale, bias = (jnp.broadcast_to(p.astype(jnp.float32), x.shape) for p in (scale, bias))
-    return (((x.astype(jnp.float32) - mean) * rstd * scale + bias).astype(x.dtype), None, None)
+    return ((x.astype(jnp.float32) - mean) * rstd * scale + bias).astype(x.dtype), None, None
+
+
+def residual_layer_norm_rule(
+    operands: Sequence[jax.Array], results: Sequence[jax.Array], **_
+) -> tuple[jax.Array | None, ...]:
+    """The results of `residual_layer_norm_forward_reference` that follow from others: see `make_primitive`."""
+    total, *of_total = results
+    return None, *layer_norm_rule((total, *operands[2:4]), of_total)
 
 
 def layer_norm_backward_reference(
