@@ -125,10 +125,11 @@ def plan_linear_cross_entropy_backward(
             operands, constants = (logits, 2, 3, 4, dlogits), head.constants(first, rows)
             work.add(Plan((dispatch("cross_entropy_gradient", element(inputs[0]), operands, constants, groups),)))
         part, x, dx = head.chunk_of_logits(dlogits, dtype, rows), *(head.rows_of(i, first, rows) for i in (0, 5))
-        options = {"scratch": work.free, "variant": variant}
-        work.add(plan_gemm(info, part, w, dx, transpose_b=True, **options))
-        epilogue = Epilogue(accumulate=first > 0)
-        work.add(plan_gemm(info, x, part, total, transpose_a=True, epilogue=epilogue, **options))
+        plan = plan_gemm(info, part, w, dx, transpose_b=True, scratch=work.free, variant=variant)
+        # With scratch of its own: both products run side by side.
+        options = {"scratch": work.free + len(plan.scratch), "variant": variant}
+        more = plan_gemm(info, x, part, total, transpose_a=True, epilogue=Epilogue(accumulate=first > 0), **options)
+        work.add(Plan(plan.dispatches + more.dispatches, plan.scratch + more.scratch))
     if total is not dw:
         work.add(plan_epilogue(replace(total, columns=dw.columns), dw, Epilogue()))
     return work.plan()
