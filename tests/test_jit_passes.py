@@ -156,6 +156,19 @@ def test_costly_values_that_are_broadcast_are_stored_once():
     assert found.steps[0].outputs[0].shape == ()
 
 
+def test_inputs_are_converted_to_a_smaller_type_in_one_step():
+    def chain(x, *ws):
+        for w in ws:
+            x = ops.matmul(x, w.astype(jnp.bfloat16), implementation="vulkan")
+        return x
+
+    square = np.ones((48, 48), np.float32)
+    found = steps_of(chain, X.astype(jnp.bfloat16), square, square, square)
+    check_order(found)
+    assert [len(step.outputs) for step in found.steps] == [3, 1, 1, 1]
+    assert len(steps_of(chain, *(x.astype(jnp.bfloat16) for x in (X, square, square))).steps) == 2
+
+
 def test_an_output_that_a_later_step_needs_is_loaded_there():
     found = steps_of(lambda x: (x + 1, jnp.cos((x + 1).sum(0))), X)
     check_order(found)

@@ -7,6 +7,7 @@ targets that need them.
 
 The height of a target is the longest way from it to the end of the program, counted in steps. Targets of one height
 need nothing of each other, and become one step together (horizontal fusion): each is computed as late as it can be.
+But inputs that are only converted to a smaller type, as a model's parameters to bfloat16, are all converted first.
 """
 
 import functools
@@ -139,6 +140,7 @@ class _Partitioner:
         self._graph = graph
         self._limits = most_buffers, most_reductions
         self._producers = producers(graph.nodes)
+        self._inputs = frozenset(graph.inputs)
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         made = (out for node in graph.nodes for out in node.outputs)
         self._numbers = {value: i for i, value in enumerate((*graph.inputs, *graph.constants, *made))}
@@ -199,7 +201,14 @@ class _Partitioner:
                 if producer is not None:
                     step = 1 if value in self._loaded or node.call else 0
                     needed[producer] = max(needed.get(producer, 0), height + step)
-        return heights
+        highest = max(heights.values(), default=0)
+        return {node: highest if self._is_conversion(node) else height for node, height in heights.items()}
+
+    def _is_conversion(self, node: Node) -> bool:
+        """Whether a node gives a program's input in a smaller type."""
+        if node.op != "convert_element_type" or self._root(node.inputs[0]) not in self._inputs:
+            return False
+        return node.outputs[0].nbytes < node.inputs[0].nbytes
 
     def _needs(self, node: Node) -> list[Value]:
         """What a target is made of: values that are loaded, and values that are stored."""
