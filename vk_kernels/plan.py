@@ -42,7 +42,10 @@ class Array(NamedTuple):
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One run of a kernel that ships; `operands` index into (*inputs, *outputs, *scratch), in binding order."""
+    """One run of a kernel that ships; `operands` index into (*inputs, *outputs, *scratch), in binding order.
+
+    counters: 32-bit words, of a buffer of its own that is bound last: 0 before, and the kernel leaves them at 0.
+    """
 
     kernel: str
     variant: str
@@ -51,6 +54,7 @@ class Dispatch:
     push_constants: bytes
     groups: tuple[int, int, int]
     subgroup_size: int | None = None
+    counters: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ def record(recorder: "Recorder", plan: Plan, buffers: Sequence[Buffer], label: s
     for dispatch in plan.dispatches:
         kernel = kernel_of(recorder.device, dispatch)
         operands = [buffers[i] for i in dispatch.operands]
+        if dispatch.counters:
+            operands.append(recorder.device.upload(np.zeros(dispatch.counters, np.uint32)))
         name = f"{kernel.label} of {label}" if label else None
         recorder.dispatch(kernel, operands, dispatch.push_constants, dispatch.groups, name)
 
