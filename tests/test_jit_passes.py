@@ -206,8 +206,8 @@ def test_arrays_of_different_times_share_memory():
     assert place([]) == ([], 0)
 
 
-def dispatch(reads: str, writes: str, nbytes: int = 4) -> Access:
-    return Access(frozenset(reads), frozenset(writes), nbytes)
+def dispatch(reads: str, writes: str, nbytes: int = 4, parts: str = "") -> Access:
+    return Access(frozenset(reads), frozenset(writes), nbytes, frozenset(parts))
 
 
 def test_independent_chains_of_a_level_run_side_by_side():

@@ -45,6 +45,7 @@ class Dispatch:
     """One run of a kernel that ships; `operands` index into (*inputs, *outputs, *scratch), in binding order.
 
     counters: 32-bit words, of a buffer of its own that is bound last: 0 before, and the kernel leaves them at 0.
+    parts: bindings of which it writes a part, and accesses nothing that others, to which they are parts too, write.
     """
 
     kernel: str
@@ -55,6 +56,7 @@ class Dispatch:
     groups: tuple[int, int, int]
     subgroup_size: int | None = None
     counters: int = 0
+    parts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Command:
     """One dispatch. kernel: one that ships, or SPIR-V. operands: in binding order.
 
     scope: the names around what it does (`jax.named_scope`). flops: useful floating-point operations, roughly.
+    parts: see `plan.Dispatch`.
     """
 
     label: str
@@ -53,6 +54,7 @@ class Command:
     groups: tuple[int, int, int]
     push_constants: bytes = b""
     flops: int = 0
+    parts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,25 @@ class Program:
     counter_bytes: int = 0
 
 
-def find_barriers(operands: Sequence[Sequence[Place]], writable: Sequence[Sequence[bool]]) -> list[bool]:
+def find_barriers(
+    operands: Sequence[Sequence[Place]],
+    writable: Sequence[Sequence[bool]],
+    parts: Sequence[Sequence[int]] | None = None,
+) -> list[bool]:
     """Whether each command needs a barrier before it: it reads or writes what one since the last barrier wrote, or
-    writes what one read."""
-    found, read, written = [], [], []
-    for places, writes in zip(operands, writable, strict=True):
+    writes what one read. parts: the operands of each command that are parts to it, see `plan.Dispatch`."""
+    found, read, written, in_parts = [], [], [], []
+    for places, writes, own in zip(operands, writable, parts or [()] * len(operands), strict=True):
         ranges = [_range(place) for place in places]
         outs = [span for span, writes_it in zip(ranges, writes, strict=True) if writes_it]
-        hazard = _meet(ranges, written) or _meet(outs, read)
+        whole = [span for binding, span in enumerate(ranges) if binding not in own]
+        hazard = _meet(ranges, written) or _meet(whole, in_parts) or _meet(outs, read)
         if hazard:
-            read, written = [], []
+            read, written, in_parts = [], [], []
         found.append(hazard)
-        read += ranges
-        written += outs
+        read += whole
+        written += [span for binding, span in enumerate(ranges) if writes[binding] and binding not in own]
+        in_parts += [ranges[binding] for binding in own]
     return found
 
 
@@ -148,7 +156,9 @@ class Executable:
         self.device, self.program = device, program
         self._kernels = [_kernel(device, command) for command in program.commands]
         self.barriers = find_barriers(
-            [command.operands for command in program.commands], [kernel.writable for kernel in self._kernels]
+            [command.operands for command in program.commands],
+            [kernel.writable for kernel in self._kernels],
+            [command.parts for command in program.commands],
         )
         self.arena = device.buffer(program.arena_bytes, sliced=True)
         self._blocks = {"arena": self.arena, "counters": device.buffer(program.counter_bytes, sliced=True)}

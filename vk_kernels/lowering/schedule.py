@@ -25,7 +25,10 @@ _COPIES = 32  # of outputs, that one kernel does
 
 @dataclass(frozen=True)
 class _Dispatch:
-    """A dispatch whose operands index into (*inputs, *outputs, *scratch) of its step. writes: whether it does, each."""
+    """A dispatch whose operands index into (*inputs, *outputs, *scratch) of its step.
+
+    writes: whether it does, each. parts: see `plan.Dispatch`.
+    """
 
     label: str
     kernel: Dispatch | bytes
@@ -34,6 +37,7 @@ class _Dispatch:
     groups: tuple[int, int, int]
     push_constants: bytes = b""
     counters: int = 0  # words, of a buffer that is bound last
+    parts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def make_program(partition: Partition, device: "Device", donated: Sequence[bool]
                 dispatch.groups,
                 dispatch.push_constants,
                 0 if number else flops,
+                dispatch.parts,
             )
             ordered.append((memory.waves[index][number], command))
     commands = [command for _, command in sorted(ordered, key=lambda item: item[0])]
@@ -109,7 +114,7 @@ def _plan_hot(step: Step, node: Node, device: "Device") -> _Planned:
         label = f"{name} of {node.op}({', '.join(map(str, inputs))})"
         writes = kernel_of(device, dispatch).writable[: len(dispatch.operands)]
         launched = dispatch.operands, writes, dispatch.groups, dispatch.push_constants, dispatch.counters
-        dispatches.append(_Dispatch(label, dispatch, *launched))
+        dispatches.append(_Dispatch(label, dispatch, *launched, dispatch.parts))
     return _Planned(step, tuple(dispatches), plan.scratch, frozenset())
 
 
@@ -203,7 +208,8 @@ class _Memory:
         for dispatch in plan.dispatches:
             written = {i for i, writes in zip(dispatch.operands, dispatch.writes, strict=True) if writes}
             reads, writes = (frozenset(arrays[i] for i in some) for some in (set(dispatch.operands) - written, written))
-            found.append(Access(reads, writes, sum(sizes[i] for i in written)))
+            parts = frozenset(arrays[dispatch.operands[binding]] for binding in dispatch.parts)
+            found.append(Access(reads, writes, sum(sizes[i] for i in written), parts))
         return found
 
     def _place_rest(self) -> int:

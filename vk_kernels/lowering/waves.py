@@ -11,11 +11,15 @@ _EARLY_BYTES = 1 << 20  # that may be written before the level of a step
 
 
 class Access(NamedTuple):
-    """The memory that a dispatch reads, and that it writes; and how many bytes it writes."""
+    """The memory that a dispatch reads, and that it writes; and how many bytes it writes.
+
+    parts: what of the memory that it writes others may write in the same wave, to which it is a part too.
+    """
 
     reads: frozenset[Hashable]
     writes: frozenset[Hashable]
     nbytes: int = 0
+    parts: frozenset[Hashable] = frozenset()
 
 
 def find_waves(steps: Sequence[tuple[int, Sequence[Access]]], kept: Collection[Hashable] = ()) -> list[list[int]]:
@@ -27,25 +31,24 @@ def find_waves(steps: Sequence[tuple[int, Sequence[Access]]], kept: Collection[H
     wait for a part that needs nothing of the level before, that part comes earlier, unless it writes much. In the end
     steps of one dispatch are put off until just before their results are read, if that keeps nothing else for longer.
     """
-    read: dict[Hashable, int] = {}  # the last wave that reads, or writes
-    written: dict[Hashable, int] = {}
+    past = _Past()
     waves: list[list[int]] = []
     start = level = -1  # the wave at which the level starts
     for i, (own_level, accesses) in enumerate(steps):
         if own_level != level:
             level = own_level
             peers = [other for other_level, other in steps[i:] if other_level == level]
-            ready = [max(_after(access, read, written) for access in other) for other in peers if other]
+            ready = [max(map(past.after, other)) for other in peers if other]
             start = min((wave for wave in ready if wave > start), default=start + 1)
         offsets = _offsets(accesses)
         first = start - max(offsets, default=0)
         for access, offset in zip(accesses, offsets, strict=True):
-            first = max(first, _after(access, read, written) - offset)
+            first = max(first, past.after(access) - offset)
         early = sum(access.nbytes for access, offset in zip(accesses, offsets, strict=True) if first + offset < start)
         first = max(first, start) if early > _EARLY_BYTES else first
         waves.append([first + offset for offset in offsets])
         for access, wave in zip(accesses, waves[-1], strict=True):
-            _note(access, wave, read, written)
+            past.note(access, wave)
     _put_off([accesses for _, accesses in steps], waves, kept)
     return waves
 
@@ -68,24 +71,31 @@ def _put_off(steps: Sequence[Sequence[Access]], waves: list[list[int]], kept: Co
                     last[x] = max(wave, last.get(x, wave))
 
 
-def _after(access: Access, read: dict[Hashable, int], written: dict[Hashable, int]) -> int:
-    """The first wave in which an access may be."""
-    before = [written.get(x, -1) for x in (*access.reads, *access.writes)]
-    return 1 + max([-1, *before, *(read.get(x, -1) for x in access.writes)])
+class _Past:
+    """The last waves in which memory was read, written, and written by one dispatch alone."""
 
+    def __init__(self) -> None:
+        self._read: dict[Hashable, int] = {}
+        self._written: dict[Hashable, int] = {}
+        self._alone: dict[Hashable, int] = {}
 
-def _note(access: Access, wave: int, read: dict[Hashable, int], written: dict[Hashable, int]) -> None:
-    for found, places in ((read, access.reads), (written, access.writes)):
-        for x in places:
-            found[x] = max(wave, found.get(x, -1))
+    def after(self, access: Access) -> int:
+        """The first wave in which an access may be."""
+        before = [self._written.get(x, -1) for x in (*access.reads, *(access.writes - access.parts))]
+        before += [self._read.get(x, -1) for x in access.writes]
+        return 1 + max([-1, *before, *(self._alone.get(x, -1) for x in access.parts)])
+
+    def note(self, access: Access, wave: int) -> None:
+        alone = access.writes - access.parts
+        for found, places in ((self._read, access.reads), (self._written, access.writes), (self._alone, alone)):
+            for x in places:
+                found[x] = max(wave, found.get(x, -1))
 
 
 def _offsets(accesses: Sequence[Access]) -> list[int]:
     """How many waves after the step's first one each of its dispatches is."""
-    read: dict[Hashable, int] = {}
-    written: dict[Hashable, int] = {}
-    offsets = []
+    past, offsets = _Past(), []
     for access in accesses:
-        offsets.append(_after(access, read, written))
-        _note(access, offsets[-1], read, written)
+        offsets.append(past.after(access))
+        past.note(access, offsets[-1])
     return offsets

@@ -256,8 +256,9 @@ def plan_attention_backward(
                 ceil_divide(rows, _DOT_ROWS),
                 ALIGNED=aligned(work.head_dim),
             ),
-            work.dispatch("attention_dkv", work.key_tiles, (*read, dk, dv)),
-            work.dispatch("attention_dq", work.query_tiles, (*read, dq)),
+            # Side by side, also where the three gradients are one array.
+            dataclasses.replace(work.dispatch("attention_dkv", work.key_tiles, (*read, dk, dv)), parts=(7, 8)),
+            dataclasses.replace(work.dispatch("attention_dq", work.query_tiles, (*read, dq)), parts=(7,)),
         ),
         scratch=(4 * rows,),
     )
