@@ -1,5 +1,6 @@
 """The attention kernels against float64 and the reference: tiles, heads, soft cap, dropout, gradients, odd inputs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from vk_fixtures import needs_vulkan, vulkan_device  # noqa: F401
+from vk_profiles import night
 from vk_run import BF16, F32, assert_accurate, normal, run, same_bits
 
 from vk_kernels.cases import random_bits
@@ -93,10 +95,12 @@ def backward(device, q, k, v, out, lse, d_out, options, **choice):
 
 
 def planner(plan, choice):
-    """`plan` with a choice of kernels, which the references know nothing of."""
+    """`plan` with a choice of kernels, or for a `kind` of device, which the references know nothing of."""
+    variant = {name: value for name, value in choice.items() if name != "kind"}
 
     def chosen(info, inputs, outputs, **options):
-        return plan(info, inputs, outputs, **options, **choice)
+        info = dataclasses.replace(info, kind=choice.get("kind", info.kind))
+        return plan(info, inputs, outputs, **options, **variant)
 
     return chosen
 
@@ -158,8 +162,43 @@ def test_cooperative_matrices(device, shape, options):
     check(device, *operands(shape, BF16, scale=1.5), options, variant="coop1")
 
 
-def test_the_tiles_of_a_gpu(device):
-    check(device, *operands((1, 70, 2, 8)), DROPOUT, queries=4)
+# lavapipe has 32 KiB of shared memory, enough for forward and dkv, for dq, for forward. Its compiler takes long.
+@pytest.mark.parametrize("head_dim", [24, pytest.param(60, marks=night), pytest.param(128, marks=night)])
+def test_the_tiles_of_a_gpu(device, head_dim):
+    check(device, *operands((1, 70, 2, head_dim)), DROPOUT, kind="discrete")
+
+
+@pytest.mark.parametrize(
+    ("limits", "absent", "small"),
+    [
+        ({}, set(), []),
+        ({"shared_memory": 32 << 10}, set(), ["attention_dq"]),
+        ({"subgroup_size_range": (4, 32)}, set(), ["attention_forward"]),
+        ({}, {"subgroupShuffle"}, ["attention_forward"]),
+        ({}, {"computeFullSubgroups"}, ["attention_forward"]),
+        ({"shared_memory": 16 << 10}, set(), ["attention_forward", "attention_dkv", "attention_dq"]),
+    ],
+    ids=["all", "32 KiB", "subgroups of 4", "no shuffles", "no full subgroups", "16 KiB"],
+)
+def test_a_gpu_gets_small_tiles_where_it_lacks_something(device, limits, absent, small):
+    limits = {"shared_memory": 48 << 10, "subgroup_size_range": (8, 64)} | limits
+    names = device.features.names | {"subgroupBasic", "subgroupShuffle", "computeFullSubgroups"}
+    info = dataclasses.replace(
+        device.info,
+        kind="discrete",
+        limits=dataclasses.replace(device.limits, **limits),
+        features=dataclasses.replace(device.features, names=names - absent),
+    )
+    array, lse = Array((1, 70, 1, 32), F32), Array((1, 1, 70), F32)
+    plans = [
+        plan_attention_forward(info, [array] * 3, [array, lse]),
+        plan_attention_backward(info, [*[array] * 4, lse, array], [array] * 3),
+    ]
+    variants = {made.kernel: (made.variant, made.groups[0]) for plan in plans for made in plan.dispatches}
+    del variants["attention_dots"]
+    tiles = dict.fromkeys(("attention_forward", "attention_dkv", "attention_dq"), ("f32_32", 2))
+    fallback = {kernel: ("f32_32_small", 2 if kernel == "attention_dkv" else 5) for kernel in small}
+    assert variants == tiles | fallback
 
 
 @pytest.mark.parametrize(("dtype", "variant"), [(F32, "plain"), (BF16, "coop1")], ids=["f32", "coop1"])
@@ -244,14 +283,15 @@ def test_more_tiles_than_workgroups_along_an_axis(device, monkeypatch):
 
 
 def test_workgroups_fold_over_two_axes(device):
+    info = dataclasses.replace(device.info, kind="cpu")  # tiles of 16 queries or 64 keys
     array, lse = Array((4096, 1024, 25, 64), F32), Array((4096, 25, 1024), F32)
-    forward_plan = plan_attention_forward(device.info, [array] * 3, [array, lse], queries=4)
-    backward_plan = plan_attention_backward(device.info, [*[array] * 4, lse, array], [array] * 3, queries=4)
-    for dispatch in (*forward_plan.dispatches, *backward_plan.dispatches[1:]):
+    forward_plan = plan_attention_forward(info, [array] * 3, [array, lse])
+    backward_plan = plan_attention_backward(info, [*[array] * 4, lse, array], [array] * 3)
+    for dispatch, tiles in zip((*forward_plan.dispatches, *backward_plan.dispatches[1:]), (64, 16, 64), strict=True):
         x, y, z = dispatch.groups
         assert max(x, y) <= 65_535
         assert z == 1
-        assert 0 <= x * y - 4096 * 25 * 16 < x
+        assert 0 <= x * y - 4096 * 25 * tiles < x
 
 
 def test_q_k_and_v_in_one_buffer(device):

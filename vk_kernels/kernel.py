@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SPIRV = Path(__file__).parent / "spirv"
 
+_REQUIRE_FULL_SUBGROUPS = 0x2  # VK_PIPELINE_SHADER_STAGE_CREATE_..._BIT, which the package knows without its value
+
 _PACKING = {"uint32": "I", "int32": "i", "float32": "f", "bool": "I", "uint64": "Q", "int64": "q", "float64": "d"}
 
 # (name, value) pairs that set specialization constants; sorted, so that it can be a cache key.
@@ -175,8 +177,13 @@ class Kernel:
             required = api.struct(
                 "VkPipelineShaderStageRequiredSubgroupSizeCreateInfo", requiredSubgroupSize=subgroup_size
             )
+        # Without lanes that idle, a subgroup's number and a lane's together number the threads.
+        sharing = any(capability.startswith("GroupNonUniform") for capability in reflection.capabilities)
+        even = self.workgroup[0] % (subgroup_size or device.limits.subgroup_size_range[1]) == 0
+        full = sharing and even and "computeFullSubgroups" in device.features
         stage = api.struct(
             "VkPipelineShaderStageCreateInfo",
+            flags=_REQUIRE_FULL_SUBGROUPS if full else 0,
             stage=vk.VK_SHADER_STAGE_COMPUTE_BIT,
             module=module,
             pName=reflection.entry,

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +34,8 @@ _BF16 = np.dtype(ml_dtypes.bfloat16)
 _TILED = ("attention_forward", "attention_dkv", "attention_dq")  # kernels that work on tiles of the scores
 _TILE = 64  # keys of a workgroup's tile, and queries with cooperative matrices
 _THREAD_ROWS = 16  # of threads in the plain kernels' workgroups, each with its queries
+_EIGHT = 8  # neighbouring threads of a plain kernel that share queries
 _DOT_ROWS = 16  # that a workgroup of attention_dots takes
-# Queries of a thread: as many as registers hold, but a CPU has few registers and its compiler is slow to unroll.
-_QUERIES, _CPU_QUERIES = 4, 1
 
 
 def soft_cap(scores: jax.Array, cap: float | None) -> jax.Array:
@@ -200,23 +199,21 @@ def plan_attention_forward(
     dropout_rate: float = 0.0,
     stream: int = 0,
     views: tuple[View, View, View] | None = None,
-    queries: int | None = None,
     variant: str | None = None,
 ) -> Plan:
     """inputs: q, k, v and, for dropout, rng; outputs: out, lse. See `attention_forward_reference`.
 
     views: where q, k and v are in their buffers, which may then be one; dense if None. out is dense.
-    queries: a thread's in the plain kernels, 1, 2 or 4; None has the device decide.
     variant: of VARIANTS; None has the device and the dtype decide.
     Raises ValueError for a dtype, head dim or variant that there are no kernels for, FeatureError for a variant
     that the device cannot run.
     """
     out = len(inputs)
     rng = 3 if out > 3 else None
-    work = _Work.of(info, inputs[0], outputs[0].shape, rng, scale, cap, dropout_rate, stream, views, queries, variant)
+    work = _Work.of(info, inputs[0], outputs[0].shape, rng, scale, cap, dropout_rate, stream, views, variant)
     if work.empty:
         return Plan(())
-    return Plan((work.dispatch("attention_forward", work.query_tiles, (0, 1, 2, rng or 0, out, out + 1)),))
+    return Plan((work.dispatch("attention_forward", (0, 1, 2, rng or 0, out, out + 1)),))
 
 
 def plan_attention_backward(
@@ -229,7 +226,6 @@ def plan_attention_backward(
     dropout_rate: float = 0.0,
     stream: int = 0,
     views: tuple[View, View, View] | None = None,
-    queries: int | None = None,
     variant: str | None = None,
 ) -> Plan:
     """inputs: q, k, v, out, lse, d_out and, for dropout, rng; outputs: dq, dk, dv. See `attention_backward_reference`.
@@ -239,7 +235,7 @@ def plan_attention_backward(
     """
     out, lse, d_out, dq = 3, 4, 5, len(inputs)
     rng = 6 if dq > 6 else None
-    work = _Work.of(info, inputs[0], inputs[out].shape, rng, scale, cap, dropout_rate, stream, views, queries, variant)
+    work = _Work.of(info, inputs[0], inputs[out].shape, rng, scale, cap, dropout_rate, stream, views, variant)
     if work.empty:
         return Plan(())
     dk, dv, dots = dq + 1, dq + 2, dq + len(outputs)
@@ -257,8 +253,8 @@ def plan_attention_backward(
                 ALIGNED=aligned(work.head_dim),
             ),
             # Side by side, also where the three gradients are one array.
-            dataclasses.replace(work.dispatch("attention_dkv", work.key_tiles, (*read, dk, dv)), parts=(7, 8)),
-            dataclasses.replace(work.dispatch("attention_dq", work.query_tiles, (*read, dq)), parts=(7,)),
+            dataclasses.replace(work.dispatch("attention_dkv", (*read, dk, dv)), parts=(7, 8)),
+            dataclasses.replace(work.dispatch("attention_dq", (*read, dq)), parts=(7,)),
         ),
         scratch=(4 * rows,),
     )
@@ -309,8 +305,33 @@ def _lacking(info: "DeviceInfo", head_dim: int) -> str:
     return "" if chosen or smallest == largest == _LANES else f"subgroups of {_LANES}"
 
 
+def _plain_kernel(info: "DeviceInfo", kernel: str, element: str, head_dim: int) -> tuple[str, int]:
+    """The variant of a plain kernel that the device runs, and how many rows its tiles have, queries or keys.
+
+    The small tiles are for CPUs, with their few registers and compilers that are slow to unroll, and for devices that
+    lack the shared memory or the subgroups of the large ones. They need neither subgroups nor more than 32 KiB.
+    """
+    variant = f"{element}_{_padded(head_dim)}"
+    if info.kind == "cpu" or not _runs(info, manifest()[f"{kernel}.{variant}"]):
+        variant += "_small"
+    if kernel == "attention_dkv":
+        return variant, _TILE
+    defines = dict(define.split("=") for define in manifest()[f"{kernel}.{variant}"]["defines"])
+    return variant, _THREAD_ROWS * int(defines["ROWS"])
+
+
+def _runs(info: "DeviceInfo", record: dict[str, Any]) -> bool:
+    """Whether the device has what a plain kernel takes. Shuffles among eight threads want them in one full subgroup."""
+    features, (smallest, largest) = set(record["features"]), info.limits.subgroup_size_range
+    if "subgroupShuffle" in features:
+        features.add("computeFullSubgroups")
+        if smallest < _EIGHT or largest > _EIGHT * _THREAD_ROWS:
+            return False
+    return features <= info.features.names and record["shared_bytes"] <= info.limits.shared_memory
+
+
 def _padded(head_dim: int) -> int:
-    """The head dim of the cooperative kernel that takes `head_dim`."""
+    """The head dim of the kernel that takes `head_dim`."""
     return next(padded for padded in (32, 64, MAX_HEAD_DIM) if head_dim <= padded)
 
 
@@ -318,8 +339,7 @@ class _Work(NamedTuple):
     """What the kernels of one call share."""
 
     element: str
-    variant: str  # of the kernels that work on tiles of the scores
-    tile_queries: int  # of a workgroup
+    kernels: dict[str, tuple[str, int]]  # those of _TILED: variant, and rows of a workgroup's tile, queries or keys
     matrices: int  # B H
     heads: int
     length: int
@@ -340,7 +360,6 @@ class _Work(NamedTuple):
         dropout_rate: float,
         stream: int,
         views: tuple[View, View, View] | None,
-        queries: int | None,
         variant: str | None,
     ) -> "_Work":
         """`shape` is that of out, (B, T, H, D)."""
@@ -353,12 +372,11 @@ class _Work(NamedTuple):
         threshold = dropout_threshold(dropout_rate) if rng is not None else 0
         spec = {"SOFT_CAP": cap is not None, "DROPOUT": threshold > 0}
         if chosen == "plain":
-            groups = ceil_divide(head_dim, 32)
-            queries = queries or (_CPU_QUERIES if info.kind == "cpu" else _QUERIES)
-            spec |= {"GROUPS": groups, "QUERIES": queries, "STAGE_ROWS": (64, 32, 16, 16)[groups - 1]}
-            used, tile_queries, subgroup_size, eights = kind, _THREAD_ROWS * queries, None, 4
+            kernels = {kernel: _plain_kernel(info, kernel, kind, head_dim) for kernel in _TILED}
+            subgroup_size, eights = None, 4
         else:
-            used, tile_queries, subgroup_size, eights = f"coop1_{_padded(head_dim)}", _TILE, _LANES, 8
+            kernels = dict.fromkeys(_TILED, (f"coop1_{_padded(head_dim)}", _TILE))
+            subgroup_size, eights = _LANES, 8
         spec["ALIGNED"] = all(n % eights == 0 for n in (head_dim, *strides))
         push_constants = struct.pack(
             "<18I3f",
@@ -366,21 +384,14 @@ class _Work(NamedTuple):
             *(batch * heads, heads, length, head_dim, stream, threshold),
             *(dropout_scale(dropout_rate), _scale(scale, head_dim), cap or 0.0),
         )
-        sizes = tile_queries, batch * heads, heads, length, head_dim
-        return cls(kind, used, *sizes, spec, subgroup_size, push_constants)
+        return cls(kind, kernels, batch * heads, heads, length, head_dim, spec, subgroup_size, push_constants)
 
     @property
     def empty(self) -> bool:
         return self.matrices * self.length == 0
 
-    @property
-    def query_tiles(self) -> int:
-        return self.matrices * ceil_divide(self.length, self.tile_queries)
-
-    @property
-    def key_tiles(self) -> int:
-        return self.matrices * ceil_divide(self.length, _TILE)
-
-    def dispatch(self, kernel: str, tiles: int, operands: tuple[int, ...]) -> Dispatch:
-        made = dispatch(kernel, self.variant, operands, self.push_constants, tiles, **self.spec)
+    def dispatch(self, kernel: str, operands: tuple[int, ...]) -> Dispatch:
+        variant, rows = self.kernels[kernel]
+        tiles = self.matrices * ceil_divide(self.length, rows)
+        made = dispatch(kernel, variant, operands, self.push_constants, tiles, **self.spec)
         return dataclasses.replace(made, subgroup_size=self.subgroup_size)
