@@ -36,6 +36,7 @@ _LONG_ROW, _CACHE_LINE = 16384, 64  # elements: rows that no cache holds should 
 _STRIP_ROWS, _STRIP_COLUMNS = 256, 128  # what a workgroup of matmul_column_sums takes
 _ALIGNMENT = 16  # bytes at which the cooperative kernels want a matrix to start
 _COOP1_LANES = 32  # of the subgroups of matmul_coop1
+_JOINING = ("plain",)  # variants whose last workgroup of a tile adds up the slices of k
 
 
 @dataclass(frozen=True)
@@ -303,9 +304,7 @@ def plan_gemm(
         if variant is not None:
             raise ValueError(f"matmul variant {variant!r} takes matrices that start at multiples of {_ALIGNMENT} bytes")
         chosen = "plain"
-    # coop2 applies functions to an element at a time, and each would draw the bits of all eight of its block.
-    apart = chosen == "coop2" and epilogue.rng is not None
-    joining = "vulkanMemoryModelDeviceScope" in info.features.names and not apart
+    joining = chosen in _JOINING and "vulkanMemoryModelDeviceScope" in info.features.names
     if tile is None:
         on_cpu = info.kind == "cpu"
         tiles = CPU_TILES if on_cpu and chosen == "plain" else TILES[chosen]
@@ -324,7 +323,8 @@ def plan_gemm(
         partial = replace(matrix(scratch, F32, m, n), batch_stride=ceil_divide(m * n, 4) * 4)
         nbytes = 4 * batch * splits * partial.batch_stride
         return Plan((multiply.dispatch(partial, NOTHING), _finish(work, partial, c, epilogue)), (nbytes,))
-    if apart:
+    if chosen == "coop2" and epilogue.rng is not None:
+        # coop2 applies functions to an element at a time, and each would draw the bits of all eight of its block.
         first = multiply.dispatch(c, epilogue.before_dropout())
         return Plan((first, _finish(work, c, c, epilogue.from_dropout())))
     return Plan((multiply.dispatch(c, epilogue),))
@@ -409,11 +409,14 @@ class _Multiply:
         groups = self.tiles * work.splits
         push_constants = _push_constants(work, a, b, c, epilogue, groups)
         names = _kernel(self.variant, tile, a, c)
-        split = parts is not None
-        operands = (*_operands(a, b, c, epilogue), *((parts,) if split else (c.operand,) * 2))
-        made = dispatch(*names, operands, push_constants, groups, **spec, SPLIT=split)
+        operands, counters = _operands(a, b, c, epilogue), 0
+        if self.variant in _JOINING:
+            spec["SPLIT"] = parts is not None
+            counters = 0 if parts is None else self.tiles
+            operands += (c.operand,) * 2 if parts is None else (parts,)
+        made = dispatch(*names, operands, push_constants, groups, **spec)
         lanes = _COOP1_LANES if self.variant == "coop1" else None
-        return replace(made, subgroup_size=lanes, counters=self.tiles if split else 0)
+        return replace(made, subgroup_size=lanes, counters=counters)
 
 
 def _kernel(variant: str, tile: Tile, a: Matrix, c: Matrix) -> tuple[str, str]:
