@@ -1,7 +1,6 @@
 """The kernels of matrix products: exact on small integers, accurate with every epilogue, and the same every time."""
 
 import functools
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,7 @@ from vk_kernels.ops.matmul import (
     plan_matmul_backward,
     plan_matmul_forward,
 )
-from vk_kernels.plan import Array, Plan, execute, record
+from vk_kernels.plan import Array, Plan, execute
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 
@@ -213,45 +212,11 @@ def test_long_k_is_split_and_the_same_every_time(device, variant):
     a, b = normal(1, 3000, 24, dtype=dtype), normal(1, 3000, 40, seed=1, dtype=dtype)
     whole = (matrix(i, dtype, 3000, x.shape[2]) for i, x in enumerate((a, b)))
     plan = plan_gemm(device.info, *whole, matrix(2, F32, 24, 40), transpose_a=True, scratch=3, variant=variant)
-    assert plan.scratch  # for partial sums
+    assert len(plan.dispatches) == 2
     first, second = (multiply(device, a, b, F32, True, variant=variant) for _ in range(2))
     assert same_bits([first], [second])
     plain = jnp.einsum("bkm,bkn->bmn", a, b, preferred_element_type=jnp.float32)
     assert_accurate(first, plain, exact_product(a, b, True))
-
-
-@pytest.mark.parametrize(("dtype", "out"), TYPES, ids=str)
-def test_slices_are_added_up_to_the_same_bits_by_one_dispatch_or_by_two(device, dtype, out):
-    """By two where workgroups cannot see what others have written."""
-    features = device.info.features
-    blind = replace(features, names=features.names - {"vulkanMemoryModelDeviceScope"})
-    m, n, k = 70, 132, 600
-    a, b = normal(m, k, dtype=dtype), normal(k, n, seed=1, dtype=dtype)
-    bias, residual = normal(n, seed=2, dtype=out), normal(m, n, seed=3, dtype=out)
-    places = matrix(0, dtype, m, k), matrix(1, dtype, k, n), matrix(5, out, m, n)
-    epilogue = Epilogue(bias=2, gelu=True, residual=3, rng=4, threshold=20_000, scale=1.5, stream=1)
-    for tile in CPU_TILES:
-        found = []
-        for info, dispatches in ((device.info, 1), (replace(device.info, features=blind), 2)):
-            options = {"epilogue": epilogue, "scratch": 6, "variant": "plain", "tile": tile, "splits": 5}
-            plan = plan_gemm(info, *places, **options)
-            assert len(plan.dispatches) == dispatches
-            found += execute_plan(device, plan, [a, b, bias, residual, RNG], undefined(m, n, dtype=out))
-        assert same_bits(found[:1], found[1:])
-
-
-def test_slices_are_added_up_each_time_that_a_recording_runs(device, variant):
-    dtype = F32 if variant == "plain" else BF16
-    a, b = integers(40, 1000, dtype=dtype), integers(1000, 40, dtype=dtype, seed=1)
-    places = matrix(0, dtype, 40, 1000), matrix(1, dtype, 1000, 40), matrix(2, F32, 40, 40)
-    plan = plan_gemm(device.info, *places, scratch=3, variant=variant, splits=3)
-    buffers = [device.upload(x) for x in (a, b, undefined(40, 40), *(np.zeros(n, np.uint8) for n in plan.scratch))]
-    recorder = device.record(replay=True)
-    record(recorder, plan, buffers)
-    for _ in range(3):
-        buffers[2].write(undefined(40, 40))
-        recorder.submit().wait()
-        np.testing.assert_array_equal(buffers[2].read(F32, (40, 40)), exact_product(a[None], b[None])[0])
 
 
 @pytest.mark.parametrize("splits", [1, 2])

@@ -44,7 +44,6 @@ class Array(NamedTuple):
 class Dispatch:
     """One run of a kernel that ships; `operands` index into (*inputs, *outputs, *scratch), in binding order.
 
-    counters: 32-bit words, of a buffer of its own that is bound last: 0 before, and the kernel leaves them at 0.
     parts: bindings of which it writes a part, and accesses nothing that others, to which they are parts too, write.
     """
 
@@ -55,7 +54,6 @@ class Dispatch:
     push_constants: bytes
     groups: tuple[int, int, int]
     subgroup_size: int | None = None
-    counters: int = 0
     parts: tuple[int, ...] = ()
 
 
@@ -83,8 +81,6 @@ def record(recorder: "Recorder", plan: Plan, buffers: Sequence[Buffer], label: s
     for dispatch in plan.dispatches:
         kernel = kernel_of(recorder.device, dispatch)
         operands = [buffers[i] for i in dispatch.operands]
-        if dispatch.counters:
-            operands.append(recorder.device.upload(np.zeros(dispatch.counters, np.uint32)))
         name = f"{kernel.label} of {label}" if label else None
         recorder.dispatch(kernel, operands, dispatch.push_constants, dispatch.groups, name)
 

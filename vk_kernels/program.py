@@ -24,19 +24,15 @@ if TYPE_CHECKING:
 RECORDINGS = 4  # that an executable keeps: for other buffers, and so that a call need not wait for the one before
 
 
-BLOCKS = ("arena", "counters")  # spaces of one buffer, of which places are parts
-
-
 class Place(NamedTuple):
-    """Where an array lies: the `index`-th input, output or constant, or `index` bytes into the arena or the counters,
-    which are 0 whenever no dispatch of theirs runs."""
+    """Where an array lies: the `index`-th input, output or constant, or `index` bytes into the arena."""
 
     space: str
     index: int
     nbytes: int
 
     def __str__(self) -> str:
-        return f"{self.space}{f'+{self.index}' if self.space in BLOCKS else f'[{self.index}]'}"
+        return f"{self.space}{f'+{self.index}' if self.space == 'arena' else f'[{self.index}]'}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,6 @@ class Program:
     constants: tuple[np.ndarray, ...]
     aliases: dict[int, int]
     arena_bytes: int
-    counter_bytes: int = 0
 
 
 def find_barriers(
@@ -94,8 +89,8 @@ def find_barriers(
 
 def _range(place: Place) -> tuple[str, int, int]:
     """(what memory, start, end)."""
-    if place.space in BLOCKS:
-        return place.space, place.index, place.index + max(place.nbytes, 1)
+    if place.space == "arena":
+        return "arena", place.index, place.index + max(place.nbytes, 1)
     return f"{place.space}{place.index}", 0, 1
 
 
@@ -161,8 +156,6 @@ class Executable:
             [command.parts for command in program.commands],
         )
         self.arena = device.buffer(program.arena_bytes, sliced=True)
-        self._blocks = {"arena": self.arena, "counters": device.buffer(program.counter_bytes, sliced=True)}
-        self._blocks["counters"].write(np.zeros(program.counter_bytes, np.uint8))
         self._constants = [device.upload(array) for array in program.constants]
         self._aliases = [program.aliases.get(j) for j in range(len(program.outputs))]
         self._aliased = frozenset(program.aliases.values())
@@ -265,8 +258,8 @@ class Executable:
             if barrier:
                 recorder.barrier()
             operands = [
-                self._blocks[place.space].slice(place.index, place.nbytes)
-                if place.space in BLOCKS
+                self.arena.slice(place.index, place.nbytes)
+                if place.space == "arena"
                 else spaces[place.space][place.index]
                 for place in command.operands
             ]

@@ -14,10 +14,6 @@ class Lifetime(NamedTuple):
     last: int
 
 
-def aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
 def place(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
     """The offset of each array, and the bytes of all: no two that live at one time overlap.
 
@@ -28,7 +24,7 @@ def place(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
     placed: list[tuple[int, int, Lifetime]] = []  # (offset, end), by offset
     for i in sorted(range(len(lifetimes)), key=lambda i: (-lifetimes[i].nbytes, i)):
         own, offset = lifetimes[i], 0
-        size = aligned(max(1, own.nbytes))
+        size = max(1, -(-own.nbytes // ALIGNMENT)) * ALIGNMENT
         for start, end, other in placed:
             if other.first > own.last or own.first > other.last:
                 continue

@@ -36,7 +36,6 @@ class _Dispatch:
     writes: tuple[bool, ...]
     groups: tuple[int, int, int]
     push_constants: bytes = b""
-    counters: int = 0  # words, of a buffer that is bound last
     parts: tuple[int, ...] = ()
 
 
@@ -52,15 +51,12 @@ def make_program(partition: Partition, device: "Device", donated: Sequence[bool]
     """Raises ValueError or FeatureError for what the kernels or the device cannot do, naming the line."""
     planned = [_plan(step, device) for step in partition.steps]
     memory = _Memory(partition, planned, donated)
-    ordered, counter_bytes = [], 0
+    ordered = []
     for index, plan in enumerate(planned):
         places = memory.places(index)
         flops = _flops(plan.step)
         for number, dispatch in enumerate(plan.dispatches):
             operands = tuple(places[i] for i in dispatch.operands)
-            if dispatch.counters:
-                operands += (Place("counters", counter_bytes, 4 * dispatch.counters),)
-                counter_bytes += arena.aligned(4 * dispatch.counters)
             command = Command(
                 dispatch.label,
                 plan.step.scope,
@@ -83,7 +79,6 @@ def make_program(partition: Partition, device: "Device", donated: Sequence[bool]
         tuple(partition.constants.values()),
         memory.aliases,
         memory.arena_bytes,
-        counter_bytes,
     )
 
 
@@ -112,8 +107,8 @@ def _plan_hot(step: Step, node: Node, device: "Device") -> _Planned:
     for dispatch in plan.dispatches:
         name = f"{dispatch.kernel}.{dispatch.variant}" if dispatch.variant else dispatch.kernel
         label = f"{name} of {node.op}({', '.join(map(str, inputs))})"
-        writes = kernel_of(device, dispatch).writable[: len(dispatch.operands)]
-        launched = dispatch.operands, writes, dispatch.groups, dispatch.push_constants, dispatch.counters
+        writes = kernel_of(device, dispatch).writable
+        launched = dispatch.operands, writes, dispatch.groups, dispatch.push_constants
         dispatches.append(_Dispatch(label, dispatch, *launched, dispatch.parts))
     return _Planned(step, tuple(dispatches), plan.scratch, frozenset())
 

@@ -4,9 +4,8 @@ Three families of kernels make the product; `plan_gemm` takes the first that the
   coop2   VK_NV_cooperative_matrix2: a workgroup multiplies whole tiles of bf16 that the driver loads
   coop1   VK_KHR_cooperative_matrix: a subgroup multiplies 16 x 16 x 16 blocks of bf16
   plain   any device: f32 arithmetic on blocks of registers
-Where C has too few tiles to fill the device, k is split: each slice makes its partial sums, and the last workgroup of
-a tile to be done with its own adds them up, or where workgroups cannot see what others have written, `matmul_finish`
-does. They are always added in the same order, so that a product is the same bit for bit every time.
+Where C has too few tiles to fill the device, k is split: each slice makes its partial sums and `matmul_finish` adds
+them up, always in the same order, so that a product is the same bit for bit every time.
 """
 
 import functools
@@ -36,7 +35,6 @@ _LONG_ROW, _CACHE_LINE = 16384, 64  # elements: rows that no cache holds should 
 _STRIP_ROWS, _STRIP_COLUMNS = 256, 128  # what a workgroup of matmul_column_sums takes
 _ALIGNMENT = 16  # bytes at which the cooperative kernels want a matrix to start
 _COOP1_LANES = 32  # of the subgroups of matmul_coop1
-_JOINING = ("plain",)  # variants whose last workgroup of a tile adds up the slices of k
 
 
 @dataclass(frozen=True)
@@ -158,37 +156,25 @@ class _Speed(NamedTuple):
     cores: int
     launch: float  # of one more dispatch
     bandwidth: float  # of partial sums, most of which are still cached when they are read
-    wait: float  # of a workgroup for partial sums that others wrote
-    core_bandwidth: float  # of one workgroup
 
 
-_CPU, _GPU = _Speed(8, 2e-5, 1e10, 1e-7, 2e9), _Speed(132, 5e-6, 5e12, 4e-7, 1e11)
+_CPU, _GPU = _Speed(8, 2e-5, 1e10), _Speed(132, 5e-6, 5e12)
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_tile(
-    tiles: tuple[Tile, ...],
-    m: int,
-    n: int,
-    k: int,
-    batch: int = 1,
-    k_inner: bool = False,
-    on_cpu: bool = False,
-    joining: bool = False,
+    tiles: tuple[Tile, ...], m: int, n: int, k: int, batch: int = 1, k_inner: bool = False, on_cpu: bool = False
 ) -> tuple[Tile, int]:
     """The tile, out of `tiles`, and the number of slices of k that should make a product in the least time.
 
-    k_inner: whether the rows of both operands run along k. joining: whether slices are added up by the same dispatch.
+    k_inner: whether the rows of both operands run along k.
     """
     most = max(1, min(k // _MIN_SPLIT_K, _MAX_SPLITS))
     choices = [(tile, splits) for tile in tiles for splits in range(1, most + 1)]
-    speed = _CPU if on_cpu else _GPU
-    return min(choices, key=lambda choice: _estimate(*choice, m, n, k, batch, k_inner, speed, joining))
+    return min(choices, key=lambda choice: _estimate(*choice, m, n, k, batch, k_inner, _CPU if on_cpu else _GPU))
 
 
-def _estimate(
-    tile: Tile, splits: int, m: int, n: int, k: int, batch: int, k_inner: bool, speed: _Speed, joining: bool
-) -> float:
+def _estimate(tile: Tile, splits: int, m: int, n: int, k: int, batch: int, k_inner: bool, speed: _Speed) -> float:
     """Seconds that a product takes, about."""
     slice_k = ceil_divide(k, splits * tile.k) * tile.k
     splits = max(1, ceil_divide(k, max(slice_k, 1)))
@@ -202,9 +188,7 @@ def _estimate(
     # Cores with all their residents work at full rate; the last ones, i of r on a core, at the rate of sqrt(i / r).
     rounds, left = divmod(count, speed.cores * tile.resident)
     seconds = alone * (rounds * tile.resident + math.sqrt(ceil_divide(left, speed.cores) * tile.resident))
-    if splits > 1 and joining:
-        seconds += splits * (speed.wait + 4 * tile.m * tile.n / speed.core_bandwidth)
-    elif splits > 1:  # the partial sums are written and read, by one more dispatch
+    if splits > 1:  # the partial sums are written and read, by one more dispatch
         seconds += speed.launch + 8 * splits * batch * m * n / speed.bandwidth
     return seconds
 
@@ -304,21 +288,17 @@ def plan_gemm(
         if variant is not None:
             raise ValueError(f"matmul variant {variant!r} takes matrices that start at multiples of {_ALIGNMENT} bytes")
         chosen = "plain"
-    joining = chosen in _JOINING and "vulkanMemoryModelDeviceScope" in info.features.names
     if tile is None:
         on_cpu = info.kind == "cpu"
         tiles = CPU_TILES if on_cpu and chosen == "plain" else TILES[chosen]
         tiles = tuple(tile for tile in tiles if _fits(info, *_kernel(chosen, tile, a, c), tile))
-        tile, found = choose_tile(tiles, m, n, k, batch, transpose_b and not transpose_a, on_cpu, joining)
+        tile, found = choose_tile(tiles, m, n, k, batch, transpose_b and not transpose_a, on_cpu)
         splits = found if splits is None else splits
     slice_k = max(1, ceil_divide(k, (splits or 1) * tile.k)) * tile.k  # whole tiles: only the last slice is ragged
     splits = max(1, ceil_divide(k, slice_k))
 
     work = _Work(m, n, k, batch, splits, slice_k)
     multiply = _Multiply(chosen, tile, work, a, b, transpose_a, transpose_b)
-    if splits > 1 and joining:
-        nbytes = 4 * splits * multiply.tiles * tile.m * tile.n
-        return Plan((multiply.dispatch(c, epilogue, parts=scratch),), (nbytes,))
     if splits > 1:
         partial = replace(matrix(scratch, F32, m, n), batch_stride=ceil_divide(m * n, 4) * 4)
         nbytes = 4 * batch * splits * partial.batch_stride
@@ -385,16 +365,8 @@ class _Multiply:
     transpose_a: bool
     transpose_b: bool
 
-    @property
-    def tiles(self) -> int:
-        """Of C."""
-        return self.work.batch * ceil_divide(self.work.m, self.tile.m) * ceil_divide(self.work.n, self.tile.n)
-
-    def dispatch(self, c: Matrix, epilogue: Epilogue, parts: int | None = None) -> Dispatch:
-        """C = the epilogue of the product, or of each of its partial sums.
-
-        parts: the operand for the partial sums, where they are to be added up here.
-        """
+    def dispatch(self, c: Matrix, epilogue: Epilogue) -> Dispatch:
+        """C = the epilogue of the product, or of each of its partial sums."""
         tile, work, a, b = self.tile, self.work, self.a, self.b
         spec = {"TRANSPOSE_A": self.transpose_a, "TRANSPOSE_B": self.transpose_b}
         if self.variant == "coop2":
@@ -406,17 +378,11 @@ class _Multiply:
             at_once = 8 if self.variant == "coop1" else 4  # elements of an operand
             spec |= {"ALIGNED_A": a.whole(at_once), "ALIGNED_B": b.whole(at_once)}
             spec |= _epilogue_spec(epilogue, c.whole(4))
-        groups = self.tiles * work.splits
+        groups = work.batch * work.splits * ceil_divide(work.m, tile.m) * ceil_divide(work.n, tile.n)
         push_constants = _push_constants(work, a, b, c, epilogue, groups)
         names = _kernel(self.variant, tile, a, c)
-        operands, counters = _operands(a, b, c, epilogue), 0
-        if self.variant in _JOINING:
-            spec["SPLIT"] = parts is not None
-            counters = 0 if parts is None else self.tiles
-            operands += (c.operand,) * 2 if parts is None else (parts,)
-        made = dispatch(*names, operands, push_constants, groups, **spec)
-        lanes = _COOP1_LANES if self.variant == "coop1" else None
-        return replace(made, subgroup_size=lanes, counters=counters)
+        made = dispatch(*names, _operands(a, b, c, epilogue), push_constants, groups, **spec)
+        return replace(made, subgroup_size=_COOP1_LANES if self.variant == "coop1" else None)
 
 
 def _kernel(variant: str, tile: Tile, a: Matrix, c: Matrix) -> tuple[str, str]:
