@@ -14,8 +14,11 @@ from vk_run import BF16, F32, assert_accurate, normal, run, same_bits
 from vk_kernels.cases import random_bits
 from vk_kernels.device import list_devices
 from vk_kernels.errors import FeatureError
+from vk_kernels.features import CooperativeMatrix, Features
+from vk_kernels.kernel import manifest
 from vk_kernels.ops import launch
 from vk_kernels.ops.attention import (
+    VARIANTS,
     attention_backward_reference,
     attention_forward_reference,
     choose_variant,
@@ -40,7 +43,19 @@ CASES = [
     *(((1, 16, 2, 8), DROPOUT), ((2, 130, 2, 32), DROPOUT)),
     *(((1, 64, 2, 64), CAP), ((1, 65, 1, 48), CAP), ((1, 130, 1, 128), CAP | DROPOUT)),
 ]
-CASES = [pytest.param(*case, id="x".join(map(str, case[0]))) for case in CASES]
+# More for cooperative matrices: head dims between theirs, and softmax with and without the largest score.
+COOPERATIVE_CASES = [
+    *CASES,
+    *(((2, 70, 2, 27), NOTHING), ((1, 130, 2, 40), {"cap": 60.0} | DROPOUT), ((2, 31, 3, 60), CAP | DROPOUT)),
+    *(((1, 257, 2, 64), DROPOUT), ((1, 192, 1, 33), {"cap": 50.0}), ((1, 100, 1, 100), {"cap": 60.0})),
+]
+CASES, COOPERATIVE_CASES = (
+    [pytest.param(*case, id="x".join(map(str, case[0]))) for case in cases] for cases in (CASES, COOPERATIVE_CASES)
+)
+
+COOPERATIVE = VARIANTS[:-1]
+KINDS = [pytest.param(BF16, variant, id=variant) for variant in COOPERATIVE]
+KINDS = [pytest.param(F32, "plain", id="plain"), *KINDS]
 
 
 def operands(shape, dtype=F32, scale=1.0):
@@ -152,14 +167,19 @@ def test_bf16(device):
     assert_accurate(out, by_xla(q, k, v, d_out, RNG)[0], exactly, what="out")
 
 
-@pytest.mark.parametrize(("shape", "options"), CASES)
-def test_cooperative_matrices(device, shape, options):
-    require(device, BF16, shape[-1], "coop1")
+@pytest.mark.parametrize("variant", COOPERATIVE)
+@pytest.mark.parametrize(("shape", "options"), COOPERATIVE_CASES)
+def test_cooperative_matrices(device, variant, shape, options):
+    require(device, BF16, 8, variant)
+    inputs = operands(shape, BF16, scale=1.5)
     if shape[1] < 16:
         with pytest.raises(ValueError, match="takes 16 tokens or more"):
-            check(device, *operands(shape, BF16), options, variant="coop1")
-        return
-    check(device, *operands(shape, BF16, scale=1.5), options, variant="coop1")
+            check(device, *inputs, options, variant=variant)
+    elif variant == "coop2" and shape[-1] > 64:
+        with pytest.raises(ValueError, match="takes a head dim of up to 64"):
+            check(device, *inputs, options, variant=variant)
+    else:
+        check(device, *inputs, options, variant=variant)
 
 
 # lavapipe has 32 KiB of shared memory, enough for forward and dkv, for dq, for forward. Its compiler takes long.
@@ -201,16 +221,17 @@ def test_a_gpu_gets_small_tiles_where_it_lacks_something(device, limits, absent,
     assert variants == tiles | fallback
 
 
-@pytest.mark.parametrize(("dtype", "variant"), [(F32, "plain"), (BF16, "coop1")], ids=["f32", "coop1"])
+@pytest.mark.parametrize(("dtype", "variant"), KINDS)
 def test_masks_are_those_of_the_reference(device, dtype, variant):
     """Values that pick one key each show which weights are left."""
     length, heads, options = 130, 2, CAP | DROPOUT
-    require(device, dtype, 128, variant)
-    shape = (1, length, heads, 128)
+    head_dim = 64 if variant == "coop2" else 128
+    require(device, dtype, head_dim, variant)
+    shape = (1, length, heads, head_dim)
     q, k, *_ = operands(shape, dtype)
     left = np.zeros((heads, length, length), bool)
-    for start in (0, 128):
-        keys = range(start, min(start + 128, length))
+    for start in range(0, length, head_dim):
+        keys = range(start, min(start + head_dim, length))
         v = np.zeros(shape, dtype)
         v[0, keys, :, range(len(keys))] = 1
         out, _ = forward(device, q, k, v, options, variant=variant)
@@ -220,11 +241,11 @@ def test_masks_are_those_of_the_reference(device, dtype, variant):
 
     # In the gradient of v, d_out that picks a query shows its row.
     d_out = np.zeros(shape, dtype)
-    d_out[0, range(128), :, range(128)] = 1
+    d_out[0, range(head_dim), :, range(head_dim)] = 1
     lse = forward(device, q, k, v, options, variant=variant)[1]
     _, _, dv = backward(device, q, k, v, out, lse, d_out, options, variant=variant)
     rows = np.moveaxis(dv[0], 0, -1) != 0  # (H, query, key)
-    np.testing.assert_array_equal(rows, left[:, :128])
+    np.testing.assert_array_equal(rows, left[:, :head_dim])
 
 
 @pytest.mark.parametrize(("head_dim", "options"), [(8, DROPOUT), (5, CAP | DROPOUT)], ids=["uncapped", "capped"])
@@ -245,11 +266,34 @@ def test_large_scores_stay_finite(device, head_dim, options):
         np.testing.assert_allclose(found, exactly, rtol=1e-3, atol=rounding)
 
 
-def test_a_nan_stays_in_its_row(device):
-    q, k, v, d_out = operands((2, 70, 2, 8))
+@pytest.mark.parametrize("variant", ["plain", *COOPERATIVE])
+@pytest.mark.parametrize("cap", [None, 3.0, 50.0, 60.0])
+def test_large_scores_of_bf16_stay_finite(device, variant, cap):
+    """|scores| up to 10,000, far above the soft cap if there is one."""
+    length, head_dim = 70, 32
+    require(device, BF16, head_dim, variant)
+    q, k, v, d_out = operands((1, length, 1, head_dim), BF16)
+    q = (q * (1e4 / np.abs(np.einsum("bqhd,bkhd->bhqk", q.astype(F32), k.astype(F32))).max())).astype(BF16)
+    options = {"scale": 1.0, "cap": cap} | DROPOUT
+    out, lse = forward(device, q, k, v, options, variant=variant)
+    wanted, wanted_lse, *exactly = exact(q, k, v, d_out, options)
+    plain, plain_lse = jax.jit(functools.partial(attention_forward_reference, **options))(q, k, v, RNG)
+    assert_accurate(out, plain, wanted, what="out")
+    assert_accurate(lse, plain_lse, wanted_lse, what="lse")
+    # XLA's gradients from the same rounded out, which large q and k make visible.
+    gradients = jax.jit(functools.partial(attention_backward_reference, **options))(q, k, v, out, lse, d_out, RNG)
+    found = backward(device, q, k, v, out, lse, d_out, options, variant=variant)
+    for name, some, xla, truth in zip(("dq", "dk", "dv"), found, gradients, exactly, strict=True):
+        assert_accurate(some, xla, truth, factor=3, what=name)
+
+
+@pytest.mark.parametrize(("dtype", "variant"), KINDS)
+def test_a_nan_stays_in_its_row(device, dtype, variant):
+    require(device, dtype, 8, variant)
+    q, k, v, d_out = operands((2, 70, 2, 8), dtype)
     q[1, 40, 1, 3] = np.nan
-    out, lse = forward(device, q, k, v, DROPOUT)
-    dq, dk, dv = backward(device, q, k, v, out, lse, d_out, DROPOUT)
+    out, lse = forward(device, q, k, v, DROPOUT, variant=variant)
+    dq, dk, dv = backward(device, q, k, v, out, lse, d_out, DROPOUT, variant=variant)
     wanted = np.zeros((2, 70, 2), bool)
     wanted[1, 40, 1] = True
     for found in (out, lse.swapaxes(1, 2)[..., None], dq):
@@ -263,23 +307,39 @@ def test_a_nan_stays_in_its_row(device):
     np.testing.assert_array_equal(np.isnan(dv[1, :, 1]), np.broadcast_to(seen[:, None], (70, 8)))
 
 
-def test_two_runs_give_the_same_bits(device):
-    q, k, v, d_out = operands((2, 40, 3, 5))
+@pytest.mark.parametrize(("dtype", "variant"), KINDS)
+@pytest.mark.parametrize("options", [CAP, NOTHING], ids=["capped", "uncapped"])
+def test_nan_keys_reach_everything(device, dtype, variant, options):
+    """A NaN stays one in whatever bits arithmetic leaves it."""
+    require(device, dtype, 8, variant)
+    q, k, v, d_out = operands((1, 40, 2, 8), dtype)
+    k[:] = np.nan
+    out, lse = forward(device, q, k, v, options, variant=variant)
+    for found in (out, lse, *backward(device, q, k, v, out, lse, d_out, options, variant=variant)):
+        assert np.isnan(found).all()
 
-    def run_both():
-        out, lse = forward(device, q, k, v, CAP | DROPOUT)
-        return out, lse, *backward(device, q, k, v, out, lse, d_out, CAP | DROPOUT)
 
-    assert same_bits(run_both(), run_both())
+def run_both(device, shape, dtype, options, variant):
+    """(out, lse, dq, dk, dv)."""
+    q, k, v, d_out = operands(shape, dtype)
+    out, lse = forward(device, q, k, v, options, variant=variant)
+    return out, lse, *backward(device, q, k, v, out, lse, d_out, options, variant=variant)
 
 
-def test_more_tiles_than_workgroups_along_an_axis(device, monkeypatch):
+@pytest.mark.parametrize(("dtype", "variant"), KINDS)
+def test_two_runs_give_the_same_bits(device, dtype, variant):
+    require(device, dtype, 5, variant)
+    first, second = (run_both(device, (2, 40, 3, 5), dtype, CAP | DROPOUT, variant) for _ in range(2))
+    assert same_bits(first, second)
+
+
+@pytest.mark.parametrize(("dtype", "variant"), KINDS)
+def test_more_tiles_than_workgroups_along_an_axis(device, monkeypatch, dtype, variant):
+    require(device, dtype, 5, variant)
+    shape = (2, 70, 2, 5)
+    along_one = run_both(device, shape, dtype, CAP | DROPOUT, variant)
     monkeypatch.setattr(launch, "MAX_GROUPS", 3)
-    q, k, v, d_out = operands((2, 70, 2, 5))
-    out, lse = forward(device, q, k, v, CAP | DROPOUT)
-    found = out, lse, *backward(device, q, k, v, out, lse, d_out, CAP | DROPOUT)
-    for actual, wanted in zip(found, exact(q, k, v, d_out, CAP | DROPOUT), strict=True):
-        np.testing.assert_allclose(actual, wanted, atol=1e-5)
+    assert same_bits(run_both(device, shape, dtype, CAP | DROPOUT, variant), along_one)
 
 
 def test_workgroups_fold_over_two_axes(device):
@@ -294,29 +354,31 @@ def test_workgroups_fold_over_two_axes(device):
         assert 0 <= x * y - 4096 * 25 * tiles < x
 
 
-def test_q_k_and_v_in_one_buffer(device):
+@pytest.mark.parametrize(("dtype", "variant"), KINDS)
+@pytest.mark.parametrize("head_dim", [8, 20])
+def test_q_k_and_v_in_one_buffer(device, dtype, variant, head_dim):
     """Views of (B, T, 3, H, D), for the operands and for their gradients."""
-    shape = (2, 35, 3, 8)
-    q, k, v, d_out = operands(shape)
-    out, lse = forward(device, q, k, v, DROPOUT)
-    gradients = backward(device, q, k, v, out, lse, d_out, DROPOUT)
+    require(device, dtype, head_dim, variant)
+    shape = (2, 35, 3, head_dim)
+    q, k, v, d_out = operands(shape, dtype)
+    out, lse, *gradients = run_both(device, shape, dtype, DROPOUT, variant)
     assert packed(shape)[0] != dense(shape)
 
-    together, rng = Array((2, 35, 3, 3, 8), F32), Array((2,), np.dtype(np.uint32))
-    outputs = [Array(shape, F32), Array((2, 3, 35), F32)]
+    together, rng = Array((2, 35, 3, 3, head_dim), dtype), Array((2,), np.dtype(np.uint32))
+    outputs = [Array(shape, dtype), Array((2, 3, 35), F32)]
     qkv, drawn = device.upload(np.stack([q, k, v], axis=2)), device.upload(RNG)
     results = [device.buffer(output.nbytes) for output in outputs]
-    options = DROPOUT | {"views": packed(shape)}
+    options = DROPOUT | {"views": packed(shape), "variant": variant}
     plan = plan_attention_forward(device.info, [*[together] * 3, rng], outputs, **options)
     execute(device, plan, [*[qkv] * 3, drawn], results)
     found = [result.read(output.dtype, output.shape) for result, output in zip(results, outputs, strict=True)]
     assert same_bits(found, (out, lse))
 
-    d_qkv = device.upload(np.full(together.shape, np.nan, F32))
+    d_qkv = device.upload(np.full(together.shape, np.nan, dtype))
     inputs = [*[together] * 3, *outputs, outputs[0], rng]
     plan = plan_attention_backward(device.info, inputs, [together] * 3, **options)
     execute(device, plan, [*[qkv] * 3, *results, device.upload(d_out), drawn], [d_qkv] * 3)
-    assert same_bits([d_qkv.read(F32, together.shape)], [np.stack(gradients, axis=2)])
+    assert same_bits([d_qkv.read(dtype, together.shape)], [np.stack(gradients, axis=2)])
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 2, 8), (2, 0, 2, 8), (2, 4, 0, 8)])
@@ -334,8 +396,9 @@ def test_nothing_to_do(device, shape):
         (129, F32, {}, "the head dim of attention must be from 1 to 128, found 129"),
         (0, F32, {}, "the head dim of attention must be from 1 to 128, found 0"),
         (8, np.dtype(np.float16), {}, r"the kernels take float32 or bfloat16, found float16\[1,2,1,8\]"),
-        (8, F32, {"variant": "fast"}, "attention variant must be one of coop1, plain, found 'fast'"),
+        (8, F32, {"variant": "fast"}, "attention variant must be one of coop2, coop1, plain, found 'fast'"),
         (8, F32, {"variant": "coop1"}, "attention variant 'coop1' multiplies bfloat16, found float32"),
+        (8, F32, {"variant": "coop2"}, "attention variant 'coop2' multiplies bfloat16, found float32"),
         (8, F32, {"dropout_rate": 1.0}, r"dropout rate must be in \[0, 1\), found 1.0"),
     ],
 )
@@ -353,8 +416,76 @@ def test_a_variant_that_the_device_lacks():
     if info is None:
         pytest.skip("every device here has cooperative matrices")
     assert choose_variant(info, BF16, 16, 64) == "plain"
-    with pytest.raises(FeatureError, match=r"attention variant 'coop1': .* lacks .*cooperativeMatrix"):
-        choose_variant(info, BF16, 16, 64, "coop1")
+    for variant in COOPERATIVE:
+        with pytest.raises(FeatureError, match=rf"attention variant '{variant}': .* lacks .*cooperativeMatrix"):
+            choose_variant(info, BF16, 16, 64, variant)
+
+
+def imagined(info, lacks=(), sizes=(16, 16, 16), flexible=(16, 16, 16), subgroups=(32, 32), shared_memory=48 << 10):
+    """A device with everything for cooperative matrices but `lacks`, with products of `sizes`, or multiples of
+    `flexible`, by a subgroup."""
+    types = ("bf16", "bf16", "f32", "f32", "subgroup", 0)
+    needed = {
+        feature
+        for name, record in manifest().items()
+        if name.startswith("attention") and "coop" in name
+        for feature in record["features"]
+    }
+    features = Features(
+        frozenset(info.features.names | needed | {"cooperativeMatrixFlexibleDimensions"}) - set(lacks),
+        (CooperativeMatrix(*sizes, *types),),
+        (CooperativeMatrix(*flexible, *types),),
+    )
+    limits = {"subgroup_size_range": subgroups, "shared_memory": shared_memory}
+    return dataclasses.replace(info, features=features, limits=dataclasses.replace(info.limits, **limits))
+
+
+@pytest.mark.parametrize(
+    ("there", "length", "head_dim", "wanted"),
+    [
+        ({}, 16, 64, "coop2"),
+        ({}, 16, 1, "coop2"),
+        ({}, 15, 64, "plain"),
+        ({}, 16, 65, "coop1"),
+        ({"flexible": (16, 8, 16)}, 16, 64, "coop2"),
+        ({"flexible": (32, 16, 16)}, 16, 64, "coop1"),
+        ({"sizes": (16, 8, 16)}, 16, 128, "plain"),
+        ({"lacks": {"cooperativeMatrixFlexibleDimensions"}}, 16, 64, "coop1"),
+        ({"lacks": {"cooperativeMatrixReductions"}}, 16, 64, "coop1"),
+        ({"lacks": {"shaderBFloat16CooperativeMatrix"}}, 16, 64, "plain"),
+        ({"subgroups": (64, 64)}, 16, 64, "plain"),
+        ({"shared_memory": 16 << 10}, 16, 64, "plain"),
+        ({"shared_memory": 32 << 10}, 16, 64, "coop2"),
+    ],
+)
+def test_the_variant_that_a_device_gets(device, there, length, head_dim, wanted):
+    info = imagined(device.info, **there)
+    assert choose_variant(info, BF16, length, head_dim) == wanted
+    assert choose_variant(info, F32, length, head_dim) == "plain"
+
+
+@pytest.mark.parametrize(("cap", "bounded"), [(None, False), (50.0, True), (60.0, False)])
+def test_the_plans_of_cooperative_matrices(device, cap, bounded):
+    info = imagined(device.info)
+    array, lse = Array((2, 100, 3, 64), BF16), Array((2, 3, 100), F32)
+    for variant in COOPERATIVE:
+        (only,) = plan_attention_forward(info, [array] * 3, [array, lse], cap=cap, variant=variant).dispatches
+        assert only.variant == f"{variant}_64"
+        assert dict(only.spec) == {"ALIGNED": True, "SOFT_CAP": cap is not None, "DROPOUT": False, "BOUNDED": bounded}
+        assert (only.groups, only.subgroup_size) == ((2 * 3 * 2, 1, 1), 32)
+        plan = plan_attention_backward(
+            info, [*[array] * 4, lse, array], [array] * 3, cap=cap, variant=variant, views=packed((2, 100, 3, 62))
+        )
+        assert plan.scratch == (4 * 2 * 3 * 100,)
+        kernels = [made.kernel for made in plan.dispatches]
+        assert kernels == (["attention_dq", "attention_dkv"] if variant == "coop2" else
+                           ["attention_dots", "attention_dkv", "attention_dq"])  # fmt: skip
+        assert not dict(plan.dispatches[-1].spec)["ALIGNED"]  # rows of 186 elements
+        dots = 9
+        for made in plan.dispatches:
+            record = manifest()[f"{made.kernel}.{made.variant}"]
+            names = {binding["binding"]: binding["writable"] for binding in record["bindings"]}
+            assert names[made.operands.index(dots)] == (made.kernel == kernels[0])
 
 
 @pytest.mark.parametrize("options", [NOTHING, CAP, DROPOUT, CAP | DROPOUT])

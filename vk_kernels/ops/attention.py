@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 MASKED = -1e30  # a score that softmax turns into 0; finite, so that no inf - inf can arise
 MAX_HEAD_DIM = 128  # of the kernels: a query's sums must fit in registers
 
-VARIANTS = ("coop1", "plain")  # in order of preference
+# The variants on cooperative matrices, in order of preference, and their largest head dims. coop2, on those of
+# VK_NV_cooperative_matrix2, keeps scores in registers, where more sums would leave no room; coop1 in shared memory.
+_COOPERATIVE = {"coop2": 64, "coop1": MAX_HEAD_DIM}
+VARIANTS = (*_COOPERATIVE, "plain")
+_BOUNDED_CAP = 50.0  # of scores, up to which softmax needs no largest one: attention_bf16.slang says why
 _MATRIX = 16  # rows of a cooperative matrix
 _LANES = 32  # of the subgroups that work on them
 
@@ -213,7 +217,7 @@ def plan_attention_forward(
     work = _Work.of(info, inputs[0], outputs[0].shape, rng, scale, cap, dropout_rate, stream, views, variant)
     if work.empty:
         return Plan(())
-    return Plan((work.dispatch("attention_forward", (0, 1, 2, rng or 0, out, out + 1)),))
+    return Plan((work.dispatch("attention_forward", (0, 1, 2, rng or 0, out, out + 1), **work.softmax),))
 
 
 def plan_attention_backward(
@@ -239,8 +243,12 @@ def plan_attention_backward(
     if work.empty:
         return Plan(())
     dk, dv, dots = dq + 1, dq + 2, dq + len(outputs)
-    read = (0, 1, 2, rng or 0, d_out, lse, dots)
+    read = (0, 1, 2, rng or 0, d_out, lse)
     rows = work.matrices * work.length
+    dkv = work.dispatch("attention_dkv", (*read, dots, dk, dv))
+    if work.family == "coop2":  # its first kernel makes the dots for the other
+        dots_and_dq = work.dispatch("attention_dq", (*read, out, dots, dq))
+        return Plan((dots_and_dq, dkv), scratch=(4 * rows,))
     dots_constants = struct.pack("<4I", rows, work.heads, work.length, work.head_dim)
     return Plan(
         (
@@ -253,8 +261,8 @@ def plan_attention_backward(
                 ALIGNED=aligned(work.head_dim),
             ),
             # Side by side, also where the three gradients are one array.
-            dataclasses.replace(work.dispatch("attention_dkv", (*read, dk, dv)), parts=(7, 8)),
-            dataclasses.replace(work.dispatch("attention_dq", (*read, dq)), parts=(7,)),
+            dataclasses.replace(dkv, parts=(7, 8)),
+            dataclasses.replace(work.dispatch("attention_dq", (*read, dots, dq)), parts=(7,)),
         ),
         scratch=(4 * rows,),
     )
@@ -266,40 +274,49 @@ def choose_variant(info: "DeviceInfo", dtype: np.dtype, length: int, head_dim: i
     A text shorter than a cooperative matrix goes to 'plain': most of the matrix would be empty.
 
     Raises FeatureError where the device lacks what `variant` needs, ValueError for an unknown one or one that does not
-    take the dtype or the length.
+    take the dtype, the length or the head dim.
     """
     if variant is None:
-        cooperative = dtype == _BF16 and length >= _MATRIX and not _lacking(info, head_dim)
-        return "coop1" if cooperative else "plain"
+        if dtype != _BF16 or length < _MATRIX:
+            return "plain"
+        families = [family for family, largest in _COOPERATIVE.items() if head_dim <= largest]
+        return next((family for family in families if not _lacking(info, family, head_dim)), "plain")
     if variant not in VARIANTS:
         raise ValueError(f"attention variant must be one of {', '.join(VARIANTS)}, found {variant!r}")
-    if variant == "coop1":
+    if variant != "plain":
         if dtype != _BF16:
-            raise ValueError(f"attention variant 'coop1' multiplies bfloat16, found {dtype.name}")
+            raise ValueError(f"attention variant {variant!r} multiplies bfloat16, found {dtype.name}")
         if length < _MATRIX:
-            raise ValueError(f"attention variant 'coop1' takes {_MATRIX} tokens or more, found {length}")
-        lacking = _lacking(info, head_dim)
+            raise ValueError(f"attention variant {variant!r} takes {_MATRIX} tokens or more, found {length}")
+        largest = _COOPERATIVE[variant]
+        if head_dim > largest:
+            raise ValueError(f"attention variant {variant!r} takes a head dim of up to {largest}, found {head_dim}")
+        lacking = _lacking(info, variant, head_dim)
         if lacking:
-            raise FeatureError(f"attention variant 'coop1': {info.name} lacks {lacking}")
+            raise FeatureError(f"attention variant {variant!r}: {info.name} lacks {lacking}")
     return variant
 
 
-def _lacking(info: "DeviceInfo", head_dim: int) -> str:
+def _lacking(info: "DeviceInfo", variant: str, head_dim: int) -> str:
     """What `info` lacks for attention by cooperative matrices of a subgroup; empty where it lacks nothing."""
-    element = f"coop1_{_padded(head_dim)}"
-    records = [manifest()[f"{kernel}.{element}"] for kernel in _TILED]
-    missing = {feature for record in records for feature in record["features"]} - info.features.names
+    records = [manifest()[f"{kernel}.{variant}_{_padded(head_dim)}"] for kernel in _TILED]
+    needed = {feature for record in records for feature in record["features"]}
+    if variant == "coop2":
+        needed.add("cooperativeMatrixFlexibleDimensions")
+    missing = needed - info.features.names
     if missing:
         return ", ".join(sorted(missing))
     shared = max(record["shared_bytes"] for record in records)
     if shared > info.limits.shared_memory:
         return f"{shared} bytes of shared memory"
-    if not any(
-        (row.m, row.n, row.k, row.scope) == (16, 16, 16, "subgroup")
-        and (row.a, row.b, row.c, row.result) == ("bf16", "bf16", "f32", "f32")
-        for row in info.features.cooperative_matrices
-    ):
-        return "cooperative matrices of 16x16x16 bf16"
+    if variant == "coop2":  # its matrices are multiples of a row's
+        matrices = info.features.cooperative_matrices2
+        rows = [row for row in matrices if _MATRIX % row.m == _MATRIX % row.n == _MATRIX % row.k == 0]
+    else:
+        rows = [row for row in info.features.cooperative_matrices if {row.m, row.n, row.k} == {_MATRIX}]
+    types = ("bf16", "bf16", "f32", "f32")
+    if not any(row.scope == "subgroup" and (row.a, row.b, row.c, row.result) == types for row in rows):
+        return f"cooperative matrices of {_MATRIX}x{_MATRIX}x{_MATRIX} bf16"
     smallest, largest = info.limits.subgroup_size_range
     chosen = info.limits.subgroup_size_selectable and smallest <= _LANES <= largest
     return "" if chosen or smallest == largest == _LANES else f"subgroups of {_LANES}"
@@ -339,12 +356,14 @@ class _Work(NamedTuple):
     """What the kernels of one call share."""
 
     element: str
+    family: str  # of VARIANTS
     kernels: dict[str, tuple[str, int]]  # those of _TILED: variant, and rows of a workgroup's tile, queries or keys
     matrices: int  # B H
     heads: int
     length: int
     head_dim: int
     spec: dict[str, int | bool]
+    softmax: dict[str, bool]  # more of it, for attention_forward
     subgroup_size: int | None
     push_constants: bytes
 
@@ -370,12 +389,13 @@ class _Work(NamedTuple):
         chosen = choose_variant(info, q.dtype, length, head_dim, variant)
         strides = [n for view in views or (dense(shape),) * 3 for n in view]
         threshold = dropout_threshold(dropout_rate) if rng is not None else 0
-        spec = {"SOFT_CAP": cap is not None, "DROPOUT": threshold > 0}
+        spec, softmax = {"SOFT_CAP": cap is not None, "DROPOUT": threshold > 0}, {}
         if chosen == "plain":
             kernels = {kernel: _plain_kernel(info, kernel, kind, head_dim) for kernel in _TILED}
             subgroup_size, eights = None, 4
         else:
-            kernels = dict.fromkeys(_TILED, (f"coop1_{_padded(head_dim)}", _TILE))
+            kernels = dict.fromkeys(_TILED, (f"{chosen}_{_padded(head_dim)}", _TILE))
+            softmax = {"BOUNDED": cap is not None and abs(cap) <= _BOUNDED_CAP}
             subgroup_size, eights = _LANES, 8
         spec["ALIGNED"] = all(n % eights == 0 for n in (head_dim, *strides))
         push_constants = struct.pack(
@@ -384,14 +404,15 @@ class _Work(NamedTuple):
             *(batch * heads, heads, length, head_dim, stream, threshold),
             *(dropout_scale(dropout_rate), _scale(scale, head_dim), cap or 0.0),
         )
-        return cls(kind, kernels, batch * heads, heads, length, head_dim, spec, subgroup_size, push_constants)
+        sizes = batch * heads, heads, length, head_dim
+        return cls(kind, chosen, kernels, *sizes, spec, softmax, subgroup_size, push_constants)
 
     @property
     def empty(self) -> bool:
         return self.matrices * self.length == 0
 
-    def dispatch(self, kernel: str, operands: tuple[int, ...]) -> Dispatch:
+    def dispatch(self, kernel: str, operands: tuple[int, ...], **more: bool) -> Dispatch:
         variant, rows = self.kernels[kernel]
         tiles = self.matrices * ceil_divide(self.length, rows)
-        made = dispatch(kernel, variant, operands, self.push_constants, tiles, **self.spec)
+        made = dispatch(kernel, variant, operands, self.push_constants, tiles, **self.spec, **more)
         return dataclasses.replace(made, subgroup_size=self.subgroup_size)
