@@ -135,14 +135,37 @@ def test_operands_of_which_only_some_are_aligned(device, variant, m, n, k):
     assert_exact(multiply(device, a, b, F32, variant=variant), exact_product(a, b))
 
 
-def test_every_tile(device, variant):
-    tiles = CPU_TILES if ON_CPU else TILES[variant]
+@pytest.mark.parametrize(("transpose_a", "transpose_b"), [NN] if ON_CPU else [NN, NT, TN, TT], ids=str)
+def test_every_tile(device, variant, transpose_a, transpose_b):
+    """Ragged every way; and aligned with k in whole tiles, in batches, whether it is split or not."""
     for dtype, out in TYPES[:1] if ON_CPU else TYPES:
         if variant != "plain" and dtype != BF16:
             continue
-        a, b = operands(150, 300, 90, False, False, dtype)
-        for tile in tiles:
-            assert_exact(multiply(device, a, b, out, variant=variant, tile=tile), exact_product(a, b))
+        for tile in CPU_TILES if ON_CPU else TILES[variant]:
+            for m, n, k, batch, splits in [(150, 300, 90, 1, 1), (136, 264, 192, 2, 1), (136, 264, 192, 2, 2)]:
+                a, b = operands(m, n, k, transpose_a, transpose_b, dtype, batch)
+                options = {"variant": variant, "tile": tile, "splits": splits}
+                actual = multiply(device, a, b, out, transpose_a, transpose_b, **options)
+                assert_exact(actual, exact_product(a, b, transpose_a, transpose_b))
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(150, 299, 90), (136, 264, 192)])
+def test_every_tile_with_an_epilogue(device, variant, m, n, k):
+    """The same as the epilogue by itself, of the exact product."""
+    a, b = operands(m, n, k, False, False, F32 if variant == "plain" else BF16)
+    sums = exact_product(a, b)[0].astype(F32) / 16
+    inputs = [normal(n, seed=2), normal(m, n, seed=3), RNG]
+    steps = {"bias": 2, "residual": 3, "save_pre_activation": 6, "gelu": True}
+    epilogue = Epilogue(**steps, rng=4, threshold=dropout_threshold(0.25), scale=dropout_scale(0.25), stream=5)
+    c, outputs = matrix(5, F32, m, n), (undefined(m, n), undefined(m, n))
+    plan = plan_epilogue(matrix(0, F32, m, n), c, epilogue)
+    expected = execute_plan(device, plan, [sums, b, *inputs], *outputs)
+    a = (a.astype(F32) / 16).astype(a.dtype)
+    for tile in CPU_TILES if ON_CPU else TILES[variant]:
+        places = (matrix(0, a.dtype, m, k), matrix(1, b.dtype, k, n), c)
+        plan = plan_gemm(device.info, *places, epilogue=epilogue, scratch=7, variant=variant, tile=tile)
+        for found, value in zip(execute_plan(device, plan, [a, b, *inputs], *outputs), expected, strict=True):
+            np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("columns", "padded"), [(5, 8), (8, 16), (33, 40)])

@@ -136,9 +136,9 @@ TILES = {
         Tile(32, 32, 16, 64, 30, 6, 35),
     ),
     "coop1": (
-        Tile(128, 128, 32, 128, 240, 2, 160),
-        Tile(64, 128, 32, 128, 210, 3, 110),
-        Tile(64, 64, 32, 128, 170, 4, 100),
+        Tile(128, 256, 32, 256, 317, 2, 176),
+        Tile(128, 128, 64, 256, 302, 1, 336),
+        Tile(64, 64, 64, 128, 193, 2, 387),
     ),
     "coop2": (
         Tile(128, 256, 64, 256, 313, 1, 310, ragged=0.51),
@@ -385,6 +385,9 @@ class _Multiply:
         else:
             at_once = 8 if self.variant == "coop1" else 4  # elements of an operand
             spec |= {"ALIGNED_A": a.whole(at_once), "ALIGNED_B": b.whole(at_once)}
+            if self.variant == "coop1":
+                whole_k = work.k > 0 and work.k % tile.k == 0  # of each slice, then
+                spec["WHOLE"] = whole_k and a.whole(at_once) and b.whole(at_once)
             spec |= _epilogue_spec(epilogue, c.whole(4))
         groups = work.batch * work.splits * ceil_divide(work.m, tile.m) * ceil_divide(work.n, tile.n)
         push_constants = _push_constants(work, a, b, c, epilogue, groups)
