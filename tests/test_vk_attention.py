@@ -38,8 +38,9 @@ CAP = {"cap": 3.0}
 DROPOUT = {"dropout_rate": 0.3, "stream": 9}
 
 # (B, T, H, D) and options: every length and head dim at a tile's edges, in few kernels (each takes lavapipe seconds).
+# 4 texts of 17 tokens: of one alone, XLA's error is small by chance.
 CASES = [
-    *(((2, 1, 3, 1), CAP | DROPOUT), ((2, 3, 2, 5), CAP | DROPOUT), ((1, 17, 3, 5), CAP | DROPOUT)),
+    *(((2, 1, 3, 1), CAP | DROPOUT), ((2, 3, 2, 5), CAP | DROPOUT), ((4, 17, 3, 5), CAP | DROPOUT)),
     *(((1, 16, 2, 8), DROPOUT), ((2, 130, 2, 32), DROPOUT)),
     *(((1, 64, 2, 64), CAP), ((1, 65, 1, 48), CAP), ((1, 130, 1, 128), CAP | DROPOUT)),
 ]

@@ -541,7 +541,7 @@ def test_what_cannot_be_multiplied(device):
         gemm_of(a, matrix(1, BF16, 4, 5), c)
     with pytest.raises(ValueError, match=r"no product of float32 and float32 gives bfloat16"):
         gemm_of(a, b, matrix(2, BF16, 3, 5))
-    with pytest.raises(ValueError, match=r"must be one of coop2, coop1, plain, found 'fast'"):
+    with pytest.raises(ValueError, match=r"must be one of coop1, coop2, plain, found 'fast'"):
         gemm_of(a, b, c, variant="fast")
     with pytest.raises(ValueError, match=r"'coop1' multiplies bfloat16, found float32"):
         gemm_of(a, b, c, variant="coop1")

@@ -1,9 +1,9 @@
 """Plans of matrix products: C = epilogue(op(A) op(B)), for one matrix or a batch of them. Knows no JAX.
 
-Three families of kernels make the product; `plan_gemm` takes the first that the device can run, or of the first two
-the one that should take less time:
-  coop2   VK_NV_cooperative_matrix2: a workgroup multiplies whole tiles of bf16 that the driver loads
+Three families of kernels make the product; `plan_gemm` takes the first that the device can run:
   coop1   VK_KHR_cooperative_matrix: a subgroup multiplies 16 x 16 x 16 blocks of bf16
+  coop2   VK_NV_cooperative_matrix2: a workgroup multiplies whole tiles of bf16 that the driver loads; as fast where all
+          sizes are large, slower where they are not
   plain   any device: f32 arithmetic on blocks of registers
 Where C has too few tiles to fill the device, k is split: each slice makes its partial sums and `matmul_finish` adds
 them up, always in the same order, so that a product is the same bit for bit every time.
@@ -27,7 +27,7 @@ from vk_kernels.plan import Dispatch, Plan
 F32 = np.dtype(np.float32)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
-VARIANTS = ("coop2", "coop1", "plain")  # in order of preference
+VARIANTS = ("coop1", "coop2", "plain")  # in order of preference
 
 _SHORT = {F32: "f32", BF16: "bf16"}  # as in the variants' names
 _MIN_SPLIT_K = 256  # the shortest slice of k that is worth its partial sums
@@ -291,17 +291,10 @@ def plan_gemm(
         chosen = "plain"
     if tile is None:
         on_cpu = info.kind == "cpu"
-        families = {chosen: CPU_TILES if on_cpu and chosen == "plain" else TILES[chosen]}
-        if chosen == "coop2" and variant is None and not _lacking(info, "coop1"):
-            families["coop1"] = TILES["coop1"]  # small products take it less time
-        tiles = {
-            tile: family
-            for family, tiles in families.items()
-            for tile in tiles
-            if _fits(info, *_kernel(family, tile, a, c), tile)
-        }
-        tile, found = choose_tile(tuple(tiles), m, n, k, batch, transpose_b and not transpose_a, on_cpu)
-        chosen, splits = tiles[tile], found if splits is None else splits
+        tiles = CPU_TILES if on_cpu and chosen == "plain" else TILES[chosen]
+        tiles = tuple(tile for tile in tiles if _fits(info, *_kernel(chosen, tile, a, c), tile))
+        tile, found = choose_tile(tiles, m, n, k, batch, transpose_b and not transpose_a, on_cpu)
+        splits = found if splits is None else splits
     slice_k = max(1, ceil_divide(k, (splits or 1) * tile.k)) * tile.k  # whole tiles: only the last slice is ragged
     splits = max(1, ceil_divide(k, slice_k))
 
