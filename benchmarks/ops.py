@@ -96,7 +96,7 @@ def replay_seconds(recorder: Recorder, repeats: int, warm: float = 0.1) -> float
 
 
 def device_seconds(
-    device: Device, plan: Plan, reads: list[Array], writes: list[Array], largest: int, repeats: int
+    device: Device, plan: Plan, reads: list[Array], writes: list[Array], largest: int, repeats: int, warm: float = 0.1
 ) -> float:
     """Median device time of a plan."""
     inputs = [device.upload(random_array(array, largest)) for array in reads]
@@ -105,7 +105,7 @@ def device_seconds(
     try:
         record(recorder, plan, [*inputs, *others])
         recorder.end()
-        return replay_seconds(recorder, repeats)
+        return replay_seconds(recorder, repeats, warm)
     finally:
         recorder.close()
 
@@ -155,19 +155,19 @@ def copy_rate(device: Device, repeats: int, warm: float = 0.1) -> float:
     return 2 * array.nbytes / seconds
 
 
-def product_rate(device: Device, dtype: np.dtype, variant: str | None, repeats: int) -> float:
+def product_rate(device: Device, dtype: np.dtype, variant: str | None, repeats: int, warm: float = 0.1) -> float:
     """FLOPs a second of a large product. Raises FeatureError or ValueError where the variant cannot make it."""
     n = 256 if device.info.kind == "cpu" else 4096
     case = next(case for case in CASES if case.label == "matmul (product)")
     operands = [random_array(Array((n, n), dtype), 1) for _ in range(2)]
     name, equation = next(kernel_calls(case, operands, call.Target(str(device.info.index), variant)))
     plan, reads, writes = plan_of(device, name, equation)
-    return 2 * n**3 / device_seconds(device, plan, reads, writes, 1, repeats)
+    return 2 * n**3 / device_seconds(device, plan, reads, writes, 1, repeats, warm)
 
 
 def ceiling_rates(device: Device, dtype: str, repeats: int = 20) -> tuple[float, float]:
     """Bytes a second of a large copy, FLOPs a second of a large product by the variant that the device prefers."""
-    return copy_rate(device, repeats, warm=2.0), product_rate(device, np.dtype(dtype), None, repeats)
+    return copy_rate(device, repeats, 2.0), product_rate(device, np.dtype(dtype), None, repeats, 2.0)
 
 
 def print_ceilings(device: Device, repeats: int) -> None:
