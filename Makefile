@@ -10,8 +10,8 @@ tiny: ## train the small chat model
 test: ## all tests
 	bash scripts/test.sh
 
-night: ## the tests on drawn inputs, 200 of each, and 10,000 calls watched for leaks
-	HYPOTHESIS_PROFILE=night .venv/bin/python -m pytest -n auto --dist load tests/test_vk_properties.py tests/test_jit*.py tests/test_vk_api.py::test_mixed_calls_keep_memory_and_files_flat
+night: ## the tests on drawn inputs, 200 of each, those that take long, and 10,000 calls watched for leaks
+	HYPOTHESIS_PROFILE=night .venv/bin/python -m pytest -n auto --dist load tests/test_vk_properties.py tests/test_jit*.py tests/test_vk_attention.py tests/test_vk_matmul.py tests/test_vk_api.py::test_mixed_calls_keep_memory_and_files_flat
 
 shaders: ## compile the shaders that changed
 	.venv/bin/python -m vk_kernels.build

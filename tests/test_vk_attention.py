@@ -184,7 +184,8 @@ def test_cooperative_matrices(device, variant, shape, options):
 
 
 # lavapipe has 32 KiB of shared memory, enough for forward and dkv, for dq, for forward. Its compiler takes long.
-@pytest.mark.parametrize("head_dim", [24, pytest.param(60, marks=night), pytest.param(128, marks=night)])
+@night
+@pytest.mark.parametrize("head_dim", [24, 60, 128])
 def test_the_tiles_of_a_gpu(device, head_dim):
     check(device, *operands((1, 70, 2, head_dim)), DROPOUT, kind="discrete")
 

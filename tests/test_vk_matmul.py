@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from vk_fixtures import SELECTOR, needs_vulkan, vulkan_device  # noqa: F401
+from vk_profiles import NIGHT
 from vk_run import BF16, DTYPES, F32, FILL, GUARD, assert_accurate, normal, run, same_bits
 
 from vk_kernels.errors import FeatureError
@@ -149,6 +150,7 @@ def test_every_tile(device, variant, transpose_a, transpose_b):
                 assert_exact(actual, exact_product(a, b, transpose_a, transpose_b))
 
 
+@pytest.mark.skipif(ON_CPU and not NIGHT, reason="takes long: make night runs it")
 @pytest.mark.parametrize(("m", "n", "k"), [(150, 299, 90), (136, 264, 192)])
 def test_every_tile_with_an_epilogue(device, variant, m, n, k):
     """The same as the epilogue by itself, of the exact product."""
