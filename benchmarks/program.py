@@ -58,12 +58,12 @@ def random_batch(config: Any, seed: int) -> dict[str, np.ndarray]:
     return {"inputs": stream[:, :-1].copy(), "targets": stream[:, 1:].copy()}
 
 
-def fresh_state(shapes: Any, device: str | None) -> Any:
-    """Small random parameters, and zeros for the optimizer's and the counters: values that a step can be timed with."""
+def fresh_state(shapes: Any) -> Any:
+    """Host arrays to time a step with: small random parameters, zeros for the optimizer's and the counters."""
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     params = jax.tree.map(lambda x: (0.02 * rng.standard_normal(x.shape)).astype(x.dtype), shapes.params)
-    return vk_kernels.device_put(state.replace(params=params), device)
+    return state.replace(params=params)
 
 
 def compile_twice(step: Any, state: Any, batch: Any, device: str) -> Any:
@@ -165,7 +165,7 @@ def main() -> None:
         options.text.write_text(compiled.as_text())
     if not (options.calls or options.profile):
         return
-    state = fresh_state(shapes, device)
+    state = vk_kernels.device_put(fresh_state(shapes), device)
     if options.calls:
         state = measure(jitted, state, batch, options.calls)
     if options.profile:

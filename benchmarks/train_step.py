@@ -119,7 +119,7 @@ def vulkan_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dic
 
     step, shapes, batch = make_step(config)
     jitted = vk_kernels.jit(step, donate_argnames="state")
-    state = fresh_state(shapes, None)
+    state = vk_kernels.device_put(fresh_state(shapes))
 
     def run(batch: Any) -> Callable[[], float]:
         nonlocal state
@@ -138,16 +138,12 @@ def vulkan_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dic
 
 def xla_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[str, Any]]]:
     import jax
-    import numpy as np
-    from program import make_step
+    from program import fresh_state, make_step
 
     step, shapes, _ = make_step(config)
     precision = "default" if config.model.dtype == "bfloat16" else "highest"
     jitted = jax.jit(step, donate_argnames="state")
-    rng = np.random.default_rng(0)
-    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    params = jax.tree.map(lambda x: (0.02 * rng.standard_normal(x.shape)).astype(x.dtype), shapes.params)
-    state = jax.device_put(state.replace(params=params))
+    state = jax.device_put(fresh_state(shapes))
 
     def run(batch: Any) -> Callable[[], float]:
         nonlocal state
