@@ -4,18 +4,21 @@
     python benchmarks/program.py --calls 100 --profile [--trace FILE]
 
 Without --calls it only traces, compiles and records, on any device, twice: the second time the compiled kernels come
-from the cache on disk. With it, steps run with donated state and a batch of numpy arrays: Python is the time until a
-call returns while nothing waits for the device; step is wall time over all calls. --profile times each dispatch alone,
-so that their sum is more than a step, and groups them by phase and by kernel.
+from the cache on disk. With it, steps run with donated state and a batch of numpy arrays: a call is the time until it
+returns while nothing waits for the device, the driver's the part of it inside of Vulkan, Python's the rest; step is
+wall time over all calls. --profile times each dispatch alone, so that their sum is more than a step, and groups them
+by phase and by kernel.
 """
 
 import argparse
 import ast
 import collections
+import contextlib
 import functools
 import importlib.util
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ import numpy as np
 import vk_kernels
 from gpt_jax.model import GPT, ModelConfig
 from gpt_jax.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.steps import init_params, init_state, train_step
+from gpt_jax.steps import init_params, init_state, on_leaves, train_step
 from vk_kernels.lowering import open_device
 
 
@@ -38,7 +41,7 @@ def load_config(path: str) -> Any:
 
 
 def make_step(config: Any) -> tuple[Any, Any, dict[str, np.ndarray]]:
-    """(step, shapes of its state, a batch)."""
+    """(the step as the training loop runs it, on the leaves of a state; the state's shapes; a batch)."""
     model, optimizer = GPT(ModelConfig.from_config(config.model)), make_optimizer(config.optimizer)
     step = functools.partial(
         train_step,
@@ -49,7 +52,7 @@ def make_step(config: Any) -> tuple[Any, Any, dict[str, np.ndarray]]:
         accumulate_steps=config.accumulate_steps,
     )
     state = jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer))
-    return step, state, random_batch(config, 0)
+    return on_leaves(step, jax.tree.structure(state)), state, random_batch(config, 0)
 
 
 def random_batch(config: Any, seed: int) -> dict[str, np.ndarray]:
@@ -58,19 +61,19 @@ def random_batch(config: Any, seed: int) -> dict[str, np.ndarray]:
     return {"inputs": stream[:, :-1].copy(), "targets": stream[:, 1:].copy()}
 
 
-def fresh_state(shapes: Any) -> Any:
-    """Host arrays to time a step with: small random parameters, zeros for the optimizer's and the counters."""
+def fresh_leaves(shapes: Any) -> tuple[np.ndarray, ...]:
+    """Of a state to time a step with: small random parameters, zeros for the optimizer's and the counters."""
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     params = jax.tree.map(lambda x: (0.02 * rng.standard_normal(x.shape)).astype(x.dtype), shapes.params)
-    return state.replace(params=params)
+    return tuple(jax.tree.leaves(state.replace(params=params)))
 
 
 def compile_twice(step: Any, state: Any, batch: Any, device: str) -> Any:
     """The compiled step, the second time; prints how long each took."""
     for what in ("first", "warm cache"):
         jax.clear_caches()
-        jitted = vk_kernels.jit(step, donate_argnames="state", device=device)
+        jitted = vk_kernels.jit(step, donate_argnums=0, device=device)
         start = time.perf_counter()
         compiled = jitted.lower(state, batch)
         print(f"trace, compile ({what}): {time.perf_counter() - start:.2f} s")
@@ -104,13 +107,24 @@ def measure(jitted: Any, state: Any, batch: Any, calls: int) -> Any:
     print(f"first call (recording included): {time.perf_counter() - start:.3f} s")
     for _ in range(5):  # makes what recordings there will be
         state, metrics = jitted(state, batch)
-    host = []
-    for _ in range(calls):
-        float(metrics["loss"])  # so that no call waits for the device
-        begin = time.perf_counter()
-        state, metrics = jitted(state, batch)
-        host.append(time.perf_counter() - begin)
-    print(f"Python a call: {1e6 * statistics.median(host):.0f} us (least {1e6 * min(host):.0f})")
+    times = []
+    with timed_driver(jitted.lower(state, batch).device) as driver:
+        for _ in range(calls):
+            float(metrics["loss"])  # so that no call waits for the device
+            driver.clear()
+            begin = time.perf_counter()
+            state, metrics = jitted(state, batch)
+            times.append((time.perf_counter() - begin, sum(driver)))
+    parts = {
+        "a call": [a for a, _ in times],
+        "the driver's": [b for _, b in times],
+        "Python's": [a - b for a, b in times],
+    }
+    print(
+        ", ".join(
+            f"{name}: {1e6 * statistics.median(x):.0f} us (least {1e6 * min(x):.0f})" for name, x in parts.items()
+        )
+    )
     float(metrics["loss"])
     begin = time.perf_counter()
     for _ in range(calls):
@@ -118,6 +132,32 @@ def measure(jitted: Any, state: Any, batch: Any, calls: int) -> Any:
     float(metrics["loss"])
     print(f"step: {1e3 * (time.perf_counter() - begin) / calls:.3f} ms over {calls} calls")
     return state
+
+
+@contextlib.contextmanager
+def timed_driver(device: Any) -> Iterator[list[float]]:
+    """A list that grows by the seconds of each Vulkan function that a call of a recorded program uses."""
+    spent: list[float] = []
+
+    def timed(function: Any) -> Any:
+        def run(*arguments):
+            begin = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                spent.append(time.perf_counter() - begin)
+
+        return run
+
+    names = "vkQueueSubmit", "vkGetSemaphoreCounterValue"
+    originals = {name: getattr(device.fn, name) for name in names}
+    for name, function in originals.items():
+        setattr(device.fn, name, timed(function))
+    try:
+        yield spent
+    finally:
+        for name, function in originals.items():
+            setattr(device.fn, name, function)
 
 
 def print_profile(profile: Any) -> None:
@@ -159,13 +199,13 @@ def main() -> None:
 
     step, shapes, batch = make_step(config)
     device = options.device or None
-    jitted, compiled = compile_twice(step, shapes, batch, device)
+    jitted, compiled = compile_twice(step, tuple(jax.tree.leaves(shapes)), batch, device)
     report(compiled, batch)
     if options.text:
         options.text.write_text(compiled.as_text())
     if not (options.calls or options.profile):
         return
-    state = vk_kernels.device_put(fresh_state(shapes), device)
+    state = vk_kernels.device_put(fresh_leaves(shapes), device)
     if options.calls:
         state = measure(jitted, state, batch, options.calls)
     if options.profile:

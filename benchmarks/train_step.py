@@ -112,14 +112,14 @@ def vulkan_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dic
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from program import fresh_state, make_step
+    from program import fresh_leaves, make_step
 
     import vk_kernels
     from vk_kernels.lowering import open_device
 
     step, shapes, batch = make_step(config)
-    jitted = vk_kernels.jit(step, donate_argnames="state")
-    state = vk_kernels.device_put(fresh_state(shapes))
+    jitted = vk_kernels.jit(step, donate_argnums=0)
+    state = vk_kernels.device_put(fresh_leaves(shapes))
 
     def run(batch: Any) -> Callable[[], float]:
         nonlocal state
@@ -138,12 +138,12 @@ def vulkan_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dic
 
 def xla_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[str, Any]]]:
     import jax
-    from program import fresh_state, make_step
+    from program import fresh_leaves, make_step
 
     step, shapes, _ = make_step(config)
     precision = "default" if config.model.dtype == "bfloat16" else "highest"
-    jitted = jax.jit(step, donate_argnames="state")
-    state = jax.device_put(fresh_state(shapes))
+    jitted = jax.jit(step, donate_argnums=0)
+    state = jax.device_put(fresh_leaves(shapes))
 
     def run(batch: Any) -> Callable[[], float]:
         nonlocal state

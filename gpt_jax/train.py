@@ -37,6 +37,7 @@ from gpt_jax.steps import (
     init_params,
     init_state,
     nonfinite_places,
+    on_leaves,
     train_step,
 )
 
@@ -150,7 +151,8 @@ class Run:
         self.config, self.workdir, self.corpus, self.model = config, workdir, corpus, model
         self.checkpointer, self.writer, self.log = checkpointer, writer, log
         self.backend = backend
-        self.state = backend.put(state)
+        leaves, self.structure = jax.tree.flatten(backend.put(state))
+        self.leaves = tuple(leaves)
         self.step = int(state.step)
         self.resumed = position is not None
         position = position or {}
@@ -162,17 +164,15 @@ class Run:
         self.pending: collections.deque = collections.deque()  # (step, metrics on the device)
         self.logged_step, self.logged_time = self.step, time.perf_counter()
 
-        self.train_step = backend.jit(
-            functools.partial(
-                train_step,
-                model=model,
-                optimizer=make_optimizer(config.optimizer),
-                schedule=learning_rate_schedule(config.optimizer),
-                seed=config.seed,
-                accumulate_steps=config.accumulate_steps,
-            ),
-            donate_argnames="state",
+        step = functools.partial(
+            train_step,
+            model=model,
+            optimizer=make_optimizer(config.optimizer),
+            schedule=learning_rate_schedule(config.optimizer),
+            seed=config.seed,
+            accumulate_steps=config.accumulate_steps,
         )
+        self.train_step = backend.jit(on_leaves(step, self.structure), donate_argnums=0)
         self.eval_step = backend.jit(functools.partial(eval_step, model=model))
         self.nonfinite_places = backend.jit(functools.partial(nonfinite_places, model=model))
         self.diagnostics_step = backend.jit(functools.partial(diagnostics_step, model=model))
@@ -197,6 +197,10 @@ class Run:
         if self.config.model.dtype == "bfloat16":
             return "bfloat16"
         return "float32" if self.config.matmul_precision == "highest" else "tf32"
+
+    @property
+    def state(self) -> TrainState:
+        return jax.tree.unflatten(self.structure, self.leaves)
 
     @property
     def elapsed_seconds(self) -> float:
@@ -227,7 +231,7 @@ class Run:
                 with self.clock.phase("data"):
                     batch = next(batches)
                 self.profile(batch)
-                self.state, device_metrics = self.train_step(self.state, batch)
+                self.leaves, device_metrics = self.train_step(self.leaves, batch)
                 jax.tree.map(lambda leaf: leaf.copy_to_host_async(), device_metrics)
                 self.step += 1
                 self.tokens_seen += batch["inputs"].size
@@ -246,7 +250,7 @@ class Run:
         if not any(due.values()):
             return
         self.read_back(0)
-        jax.block_until_ready(self.state)
+        jax.block_until_ready(self.leaves)
         validation_loss = None
         if due["eval"]:
             with self.clock.phase("eval"):
@@ -377,11 +381,11 @@ class Run:
         if first == 0 or self.step + 1 not in (first, first + count):
             return
         folder = self.workdir / "profile"
-        jax.block_until_ready(self.state)
+        jax.block_until_ready(self.leaves)
         if self.backend.name == "vulkan":
             if self.step + 1 == first:
                 folder.mkdir(exist_ok=True)
-                profile = self.train_step.profile(self.state, batch)  # runs it one dispatch at a time, on copies
+                profile = self.train_step.profile(self.leaves, batch)  # runs it one dispatch at a time, on copies
                 profile.write_trace(folder / "trace.json")
                 (folder / "dispatches.txt").write_text(f"{profile}\n")
                 self.log(f"device time of step {first}, {1e3 * profile.seconds:.3f} ms, by dispatch: {folder}")

@@ -230,20 +230,63 @@ def test_a_loop_over_a_state_may_be_left_and_entered_again():
         jitted(state, X)
 
 
-def test_what_a_loop_gave_and_a_caller_still_holds_stays_deleted():
+def test_a_tuple_of_all_that_is_donated_loops_like_any_state():
+    """A state that is seen to come back without a look at its leaves; wherever it stands among the others."""
+
+    def step(x, state, y):
+        return (x.max(), y), tuple(0.5 * s + x for s in state), y + 1
+
+    jitted = vjit(step, donate_argnums=1)
+    expected = [(X, -X)]
+    for i in range(9):
+        expected.append(jax.tree.map(np.asarray, jax.jit(step)(X + i, expected[-1], 1)[1]))
+
+    def check(state, i):
+        assert type(state) is tuple
+        for found, value in zip(state, expected[i], strict=True):
+            np.testing.assert_allclose(found, value, rtol=1e-5)
+
+    _, state, _ = jitted(X, (X, -X), 1)
+    old = state
+    (largest, same), state, more = jitted(X + 1, state, 1)
+    assert (float(largest), int(same), int(more)) == (pytest.approx(float((X + 1).max())), 1, 2)
+    _, state, _ = jitted(X + 2, state, 1)
+    for gone in (old, (state[0], old[1])):
+        with pytest.raises(RuntimeError, match="donated"):
+            jitted(X, gone, 1)
+    with pytest.raises(AttributeError):  # as the function itself says
+        jitted([X], state, 1)
+    _, other, _ = jitted(X, (X, -X), 1)  # two states at once
+    _, state, _ = jitted(X + 3, state, 1)
+    _, state, _ = jitted(X + 4, state, np.int32(1))  # no weak type: another program
+    check(other, 1)
+    check(state, 5)
+    _, state, _ = jitted(X + 5, (state[0], state[1].numpy()), 1)  # one leaf from elsewhere
+    _, state, _ = jitted(X + 6, tuple(state), 1)
+    check(state, 7)
+    _, state, _ = jitted(X + 7, state=state, y=1)
+    _, state, _ = jitted(X + 8, state=state, y=1)
+    check(state, 9)
+    state[1].delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        jitted(X, state, 1)
+
+
+@pytest.mark.parametrize("first", [{"a": X, "b": -X}, (X, -X)])
+def test_what_a_loop_gave_and_a_caller_still_holds_stays_deleted(first):
     step = vjit(lambda state, x: (jax.tree.map(lambda s: s + x, state), x.sum()), donate_argnums=0)
-    state, _ = step({"a": X, "b": -X}, X)
+    state, _ = step(first, X)
     held, sums = [], []
     for i in range(8):
         if i % 3 == 1:
             held.append(state)
         if i % 3 == 2:
-            held.append(state["b"])  # one leaf of it
+            held.append(jax.tree.leaves(state)[1])  # one of it
         state, total = step(state, X)
         sums.append(total)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held))
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    np.testing.assert_allclose(state["b"], 8 * X, rtol=1e-5)
+    np.testing.assert_allclose(jax.tree.leaves(state)[1], 8 * X, rtol=1e-5)
     np.testing.assert_array_equal(np.stack(sums), np.asarray(sums[0]))
 
 

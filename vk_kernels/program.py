@@ -101,8 +101,8 @@ def _meet(some: Sequence[tuple[str, int, int]], others: Sequence[tuple[str, int,
     return any(start < end_b and start_b < end for space, start, end in some for start_b, end_b in spans.get(space, ()))
 
 
-def held(objects: list[Any]) -> list[Any]:
-    """Those that are referred to from elsewhere than this list, of which the caller has the only one."""
+def held(objects: Sequence[Any]) -> list[Any]:
+    """Those that are referred to from elsewhere than this list or tuple, of which the caller has the only one."""
     counts = list(map(sys.getrefcount, objects))
     if counts.count(_ALONE) == len(counts):
         return []
@@ -171,14 +171,13 @@ class Executable:
         a buffer, or nothing at all, where it is the one of the last call. Raises ValueError where two inputs are in
         the same memory, one of which is an output's.
         """
-        bound = self._bound(arguments)
-        recording = self._choose(bound)
+        recording = self._choose(self._bound(arguments))
         for i, slot in recording.slots.items():
             if not isinstance(arguments[i], Buffer):
                 slot.write(arguments[i])
         self._copy([(arguments[i], slot) for i, slot in recording.slots.items() if isinstance(arguments[i], Buffer)])
         recording.recorder.submit()
-        self._last = bound
+        self._last = recording.inputs
         return recording.views.copy()
 
     def _copy(self, copies: Sequence[tuple[Buffer, Buffer]]) -> None:
@@ -189,15 +188,21 @@ class Executable:
                 recorder.submit()
 
     def _bound(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Buffer | None]:
-        """The buffers that a recording for a call is bound to; None where it has a slot."""
+        """The buffers that a recording for a call is bound to; None where it has a slot. The list of the last call
+        where they are its: to see that is quicker than to compare them."""
+        found = {i: x.owner if isinstance(x, Buffer) and i not in self._copied else None for i, x in arguments.items()}
+        if all(self._last[i] is x for i, x in found.items()):
+            return self._last
         bound = self._last.copy()
-        for i, x in arguments.items():
-            bound[i] = x.owner if isinstance(x, Buffer) and i not in self._copied else None
+        for i, x in found.items():
+            bound[i] = x
         return bound
 
     def _choose(self, bound: list[Buffer | None]) -> _Recording:
         """A recording for these buffers, the longest unused one if there are several; a new one if that is better."""
-        fitting = [recording for recording in self._recordings if recording.inputs == bound]
+        fitting = [
+            recording for recording in self._recordings if recording.inputs is bound or recording.inputs == bound
+        ]
         free = (recording for recording in fitting if not held(recording.views))
         if len(self._recordings) < RECORDINGS:
             # Slots that the device still reads, and outputs that a caller holds, are better left alone.
@@ -216,6 +221,8 @@ class Executable:
     def _move_away(self, recording: _Recording) -> None:
         """Gives what callers hold of a recording's outputs memory of its own."""
         moves = [(view, self.device.buffer(view.size)) for view in held(recording.views)]
+        if not moves:
+            return
         self._copy(moves)
         for view, target in moves:
             view.move_to(target)
@@ -231,7 +238,8 @@ class Executable:
                     self._misses[i] += 1
                     if self._misses[i] > RECORDINGS:
                         self._copied.add(i)
-        bound = [None if i in self._copied else x for i, x in enumerate(bound)]
+        if any(bound[i] is not None for i in self._copied):
+            bound = [None if i in self._copied else x for i, x in enumerate(bound)]
         inputs = self.program.inputs
         slots = {i: self.device.buffer(x.nbytes) for i, x in enumerate(inputs) if bound[i] is None}
         outputs = [

@@ -234,22 +234,26 @@ class _Stage:
                 numbers = {value: k for k, value in enumerate(what.outputs)}
                 sections.append(RankSection(what, {numbers[value]: buffer for value, buffer in outputs}))
             else:
-                needed = frozenset().union(*(self._heroes(value) for value, _ in outputs))
-                nodes = [hero for hero in self._all_heroes if hero in needed]
-                whole = [output for output in outputs if output.value.shape == what.shape]
-                kept = [output for output in outputs if output.value.shape != what.shape]
-                sections.append(ReduceSection(what, levels(nodes, self._inner), kept, whole, workspace))
-        pieces: dict[Geometry, list[Node]] = {}
-        for hero in self._partials:
-            pieces.setdefault(self._geometry[hero], []).append(hero)
-        for geometry, nodes in pieces.items():
-            partials = [self._partials[node] for node in nodes]
-            buffers = [bindings.output(self.made[partial], partial.dtype) for partial in partials]
-            sections.append(PartialSection(geometry, nodes, buffers, workspace))
+                for together in self._components(outputs):
+                    needed = frozenset().union(*(self._heroes(value) for value, _ in together))
+                    nodes = [hero for hero in self._all_heroes if hero in needed]
+                    whole = [output for output in together if output.value.shape == what.shape]
+                    kept = [output for output in together if output.value.shape != what.shape]
+                    sections.append(ReduceSection(what, levels(nodes, self._inner), kept, whole, workspace))
+        pieces: dict[Geometry, list[Output]] = {}
+        made = {hero.outputs[0]: hero for hero in self._partials}
+        for value, hero in made.items():
+            partial = self._partials[hero]
+            buffer = bindings.output(self.made[partial], partial.dtype)
+            pieces.setdefault(self._geometry[hero], []).append(Output(value, buffer))
+        for geometry, outputs in pieces.items():
+            for together in self._components(outputs):
+                nodes, buffers = [made[output.value] for output in together], [output.buffer for output in together]
+                sections.append(PartialSection(geometry, nodes, buffers, workspace))
         return sections
 
     def _components(self, outputs: Sequence[Output]) -> list[list[Output]]:
-        """Outputs of one shape in groups that have no array in common, so that other threads take other groups."""
+        """Outputs of one section in groups that have no array in common, so that other threads take other groups."""
         first: dict[Value, int] = {}  # array -> the first output that needs it
         parent = list(range(len(outputs)))
 

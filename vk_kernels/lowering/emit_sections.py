@@ -20,8 +20,9 @@ from vk_kernels.lowering.spirv import Buffer, Code, Ext, Id, Module, Op, Shared
 
 THREADS = 256  # of a workgroup
 _COLUMNS = 32  # neighbouring outputs that a workgroup reduces together, where the last axis is kept
-_SPLIT_GROUPS = 128  # workgroups that a long reduction is cut into
+_SPLIT_GROUPS = 1024  # workgroups that a long reduction is cut into: what fills a large GPU
 _SPLIT_LENGTH = 4096  # elements of a piece at least: 16 a thread take less time than another kernel
+_AT_ONCE = 4  # elements that a thread of such a piece has on their way: one by one, most of the time goes by waiting
 _TREES = 8  # reductions that are brought to their ends together; each takes 1 or 2 KiB of shared memory
 _LONG = 33  # a reduction of fewer elements is one thread's loop
 
@@ -212,7 +213,7 @@ class PartialSection:
         begin = m.op(Op.I_MUL, piece, m.constant(piece_length))
         start = m.op(Op.I_ADD, begin, lanes.along)
         stop = m.ext(Ext.U_MIN, m.op(Op.I_ADD, begin, m.constant(piece_length)), m.constant(count))
-        totals = yield from _totals(e, lanes, self.nodes, kept, start, stop, self.workspace)
+        totals = yield from _totals(e, lanes, self.nodes, kept, start, stop, self.workspace, _AT_ONCE)
 
         def store() -> Code:
             index = m.op(Op.I_ADD, m.op(Op.I_MUL, lanes.k, splits), piece)
@@ -263,13 +264,18 @@ def _totals(
     start: Id,
     stop: Id,
     workspace: Workspace,
+    at_once: int = 1,
 ) -> Code:
-    """[(reducer, totals)] of reductions of one geometry, known to every thread: each thread's part, then a tree."""
+    """[(reducer, totals)] of reductions of one geometry, known to every thread: each thread's part, then a tree.
+
+    at_once: elements of a thread's part that are on their way at a time; the order in which they are combined is that
+    of one by one.
+    """
     m = e.m
     reducers = [Reducer(e.scalars, node) for node in nodes]
     geometry = Geometry.of(nodes[0])
 
-    def body(r: Id, carried: list[Id]) -> Code:
+    def element(r: Id, carried: list[Id]) -> Code:
         left, results = iter(carried), []
         reduced = e.place(r, geometry.reduced)
         for node, reducer in zip(nodes, reducers, strict=True):
@@ -277,8 +283,19 @@ def _totals(
             results += reducer.combine([next(left) for _ in reducer.dtypes], reducer.element(x, r))
         return results
 
+    last = m.op(Op.I_SUB, stop, m.constant(1))
+
+    def body(r: Id, carried: list[Id]) -> Code:
+        carried = yield from element(r, carried)
+        for i in range(1, at_once):
+            further = m.op(Op.I_ADD, r, m.constant(i * lanes.count))
+            results = yield from element(m.ext(Ext.U_MIN, further, last), carried)
+            inside = m.op(Op.U_LESS_EQUAL, further, last)
+            carried = [m.select(inside, new, old) for new, old in zip(results, carried, strict=True)]
+        return carried
+
     initial = [x for reducer in reducers for x in reducer.initial()]
-    parts = iter((yield from m.loop(start, stop, m.constant(lanes.count), initial, body)))
+    parts = iter((yield from m.loop(start, stop, m.constant(at_once * lanes.count), initial, body)))
     own = [(reducer, [next(parts) for _ in reducer.dtypes]) for reducer in reducers]
     totals = []
     while own:

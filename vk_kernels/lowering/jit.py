@@ -12,6 +12,7 @@ into one submission as a scan over their batches, which is unrolled:
 
 import functools
 import inspect
+import itertools
 import json
 import threading
 from collections import Counter
@@ -20,10 +21,11 @@ from dataclasses import dataclass
 from itertools import repeat
 from operator import is_
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.tree_util import treedef_tuple
 
 from vk_kernels.array import Array, ArrayType, Life, array_type
 from vk_kernels.device import Device
@@ -178,21 +180,54 @@ def _phase(scope: str) -> str:
 class _Given:
     """Arrays that a call gave in the memory that it was donated."""
 
-    def __init__(self, arrays: list[Array], life: Life):
-        self.arrays, self.life = arrays, life
+    def __init__(self, arrays: Iterable[Array], life: Life):
+        self._held, self.life = [tuple(arrays)], life
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return self._held[0]
 
     def revive(self) -> bool:
         """Takes donated arrays that nobody holds any more for new ones, where that can be: all of them."""
-        possible = self.life.whole and not held(self.arrays)
+        possible = self.life.whole and not held(self._held) and not held(self.arrays)
         self.life.ended = not possible
         return possible
+
+
+class _Loop(NamedTuple):
+    """Where a function (..., state, ...) -> (..., state, ...) takes and gives its state: a tuple of the arrays that
+    results take the memory of, all of them, in order. That the last call's tuple comes back is seen at a glance.
+
+    argument, result: their numbers. arguments, results: the structures of the others, as tuples.
+    """
+
+    argument: int
+    result: int
+    arguments: Any
+    results: Any
+
+    @classmethod
+    def of(cls, in_tree: Any, out_tree: Any, aliases: dict[int, int]) -> "_Loop | None":
+        (arguments, keywords), results = (tree.children() for tree in (in_tree, out_tree))
+        arguments = arguments.children()
+        if keywords.num_leaves or out_tree != treedef_tuple(results):
+            return None
+        for (i, argument), (j, result) in itertools.product(enumerate(arguments), enumerate(results)):
+            count = argument.num_leaves
+            first, first_out = (sum(tree.num_leaves for tree in before) for before in (arguments[:i], results[:j]))
+            carried = {first_out + k: first + k for k in range(count)}
+            if count and argument == result == jax.tree.structure((0,) * count) and aliases == carried:
+                others = (treedef_tuple([*trees[:k], *trees[k + 1 :]]) for k, trees in ((i, arguments), (j, results)))
+                return cls(i, j, *others)
+        return None
 
 
 class Compiled:
     """A function for arguments of given shapes: its graph and its program on a device."""
 
-    def __init__(self, traced: Any, device: Device):
-        self.device = device
+    def __init__(self, traced: Any, tree: Any, device: Device):
+        """tree: the structure of (args, kwargs)."""
+        self.device, self.in_tree = device, tree
         closed = traced.jaxpr
         self.in_types = [array_type(aval.shape, aval.dtype, aval.weak_type) for aval in closed.in_avals]
         # Keys live on the host: there is nothing to donate.
@@ -216,21 +251,29 @@ class Compiled:
         self._dropped = [i for i in self.donated if i not in aliases.values()]
         self._rest = [i for i in range(len(self.in_types)) if i not in aliases.values()]
         made = [j for j in range(len(self.out_types)) if j not in aliases]
+        self._rest_types = [self.in_types[i] for i in self._rest]
         self._carried_types = [self.out_types[j] for j in aliases]
         self._made_types = [self.out_types[j] for j in made]
         places = {j: k for k, j in enumerate((*aliases, *made))}
         self._order = [places[j] for j in range(len(self.out_types))]
-        self._in_order = self._order == sorted(self._order)
+        self._loop = None if self.out_keys else _Loop.of(self.in_tree, self.out_tree, aliases)
         # What the last call gave in donated memory, and the buffers; and what the one before it gave there.
-        self._given, self._before, self._buffers = _Given([], Life(ended=True)), None, []
+        self._given, self._before, self._buffers = _Given((), Life(ended=True)), None, []
 
-    def continues(self, leaves: Sequence[Any]) -> bool:
-        """Whether this call is the next in a loop over a state: what the last call gave in donated memory comes back
-        in the same places, and the other leaves are of its types too. Quicker than to look at every leaf."""
-        life, arrays = self._given.life, self._given.arrays
-        if life.ended or not life.whole or not all(map(is_, map(leaves.__getitem__, self._carried), arrays)):
-            return False
-        return all(_is_leaf_of(leaves[i], self.in_types[i]) for i in self._rest)
+    def next_in_loop(self, arguments: tuple[tuple, dict[str, Any]]) -> Sequence[Any] | None:
+        """The leaves beside the carried ones if this call is the next in a loop over a state: what the last call gave
+        in donated memory comes back in the same places, and all else is of its types. Quicker than to look at all."""
+        (args, kwargs), loop, given = arguments, self._loop, self._given
+        if given.life.ended or not given.life.whole:
+            return None
+        if loop and not kwargs and len(args) > loop.argument and args[loop.argument] is given.arrays:
+            rest = _leaves_of(loop.arguments, (*args[: loop.argument], *args[loop.argument + 1 :]))
+        else:
+            leaves = _leaves_of(self.in_tree, arguments)
+            if leaves is None or not all(map(is_, map(leaves.__getitem__, self._carried), given.arrays)):
+                return None
+            rest = [leaves[i] for i in self._rest]
+        return rest if rest is not None and all(map(_is_leaf_of, rest, self._rest_types)) else None
 
     def argument(self, i: int, x: Any) -> Buffer | np.ndarray:
         """What the executable takes for the i-th leaf of a call."""
@@ -241,29 +284,44 @@ class Compiled:
         buffer = x.buffer
         return buffer if buffer.device is self.device else x.numpy()
 
-    def __call__(self, leaves: Sequence[Any], continues: bool = False) -> Any:
-        """continues: what `continues` says of these leaves."""
-        arguments = {i: self.argument(i, leaves[i]) for i in self._rest}
-        carried = self._buffers
-        if not continues:
-            found = [self.argument(i, leaves[i]) for i in self._carried]
-            carried = [x if isinstance(x, Buffer) else self.device.upload(x) for x in found]
-            arguments |= zip(self._carried, carried, strict=True)
-        made = self.executable(arguments)
-        self._given.life.ended |= continues
-        for i in self._dropped if continues else self.donated:
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        """Runs it on the leaves of a call."""
+        carried = [self.argument(i, leaves[i]) for i in self._carried]
+        self._buffers = [x if isinstance(x, Buffer) else self.device.upload(x) for x in carried]
+        made = self._run([leaves[i] for i in self._rest], dict(zip(self._carried, self._buffers, strict=True)))
+        for i in self.donated:
             if type(leaves[i]) is Array:
                 leaves[i].delete()
-        before, self._before = (self._before, self._given) if continues else (None, None)
+        self._before = None
+        return self._results(made)
+
+    def go_on(self, rest: Sequence[Any]) -> Any:
+        """Runs it on what `next_in_loop` gave of a call."""
+        made = self._run(rest, {})
+        self._given.life.ended = True
+        for i in self._dropped:
+            x = rest[self._rest.index(i)]
+            if type(x) is Array:
+                x.delete()
+        before, self._before = self._before, self._given
+        return self._results(made, before)
+
+    def _run(self, rest: Sequence[Any], carried: dict[int, Buffer]) -> list[Buffer]:
+        """What it makes beside the carried arrays."""
+        return self.executable(carried | {i: self.argument(i, x) for i, x in zip(self._rest, rest, strict=True)})
+
+    def _results(self, made: Sequence[Buffer], before: _Given | None = None) -> Any:
+        """What the function gives. before: objects to take for the carried arrays, if nobody holds them any more."""
         if before is not None and before.revive():
             self._given = before
         else:
             life = Life()
-            self._given = _Given(list(map(Array, carried, self._carried_types, repeat(life))), life)
-        self._buffers = carried
-        results = [*self._given.arrays, *map(Array, made, self._made_types)]
-        if not self._in_order:
-            results = list(map(results.__getitem__, self._order))
+            self._given = _Given(map(Array, self._buffers, self._carried_types, repeat(life)), life)
+        others = list(map(Array, made, self._made_types))
+        if self._loop:
+            results = self._loop.results.unflatten(others)
+            return (*results[: self._loop.result], self._given.arrays, *results[self._loop.result :])
+        results = list(map([*self._given.arrays, *others].__getitem__, self._order))
         for j, aval in self.out_keys:
             words = key_words(aval)
             found = results[j].buffer.read(words.dtype, words.shape)
@@ -336,9 +394,9 @@ class Jitted:
         with self._lock:
             last_tree, last_static, last_types, compiled = self._last
             if compiled is not None and static == last_static:
-                leaves = _leaves_of(last_tree, dynamic)
-                if leaves is not None and compiled.continues(leaves):
-                    return compiled(leaves, continues=True)
+                rest = compiled.next_in_loop(dynamic)
+                if rest is not None:
+                    return compiled.go_on(rest)
         leaves, tree = jax.tree.flatten(dynamic)
         if any(map(_is_tracer, leaves)):
             with self._using():
@@ -395,14 +453,14 @@ class Jitted:
     def _find(self, tree: Any, static: Any, types: Iterable[ArrayType], args: tuple, kwargs: dict) -> Compiled:
         key = tree, static, tuple(types)
         if key not in self._compiled:
-            self._compiled[key] = self._compile(args, kwargs)
+            self._compiled[key] = self._compile(tree, args, kwargs)
         return self._compiled[key]
 
-    def _compile(self, args: tuple, kwargs: dict[str, Any]) -> Compiled:
+    def _compile(self, tree: Any, args: tuple, kwargs: dict[str, Any]) -> Compiled:
         args, kwargs = jax.tree.map(_described, (args, kwargs))
         with self._using():
             traced = self._jitted.trace(*args, **kwargs)
-            return Compiled(traced, call.open_device(target_of("vulkan").device))
+            return Compiled(traced, tree, call.open_device(target_of("vulkan").device))
 
 
 def _leaves_of(tree: Any, x: Any) -> list[Any] | None:
