@@ -73,6 +73,7 @@ def test_what_is_read_late_and_follows_from_what_is_kept_is_computed_again():
 
 def test_what_is_small_or_soon_read_again_is_kept():
     assert str(recompute(graph(), least_bytes=LEAST_BYTES + 1)) == str(graph())
+    assert str(recompute(graph(), most_bytes=LEAST_BYTES - 1)) == str(graph())
     assert str(recompute(graph(layers=1))) == str(graph(layers=1))
 
 

@@ -2,7 +2,8 @@
 
 Of a train step's memory most is what the forward pass keeps for the backward pass. Some of that follows, element by
 element, from other arrays that are kept anyway: an activation from its argument, a layer norm from what it normalises.
-It takes the time of a copy, beside other work, and saves the memory of the whole way through the later layers.
+It takes the time of a copy, beside other work, and saves the memory of the whole way through the later layers. Not so
+for arrays that no cache holds: their copies go through memory, and the time is better spent.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from vk_kernels.lowering.simplify import fold, prune
 from vk_kernels.lowering.trace import inline
 
 LEAST_BYTES = 1 << 20  # of an array that is worth it
+MOST_BYTES = 16 << 20  # of an array that a cache holds, with what it is made of
 LEAST_DISTANCE = 3  # hot operations between one reader and the next: so long it would be kept for the latter alone
 _MOST_KEPT = 1 / 8  # of its bytes, that may have to be kept to compute it
 
@@ -29,13 +31,18 @@ def register_rule(operation: str, rule: Rule) -> None:
     _rules[operation] = rule
 
 
-def recompute(graph: Graph, least_bytes: int = LEAST_BYTES, least_distance: int = LEAST_DISTANCE) -> Graph:
+def recompute(
+    graph: Graph,
+    least_bytes: int = LEAST_BYTES,
+    most_bytes: int = MOST_BYTES,
+    least_distance: int = LEAST_DISTANCE,
+) -> Graph:
     """The graph with late readers of arrays that have a rule reading a second computation of them."""
     found = _Readers(graph)
     before: dict[Node, list[Node]] = {}  # new nodes, by the node that they stand before
     known: dict[Node, dict[Value, Operand]] = {}  # new operands of a node
     for node in graph.nodes:
-        large = [k for k, out in enumerate(node.outputs) if out.nbytes >= least_bytes]
+        large = [k for k, out in enumerate(node.outputs) if least_bytes <= out.nbytes <= most_bytes]
         late = {k: readers for k in large if (readers := found.late(node, node.outputs[k], least_distance))}
         if node.op not in _rules or not late:
             continue
