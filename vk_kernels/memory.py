@@ -110,7 +110,11 @@ class Buffer:
     @property
     def last_use(self) -> int:
         """The newest submission that has this buffer, or a slice of it."""
-        return max([self._last_use, *(replay.last_use for replay in self._replays)])
+        newest = self._last_use
+        for replay in self._replays:
+            if replay.last_use > newest:
+                newest = replay.last_use
+        return newest
 
     @last_use.setter
     def last_use(self, value: int) -> None:

@@ -172,10 +172,14 @@ class Executable:
         the same memory, one of which is an output's.
         """
         recording = self._choose(self._bound(arguments))
+        copies = []
         for i, slot in recording.slots.items():
-            if not isinstance(arguments[i], Buffer):
-                slot.write(arguments[i])
-        self._copy([(arguments[i], slot) for i, slot in recording.slots.items() if isinstance(arguments[i], Buffer)])
+            x = arguments[i]
+            if isinstance(x, Buffer):
+                copies.append((x, slot))
+            else:
+                slot.write(x)
+        self._copy(copies)
         recording.recorder.submit()
         self._last = recording.inputs
         return recording.views.copy()
@@ -210,23 +214,21 @@ class Executable:
             free = (recording for recording in free if not recording.slots or recording.recorder.last_value <= done)
             chosen = next(free, None) or self._record(bound)
         elif fitting:
-            chosen = next(free, fitting[0])
-            self._move_away(chosen)
+            chosen = next(free, None) or self._move_away(fitting[0])
         else:
             chosen = self._record(bound)
         others = [recording for recording in self._recordings if recording is not chosen]
         self._recordings = [*others[-RECORDINGS + 1 :], chosen]
         return chosen
 
-    def _move_away(self, recording: _Recording) -> None:
-        """Gives what callers hold of a recording's outputs memory of its own."""
+    def _move_away(self, recording: _Recording) -> _Recording:
+        """The recording, when what callers hold of its outputs has got memory of its own."""
         moves = [(view, self.device.buffer(view.size)) for view in held(recording.views)]
-        if not moves:
-            return
         self._copy(moves)
         for view, target in moves:
             view.move_to(target)
         recording.views = list(map(_Output, recording.outputs))
+        return recording
 
     def _record(self, bound: list[Buffer | None]) -> _Recording:
         """Makes a recording for these buffers."""

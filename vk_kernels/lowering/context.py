@@ -8,6 +8,7 @@ import jax
 from vk_kernels.lowering.call import Target, open_device
 
 IMPLEMENTATIONS = ("xla", "vulkan")
+_ANYWHERE = Target()
 
 # (implementation, target) of the innermost `use` of this thread. It is part of the key of every cache of JAX (tracing,
 # lowering, compilation), so that what was traced for one implementation is never run for another.
@@ -48,8 +49,7 @@ def target_of(implementation: str | None) -> Target | None:
 
     Raises ValueError for another implementation.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is None, 'xla' or 'vulkan', not {implementation!r}")
     around, target = _context.value or ("xla", None)
-    implementation = implementation or around
-    return None if implementation == "xla" else target or Target()
+    return None if (implementation or around) == "xla" else target or _ANYWHERE
