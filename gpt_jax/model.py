@@ -167,18 +167,20 @@ class GPT(nn.Module):
         return self.ln_f(x, branch, **dropout_at(MLP_SITE, len(self.h) - 1, self.config, rng))[1]
 
     def output_matrix(self) -> jax.Array:
-        """(embed_dim, vocab_size) in the config's dtype."""
-        matrix = self.wte.T if self.config.tie_head else self.head
+        """(embed_dim, vocab_size) in the config's dtype; if tied, (vocab_size, embed_dim)."""
+        matrix = self.wte if self.config.tie_head else self.head
         return matrix.astype(jnp.dtype(self.config.dtype))
 
     def losses(self, tokens: jax.Array, targets: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """Cross entropy in nats of each target, f32 (B, T); 0 where a target is `ops.IGNORED`."""
         hidden = self(tokens, rng)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return ops.linear_cross_entropy(flat, self.output_matrix(), targets.reshape(-1)).reshape(targets.shape)
+        operands = flat, self.output_matrix(), targets.reshape(-1)
+        return ops.linear_cross_entropy(*operands, transposed=self.config.tie_head).reshape(targets.shape)
 
     def next_token_logits(self, tokens: jax.Array, last: jax.Array) -> jax.Array:
         """Logits, f32 (B, vocab_size), of the token after position `last`, int32 (B,), of tokens, (B, T)."""
         hidden = self(tokens)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return ops.matmul(hidden, self.output_matrix()).astype(jnp.float32)
+        matrix = self.output_matrix()
+        return ops.matmul(hidden, matrix.T if self.config.tie_head else matrix).astype(jnp.float32)

@@ -1,5 +1,7 @@
 """The kernels of the fused output layer and cross entropy, against float64 and the reference."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -45,11 +47,11 @@ def exact(x, w, targets, dlosses):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "width", "vocab", "chunk_rows"),
-    [(1, 1, 1, None), (33, 7, 257, 8), (70, 24, 1000, 32)],
+    ("tokens", "width", "vocab", "chunk_rows", "transposed"),
+    [(1, 1, 1, None, False), (33, 7, 257, 8, False), (33, 7, 257, 8, True), (70, 24, 1000, 32, False)],
 )
 @pytest.mark.parametrize(("dtype", "variant"), [(F32, "plain"), *((BF16, variant) for variant in VARIANTS)], ids=str)
-def test_losses_and_gradients(device, tokens, width, vocab, chunk_rows, dtype, variant):
+def test_losses_and_gradients(device, tokens, width, vocab, chunk_rows, transposed, dtype, variant):
     try:
         choose_variant(device.info, dtype, variant)
     except FeatureError as error:
@@ -57,27 +59,31 @@ def test_losses_and_gradients(device, tokens, width, vocab, chunk_rows, dtype, v
     x, w, targets = problem(tokens, width, vocab, dtype)
     dlosses = normal(tokens, seed=2)
     losses, normalizers, dx, dw = exact(x, w, targets, dlosses)
+    w, dw = (w.T.copy(), dw.T) if transposed else (w, dw)
+    layout = {"transposed": transposed}
     options = {"variant": variant, "chunk_rows": chunk_rows}
 
-    actual = run(device, *FORWARD, x, w, targets, **options)
-    plain = jax.jit(linear_cross_entropy_forward_reference)(x, w, targets)
+    actual = run(device, *FORWARD, x, w, targets, **layout, **options)
+    plain = jax.jit(functools.partial(linear_cross_entropy_forward_reference, **layout))(x, w, targets)
     assert_accurate(actual[0], plain[0], losses, what="losses")
     assert_accurate(actual[1], plain[1], normalizers, what="log normalizers")
     assert not actual[0][targets < 0].any()
 
-    found = run(device, *BACKWARD, x, w, targets, actual[1], dlosses, **options)
-    plain = jax.jit(lambda x, w: jax.vjp(lambda x, w: linear_cross_entropy(x, w, targets), x, w)[1](dlosses))(x, w)
+    found = run(device, *BACKWARD, x, w, targets, actual[1], dlosses, **layout, **options)
+    loss = functools.partial(linear_cross_entropy, targets=targets, **layout)
+    plain = jax.jit(lambda x, w: jax.vjp(loss, x, w)[1](dlosses))(x, w)
     assert_accurate(found[0], plain[0], dx, 3, "dx")
     assert_accurate(found[1], plain[1], dw, 3, "dw")
     assert not found[0][targets < 0].any()
 
 
-def test_the_backward_reference_is_the_gradient_of_the_forward_one():
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_backward_reference_is_the_gradient_of_the_forward_one(transposed):
     x, w, targets = problem(9, 5, 11)
-    dlosses = normal(9, seed=2)
-    _, normalizers = linear_cross_entropy_forward_reference(x, w, targets)
-    expected = jax.vjp(lambda x, w: linear_cross_entropy(x, w, targets), x, w)[1](dlosses)
-    found = linear_cross_entropy_backward_reference(x, w, targets, normalizers, dlosses)
+    w, dlosses = w.T if transposed else w, normal(9, seed=2)
+    _, normalizers = linear_cross_entropy_forward_reference(x, w, targets, transposed=transposed)
+    expected = jax.vjp(lambda x, w: linear_cross_entropy(x, w, targets, transposed=transposed), x, w)[1](dlosses)
+    found = linear_cross_entropy_backward_reference(x, w, targets, normalizers, dlosses, transposed=transposed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 

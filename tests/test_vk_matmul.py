@@ -21,6 +21,7 @@ from vk_kernels.ops.gemm import (
     VARIANTS,
     Epilogue,
     Matrix,
+    SoftmaxGradient,
     choose_tile,
     choose_variant,
     matrix,
@@ -551,6 +552,8 @@ def test_what_cannot_be_multiplied(device):
         (Epilogue(bias=3), 2),
         (Epilogue(gelu_slope_of=3, residual=4), 1),
         (Epilogue(rng=3, accumulate=True), 1),
+        (Epilogue(softmax_gradient=SoftmaxGradient(3, 4, 5, 0, 9), bias=6), 1),
+        (Epilogue(softmax_gradient=SoftmaxGradient(3, 4, 5, 0, 9)), 2),
     ]:
         with pytest.raises(ValueError, match=r"an epilogue has"):
             gemm_of(a, b, c, epilogue=epilogue, batch=batch)

@@ -199,8 +199,8 @@ def _embedding(table, ids):
     return (jnp.where(inside[..., None], table[jnp.where(inside, ids, 0)], jnp.nan),)
 
 
-def _linear_cross_entropy(x, w, targets):
-    logits = x @ w
+def _linear_cross_entropy(x, w, targets, transposed=False):
+    logits = x @ (w.T if transposed else w)
     hit = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
     return (jnp.where(targets < 0, 0.0, jax.nn.logsumexp(logits, axis=-1) - hit),)
 
@@ -327,6 +327,18 @@ CASES = (
             _targets(s),
         ),
         _linear_cross_entropy,
+        differentiable=(0, 1),
+    ),
+    Case(
+        "linear_cross_entropy",
+        "transposed",
+        lambda s, t: (
+            numbers((s.batch * s.length, s.width), t, 1),
+            _weights(s.width, s.vocab, t, 2).T.copy(),
+            _targets(s),
+        ),
+        _linear_cross_entropy,
+        {"transposed": True},
         differentiable=(0, 1),
     ),
     Case(

@@ -276,6 +276,11 @@ def _product(node: Node) -> int:
     return 2 * node.inputs[0].size * node.inputs[1].shape[-1]
 
 
+def _logits(node: Node) -> int:
+    """Of x (N, D) and w of D x V elements."""
+    return 2 * node.inputs[0].shape[0] * node.inputs[1].size
+
+
 def _attention(node: Node) -> int:
     """Of one product over the causal half of (T, T), for q (B, T, H, D) or qkv (B, T, 3, H, D)."""
     batch, length, *_, heads, head_dim = node.inputs[0].shape
@@ -289,6 +294,6 @@ _HOT_FLOPS: dict[str, Callable[[Node], int]] = {
     "attention_backward": lambda node: 4 * _attention(node),
     "packed_attention": lambda node: 2 * _attention(node),
     "packed_attention_backward": lambda node: 4 * _attention(node),
-    "linear_cross_entropy": _product,
-    "linear_cross_entropy_backward": lambda node: 2 * _product(node),
+    "linear_cross_entropy": _logits,
+    "linear_cross_entropy_backward": lambda node: 2 * _logits(node),
 }

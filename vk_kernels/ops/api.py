@@ -415,9 +415,9 @@ _linear_cross_entropy_backward = make_primitive(
 )
 
 
-def _linear_cross_entropy_gradients(target, operands, results, cotangents):
-    _, log_normalizers = results
-    return *_linear_cross_entropy_backward.bind(*operands, log_normalizers, *cotangents, target=target), None
+def _linear_cross_entropy_gradients(target, operands, results, cotangents, **parameters):
+    operands = *operands, results[1], *cotangents
+    return *_linear_cross_entropy_backward.bind(*operands, target=target, **parameters), None
 
 
 _linear_cross_entropy_operation = make_operation(
@@ -425,19 +425,20 @@ _linear_cross_entropy_operation = make_operation(
         "linear_cross_entropy",
         _cross_entropy.linear_cross_entropy_forward_reference,
         _cross_entropy.plan_linear_cross_entropy_forward,
-        folding=lambda: (True, False, True),
+        folding=lambda **_: (True, False, True),
     ),
     _linear_cross_entropy_gradients,
 )
 
 
 @_public(_cross_entropy.linear_cross_entropy)
-def linear_cross_entropy(target, x, w, targets):
+def linear_cross_entropy(target, x, w, targets, *, transposed=False):
     if x.ndim != 2 or w.ndim != 2:
-        raise ValueError(f"linear_cross_entropy: x must be (N, D) and w (D, V), found {x.shape} and {w.shape}")
-    w_shape, targets_shape = (x.shape[1], w.shape[1]), (x.shape[0],)
-    _check("linear_cross_entropy", w=(w, w_shape, x.dtype), targets=(targets, targets_shape, jnp.int32))
-    return _linear_cross_entropy_operation(target, x, w, targets)[0]
+        layout = "(V, D)" if transposed else "(D, V)"
+        raise ValueError(f"linear_cross_entropy: x must be (N, D) and w {layout}, found {x.shape} and {w.shape}")
+    w_shape = (w.shape[0], x.shape[1]) if transposed else (x.shape[1], w.shape[1])
+    _check("linear_cross_entropy", w=(w, w_shape, x.dtype), targets=(targets, (x.shape[0],), jnp.int32))
+    return _linear_cross_entropy_operation(target, x, w, targets, transposed=bool(transposed))[0]
 
 
 # Optimizer.

@@ -9,8 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vk_kernels.ops.gemm import F32, Epilogue, Matrix, choose_variant, matrix, plan_epilogue, plan_gemm
-from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element
+from vk_kernels.ops.gemm import (
+    F32,
+    NOTHING,
+    Epilogue,
+    Matrix,
+    SoftmaxGradient,
+    choose_variant,
+    matrix,
+    plan_epilogue,
+    plan_gemm,
+)
+from vk_kernels.ops.launch import ceil_divide, dispatch, element
 from vk_kernels.plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
@@ -18,9 +28,9 @@ if TYPE_CHECKING:
 
 IGNORED = -1  # a target that counts for nothing
 
-# Logits are made for a chunk of tokens at a time, so that they are never all in memory: a quarter of the tokens, or as
-# many as a cache holds, and no more than these bytes. Fewer, larger chunks keep the matrix products efficient: each
-# adds to all of dw.
+# Logits are made for a chunk of tokens at a time, so that they are never all in memory: a quarter of the tokens in f32,
+# half of them in bf16, or as many as a cache holds, and no more than these bytes. Fewer, larger chunks keep the matrix
+# products efficient: each adds to all of dw.
 _CHUNKS = 4
 _CACHED_BYTES, _CHUNK_BYTES = 32 << 20, 256 << 20
 _CHUNK_STEP = 128  # rows: whole tiles of the matrix products
@@ -30,41 +40,52 @@ _PADDING = 8  # elements: what the kernels read at a time
 _TILE_COLUMNS, _MOST_PADDED = 256, 32
 
 
-def linear_cross_entropy(x: jax.Array, w: jax.Array, targets: jax.Array) -> jax.Array:
+def linear_cross_entropy(x: jax.Array, w: jax.Array, targets: jax.Array, *, transposed: bool = False) -> jax.Array:
     """-log softmax(x @ w)[target] for each row, in f32.
 
     Args:
       x: (N, D) f32 or bf16.
-      w: (D, V), same dtype as x.
+      w: (D, V), same dtype as x; `transposed`: (V, D), as the table of an embedding lies.
       targets: int32 (N,), in [0, V), or negative (`IGNORED`) for a row whose loss and gradient are 0. A target past V
         gives NaN.
 
     Returns:
       f32 (N,).
     """
-    return linear_cross_entropy_forward_reference(x, w, targets)[0]
+    return linear_cross_entropy_forward_reference(x, w, targets, transposed=transposed)[0]
+
+
+def _subscripts(transposed: bool) -> str:
+    return "vd" if transposed else "dv"
 
 
 def linear_cross_entropy_forward_reference(
-    x: jax.Array, w: jax.Array, targets: jax.Array
+    x: jax.Array, w: jax.Array, targets: jax.Array, *, transposed: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """(losses, log normalizers): `linear_cross_entropy`, and log sum exp of the logits, f32 (N,)."""
-    logits = jnp.einsum("nd,dv->nv", x, w, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(f"nd,{_subscripts(transposed)}->nv", x, w, preferred_element_type=jnp.float32)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     target_logit = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
     return jnp.where(targets < 0, 0.0, log_normalizer - target_logit), log_normalizer
 
 
 def linear_cross_entropy_backward_reference(
-    x: jax.Array, w: jax.Array, targets: jax.Array, log_normalizers: jax.Array, dlosses: jax.Array
+    x: jax.Array,
+    w: jax.Array,
+    targets: jax.Array,
+    log_normalizers: jax.Array,
+    dlosses: jax.Array,
+    *,
+    transposed: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(dx, dw) in x's dtype, which the gradient of the logits is rounded to for the products. dlosses: f32 (N,)."""
-    logits = jnp.einsum("nd,dv->nv", x, w, preferred_element_type=jnp.float32)
+    of_w = _subscripts(transposed)
+    logits = jnp.einsum(f"nd,{of_w}->nv", x, w, preferred_element_type=jnp.float32)
     hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
     dlogits = jnp.exp(logits - log_normalizers[:, None]) - hit.astype(jnp.float32)
     dlogits = jnp.where(targets[:, None] < 0, 0.0, dlogits * dlosses[:, None]).astype(x.dtype)
-    dx = jnp.einsum("nv,dv->nd", dlogits, w, preferred_element_type=jnp.float32)
-    dw = jnp.einsum("nd,nv->dv", x, dlogits, preferred_element_type=jnp.float32)
+    dx = jnp.einsum(f"nv,{of_w}->nd", dlogits, w, preferred_element_type=jnp.float32)
+    dw = jnp.einsum(f"nd,nv->{of_w}", x, dlogits, preferred_element_type=jnp.float32)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -73,6 +94,7 @@ def plan_linear_cross_entropy_forward(
     inputs: Sequence[Array],
     outputs: Sequence[Array],
     *,
+    transposed: bool = False,
     chunk_rows: int | None = None,
     variant: str | None = None,
 ) -> Plan:
@@ -85,11 +107,11 @@ def plan_linear_cross_entropy_forward(
       ValueError: no row of logits fits a buffer of the device; as `plan_gemm`.
     """
     work = _Work(scratch=5)
-    head = _Head.of(info, inputs, work, chunk_rows, variant)
+    head = _Head.of(info, inputs, work, transposed, chunk_rows, variant, F32.itemsize)
     logits = head.own_logits(work, F32)
     head.pad_weights(work)
     for first, rows in head.chunks:
-        head.make_logits(work, logits, first, rows)
+        head.multiply(work, head.rows_of(0, first, rows), head.chunk_of_logits(logits, F32, rows))
         constants = head.constants(first, rows)
         work.add(Plan((dispatch("cross_entropy_loss", "f32", (logits, 2, 4, 3), constants, rows),)))
     return work.plan()
@@ -100,38 +122,36 @@ def plan_linear_cross_entropy_backward(
     inputs: Sequence[Array],
     outputs: Sequence[Array],
     *,
+    transposed: bool = False,
     chunk_rows: int | None = None,
     variant: str | None = None,
 ) -> Plan:
     """inputs: x, w, targets, log normalizers, dlosses; outputs: dx, dw. See `linear_cross_entropy_backward_reference`.
 
-    Each chunk makes its logits again, turns them into their gradient, in place in f32, and adds its part to dw, in f32.
+    Each chunk makes its logits again, which become their gradient before they are stored, and adds its part to dw, in
+    f32.
     """
     work = _Work(scratch=7)
-    head = _Head.of(info, inputs, work, chunk_rows, variant)
-    dtype, w = inputs[0].dtype, head.weights
-    logits = dlogits = head.own_logits(work, F32)
-    if dtype != F32:
-        dlogits = head.own_logits(work, dtype)
+    dtype = inputs[0].dtype
+    head = _Head.of(info, inputs, work, transposed, chunk_rows, variant, dtype.itemsize)
+    dlogits, w = head.own_logits(work, dtype), head.weights
     # dw takes the sum over chunks itself where it is f32, or there is but one chunk, and it has all columns.
     total = dw = matrix(6, dtype, *inputs[1].shape)
-    if w.columns > dw.columns or (dtype != F32 and len(head.chunks) > 1):
+    if head.is_padded or (dtype != F32 and len(head.chunks) > 1):
         total = matrix(work.own(4 * w.batch_stride), F32, w.rows, w.columns)
     head.pad_weights(work)
     for first, rows in head.chunks or [(0, 0)]:  # of no tokens, dw is 0
-        head.make_logits(work, logits, first, rows)
-        if rows:
-            groups = ceil_divide(rows * head.stride // _PADDING, THREADS)
-            operands, constants = (logits, 2, 3, 4, dlogits), head.constants(first, rows)
-            work.add(Plan((dispatch("cross_entropy_gradient", element(inputs[0]), operands, constants, groups),)))
         part, x, dx = head.chunk_of_logits(dlogits, dtype, rows), *(head.rows_of(i, first, rows) for i in (0, 5))
-        plan = plan_gemm(info, part, w, dx, transpose_b=True, scratch=work.free, variant=variant)
+        gradient = SoftmaxGradient(2, 3, 4, first, head.vocab)
+        head.multiply(work, x, part, Epilogue(softmax_gradient=gradient))
+        plan = plan_gemm(info, part, w, dx, transpose_b=not transposed, scratch=work.free, variant=variant)
         # With scratch of its own: both products run side by side.
-        options = {"scratch": work.free + len(plan.scratch), "variant": variant}
-        more = plan_gemm(info, x, part, total, transpose_a=True, epilogue=Epilogue(accumulate=first > 0), **options)
+        options = {"scratch": work.free + len(plan.scratch), "variant": variant, "transpose_a": True}
+        factors = (part, x) if transposed else (x, part)
+        more = plan_gemm(info, *factors, total, epilogue=Epilogue(accumulate=first > 0), **options)
         work.add(Plan(plan.dispatches + more.dispatches, plan.scratch + more.scratch))
     if total is not dw:
-        work.add(plan_epilogue(replace(total, columns=dw.columns), dw, Epilogue()))
+        work.add(head.fitted(total, dw))
     return work.plan()
 
 
@@ -167,7 +187,9 @@ class _Head:
     info: "DeviceInfo"
     variant: str | None
     x: Array
+    given: Matrix  # the weights
     weights: Matrix  # as the products read them
+    transposed: bool
     vocab: int
     stride: int  # of logits
     largest: int  # chunk, in tokens
@@ -175,37 +197,56 @@ class _Head:
 
     @classmethod
     def of(
-        cls, info: "DeviceInfo", inputs: Sequence[Array], work: _Work, chunk_rows: int | None, variant: str | None
+        cls,
+        info: "DeviceInfo",
+        inputs: Sequence[Array],
+        work: _Work,
+        transposed: bool,
+        chunk_rows: int | None,
+        variant: str | None,
+        itemsize: int,
     ) -> "_Head":
+        """itemsize: of the logits, or of their gradient, that are held."""
         x, w = inputs[:2]
         element(x)
-        width, vocab = w.shape
+        width, vocab = reversed(w.shape) if transposed else w.shape
         stride = ceil_divide(vocab, _PADDING) * _PADDING
-        weights = matrix(1, w.dtype, width, vocab)
+        given = weights = matrix(1, w.dtype, *w.shape)
         if choose_variant(info, w.dtype, variant) != "plain":
             whole = ceil_divide(vocab, _TILE_COLUMNS) * _TILE_COLUMNS
             stride = whole if (whole - vocab) * _MOST_PADDED <= vocab else stride
             if stride > vocab:  # and they are four times slower where rows do not start at multiples of 16 bytes
-                weights = matrix(work.own(w.dtype.itemsize * width * stride), w.dtype, width, stride)
+                shape = (stride, width) if transposed else (width, stride)
+                weights = matrix(work.own(w.dtype.itemsize * width * stride), w.dtype, *shape)
         tokens = x.shape[0]
-        largest = min(_chunk_rows(info, tokens, stride, chunk_rows), max(tokens, 1))
+        largest = min(_chunk_rows(info, tokens, stride, itemsize, chunk_rows), max(tokens, 1))
         chunks = [(first, min(largest, tokens - first)) for first in range(0, tokens, largest)]
-        return cls(info, variant, x, weights, vocab, stride, largest, chunks)
+        return cls(info, variant, x, given, weights, transposed, vocab, stride, largest, chunks)
 
     def own_logits(self, work: _Work, dtype: np.dtype) -> int:
         return work.own(dtype.itemsize * self.largest * self.stride)
 
-    def pad_weights(self, work: _Work) -> None:
-        if self.weights.columns > self.vocab and self.chunks:
-            work.add(plan_epilogue(matrix(1, self.x.dtype, self.weights.rows, self.vocab), self.weights, Epilogue()))
+    @property
+    def is_padded(self) -> bool:
+        return self.weights is not self.given
 
-    def make_logits(self, work: _Work, logits: int, first: int, rows: int) -> None:
-        """Logits of a chunk in f32."""
-        out, options = self.chunk_of_logits(logits, F32, rows), {"scratch": work.free, "variant": self.variant}
-        work.add(plan_gemm(self.info, self.rows_of(0, first, rows), self.weights, out, **options))
+    def pad_weights(self, work: _Work) -> None:
+        if self.is_padded and self.chunks:
+            work.add(self.fitted(self.given, self.weights))
+
+    def fitted(self, source: Matrix, target: Matrix) -> Plan:
+        """Copies weights with zeros for what `source` lacks of the vocabulary, and without what it has too much."""
+        if self.transposed:  # they are rows: all is one long row
+            source, target = (matrix(x.operand, x.dtype, 1, x.rows * x.columns) for x in (source, target))
+        return plan_epilogue(replace(source, columns=min(source.columns, target.columns)), target, NOTHING)
+
+    def multiply(self, work: _Work, x: Matrix, out: Matrix, epilogue: Epilogue = NOTHING) -> None:
+        """Logits of a chunk."""
+        options = {"epilogue": epilogue, "scratch": work.free, "variant": self.variant}
+        work.add(plan_gemm(self.info, x, self.weights, out, transpose_b=self.transposed, **options))
 
     def chunk_of_logits(self, operand: int, dtype: np.dtype, rows: int) -> Matrix:
-        return Matrix(operand, dtype, rows, self.weights.columns, self.stride)
+        return Matrix(operand, dtype, rows, self.stride if self.is_padded else self.vocab, self.stride)
 
     def rows_of(self, operand: int, first: int, rows: int) -> Matrix:
         """Of x or its gradient."""
@@ -217,9 +258,10 @@ class _Head:
         return struct.pack("<4I", rows, self.vocab, self.stride, first)
 
 
-def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, wanted: int | None) -> int:
+def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, itemsize: int, wanted: int | None) -> int:
     """How many tokens' logits are held at a time."""
-    limit = info.limits.storage_buffer_range // (4 * max(vocab, 1))
+    row_bytes = itemsize * max(vocab, 1)
+    limit = info.limits.storage_buffer_range // row_bytes
     if limit == 0:
         raise ValueError(
             f"a row of {vocab:,} logits does not fit a buffer of {info.limits.storage_buffer_range:,} bytes, the most "
@@ -227,9 +269,9 @@ def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, wanted: int | None)
         )
     if wanted is not None:
         return min(wanted, limit)
-    quarter = ceil_divide(ceil_divide(tokens, _CHUNKS), _CHUNK_STEP) * _CHUNK_STEP
-    cached, largest = (max(nbytes // (4 * max(vocab, 1)), 1) for nbytes in (_CACHED_BYTES, _CHUNK_BYTES))
-    most = min(limit, max(quarter, cached), largest)
+    part = ceil_divide(ceil_divide(tokens * F32.itemsize, _CHUNKS * itemsize), _CHUNK_STEP) * _CHUNK_STEP
+    cached, largest = (max(nbytes // row_bytes, 1) for nbytes in (_CACHED_BYTES, _CHUNK_BYTES))
+    most = min(limit, max(part, cached), largest)
     for step in (_CHUNK_STEP, 8):  # cooperative matrices want chunks that start at multiples of 8
         if most > step:
             return most // step * step

@@ -69,6 +69,21 @@ def matrix(operand: int, dtype: np.dtype, rows: int, columns: int) -> Matrix:
 
 
 @dataclass(frozen=True)
+class SoftmaxGradient:
+    """Rows of C are logits, to become the gradient of their cross entropy: (softmax - one at the target) dloss.
+
+    targets (int32), log_normalizers, dlosses (f32): operands with an element for each row, from the `first` on.
+    columns: from there on, and where a target is negative, the gradient is 0.
+    """
+
+    targets: int
+    log_normalizers: int
+    dlosses: int
+    first: int
+    columns: int
+
+
+@dataclass(frozen=True)
 class Epilogue:
     """What happens to the sums before they are stored, in this order, in f32. The indices are operands of the plan.
 
@@ -77,7 +92,7 @@ class Epilogue:
     `dropout_threshold`, `dropout_scale`); rng is uint32 (2,), None for no dropout. residual: to add.
     accumulate: add what C holds. All but rng have C's dtype; residual, save_pre_activation and gelu_slope_of have its
     layout too. Bias and dropout take no batch; dropout and accumulate exclude one another, as residual and
-    gelu_slope_of do.
+    gelu_slope_of do. softmax_gradient stands alone.
     """
 
     bias: int | None = None
@@ -90,9 +105,12 @@ class Epilogue:
     stream: int = 0
     residual: int | None = None
     accumulate: bool = False
+    softmax_gradient: SoftmaxGradient | None = None
 
     def check(self, batch: int) -> None:
         """Raises ValueError for steps that exclude one another."""
+        if self.softmax_gradient and (batch > 1 or replace(self, softmax_gradient=None) != NOTHING):
+            raise ValueError("an epilogue has softmax_gradient alone, and for one matrix")
         if batch > 1 and (self.rng is not None or self.bias is not None):
             raise ValueError("an epilogue has bias and dropout for one matrix, not for a batch")
         if self.gelu_slope_of is not None and self.residual is not None:
@@ -300,7 +318,8 @@ def plan_gemm(
 
     work = _Work(m, n, k, batch, splits, slice_k)
     multiply = _Multiply(chosen, tile, work, a, b, transpose_a, transpose_b)
-    if splits > 1:
+    # coop2 applies functions to an element at a time, each of which would read its row's target and normalizer.
+    if splits > 1 or (chosen == "coop2" and epilogue.softmax_gradient):
         partial = replace(matrix(scratch, F32, m, n), batch_stride=ceil_divide(m * n, 4) * 4)
         nbytes = 4 * batch * splits * partial.batch_stride
         return Plan((multiply.dispatch(partial, NOTHING), _finish(work, partial, c, epilogue)), (nbytes,))
@@ -374,7 +393,7 @@ class _Multiply:
             edges = _sticks_out(tile, work.m, work.n, work.k)
             spec |= {"EDGES": edges, "ALIGNED_A": a.aligned(8), "ALIGNED_B": b.aligned(8)}
             spec |= _epilogue_spec(epilogue, c.aligned(8))
-            del spec["DROPOUT"]
+            del spec["DROPOUT"], spec["SOFTMAX_GRADIENT"]
         else:
             at_once = 8 if self.variant == "coop1" else 4  # elements of an operand
             spec |= {"ALIGNED_A": a.whole(at_once), "ALIGNED_B": b.whole(at_once)}
@@ -415,20 +434,26 @@ def _types(a: Matrix, c: Matrix) -> str:
 def _operands(a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue) -> tuple[int, ...]:
     """In the order of the bindings. What a kernel does not use must be bound all the same: to anything."""
     residual = epilogue.residual if epilogue.gelu_slope_of is None else epilogue.gelu_slope_of
-    reads = (a.operand if operand is None else operand for operand in (epilogue.bias, residual, epilogue.rng))
+    found = epilogue.bias, residual, epilogue.rng
+    if (loss := epilogue.softmax_gradient) is not None:
+        found = loss.log_normalizers, loss.dlosses, loss.targets
+    reads = (a.operand if operand is None else operand for operand in found)
     saved = c.operand if epilogue.save_pre_activation is None else epilogue.save_pre_activation
     return (a.operand, b.operand, *reads, c.operand, saved)
 
 
 def _push_constants(work: _Work, a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue, workgroups: int) -> bytes:
     """Params of shaders/matmul_common.slang."""
+    of_epilogue = epilogue.stream, epilogue.threshold, epilogue.scale
+    if (loss := epilogue.softmax_gradient) is not None:
+        of_epilogue = loss.first, loss.columns, 1.0
     return struct.pack(
         "<18If",
         *(*work, min(workgroups, MAX_GROUPS)),
         *(a.stride, b.stride, c.stride),
         *(a.offset, b.offset, c.offset),
         *(a.batch_stride, b.batch_stride, c.batch_stride),
-        *(epilogue.stream, epilogue.threshold, epilogue.scale),
+        *of_epilogue,
     )
 
 
@@ -442,6 +467,7 @@ def _epilogue_spec(epilogue: Epilogue, aligned: bool) -> dict[str, int | bool]:
         "DROPOUT": epilogue.rng is not None,
         "RESIDUAL": epilogue.residual is not None,
         "ACCUMULATE": epilogue.accumulate,
+        "SOFTMAX_GRADIENT": epilogue.softmax_gradient is not None,
     }
 
 
