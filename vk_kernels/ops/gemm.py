@@ -149,8 +149,8 @@ class Tile(NamedTuple):
 # Each is a variant of its family's kernel.
 TILES = {
     "plain": (
-        Tile(128, 64, 16, 128, 44, 1, 20),
-        Tile(64, 64, 16, 64, 40, 2, 20),
+        Tile(128, 128, 16, 256, 45, 1, 40),
+        Tile(64, 64, 16, 128, 43, 3, 35),
         Tile(32, 32, 16, 64, 30, 6, 35),
     ),
     "coop1": (
@@ -397,8 +397,9 @@ class _Multiply:
         else:
             at_once = 8 if self.variant == "coop1" else 4  # elements of an operand
             spec |= {"ALIGNED_A": a.whole(at_once), "ALIGNED_B": b.whole(at_once)}
-            whole_k = work.k > 0 and work.k % tile.k == 0  # of each slice, then
-            spec["WHOLE"] = whole_k and a.whole(at_once) and b.whole(at_once)
+            if self.variant == "coop1":
+                whole_k = work.k > 0 and work.k % tile.k == 0  # of each slice, then
+                spec["WHOLE"] = whole_k and a.whole(at_once) and b.whole(at_once)
             spec |= _epilogue_spec(epilogue, c.whole(4))
         groups = work.batch * work.splits * ceil_divide(work.m, tile.m) * ceil_divide(work.n, tile.n)
         push_constants = _push_constants(work, a, b, c, epilogue, groups)
