@@ -97,6 +97,10 @@ VMAPPED = {
         lambda x: ops.linear_cross_entropy(x, row(1, 6, 9), jnp.array([1, -1, 8], jnp.int32)),
         (4, 3, 6),
     ),
+    "linear_cross_entropy of each table": (
+        lambda w: ops.linear_cross_entropy(row(1, 3, 6), w, jnp.array([1, -1, 8], jnp.int32), transposed=True),
+        (4, 9, 6),
+    ),
     "global_norm": (ops.global_norm, (4, 3, 6)),
 }
 
@@ -302,6 +306,12 @@ REFUSED = {
     "rate": (lambda: ops.dropout(Q, RNG, rate=1.0, stream=0), r"rate must be in \[0, 1\), found 1.0"),
     "stream": (lambda: ops.dropout(Q, RNG, rate=0.1, stream=-1), "stream must be in"),
     "ids": (lambda: ops.embedding(np.zeros((3, 4), np.float32), np.zeros(2, np.int16)), "int32 or uint32"),
+    "table of another shape": (
+        lambda: ops.linear_cross_entropy(
+            Q[0, :, 0], np.zeros((8, 9), np.float32), np.zeros(4, np.int32), transposed=True
+        ),
+        r"w must be float32\[8,8\], found float32\[8,9\]",
+    ),
     "targets": (
         lambda: ops.linear_cross_entropy(Q[0, :, 0], np.zeros((8, 9), np.float32), np.zeros(3, np.int32)),
         r"targets must be int32\[4\], found int32\[3\]",

@@ -48,7 +48,14 @@ def exact(x, w, targets, dlosses):
 
 @pytest.mark.parametrize(
     ("tokens", "width", "vocab", "chunk_rows", "transposed"),
-    [(1, 1, 1, None, False), (33, 7, 257, 8, False), (33, 7, 257, 8, True), (70, 24, 1000, 32, False)],
+    [
+        (1, 1, 1, None, False),
+        (33, 7, 257, 8, False),
+        (33, 7, 257, 8, True),
+        (70, 24, 1000, 32, False),
+        (64, 64, 1003, None, False),  # whole tiles, but for the vocabulary
+        (64, 64, 1003, None, True),
+    ],
 )
 @pytest.mark.parametrize(("dtype", "variant"), [(F32, "plain"), *((BF16, variant) for variant in VARIANTS)], ids=str)
 def test_losses_and_gradients(device, tokens, width, vocab, chunk_rows, transposed, dtype, variant):

@@ -223,6 +223,20 @@ def test_parts_of_larger_matrices(device, variant):
     np.testing.assert_array_equal(execute_plan(device, plan, [a, b], c)[0], expected)
 
 
+@pytest.mark.parametrize(("transpose_a", "transpose_b"), [NN, NT, TN], ids=str)
+def test_what_stands_between_rows_is_not_used(device, variant, transpose_a, transpose_b):
+    """Rows start aligned, and k is whole tiles; m and n are not, and NaN follows them."""
+    dtype = F32 if variant == "plain" else BF16
+    m, n, k = 83, 61, 128
+    a, b = (x[0] for x in operands(m, n, k, transpose_a, transpose_b, dtype))
+    padded = [np.pad(x, ((0, 0), (0, -x.shape[1] % 8)), constant_values=np.nan) for x in (a, b)]
+    places = (Matrix(i, dtype, *x.shape, wide.shape[1]) for i, (x, wide) in enumerate(zip((a, b), padded, strict=True)))
+    options = {"transpose_a": transpose_a, "transpose_b": transpose_b, "scratch": 3, "variant": variant}
+    plan = plan_gemm(device.info, *places, matrix(2, F32, m, n), **options)
+    expected = exact_product(a[None], b[None], transpose_a, transpose_b)[0]
+    assert_exact(execute_plan(device, plan, padded, undefined(m, n))[0], expected)
+
+
 @pytest.mark.parametrize(("dtype", "out"), TYPES, ids=str)
 def test_split_k(device, variant, dtype, out):
     check_dtype(variant, dtype)
@@ -451,6 +465,33 @@ def test_the_slope_as_the_epilogue_of_a_product(device, variant, dtype, m, n, k)
     plain = jnp.einsum("mk,nk->mn", a, b, preferred_element_type=jnp.float32).astype(dtype)
     plain = jax.vjp(lambda x: jax.nn.gelu(x), x)[1](plain)[0]
     assert_accurate(actual, plain, exact)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "m", "n", "columns"), [(F32, 40, 64, 61), (BF16, 33, 72, 72), (BF16, 8, 21, 19)], ids=str
+)
+def test_the_gradient_of_logits_as_the_epilogue_of_a_product(device, variant, dtype, m, n, columns, splits):
+    """Rows from the middle of the tokens on; some ignored, some with a target past the columns."""
+    check_dtype(variant, dtype)
+    first, k, rng = 5, 520, np.random.default_rng(2)
+    a, b = normal(m, k, dtype=dtype), normal(k, n, seed=1, dtype=dtype) / np.array(np.sqrt(k), dtype)
+    targets = rng.integers(-2, columns + 2, first + m + 1).astype(np.int32)
+    normalizers, dlosses = normal(len(targets), seed=3) + np.float32(4), normal(len(targets), seed=4)
+    targets[first], dlosses[first + 1] = columns - 1, np.inf
+    logits = exact_product(a[None], b[None])[0]
+    rows = slice(first, first + m)
+    hit = np.arange(n) == targets[rows, None]
+    expected = (np.exp(logits - normalizers[rows, None]) - hit) * dlosses[rows, None]
+    expected[(targets[rows] < 0)[:, None] | (np.arange(n) >= columns)] = 0
+
+    places = matrix(0, dtype, m, k), matrix(1, dtype, k, n), matrix(5, dtype, m, n)
+    gradient = SoftmaxGradient(targets=3, log_normalizers=2, dlosses=4, first=first, columns=columns)
+    options = {"epilogue": Epilogue(softmax_gradient=gradient), "scratch": 6, "variant": variant, "splits": splits}
+    plan = plan_gemm(device.info, *places, **options)
+    inputs = [a, b, normalizers, targets, dlosses]
+    actual = execute_plan(device, plan, inputs, undefined(m, n, dtype=dtype))[0]
+    np.testing.assert_allclose(actual.astype(F32), expected, rtol=8e-3 if dtype == BF16 else 2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "rate", "shape"), [(F32, 0.0, EVEN), (F32, 0.1, ODD), (BF16, 0.1, EVEN)], ids=str)

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 IGNORED = -1  # a target that counts for nothing
 
-# Logits are made for a chunk of tokens at a time, so that they are never all in memory: a quarter of the tokens in f32,
-# half of them in bf16, or as many as a cache holds, and no more than these bytes. Fewer, larger chunks keep the matrix
-# products efficient: each adds to all of dw.
-_CHUNKS = 4
-_CACHED_BYTES, _CHUNK_BYTES = 32 << 20, 256 << 20
+# Logits are made for a chunk of tokens at a time, so that they are never all in memory: a quarter of the tokens, or as
+# many as a cache holds, and no more than these bytes. Fewer, larger chunks keep the matrix products efficient: each
+# adds to all of dw. Their gradients in bf16 are in chunks for many tokens alone: the sum of dw over chunks would take
+# an array in f32.
+_CHUNKS, _CHUNK_BYTES = 4, 256 << 20
+_BF16_CHUNKS, _BF16_CHUNK_BYTES = 1, 512 << 20
+_CACHED_BYTES = 32 << 20
 _CHUNK_STEP = 128  # rows: whole tiles of the matrix products
 _PADDING = 8  # elements: what the kernels read at a time
 # Columns of a whole tile of cooperative matrices: they take twice the time where tiles stick out. Not where it adds
@@ -107,7 +109,7 @@ def plan_linear_cross_entropy_forward(
       ValueError: no row of logits fits a buffer of the device; as `plan_gemm`.
     """
     work = _Work(scratch=5)
-    head = _Head.of(info, inputs, work, transposed, chunk_rows, variant, F32.itemsize)
+    head = _Head.of(info, inputs, work, transposed, chunk_rows, variant, F32)
     logits = head.own_logits(work, F32)
     head.pad_weights(work)
     for first, rows in head.chunks:
@@ -133,12 +135,13 @@ def plan_linear_cross_entropy_backward(
     """
     work = _Work(scratch=7)
     dtype = inputs[0].dtype
-    head = _Head.of(info, inputs, work, transposed, chunk_rows, variant, dtype.itemsize)
+    head = _Head.of(info, inputs, work, transposed, chunk_rows, variant, dtype)
     dlogits, w = head.own_logits(work, dtype), head.weights
-    # dw takes the sum over chunks itself where it is f32, or there is but one chunk, and it has all columns.
+    # dw takes the sum over chunks itself where it has the dtype for it, and its rows are as long as those of w.
     total = dw = matrix(6, dtype, *inputs[1].shape)
-    if head.is_padded or (dtype != F32 and len(head.chunks) > 1):
-        total = matrix(work.own(4 * w.batch_stride), F32, w.rows, w.columns)
+    summed = F32 if len(head.chunks) > 1 else dtype
+    if (summed, w.columns) != (dtype, dw.columns):
+        total = matrix(work.own(summed.itemsize * dw.rows * w.columns), summed, dw.rows, w.columns)
     head.pad_weights(work)
     for first, rows in head.chunks or [(0, 0)]:  # of no tokens, dw is 0
         part, x, dx = head.chunk_of_logits(dlogits, dtype, rows), *(head.rows_of(i, first, rows) for i in (0, 5))
@@ -147,11 +150,11 @@ def plan_linear_cross_entropy_backward(
         plan = plan_gemm(info, part, w, dx, transpose_b=not transposed, scratch=work.free, variant=variant)
         # With scratch of its own: both products run side by side.
         options = {"scratch": work.free + len(plan.scratch), "variant": variant, "transpose_a": True}
-        factors = (part, x) if transposed else (x, part)
+        factors = (replace(part, columns=head.vocab), x) if transposed else (x, part)
         more = plan_gemm(info, *factors, total, epilogue=Epilogue(accumulate=first > 0), **options)
         work.add(Plan(plan.dispatches + more.dispatches, plan.scratch + more.scratch))
     if total is not dw:
-        work.add(head.fitted(total, dw))
+        work.add(plan_epilogue(replace(total, columns=dw.columns), dw, NOTHING))
     return work.plan()
 
 
@@ -204,22 +207,24 @@ class _Head:
         transposed: bool,
         chunk_rows: int | None,
         variant: str | None,
-        itemsize: int,
+        held: np.dtype,
     ) -> "_Head":
-        """itemsize: of the logits, or of their gradient, that are held."""
+        """held: dtype of the logits, or of their gradients."""
         x, w = inputs[:2]
         element(x)
         width, vocab = reversed(w.shape) if transposed else w.shape
         stride = ceil_divide(vocab, _PADDING) * _PADDING
         given = weights = matrix(1, w.dtype, *w.shape)
-        if choose_variant(info, w.dtype, variant) != "plain":
+        family = choose_variant(info, w.dtype, variant)
+        if family != "plain":
             whole = ceil_divide(vocab, _TILE_COLUMNS) * _TILE_COLUMNS
             stride = whole if (whole - vocab) * _MOST_PADDED <= vocab else stride
             if stride > vocab:  # and they are four times slower where rows do not start at multiples of 16 bytes
                 shape = (stride, width) if transposed else (width, stride)
                 weights = matrix(work.own(w.dtype.itemsize * width * stride), w.dtype, *shape)
         tokens = x.shape[0]
-        largest = min(_chunk_rows(info, tokens, stride, itemsize, chunk_rows), max(tokens, 1))
+        held = F32 if family == "coop2" else held  # which has no softmax_gradient: it makes logits in f32 first
+        largest = min(_chunk_rows(info, tokens, stride, held, chunk_rows), max(tokens, 1))
         chunks = [(first, min(largest, tokens - first)) for first in range(0, tokens, largest)]
         return cls(info, variant, x, given, weights, transposed, vocab, stride, largest, chunks)
 
@@ -232,13 +237,10 @@ class _Head:
 
     def pad_weights(self, work: _Work) -> None:
         if self.is_padded and self.chunks:
-            work.add(self.fitted(self.given, self.weights))
-
-    def fitted(self, source: Matrix, target: Matrix) -> Plan:
-        """Copies weights with zeros for what `source` lacks of the vocabulary, and without what it has too much."""
-        if self.transposed:  # they are rows: all is one long row
-            source, target = (matrix(x.operand, x.dtype, 1, x.rows * x.columns) for x in (source, target))
-        return plan_epilogue(replace(source, columns=min(source.columns, target.columns)), target, NOTHING)
+            given, padded = self.given, self.weights
+            if self.transposed:  # by rows: all is one long row
+                given, padded = (matrix(w.operand, w.dtype, 1, w.rows * w.columns) for w in (given, padded))
+            work.add(plan_epilogue(given, padded, NOTHING))
 
     def multiply(self, work: _Work, x: Matrix, out: Matrix, epilogue: Epilogue = NOTHING) -> None:
         """Logits of a chunk."""
@@ -258,9 +260,9 @@ class _Head:
         return struct.pack("<4I", rows, self.vocab, self.stride, first)
 
 
-def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, itemsize: int, wanted: int | None) -> int:
-    """How many tokens' logits are held at a time."""
-    row_bytes = itemsize * max(vocab, 1)
+def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, held: np.dtype, wanted: int | None) -> int:
+    """How many tokens' logits are held at a time, in the dtype `held`."""
+    row_bytes = held.itemsize * max(vocab, 1)
     limit = info.limits.storage_buffer_range // row_bytes
     if limit == 0:
         raise ValueError(
@@ -269,9 +271,10 @@ def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, itemsize: int, want
         )
     if wanted is not None:
         return min(wanted, limit)
-    part = ceil_divide(ceil_divide(tokens * F32.itemsize, _CHUNKS * itemsize), _CHUNK_STEP) * _CHUNK_STEP
-    cached, largest = (max(nbytes // row_bytes, 1) for nbytes in (_CACHED_BYTES, _CHUNK_BYTES))
-    most = min(limit, max(part, cached), largest)
+    few, nbytes = (_CHUNKS, _CHUNK_BYTES) if held == F32 else (_BF16_CHUNKS, _BF16_CHUNK_BYTES)
+    largest = max(min(limit, nbytes // row_bytes), 1)
+    even = ceil_divide(tokens, max(few, ceil_divide(tokens, largest)))
+    most = min(largest, max(ceil_divide(even, _CHUNK_STEP) * _CHUNK_STEP, _CACHED_BYTES // row_bytes))
     for step in (_CHUNK_STEP, 8):  # cooperative matrices want chunks that start at multiples of 8
         if most > step:
             return most // step * step

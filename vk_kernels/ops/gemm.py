@@ -399,7 +399,7 @@ class _Multiply:
             spec |= {"ALIGNED_A": a.whole(at_once), "ALIGNED_B": b.whole(at_once)}
             if self.variant == "coop1":
                 whole_k = work.k > 0 and work.k % tile.k == 0  # of each slice, then
-                spec["WHOLE"] = whole_k and a.whole(at_once) and b.whole(at_once)
+                spec["WHOLE"] = whole_k and a.aligned(at_once) and b.aligned(at_once)
             spec |= _epilogue_spec(epilogue, c.whole(4))
         groups = work.batch * work.splits * ceil_divide(work.m, tile.m) * ceil_divide(work.n, tile.n)
         push_constants = _push_constants(work, a, b, c, epilogue, groups)
