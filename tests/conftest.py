@@ -5,6 +5,9 @@ import os
 # Before jax is imported: the processor only, in two pieces, so that code which assumes one device shows.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+# Programs run once or twice here: what compiles them, XLA and lavapipe, is not to polish them, in subprocesses either.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("GALLIVM_PERF", "nopt")
 
 import jax
 import pytest

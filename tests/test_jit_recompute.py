@@ -22,13 +22,13 @@ from vk_kernels.ops.layer_norm import (
 )
 from vk_kernels.ops.matmul import matmul_forward_reference, matmul_rule
 
-ROWS, WIDTH, LAYERS = 1024, 256, 4
+ROWS, WIDTH, LAYERS = 4096, 64, 4
 X = normal(ROWS, WIDTH)
 PARAMS = {
     "scale": 1 + 0.1 * normal(LAYERS, WIDTH),
     "bias": 0.1 * normal(LAYERS, WIDTH, seed=1),
-    "into": normal(LAYERS, WIDTH, WIDTH, seed=2) / 16,
-    "out": normal(LAYERS, WIDTH, WIDTH, seed=3) / 16,
+    "into": normal(LAYERS, WIDTH, WIDTH, seed=2) / 8,
+    "out": normal(LAYERS, WIDTH, WIDTH, seed=3) / 8,
 }
 
 

@@ -20,6 +20,7 @@ from jit_run import (
     sample,
 )
 from vk_fixtures import needs_vulkan, vulkan_device  # noqa: F401
+from vk_profiles import NIGHT
 
 from vk_kernels.lowering.codegen import generate
 
@@ -44,6 +45,8 @@ REDUCED = [
     ((1, 1), (0, 1)),
     ((70, 300, 2), (1,)),
 ]
+# Sums take the paths of all others; every kind of reduction in every path, and the rest where there is time.
+OF_EVERY_KIND = [((7, 100), (1,)), ((7, 100), (0,)), ((3, 5, 7), (0, 2)), ((3, 9001), (1,)), ((9001, 3), (0,))]
 
 
 @pytest.mark.parametrize(("shape", "axes"), REDUCED, ids=str)
@@ -68,8 +71,9 @@ def test_reductions_over_axes(device, shape, axes):
         ]
         return found
 
-    agree(device, exact, x)
-    agree(device, lambda x: jnp.prod(1 + x / 1000, axes), x, tolerance=1e-5)
+    if NIGHT or (shape, axes) in OF_EVERY_KIND:
+        agree(device, exact, x)
+        agree(device, lambda x: jnp.prod(1 + x / 1000, axes), x, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS], ids=str)
@@ -100,13 +104,11 @@ def test_nan_and_infinities_in_reductions(device, shape):
     y, z = x.copy(), np.full(shape, -np.inf, np.float32)
     y[..., 13], y[..., 17] = np.nan, np.nan
 
-    def fn(x, y, z):
-        found = []
-        for a in (x, y, z):
-            found += [a.max(-1), a.min(-1), a.argmax(-1), a.argmin(-1), a.sum(-1), jnp.isnan(a).any(-1)]
-        return found
+    def fn(a):
+        return a.max(-1), a.min(-1), a.argmax(-1), a.argmin(-1), a.sum(-1), jnp.isnan(a).any(-1)
 
-    agree(device, fn, x, y, z)
+    for a in (x, y, z):
+        agree(device, fn, a)
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (33, 70), (4, 1000), (300, 7)], ids=str)

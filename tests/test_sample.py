@@ -13,14 +13,19 @@ from gpt_jax.steps import init_params
 from gpt_jax.tokenizer import encode_prompt, marker_ids, train_tokenizer
 
 MODEL = GPT(ModelConfig(vocab_size=270, block_size=10, num_layers=1, num_heads=2, embed_dim=16))
-PARAMS = init_params(MODEL, 3)
+PARAMS = jax.jit(init_params, static_argnums=(0, 1))(MODEL, 3)
 KEY = jax.random.key(0)
 
 
+@jax.jit
+def next_token_logits(params, view, last):
+    return MODEL.apply({"params": params}, view, last, method="next_token_logits")
+
+
 def logits_after(ids: list[int]) -> np.ndarray:
+    """Of a text without padding, a program for each length."""
     view = jnp.asarray([ids[-10:]])
-    last = jnp.array([view.shape[1] - 1])
-    return np.asarray(MODEL.apply({"params": PARAMS}, view, last, method="next_token_logits"))[0]
+    return np.asarray(next_token_logits(PARAMS, view, jnp.array([view.shape[1] - 1])))[0]
 
 
 def test_greedy_follows_the_argmax_of_the_last_block_of_tokens():
@@ -42,7 +47,7 @@ def test_top_k_draws_only_from_the_largest_and_from_all_of_them():
     draw = jax.jit(functools.partial(next_token, model=MODEL, temperature=1.0, top_k=3))
     tokens, last = jnp.array([[4, 8]]), jnp.array([1])
     drawn = {int(draw(params, tokens, last, jax.random.key(i))[0]) for i in range(60)}
-    logits = MODEL.apply({"params": params}, tokens, last, method="next_token_logits")[0]
+    logits = next_token_logits(params, tokens, last)[0]
     assert drawn <= set(np.argsort(logits)[-3:].tolist())
     assert len(drawn) > 1
 

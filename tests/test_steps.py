@@ -22,6 +22,8 @@ from gpt_jax.steps import (
 )
 
 SEED = 42
+init = jax.jit(init_params, static_argnums=(0, 1))
+gradient = jax.jit(loss_and_gradient, static_argnames=("model", "seed", "accumulate_steps"))
 MODEL = ModelConfig(
     vocab_size=50, block_size=16, num_layers=2, num_heads=2, embed_dim=32, dropout_rate=0.1, soft_cap=30.0
 )
@@ -32,6 +34,7 @@ def make_batch(seed: int = 0, rows: int = 8) -> dict[str, jax.Array]:
     return {"inputs": jnp.asarray(stream[:, :-1]), "targets": jnp.asarray(stream[:, 1:])}
 
 
+@functools.cache
 def make_run(model_config: ModelConfig = MODEL, learning_rate: float = 3e-3):
     config = chat.get_config().optimizer
     config.update(learning_rate=learning_rate, min_learning_rate=learning_rate / 10, warmup_steps=5, decay_steps=200)
@@ -39,7 +42,7 @@ def make_run(model_config: ModelConfig = MODEL, learning_rate: float = 3e-3):
     step = functools.partial(
         train_step, model=model, optimizer=optimizer, schedule=learning_rate_schedule(config), seed=SEED
     )
-    return model, init_state(init_params(model, SEED), optimizer), jax.jit(step)
+    return model, jax.jit(lambda: init_state(init_params(model, SEED), optimizer))(), jax.jit(step)
 
 
 def test_ten_golden_losses():
@@ -66,26 +69,26 @@ def test_overfits_one_batch():
 @pytest.mark.parametrize("masked", [False, True])
 def test_accumulation_equals_the_big_batch(masked):
     model = GPT(ModelConfig(**{**MODEL.__dict__, "dropout_rate": 0.0}))
-    params = init_params(model, SEED)
+    params = init(model, SEED)
     batch = make_batch()
     if masked:  # parts with different numbers of targets
         batch["targets"] = batch["targets"].at[:3, :11].set(-1)
-    gradient = functools.partial(loss_and_gradient, params, batch, jnp.int32(0), model=model, seed=SEED)
-    whole_loss, whole = gradient()
+    gradient_in = functools.partial(gradient, params, batch, jnp.int32(0), model=model, seed=SEED)
+    whole_loss, whole = gradient_in()
     for parts in (2, 4, 8):
-        loss, accumulated = gradient(accumulate_steps=parts)
+        loss, accumulated = gradient_in(accumulate_steps=parts)
         np.testing.assert_allclose(loss, whole_loss, rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), accumulated, whole)
 
 
 def test_accumulated_parts_draw_their_own_dropout():
     model = GPT(MODEL)
-    params = init_params(model, SEED)
+    params = init(model, SEED)
     half = make_batch(rows=4)
     doubled = jax.tree.map(lambda x: jnp.concatenate([x, x]), half)
-    gradient = functools.partial(loss_and_gradient, params, model=model, seed=SEED)
-    loss, _ = gradient(doubled, jnp.int32(3), accumulate_steps=2)
-    parts = [gradient(half, jnp.int32(step))[0] for step in (6, 7)]  # 3 * 2 and 3 * 2 + 1
+    options = {"model": model, "seed": SEED}
+    loss, _ = gradient(params, doubled, jnp.int32(3), accumulate_steps=2, **options)
+    parts = [gradient(params, half, jnp.int32(step), **options)[0] for step in (6, 7)]  # 3 * 2 and 3 * 2 + 1
     assert float(parts[0]) != float(parts[1])
     np.testing.assert_allclose(loss, np.mean(parts), rtol=1e-6)
 
@@ -94,7 +97,7 @@ def test_metrics_are_the_norms_they_name():
     model, state, step = make_run()
     batch = make_batch()
     next_state, metrics = step(state, batch)
-    loss, grads = loss_and_gradient(state.params, batch, state.step, model=model, seed=SEED)
+    loss, grads = gradient(state.params, batch, state.step, model=model, seed=SEED)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
     for layer in MODEL.layer_names:
@@ -127,18 +130,21 @@ def test_a_nonfinite_step_changes_nothing_and_is_counted():
     # The schedule counts the updates that were made: this was the second.
     assert float(metrics["learning_rate"]) == pytest.approx(3e-4 + 2 * 2.7e-3 / 5)
 
-    found = nonfinite_places(poisoned.params, make_batch(1), model=model)
-    assert [place for place, bad in found.items() if bad] == [*("parameters of h_1", "output of h_1", "output of ln_f")]
+    found = jax.jit(functools.partial(nonfinite_places, model=model))(poisoned.params, make_batch(1))
+    assert {place for place, bad in found.items() if bad} == {"parameters of h_1", "output of h_1", "output of ln_f"}
 
 
 def test_evaluation_counts_targets_and_drops_nothing_out():
     model, state, _ = make_run()
     batch = make_batch()
     batch["targets"] = batch["targets"].at[0].set(-1)
-    total, count = eval_step(state.params, batch, model=model)
+    evaluate = jax.jit(functools.partial(eval_step, model=model))
+    total, count = evaluate(state.params, batch)
     assert float(count) == 7 * 16
-    losses = model.apply({"params": state.params}, batch["inputs"], batch["targets"], method="losses")
+    losses = jax.jit(functools.partial(model.apply, method="losses"))(
+        {"params": state.params}, batch["inputs"], batch["targets"]
+    )
     np.testing.assert_allclose(total, losses[1:].sum(), rtol=1e-6)
     batch["targets"] = jnp.full_like(batch["targets"], -1)
     assert float(target_count(batch)) == 1
-    assert float(eval_step(state.params, batch, model=model)[0]) == 0
+    assert float(evaluate(state.params, batch)[0]) == 0

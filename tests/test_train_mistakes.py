@@ -3,10 +3,24 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
-from whole_run import ROOT, assert_same_results, chats, environment, run, straight_run, train_lines  # noqa: F401
+import pytest
+from whole_run import (  # noqa: F401
+    ROOT,
+    assert_same_results,
+    chats,
+    configuration,
+    environment,
+    run,
+    straight_run,
+    train_lines,
+)
 
+from gpt_jax.config import UserError
 from gpt_jax.metrics import read_lines
+from gpt_jax.sample import load_for_sampling
+from gpt_jax.train import train_and_evaluate
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_and_named(straight, corpus, tmp_path):
@@ -24,7 +38,8 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_named(straight, corpus, tmp_
 
 
 def test_nonfinite_steps_are_named_and_end_the_run(corpus, tmp_path):
-    done = run(corpus, tmp_path / "run", "--config.optimizer.learning_rate=1e38", "--config.optimizer.warmup_steps=1")
+    poison = ["--config.optimizer.learning_rate=1e38", "--config.optimizer.warmup_steps=1"]
+    done = run(corpus, tmp_path / "run", *poison, "--config.model.num_layers=1")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: step ")
@@ -57,34 +72,36 @@ def test_mistakes_about_runs_and_data_cost_one_line(straight, corpus, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(corpus.read_text().splitlines()[:250]))
     (tmp_path / "file").write_text("")
+    before = {path.name: path.read_bytes() for path in straight.iterdir() if path.suffix == ".json"}
+    done = run(corpus, straight, "--config.model.embed_dim=16")
+    assert done.returncode == 2, done.stderr
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "does not fit this config" in error
+    assert "Traceback" not in done.stderr
+
+    # Every UserError ends like that one: the others need no process of their own.
     cases = [
-        ((corpus, straight, "--config.model.embed_dim=32"), "does not fit this config"),
         ((other, straight), "the data of"),
         ((corpus, tmp_path / "a", "--config.model.block_size=100000"), "block_size is 100000 but the training"),
         ((tmp_path / "none.jsonl", tmp_path / "b"), "does not exist"),
         ((corpus, tmp_path / "c", f"--config.init_from={tmp_path}"), "is neither a run nor a checkpoint"),
         ((corpus, tmp_path / "file"), "cannot write to the run folder"),
     ]
-    before = {path.name: path.read_bytes() for path in straight.iterdir() if path.suffix == ".json"}
-    for arguments, expected in cases:
-        done = run(*arguments)
-        assert done.returncode == 2, (arguments, done.stderr)
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1, done.stderr
-        assert expected in errors[0]
-        assert "Traceback" not in done.stderr
+    for (source, workdir, *changes), expected in cases:
+        with pytest.raises(UserError, match=expected):
+            train_and_evaluate(configuration(source, *changes), workdir)
     assert before == {path.name: path.read_bytes() for path in straight.iterdir() if path.suffix == ".json"}
 
 
 def test_sampling_from_a_run_on_the_command_line(straight):
     ask = [sys.executable, "-m", "gpt_jax.sample", f"--workdir={straight}", "--seed=1", "--max_tokens=5"]
     options = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": 120, "check": False}
-    one, again = (subprocess.run([*ask, "--prompt=moon?"], **options) for _ in range(2))
+    one = subprocess.run([*ask, "--prompt=moon?"], **options)
     assert one.returncode == 0, one.stderr
-    assert one.stdout == again.stdout
-    chat = subprocess.run(ask, input="sun?\n\nrain?\n", **options)
+    answer = one.stdout.split("one answer\n")[1].removesuffix("\n")
+    chat = subprocess.run(ask, input="moon?\n\nmoon?\n", **options)
     assert chat.returncode == 0, chat.stderr
-    assert chat.stdout.count("gpt> ") == 2
-    missing = subprocess.run([*ask[:3], "--workdir=nowhere"], **options)
-    assert missing.returncode == 2
-    assert missing.stderr.startswith("error: nowhere is no run folder")
+    replies = [part.split("\nyou> ")[0] for part in chat.stdout.split("gpt> ")[1:]]
+    assert replies == [answer, answer]  # the empty line started anew, with the same seed
+    with pytest.raises(UserError, match="nowhere is no run folder"):
+        load_for_sampling(Path("nowhere"))

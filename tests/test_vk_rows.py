@@ -51,7 +51,9 @@ pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 
 RNG = np.array([42, 7], np.uint32)  # seed, step
 EPSILON = 1e-5
-SHAPES = [(1, 1), (3, 7), (33, 257), (2, 3, 1000), (300, 12), (2, 16384)]
+# Columns choose the kernel of a layer norm, which a CPU driver takes seconds to compile: these share theirs with each
+# other and with other test modules, which take 33 and 36 too.
+SHAPES = [(1, 1), (3, 7), (300, 36), (33, 257), (2, 3, 2000), (2, 16384)]
 
 
 def exact_norm(x, scale, bias):
@@ -104,7 +106,7 @@ def test_layer_norm_gradients(device, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 5, 33), (70, 256), (2, 5000)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 33), (70, 36), (2, 5000)], ids=str)
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_residual_layer_norm(device, shape, dtype, rate):
     x, scale, bias = norm_inputs(shape, dtype)
@@ -304,7 +306,7 @@ def test_nan_passes_through_its_own_row_alone(device, dtype):
         np.testing.assert_array_equal(np.isnan(y.astype(np.float32)), np.isnan(x.astype(np.float32)))
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 7)], ids=str)
 def test_no_rows(device, shape):
     x, scale, bias = norm_inputs(shape, F32)
     y, mean, rstd = run(device, plan_layer_norm_forward, layer_norm_forward_reference, x, scale, bias)

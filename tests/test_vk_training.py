@@ -25,7 +25,7 @@ LAYERS = 2
 def tiny_config():
     config = chat_tiny.get_config()
     config.batch_size = 4
-    config.model.update(vocab_size=80, block_size=24, num_layers=LAYERS, num_heads=2, embed_dim=32, dropout_rate=0.1)
+    config.model.update(vocab_size=80, block_size=24, num_layers=LAYERS, num_heads=2, embed_dim=48, dropout_rate=0.1)
     config.optimizer.update(warmup_steps=10, decay_steps=STEPS)
     return config
 
@@ -62,7 +62,7 @@ STEP = jax.jit(
 
 
 def train(implementation: str) -> Run:
-    state = init_state(init_params(MODEL, CONFIG.seed), OPTIMIZER)
+    state = jax.jit(lambda: init_state(init_params(MODEL, CONFIG.seed), OPTIMIZER))()
     before, losses = collections.Counter(lowering.counts()), []
     with use(implementation):
         for i in range(STEPS):

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from gpt_jax.checkpoint import restore_parameters
 from gpt_jax.metrics import read_lines
@@ -33,7 +35,7 @@ SMALL = [
         "--config.model.block_size=24",
         "--config.model.num_layers=2",
     ),
-    *("--config.model.num_heads=2", "--config.model.embed_dim=16", "--config.optimizer.warmup_steps=5"),
+    *("--config.model.num_heads=2", "--config.model.embed_dim=48", "--config.optimizer.warmup_steps=5"),
     *("--config.optimizer.decay_steps=60", "--config.eval.every=20", "--config.eval.batches=2"),
     *("--config.sample.every=60", "--config.sample.max_tokens=4", "--config.checkpoint.every=10"),
     *("--config.log.every=5", "--config.log.diagnostics_every=60", "--config.log.tensorboard=False"),
@@ -54,9 +56,21 @@ def chats(tmp_path_factory) -> Path:
     return file
 
 
-def command(corpus: Path, workdir: Path, *changes: str) -> list[str]:
+def config_flags_of(corpus: Path, *changes: str) -> list[str]:
     data = [f"--config.data.source={corpus}", f"--config.data.cache_dir={corpus.parent / 'cache'}"]
-    return [sys.executable, "-m", "gpt_jax.main", *SMALL, *data, f"--workdir={workdir}", *changes]
+    return [*SMALL, *data, *changes]
+
+
+def command(corpus: Path, workdir: Path, *changes: str) -> list[str]:
+    return [sys.executable, "-m", "gpt_jax.main", f"--workdir={workdir}", *config_flags_of(corpus, *changes)]
+
+
+def configuration(corpus: Path, *changes: str) -> ConfigDict:
+    """What `command` runs."""
+    values, arguments = flags.FlagValues(), ["main", *config_flags_of(corpus, *changes)]
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    values(arguments)
+    return holder.value
 
 
 def environment(**more: str) -> dict[str, str]:
