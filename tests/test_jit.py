@@ -326,6 +326,27 @@ def test_donated_arrays_are_read_before_they_are_written():
         np.testing.assert_allclose(x, y, rtol=1e-5)
 
 
+def test_an_update_with_norms_stays_in_its_memory():
+    def step(state, grads):
+        momenta = [0.9 * m + g for (_, m), g in zip(state, grads, strict=True)]
+        norms = [jnp.sqrt(sum(jnp.sum(x * x) for x in xs)) for xs in ([p for p, _ in state], momenta)]
+        return [(p - 0.1 * m, m) for (p, _), m in zip(state, momenta, strict=True)], norms
+
+    shapes = [(8193,), (91, 101), (40, 3, 77)]
+    state = [(normal(*shape), normal(*shape, seed=1)) for shape in shapes]
+    grads = [normal(*shape, seed=2) for shape in shapes]
+    jitted = vjit(step, donate_argnums=0)
+    assert jitted.cost(state, grads).dispatches == 5  # 2 of 4 sums at most, with their ends, and the norms
+    expected, state = state, vk_kernels.device_put(state, SELECTOR)
+    addresses = [(leaf.buffer.handle_address, leaf.buffer.offset) for leaf in jax.tree.leaves(state)]
+    for _ in range(3):
+        state, norms = jitted(state, grads)
+        expected, expected_norms = jax.jit(step)(expected, grads)
+        np.testing.assert_allclose([float(x) for x in norms], expected_norms, rtol=1e-5)
+    assert [(leaf.buffer.handle_address, leaf.buffer.offset) for leaf in jax.tree.leaves(state)] == addresses
+    same(state, expected, rtol=1e-5)
+
+
 # Bits.
 
 

@@ -63,6 +63,33 @@ def test_an_optimizer_reads_each_gradient_in_one_step_only():
     assert sorted(map(found.inputs.index, read)) == list(range(3 * len(shapes)))
 
 
+def test_an_update_goes_with_its_norms():
+    """Though the norms have a way to go, and the update waits for numbers that they do not wait for."""
+    arrays = [[np.ones((n, 128), np.float32) for n in (64, 65, 66)] for _ in range(3)]
+
+    def momentum(params, momenta, grads):
+        norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads))
+        momenta = [0.9 * m + g / norm for m, g in zip(momenta, grads, strict=True)]
+        updates = [jnp.tanh(m) for m in momenta]
+        norms = [jnp.sqrt(sum(jnp.sum(x * x) for x in xs)) for xs in (params, updates)]
+        updated = [jnp.where(jnp.isfinite(norm), p - u, p) for p, u in zip(params, updates, strict=True)]
+        return momenta, updated, norms
+
+    found = steps_of(momentum, *arrays)
+    check_order(found)
+    read = [x for step in found.steps for x in step.inputs if x.size > 1]
+    numbers = sorted(map(found.inputs.index, read))
+    assert numbers == [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8]  # the gradients for their norm before
+
+    def scaled(params, momenta, grads):
+        _, updated, norms = momentum(params, momenta, grads)
+        return updated, [p * sum(norms) for p in params]
+
+    found = steps_of(scaled, *arrays)
+    check_order(found)
+    assert set(found.steps[-1].outputs) == set(found.outputs)  # what reads the parameters last is one step
+
+
 def test_a_chain_of_elementwise_operations_is_one_step():
     found = steps_of(lambda x: jnp.tanh(x * 2 + 1).T.reshape(-1), X)
     check_order(found)

@@ -260,3 +260,36 @@ def test_an_output_in_the_memory_of_an_input(device):
         recorder.submit().wait()
     np.testing.assert_allclose(buffers[0].read(F32, (1000,)), x * y + 1, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(buffers[1].read(F32, (1000,)), np.exp(y), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8192,), (9001,), (131, 77), (5, 1, 20011)], ids=str)
+@pytest.mark.parametrize("axes", [None, 0], ids=["all", "first"])
+def test_an_update_and_its_norms_go_over_the_arrays_once(device, shape, axes):
+    """Also where the update is written over what it is made of, and where a thread's part has a ragged end."""
+    if axes is not None:
+        shape = (8192 + shape[0] % 1000, shape[-1] % 7 + 1)  # columns, in pieces too
+    p, m, v, g = (normal(*shape, seed=i) for i in range(4))
+    v = np.abs(v)
+
+    def update(p, m, v, g):
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        u = -0.01 * m / (jnp.sqrt(v) + 1e-3) - 0.001 * p
+        return p + u, m, v, (p * p).sum(axes), (u * u).sum(axes)
+
+    generated = generate(graph_of(update, p, m, v, g)[0])
+    assert generated.in_place >= {(0, 0), (1, 1), (2, 2)}
+    first, _ = generated.kernels
+    assert first.groups == (p.size // 4096 if axes is None else 2, 1, 1)  # of the sums alone
+    expected = update(*(x.astype(np.float64) for x in (p, m, v, g)))
+    agree(device, update, p, m, v, g, tolerance=1e-5)
+
+    buffers = [device.upload(x) for x in (p, m, v, g)]
+    buffers += buffers[:3] + [device.upload(np.zeros_like(expected[3], F32)) for _ in range(2)]
+    buffers += [device.upload(np.zeros(size, np.uint8)) for size in generated.scratch]
+    with device.recorder() as recorder:
+        for kernel in generated.kernels:
+            made = device.kernel_from_spirv(kernel.spirv, kernel.label)
+            recorder.dispatch(made, [buffers[i] for i in kernel.operands], b"", kernel.groups)
+        recorder.submit().wait()
+    for buffer, x in zip(buffers[4:9], expected, strict=True):
+        np.testing.assert_allclose(buffer.read(F32, np.shape(x)), x, rtol=1e-5, atol=1e-6)

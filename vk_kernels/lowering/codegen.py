@@ -7,6 +7,7 @@ a graph becomes is one kernel, or several where a long reduction feeds something
 - long reductions over the same axes, what comes before them, and outputs made of their results of the kept or the
   whole shape (a softmax, a layer norm) are one section, with several threads for each reduction;
 - sort and top_k are sections of their own, and so are the pieces of a reduction that is too long for one workgroup;
+  outputs of the whole shape that are made of the same arrays go with the pieces, so that those are read once;
 - what needs the result of a section of other axes, of pieces or of a sort is in the next kernel.
 
 A reduction of few elements, a product, a running sum, a gather and a scatter are computed by one thread wherever an
@@ -89,6 +90,11 @@ def check(node: Node) -> None:
         raise ValueError("bitcast_convert_type between types of different width has no kernel")
 
 
+def in_pieces(node: Node) -> bool:
+    """Whether a node is a reduction that several workgroups share, so that its end is in the next kernel."""
+    return node.op in REDUCTIONS and not node.op.startswith("arg") and Geometry.of(node).splits > 1
+
+
 def generate(graph: Graph, label: str | None = None) -> Generated:
     """The kernels of a graph, whose constants must be inputs. Raises ValueError for what `check` refuses."""
     if graph.constants:
@@ -137,11 +143,15 @@ class _Stage:
         reductions = [node for node in graph.nodes if node.op in REDUCTIONS]
         self._geometry = {node: g for node in reductions if (g := Geometry.of(node)).is_long}
         self._all_heroes = [node for node in graph.nodes if node.op in RANKS or node in self._geometry]
-        self._split = {node for node, g in self._geometry.items() if g.splits > 1 and not node.op.startswith("arg")}
+        self._split = set(filter(in_pieces, reductions))
         self._inner: dict[Node, frozenset[Node]] = {}  # the heroes that a node needs
         for node in graph.nodes:
             needed = [self._heroes(x) for x in node.inputs]
             self._inner[node] = frozenset().union(*needed)
+        self._uniform: set[Value] = set()  # arrays of one number
+        for node in graph.nodes:
+            if node.inputs and all(map(self._is_number, node.inputs)):
+                self._uniform.update(node.outputs)
         self._outputs: list[tuple[Value | Literal, int]] = []  # to be written by this stage
         self._frontier: dict[Node, None] = {}  # whose results must be stored for the next one
         self._partials: dict[Node, Value] = {}
@@ -157,6 +167,9 @@ class _Stage:
         node = self._producers[value]
         is_hero = node.op in RANKS or node in self._geometry
         return self._inner[node] | {node} if is_hero else self._inner[node]
+
+    def _is_number(self, x: Value | Literal) -> bool:
+        return isinstance(x, Literal) or x.size <= 1 or x in self._uniform
 
     def add(self, value: Value | Literal, operand: int) -> None:
         """Writes `value` to an operand in this stage if it can be, or else what it needs."""
@@ -227,6 +240,22 @@ class _Stage:
             output = Output(value, bindings.output(operand, dtype_of(value)))
             groups.setdefault(self._section_of(value), []).append(output)
         sections: list[Section] = []
+        pieces: dict[Geometry, list[Output]] = {}
+        made = {hero.outputs[0]: hero for hero in self._partials}
+        for value, hero in made.items():
+            partial = self._partials[hero]
+            buffer = bindings.output(self.made[partial], partial.dtype)
+            pieces.setdefault(self._geometry[hero], []).append(Output(value, buffer))
+        for geometry, partials in pieces.items():
+            alike = "map", geometry.shape
+            for together in self._components([*partials, *groups.pop(alike, ())]):
+                nodes = [made[output.value] for output in together if output.value in made]
+                if nodes:
+                    buffers = [output.buffer for output in together if output.value in made]
+                    outputs = [output for output in together if output.value not in made]
+                    sections.append(PartialSection(geometry, nodes, buffers, outputs, workspace))
+                else:
+                    groups.setdefault(alike, []).extend(together)
         for (sort, what), outputs in groups.items():
             if sort == "map":
                 sections += [MapSection(together) for together in self._components(outputs)]
@@ -240,16 +269,6 @@ class _Stage:
                     whole = [output for output in together if output.value.shape == what.shape]
                     kept = [output for output in together if output.value.shape != what.shape]
                     sections.append(ReduceSection(what, levels(nodes, self._inner), kept, whole, workspace))
-        pieces: dict[Geometry, list[Output]] = {}
-        made = {hero.outputs[0]: hero for hero in self._partials}
-        for value, hero in made.items():
-            partial = self._partials[hero]
-            buffer = bindings.output(self.made[partial], partial.dtype)
-            pieces.setdefault(self._geometry[hero], []).append(Output(value, buffer))
-        for geometry, outputs in pieces.items():
-            for together in self._components(outputs):
-                nodes, buffers = [made[output.value] for output in together], [output.buffer for output in together]
-                sections.append(PartialSection(geometry, nodes, buffers, workspace))
         return sections
 
     def _components(self, outputs: Sequence[Output]) -> list[list[Output]]:
@@ -263,17 +282,17 @@ class _Stage:
             return i
 
         for i, output in enumerate(outputs):
-            stack = [output.value]
+            stack = [] if isinstance(output.value, Literal) else [output.value]
             while stack:
                 value = stack.pop()
-                if isinstance(value, Literal) or value.size <= 1 or first.get(value) == i:
+                if first.get(value) == i:
                     continue
                 if value in first:  # what it is made of belongs to that output already
                     parent[root(i)] = root(first[value])
                     continue
                 first[value] = i
                 if value not in self._stored:
-                    stack += self._producers[value].inputs
+                    stack += (x for x in self._producers[value].inputs if not self._is_number(x))
         groups: dict[int, list[Output]] = {}
         for i, output in enumerate(outputs):
             groups.setdefault(root(i), []).append(output)
@@ -306,10 +325,10 @@ class _Stage:
         return {
             (self._stored[value], operands[output.buffer])
             for section in sections
-            if isinstance(section, MapSection)
+            if isinstance(section, MapSection | PartialSection)
             for output in section.outputs
             for value, places in emitter.reads.items()
-            if places == {section.index}
+            if places <= section.indices
             and size_of(value) == size_of(output.value)
             and bits_of(value.dtype) == bits_of(dtype_of(output.value))
         }

@@ -6,8 +6,8 @@ which elements are combined is fixed by the shapes, so that every run gives the 
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,23 @@ _LONG = 33  # a reduction of fewer elements is one thread's loop
 class Output(NamedTuple):
     value: Value | Literal
     buffer: Buffer
+
+
+def _words(e: Emitter, outputs: Sequence[Output], place: Sequence[Id]) -> Code:
+    """Of outputs of one shape at a place: all are made before any is stored, as an output may be an input's
+    memory."""
+    words = []
+    for value, _ in outputs:
+        x = yield value, place
+        words.append(e.scalars.to_word(x, dtype_of(value)))
+    return words
+
+
+def _store(outputs: Sequence[Output], index: Id, words: Sequence[Id]) -> Code:
+    for (_, buffer), word in zip(outputs, words, strict=True):
+        buffer.store(index, word)
+    return []
+    yield
 
 
 class Geometry(NamedTuple):
@@ -103,7 +120,7 @@ class MapSection:
     """A thread an element, of one or several outputs of one shape."""
 
     outputs: list[Output]
-    index: Id | None = None  # of the element, once emitted
+    indices: set[Id] = field(default_factory=set)  # of the element, once emitted
 
     @property
     def groups(self) -> int:
@@ -112,16 +129,11 @@ class MapSection:
     def emit(self, e: Emitter, group: Id) -> Code:
         m, shape = e.m, shape_of(self.outputs[0].value)
         index = m.op(Op.I_ADD, m.op(Op.I_MUL, group, m.constant(THREADS)), m.thread)
-        self.index = index
+        self.indices.add(index)
 
         def element() -> Code:
-            words = []
-            for value, _ in self.outputs:
-                x = yield value, e.place(index, shape)
-                words.append(e.scalars.to_word(x, dtype_of(value)))
-            # All is read before anything is written: an output may be an input's memory.
-            for (_, buffer), word in zip(self.outputs, words, strict=True):
-                buffer.store(index, word)
+            words = yield from _words(e, self.outputs, e.place(index, shape))
+            yield from _store(self.outputs, index, words)
 
         yield from m.branch(m.op(Op.U_LESS, index, m.constant(math.prod(shape))), element)
 
@@ -159,27 +171,16 @@ class ReduceSection:
             x = yield value, e.reshaped(kept, geometry.kept, shape_of(value))
             words.append(e.scalars.to_word(x, dtype_of(value)))
 
-        def store_kept() -> Code:
-            for (_, buffer), word in zip(self.kept, words, strict=True):
-                buffer.store(lanes.k, word)
-            return []
-            yield
-
         def store_whole() -> Code:
             yield from m.loop(lanes.along, count, m.constant(geometry.lanes[1]), [], element)
 
         def element(r: Id, carried: list[Id]) -> Code:
             place = _whole(geometry, kept, e.place(r, geometry.reduced))
-            results = []
-            for value, _ in self.whole:
-                x = yield value, place
-                results.append(e.scalars.to_word(x, dtype_of(value)))
-            for (_, buffer), word in zip(self.whole, results, strict=True):
-                buffer.store(e.linear(place, geometry.shape), word)
-            return []
+            made = yield from _words(e, self.whole, place)
+            return (yield from _store(self.whole, e.linear(place, geometry.shape), made))
 
         if self.kept:
-            yield from m.branch(lanes.leads(), store_kept)
+            yield from m.branch(lanes.leads(), lambda: _store(self.kept, lanes.k, words))
         if self.whole:
             yield from m.branch(lanes.inside, store_whole)
 
@@ -188,13 +189,16 @@ class ReduceSection:
 class PartialSection:
     """The first half of long reductions: `splits` of the geometry, each by a workgroup of its own.
 
-    The output of each is of the kept shape and one axis more, over the pieces.
+    What goes into `buffers` is of the kept shape and one axis more, over the pieces. Outputs of the whole shape, which
+    need no reduction, are stored on the way: an optimizer's update and its norm read the same arrays once.
     """
 
     geometry: Geometry
     nodes: list[Node]
     buffers: list[Buffer]
+    outputs: list[Output]
     workspace: Workspace
+    indices: set[Id] = field(default_factory=set)  # of the elements that a thread goes over, once emitted
 
     @property
     def groups(self) -> int:
@@ -213,7 +217,15 @@ class PartialSection:
         begin = m.op(Op.I_MUL, piece, m.constant(piece_length))
         start = m.op(Op.I_ADD, begin, lanes.along)
         stop = m.ext(Ext.U_MIN, m.op(Op.I_ADD, begin, m.constant(piece_length)), m.constant(count))
-        totals = yield from _totals(e, lanes, self.nodes, kept, start, stop, self.workspace, _AT_ONCE)
+
+        def visit(place: Sequence[Id]) -> Code:
+            index = e.linear(place, geometry.shape)
+            self.indices.add(index)
+            words = yield from _words(e, self.outputs, place)
+            return lambda: _store(self.outputs, index, words)
+
+        visits = visit if self.outputs else None
+        totals = yield from _totals(e, lanes, self.nodes, kept, start, stop, self.workspace, _AT_ONCE, visits)
 
         def store() -> Code:
             index = m.op(Op.I_ADD, m.op(Op.I_MUL, lanes.k, splits), piece)
@@ -265,11 +277,12 @@ def _totals(
     stop: Id,
     workspace: Workspace,
     at_once: int = 1,
+    visit: Callable[[Sequence[Id]], Code] | None = None,
 ) -> Code:
     """[(reducer, totals)] of reductions of one geometry, known to every thread: each thread's part, then a tree.
 
     at_once: elements of a thread's part that are on their way at a time; the order in which they are combined is that
-    of one by one.
+    of one by one. visit: makes more of an element at its place, and gives what stores it.
     """
     m = e.m
     reducers = [Reducer(e.scalars, node) for node in nodes]
@@ -286,12 +299,21 @@ def _totals(
     last = m.op(Op.I_SUB, stop, m.constant(1))
 
     def body(r: Id, carried: list[Id]) -> Code:
-        carried = yield from element(r, carried)
-        for i in range(1, at_once):
-            further = m.op(Op.I_ADD, r, m.constant(i * lanes.count))
-            results = yield from element(m.ext(Ext.U_MIN, further, last), carried)
-            inside = m.op(Op.U_LESS_EQUAL, further, last)
-            carried = [m.select(inside, new, old) for new, old in zip(results, carried, strict=True)]
+        stores = []
+        for i in range(at_once):
+            at, inside, old = r, lanes.inside, carried
+            if i:
+                further = m.op(Op.I_ADD, r, m.constant(i * lanes.count))
+                # Past the end, the last element (or what another thread has put in its place): it is thrown away.
+                at = m.ext(Ext.U_MIN, further, last)
+                inside = m.op(Op.LOGICAL_AND, inside, m.op(Op.U_LESS_EQUAL, further, last))
+            carried = yield from element(at, old)
+            if i:
+                carried = [m.select(inside, *both) for both in zip(carried, old, strict=True)]
+            if visit:
+                stores.append((inside, (yield from visit(_whole(geometry, kept, e.place(at, geometry.reduced))))))
+        for inside, store in stores:
+            yield from m.branch(inside, store)
         return carried
 
     initial = [x for reducer in reducers for x in reducer.initial()]

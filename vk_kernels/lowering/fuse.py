@@ -7,10 +7,13 @@ targets that need them.
 
 The height of a target is the longest way from it to the end of the program, counted in steps. Targets of one height
 need nothing of each other, and become one step together (horizontal fusion): each is computed as late as it can be.
-But inputs that are only converted to a smaller type, as a model's parameters to bfloat16, are all converted first.
+But inputs that are only converted to a smaller type, as a model's parameters to bfloat16, are all converted first; and
+elementwise targets come forward to the long reductions of all that they load (an optimizer's update to its norms), so
+that it is read once.
 """
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vk_kernels.lowering.codegen import EXPENSIVE
+from vk_kernels.lowering.codegen import EXPENSIVE, in_pieces
 from vk_kernels.lowering.graph import Graph, Literal, Node, Operand, Value, producers
 
 MOST_BUFFERS = 128  # that a generated kernel binds, roughly: what one target needs stays together
@@ -155,7 +158,8 @@ class _Partitioner:
         self._stored = {self._root(value) for value in graph.outputs}
         self._stored.update(self._root(x) for node in graph.nodes if node.call for x in node.inputs)
         self._cut_costly()
-        self._heights = self._find_heights()
+        self._heights = self._find_heights({})
+        self._heights = self._find_heights(self._join_reductions())
 
     def _root(self, value: Value) -> Value:
         """The array in memory that a view is of."""
@@ -188,10 +192,10 @@ class _Partitioner:
     def _is_target(self, node: Node) -> bool:
         return any(out in self._loaded or out in self._stored for out in node.outputs)
 
-    def _find_heights(self) -> dict[Node, int]:
-        """Of hot operations and of the nodes that give targets."""
+    def _find_heights(self, least: dict[Node, int]) -> dict[Node, int]:
+        """Of hot operations and of the nodes that give targets; `least`: how high some are at least."""
         heights: dict[Node, int] = {}
-        needed: dict[Node, int] = {}
+        needed = dict(least)
         for node in reversed(self._graph.nodes):
             if not (node.call or self._is_target(node)):
                 continue
@@ -209,6 +213,52 @@ class _Partitioner:
         if node.op != "convert_element_type" or self._root(node.inputs[0]) not in self._inputs:
             return False
         return node.outputs[0].nbytes < node.inputs[0].nbytes
+
+    def _join_reductions(self) -> dict[Node, int]:
+        """Elementwise targets that come forward to where long reductions of their shape load all arrays that they load.
+
+        But only if nothing else loads those arrays later, so that an output can still be written over one of them.
+        """
+        joint: dict[tuple[int, tuple[int, ...]], set[Value]] = {}  # the arrays, by the reductions' height and shape
+        readers: dict[Value, set[Node]] = {}
+        loads: dict[Node, set[Value]] = {}
+        for node, height in self._heights.items():
+            loads[node] = set(self._needs(node)) if node.call else self._part(node, height).loads
+            for x in loads[node]:
+                readers.setdefault(x, set()).add(node)
+            if in_pieces(node):
+                operand = node.inputs[0]
+                arrays = (x for x in loads[node] if x.size >= operand.size)
+                joint.setdefault((height, operand.shape), set()).update(arrays)
+        found: dict[Node, int] = {}
+        for (height, shape), arrays in joint.items():
+            later = {node for x in arrays for node in readers[x] if self._heights[node] < height}
+            joining = {node for node in later if self._can_join(node, height, shape, arrays)}
+            while True:
+                left = frozenset().union(*(loads[node] for node in later - joining))
+                apart = {node for node in joining if not left.isdisjoint(arrays & loads[node])}
+                if not apart:
+                    break
+                joining -= apart
+            found |= dict.fromkeys(joining, height)
+        return found
+
+    def _can_join(self, node: Node, height: int, shape: tuple[int, ...], arrays: set[Value]) -> bool:
+        """Whether a target is elementwise and, at a height, made of `arrays` and smaller ones. Nothing that must be
+        raised above it then may be a long reduction: the target would be left behind."""
+        if node.call or node.op in EXPENSIVE or node.outputs[0].shape != shape:
+            return False
+        if any(x.size >= math.prod(shape) and x not in arrays for x in self._part(node, height).loads):
+            return False
+        stack, seen = [node], set()
+        while stack:
+            node = stack.pop()
+            if in_pieces(node):
+                return False
+            made = {self._producers[x] for x in self._needs(node) if x in self._producers} - seen
+            seen |= made
+            stack += (producer for producer in made if self._heights[producer] <= height)
+        return True
 
     def _needs(self, node: Node) -> list[Value]:
         """What a target is made of: values that are loaded, and values that are stored."""
