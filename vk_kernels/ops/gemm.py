@@ -133,7 +133,8 @@ class Tile(NamedTuple):
 
     How fast is measured on an H100, or on lavapipe for the tiles of CPUs, and read from there by `choose_tile`:
     TFLOP/s of a product that fills the device, workgroups that share a core, of how much k the time is that a workgroup
-    takes beside its k, and what is left of the rate where tiles stick out of a matrix.
+    takes beside its k, and what is left of the rate where tiles stick out of a matrix. unbounded: whether to load
+    without bounds where rows start aligned and k is whole tiles.
     """
 
     m: int
@@ -144,19 +145,21 @@ class Tile(NamedTuple):
     resident: int
     overhead: int
     ragged: float = 1.0
+    unbounded: bool = False
 
 
 # Each is a variant of its family's kernel.
 TILES = {
     "plain": (
-        Tile(128, 128, 16, 256, 45, 1, 40),
-        Tile(64, 64, 16, 128, 43, 3, 35),
-        Tile(32, 32, 16, 64, 30, 6, 35),
+        Tile(128, 128, 8, 256, 52, 2, 92, unbounded=True),
+        Tile(128, 64, 16, 128, 52, 3, 96, unbounded=True),
+        Tile(64, 64, 16, 128, 48, 5, 108),
+        Tile(32, 32, 16, 64, 31, 7, 120),
     ),
     "coop1": (
-        Tile(128, 256, 32, 256, 256, 1, 142),
-        Tile(128, 128, 64, 256, 276, 2, 251),
-        Tile(64, 64, 64, 128, 226, 4, 396),
+        Tile(128, 256, 32, 256, 256, 1, 142, unbounded=True),
+        Tile(128, 128, 64, 256, 276, 2, 251, unbounded=True),
+        Tile(64, 64, 64, 128, 226, 4, 396, unbounded=True),
     ),
     "coop2": (
         Tile(128, 256, 64, 256, 313, 1, 310, ragged=0.51),
@@ -397,9 +400,8 @@ class _Multiply:
         else:
             at_once = 8 if self.variant == "coop1" else 4  # elements of an operand
             spec |= {"ALIGNED_A": a.whole(at_once), "ALIGNED_B": b.whole(at_once)}
-            if self.variant == "coop1":
-                whole_k = work.k > 0 and work.k % tile.k == 0  # of each slice, then
-                spec["WHOLE"] = whole_k and a.aligned(at_once) and b.aligned(at_once)
+            whole_k = work.k > 0 and work.k % tile.k == 0  # of each slice, then
+            spec["WHOLE"] = tile.unbounded and whole_k and a.aligned(at_once) and b.aligned(at_once)
             spec |= _epilogue_spec(epilogue, c.whole(4))
         groups = work.batch * work.splits * ceil_divide(work.m, tile.m) * ceil_divide(work.n, tile.n)
         push_constants = _push_constants(work, a, b, c, epilogue, groups)
