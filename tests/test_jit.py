@@ -14,8 +14,10 @@ from vk_fixtures import SELECTOR, needs_vulkan
 
 import vk_kernels
 from vk_kernels import ops
+from vk_kernels.errors import BufferSizeError
 from vk_kernels.lowering import call
 from vk_kernels.lowering.trace import UnsupportedError
+from vk_kernels.memory import Memory
 from vk_kernels.program import RECORDINGS
 
 pytestmark = needs_vulkan
@@ -442,11 +444,33 @@ def test_what_the_arena_holds_before_changes_nothing():
 
     def filled(state, x):
         with compiled.device.recorder() as recorder:
-            recorder.fill(compiled.executable.arena, 0xFFFFFFFF)
+            for block in compiled.executable.arena:
+                recorder.fill(block, 0xFFFFFFFF)
             recorder.submit()
         return jitted(state, x)
 
     assert run_layered(filled, 3) == clean
+
+
+def test_an_arena_larger_than_an_allocation_is_in_blocks(monkeypatch):
+    inputs = [np.full(n, n, np.float32) for n in (20_000, 30_000, 25_000)]
+
+    def products(*arrays):  # three large arrays that live together
+        rows = [jnp.outer(x[:100], x[:100]) @ jnp.ones((100, 100)) for x in arrays]
+        return [row @ other for row in rows for other in rows]
+
+    expected = vjit(products)(*inputs)
+    largest = Memory.largest
+    monkeypatch.setattr(Memory, "largest", lambda self, sliced=False: (65_536, "a test") if sliced else largest(self))
+    jitted = vjit(products)
+    for x, y in zip(jitted(*inputs), expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+    executable = jitted.lower(*inputs).executable
+    assert len(executable.arena) > 1
+    assert sum(block.size for block in executable.arena) == executable.program.arena_bytes
+    monkeypatch.setattr(Memory, "largest", lambda self, sliced=False: (8_192, "a test") if sliced else largest(self))
+    with pytest.raises(BufferSizeError, match="40,000 bytes: the device takes at most 8,192 at once"):
+        vjit(products)(*inputs)
 
 
 def test_results_that_are_held_stay_as_they_are():

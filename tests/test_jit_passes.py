@@ -214,14 +214,18 @@ def test_common_scope():
     assert common_scope(["a", "b"]) == common_scope([]) == ""
 
 
-@given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 9), st.integers(0, 9)), max_size=30))
+@given(
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 9), st.integers(0, 9)), max_size=30),
+    st.sampled_from((2048, 2304, 1 << 20)),
+)
 @settings(max_examples=200, deadline=None)
-def test_arrays_that_live_at_one_time_do_not_overlap(found):
+def test_arrays_that_live_at_one_time_do_not_overlap_and_each_is_in_one_block(found, block):
     lifetimes = [Lifetime(n, min(a, b), max(a, b)) for n, a, b in found]
-    offsets, total = place(lifetimes)
+    offsets, total = place(lifetimes, block)
     for i, (own, start) in enumerate(zip(lifetimes, offsets, strict=True)):
         assert start % ALIGNMENT == 0
         assert start + own.nbytes <= total
+        assert start // block == (start + max(own.nbytes, 1) - 1) // block
         for other, at in list(zip(lifetimes, offsets, strict=True))[:i]:
             if own.first <= other.last and other.first <= own.last:
                 assert start + max(own.nbytes, 1) <= at or at + max(other.nbytes, 1) <= start
@@ -229,8 +233,8 @@ def test_arrays_that_live_at_one_time_do_not_overlap(found):
 
 def test_arrays_of_different_times_share_memory():
     lifetimes = [Lifetime(1000, i, i + 1) for i in range(20)]
-    assert place(lifetimes)[1] == 2 * 1024
-    assert place([]) == ([], 0)
+    assert place(lifetimes, 1 << 20)[1] == 2 * 1024
+    assert place([], 1 << 20) == ([], 0)
 
 
 def dispatch(reads: str, writes: str, nbytes: int = 4, parts: str = "") -> Access:

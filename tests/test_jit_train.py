@@ -99,7 +99,8 @@ def test_replays_are_fresh_recordings_in_an_arena_of_nan_bit_for_bit():
         executable = compiled.executable
         executable._recordings.clear()
         with compiled.device.recorder() as recorder:
-            recorder.fill(executable.arena, 0xFFFFFFFF)
+            for block in executable.arena:
+                recorder.fill(block, 0xFFFFFFFF)
             recorder.submit()
         return step(state, batch)
 

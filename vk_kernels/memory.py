@@ -286,15 +286,20 @@ class Memory:
         self._device.fn.vkGetBufferMemoryRequirements(self._device.handle, handle, requirements)
         return requirements
 
+    def largest(self, sliced: bool = False) -> tuple[int, str]:
+        """Bytes of the largest buffer that the device takes, and the limit that says so."""
+        limits = self._device.limits
+        found = [(limits.allocation_size, "maxMemoryAllocationSize"), (limits.buffer_size, "maxBufferSize")]
+        if not sliced:
+            found.append((limits.storage_buffer_range, "maxStorageBufferRange"))
+        return min(found, key=lambda limit: limit[0])
+
     def allocate(self, nbytes: int, kind: str = "device", sliced: bool = False) -> Buffer:
         """A buffer of `nbytes`, with undefined content. `sliced`: only slices of it will be bound to kernels.
 
         Raises BufferSizeError over a limit of the device, OutOfMemoryError where it has no room.
         """
-        limits = self._device.limits
-        limit, name = min((limits.allocation_size, "maxMemoryAllocationSize"), (limits.buffer_size, "maxBufferSize"))
-        if not sliced and limits.storage_buffer_range < limit:
-            limit, name = limits.storage_buffer_range, "maxStorageBufferRange"
+        limit, name = self.largest(sliced)
         if not 0 <= nbytes <= limit:
             raise BufferSizeError(
                 f"a buffer of {nbytes:,} bytes: {self._device.info.name} takes at most {limit:,} ({name})"

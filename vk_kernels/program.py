@@ -55,7 +55,11 @@ class Command:
 
 @dataclass(frozen=True)
 class Program:
-    """Commands in order. aliases: output -> the donated input in whose memory it is."""
+    """Commands in order.
+
+    aliases: output -> the donated input in whose memory it is. arena_bytes: in blocks of arena_block bytes, and what is
+    left; no array is in two.
+    """
 
     commands: tuple[Command, ...]
     inputs: tuple[Array, ...]
@@ -63,6 +67,7 @@ class Program:
     constants: tuple[np.ndarray, ...]
     aliases: dict[int, int]
     arena_bytes: int
+    arena_block: int
 
 
 def find_barriers(
@@ -155,7 +160,9 @@ class Executable:
             [kernel.writable for kernel in self._kernels],
             [command.parts for command in program.commands],
         )
-        self.arena = device.buffer(program.arena_bytes, sliced=True)
+        starts = range(0, program.arena_bytes, program.arena_block)
+        sizes = [min(program.arena_block, program.arena_bytes - start) for start in starts]
+        self.arena = [device.buffer(size, sliced=True) for size in sizes]
         self._constants = [device.upload(array) for array in program.constants]
         self._aliases = [program.aliases.get(j) for j in range(len(program.outputs))]
         self._aliased = frozenset(program.aliases.values())
@@ -268,12 +275,14 @@ class Executable:
             if barrier:
                 recorder.barrier()
             operands = [
-                self.arena.slice(place.index, place.nbytes)
-                if place.space == "arena"
-                else spaces[place.space][place.index]
+                self._in_arena(place) if place.space == "arena" else spaces[place.space][place.index]
                 for place in command.operands
             ]
             recorder.dispatch(kernel, operands, command.push_constants, command.groups, command.label)
+
+    def _in_arena(self, place: Place) -> Buffer:
+        block, offset = divmod(place.index, self.program.arena_block)
+        return self.arena[block].slice(offset, place.nbytes)
 
     def time(self, arguments: Sequence[Buffer | np.ndarray]) -> list["Timing"]:
         """Device time of each command, one after another; the arguments stay as they are."""

@@ -50,7 +50,7 @@ class _Planned:
 def make_program(partition: Partition, device: "Device", donated: Sequence[bool]) -> Program:
     """Raises ValueError or FeatureError for what the kernels or the device cannot do, naming the line."""
     planned = [_plan(step, device) for step in partition.steps]
-    memory = _Memory(partition, planned, donated)
+    memory = _Memory(partition, planned, donated, device.memory.largest(sliced=True)[0])
     ordered = []
     for index, plan in enumerate(planned):
         places = memory.places(index)
@@ -79,6 +79,7 @@ def make_program(partition: Partition, device: "Device", donated: Sequence[bool]
         tuple(partition.constants.values()),
         memory.aliases,
         memory.arena_bytes,
+        memory.arena_block,
     )
 
 
@@ -128,7 +129,8 @@ def _copy(copies: Sequence[tuple[Place, Place, Value]]) -> list[Command]:
 class _Memory:
     """Places of all arrays of a program."""
 
-    def __init__(self, partition: Partition, planned: Sequence[_Planned], donated: Sequence[bool]):
+    def __init__(self, partition: Partition, planned: Sequence[_Planned], donated: Sequence[bool], largest: int):
+        """largest: bytes that the device gives at once."""
         self._partition, self._planned = partition, planned
         self._steps = {value: i for i, plan in enumerate(planned) for value in plan.step.outputs}
         self._last_reads: dict[Value, int] = {}
@@ -145,6 +147,7 @@ class _Memory:
         kept = set(self._places.values())
         self.waves = find_waves(list(zip(levels, self._accesses, strict=True)), kept)
         self._scratch: list[list[Place]] = []
+        self.arena_block = largest // arena.ALIGNMENT * arena.ALIGNMENT
         self.arena_bytes = self._place_rest()
 
     @property
@@ -243,7 +246,7 @@ class _Memory:
                     donors.remove(donor)
                     blocks[x] = blocks[donor]
                     lifetimes[blocks[x]] = lifetimes[blocks[x]]._replace(last=last[x])
-        offsets, size = arena.place(lifetimes)
+        offsets, size = arena.place(lifetimes, self.arena_block)
         for x, k in blocks.items():
             if isinstance(x, Value):
                 self._places[x] = Place("arena", offsets[k], x.nbytes)
