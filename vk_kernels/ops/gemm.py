@@ -157,11 +157,11 @@ TILES = {
         Tile(32, 32, 16, 64, 31, 7, 120),
     ),
     "coop1": (
-        Tile(128, 192, 64, 256, 346, 1, 463, unbounded=True),
-        Tile(192, 128, 64, 256, 365, 1, 535, unbounded=True),
-        Tile(128, 128, 32, 128, 363, 2, 534, unbounded=True),
-        Tile(128, 128, 64, 256, 338, 2, 433, unbounded=True),
-        Tile(64, 64, 64, 128, 210, 4, 384, unbounded=True),
+        Tile(128, 192, 64, 256, 355, 1, 445, unbounded=True),
+        Tile(192, 128, 64, 256, 359, 1, 472, unbounded=True),
+        Tile(128, 128, 32, 128, 363, 2, 515, unbounded=True),
+        Tile(128, 128, 64, 256, 339, 2, 397, unbounded=True),
+        Tile(64, 64, 64, 128, 209, 4, 381, unbounded=True),
     ),
     "coop2": (
         Tile(128, 256, 64, 256, 313, 1, 310, ragged=0.51),
