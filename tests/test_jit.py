@@ -338,7 +338,9 @@ def test_an_update_with_norms_stays_in_its_memory():
     state = [(normal(*shape), normal(*shape, seed=1)) for shape in shapes]
     grads = [normal(*shape, seed=2) for shape in shapes]
     jitted = vjit(step, donate_argnums=0)
-    assert jitted.cost(state, grads).dispatches == 5  # 2 of 4 sums at most, with their ends, and the norms
+    # The 6 sums and their ends, on a CPU 4 at most in a kernel, and the norms.
+    on_cpu = jitted.lower(state, grads).device.info.kind == "cpu"
+    assert jitted.cost(state, grads).dispatches == (5 if on_cpu else 3)
     expected, state = state, vk_kernels.device_put(state, SELECTOR)
     addresses = [(leaf.buffer.handle_address, leaf.buffer.offset) for leaf in jax.tree.leaves(state)]
     for _ in range(3):
