@@ -5,9 +5,10 @@
 
 Without --calls it only traces, compiles and records, on any device, twice: the second time the compiled kernels come
 from the cache on disk. With it, steps run with donated state and a batch of numpy arrays: a call is the time until it
-returns while nothing waits for the device, the driver's the part of it inside of Vulkan, Python's the rest; step is
-wall time over all calls. --profile times each dispatch alone, so that their sum is more than a step, and groups them
-by phase and by kernel.
+returns while nothing waits for the device, the driver's the part of it inside of Vulkan, Python's the rest, as it is
+for a core that slept during the step before, and wakes with cold caches, and for one that did not; step is wall time
+over all calls. --profile times each dispatch alone, so that their sum is more than a step, and groups them by phase
+and by kernel.
 """
 
 import argparse
@@ -107,24 +108,27 @@ def measure(jitted: Any, state: Any, batch: Any, calls: int) -> Any:
     print(f"first call (recording included): {time.perf_counter() - start:.3f} s")
     for _ in range(5):  # makes what recordings there will be
         state, metrics = jitted(state, batch)
-    times = []
-    with timed_driver(jitted.lower(state, batch).device) as driver:
-        for _ in range(calls):
-            float(metrics["loss"])  # so that no call waits for the device
-            driver.clear()
-            begin = time.perf_counter()
-            state, metrics = jitted(state, batch)
-            times.append((time.perf_counter() - begin, sum(driver)))
-    parts = {
-        "a call": [a for a, _ in times],
-        "the driver's": [b for _, b in times],
-        "Python's": [a - b for a, b in times],
-    }
-    print(
-        ", ".join(
-            f"{name}: {1e6 * statistics.median(x):.0f} us (least {1e6 * min(x):.0f})" for name, x in parts.items()
-        )
-    )
+    device = jitted.lower(state, batch).device
+    for waiting in ("asleep", "awake"):
+        times = []
+        with timed_driver(device) as driver:
+            for _ in range(calls):  # so that no call waits for the device
+                if waiting == "asleep":
+                    float(metrics["loss"])
+                else:
+                    while device.completed() < metrics["loss"].buffer.owner.last_use:
+                        pass
+                driver.clear()
+                begin = time.perf_counter()
+                state, metrics = jitted(state, batch)
+                times.append((time.perf_counter() - begin, sum(driver)))
+        parts = {
+            "a call": [a for a, _ in times],
+            "the driver's": [b for _, b in times],
+            "Python's": [a - b for a, b in times],
+        }
+        found = (f"{name}: {1e6 * statistics.median(x):.0f} us (least {1e6 * min(x):.0f})" for name, x in parts.items())
+        print(f"after a wait {waiting}, {', '.join(found)}")
     float(metrics["loss"])
     begin = time.perf_counter()
     for _ in range(calls):
