@@ -141,7 +141,7 @@ def every_tile(variant):
     """Those of the device. A processor's compiler takes minutes for a GPU's, but the small ones can load as they do."""
     if not ON_CPU:
         return TILES[variant]
-    without_bounds = (tile._replace(unbounded=True) for tile in CPU_TILES)
+    without_bounds = (tile._replace(unbounded=True) for tile in CPU_TILES if not tile.unbounded)
     return (*CPU_TILES, *without_bounds, *(TILES[variant] if NIGHT else ()))
 
 

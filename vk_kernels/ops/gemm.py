@@ -4,7 +4,7 @@ Three families of kernels make the product; `plan_gemm` takes the first that the
   coop1   VK_KHR_cooperative_matrix: a subgroup multiplies 16 x 16 x 16 blocks of bf16
   coop2   VK_NV_cooperative_matrix2: a workgroup multiplies whole tiles of bf16 that the driver loads; as fast where all
           sizes are large, slower where they are not
-  plain   any device: f32 arithmetic on blocks of registers
+  plain   any device: f32 arithmetic on blocks of registers; a kernel of its own where subgroups are vectors of a CPU
 Where C has too few tiles to fill the device, k is split: each slice makes its partial sums and `matmul_finish` adds
 them up, always in the same order, so that a product is the same bit for bit every time.
 """
@@ -134,7 +134,7 @@ class Tile(NamedTuple):
     How fast is measured on an H100, or on lavapipe for the tiles of CPUs, and read from there by `choose_tile`:
     TFLOP/s of a product that fills the device, workgroups that share a core, of how much k the time is that a workgroup
     takes beside its k, and what is left of the rate where tiles stick out of a matrix. unbounded: whether to load
-    without bounds where rows start aligned and k is whole tiles.
+    without bounds where rows start aligned and k is whole tiles. lanes: what its subgroups must have; 0: any number.
     """
 
     m: int
@@ -146,6 +146,7 @@ class Tile(NamedTuple):
     overhead: int
     ragged: float = 1.0
     unbounded: bool = False
+    lanes: int = 0
 
 
 # Each is a variant of its family's kernel.
@@ -171,7 +172,11 @@ TILES = {
         Tile(64, 64, 64, 128, 187, 2, 261, ragged=0.5),
     ),
 }
-CPU_TILES = (Tile(64, 64, 8, 64, 0.02, 1, 16), Tile(32, 32, 8, 64, 0.014, 1, 16))
+CPU_TILES = (
+    Tile(16, 32, 4, 8, 0.08, 1, 16, unbounded=True, lanes=8),  # of matmul_lanes
+    Tile(64, 64, 8, 64, 0.02, 1, 16),
+    Tile(32, 32, 8, 64, 0.014, 1, 16),
+)
 
 
 class _Speed(NamedTuple):
@@ -251,9 +256,7 @@ def _lacking(info: DeviceInfo, variant: str) -> str:
         return ", ".join(sorted(missing))
     types = ("bf16", "bf16", "f32", "f32")
     if variant == "coop1":
-        smallest, largest = info.limits.subgroup_size_range
-        chosen = info.limits.subgroup_size_selectable and smallest <= _COOP1_LANES <= largest
-        if not chosen and not smallest == largest == _COOP1_LANES:
+        if not _has_lanes(info, _COOP1_LANES):
             return f"subgroups of {_COOP1_LANES}"
         rows = [row for row in info.features.cooperative_matrices if row.scope == "subgroup"]
         fits = any((row.m, row.n, row.k, row.a, row.b, row.c, row.result) == (16, 16, 16, *types) for row in rows)
@@ -268,6 +271,12 @@ def _lacking(info: DeviceInfo, variant: str) -> str:
         ):
             return f"workgroup cooperative matrices of {tile.m}x{tile.n}x{tile.k} bf16"
     return ""
+
+
+def _has_lanes(info: DeviceInfo, count: int) -> bool:
+    """Whether a kernel can have subgroups of so many lanes."""
+    smallest, largest = info.limits.subgroup_size_range
+    return smallest == largest == count or (info.limits.subgroup_size_selectable and smallest <= count <= largest)
 
 
 def plan_gemm(
@@ -409,18 +418,21 @@ class _Multiply:
         push_constants = _push_constants(work, a, b, c, epilogue, groups)
         names = _kernel(self.variant, tile, a, c)
         made = dispatch(*names, _operands(a, b, c, epilogue), push_constants, groups, **spec)
-        return replace(made, subgroup_size=_COOP1_LANES if self.variant == "coop1" else None)
+        return replace(made, subgroup_size=_COOP1_LANES if self.variant == "coop1" else tile.lanes or None)
 
 
 def _kernel(variant: str, tile: Tile, a: Matrix, c: Matrix) -> tuple[str, str]:
     """The name of a kernel and of its variant."""
-    return "matmul" if variant == "plain" else f"matmul_{variant}", f"{_types(a, c)}_{tile.m}x{tile.n}x{tile.k}"
+    family = "matmul_lanes" if tile.lanes else "matmul" if variant == "plain" else f"matmul_{variant}"
+    return family, f"{_types(a, c)}_{tile.m}x{tile.n}x{tile.k}"
 
 
 def _fits(info: DeviceInfo, kernel: str, kind: str, tile: Tile) -> bool:
-    """Whether the device has the threads and the shared memory that a tile takes."""
-    shared = manifest()[f"{kernel}.{kind}"]["shared_bytes"]
-    return tile.threads <= info.limits.workgroup_invocations and shared <= info.limits.shared_memory
+    """Whether the device has what a tile takes: threads, shared memory, and subgroups that suit it."""
+    needs = manifest()[f"{kernel}.{kind}"]
+    suits = not tile.lanes or (_has_lanes(info, tile.lanes) and info.features.names >= set(needs["features"]))
+    enough = tile.threads <= info.limits.workgroup_invocations and needs["shared_bytes"] <= info.limits.shared_memory
+    return suits and enough
 
 
 def _finish(work: _Work, a: Matrix, c: Matrix, epilogue: Epilogue) -> Dispatch:
