@@ -69,7 +69,7 @@ def make_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[
         model.parameters(),
         options.learning_rate,
         (options.b1, options.b2),
-        options.eps,
+        options.epsilon,
         options.weight_decay,
         fused=True,
     )

@@ -346,9 +346,9 @@ def test_more_tiles_than_workgroups_along_an_axis(device, monkeypatch, dtype, va
 
 def test_workgroups_fold_over_two_axes(device):
     info = dataclasses.replace(device.info, kind="cpu")  # tiles of 16 queries or 64 keys
-    array, lse = Array((4096, 1024, 25, 64), F32), Array((4096, 25, 1024), F32)
-    forward_plan = plan_attention_forward(info, [array] * 3, [array, lse])
-    backward_plan = plan_attention_backward(info, [*[array] * 4, lse, array], [array] * 3)
+    array, lse = Array((4096, 1024, 25, 64), BF16), Array((4096, 25, 1024), F32)
+    forward_plan = plan_attention_forward(info, [array] * 3, [array, lse], variant="plain")
+    backward_plan = plan_attention_backward(info, [*[array] * 4, lse, array], [array] * 3, variant="plain")
     for dispatch, tiles in zip((*forward_plan.dispatches, *backward_plan.dispatches[1:]), (64, 16, 64), strict=True):
         x, y, z = dispatch.groups
         assert max(x, y) <= 65_535

@@ -17,7 +17,7 @@ import numpy as np
 from vk_kernels.errors import FeatureError
 from vk_kernels.kernel import manifest
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
-from vk_kernels.ops.launch import aligned, ceil_divide, dispatch, element
+from vk_kernels.ops.launch import aligned, ceil_divide, dispatch, element, has_lanes
 from vk_kernels.plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
@@ -317,17 +317,25 @@ def _lacking(info: "DeviceInfo", variant: str, head_dim: int) -> str:
     types = ("bf16", "bf16", "f32", "f32")
     if not any(row.scope == "subgroup" and (row.a, row.b, row.c, row.result) == types for row in rows):
         return f"cooperative matrices of {_MATRIX}x{_MATRIX}x{_MATRIX} bf16"
-    smallest, largest = info.limits.subgroup_size_range
-    chosen = info.limits.subgroup_size_selectable and smallest <= _LANES <= largest
-    return "" if chosen or smallest == largest == _LANES else f"subgroups of {_LANES}"
+    return "" if has_lanes(info, _LANES) else f"subgroups of {_LANES}"
+
+
+def _has_vectors(info: "DeviceInfo", element: str, head_dim: int) -> bool:
+    """Whether the device is a CPU for whose vectors of eight there are kernels."""
+    record = manifest().get(f"attention_forward.{element}_{_padded(head_dim)}_lanes")
+    suits = info.kind == "cpu" and has_lanes(info, _EIGHT)
+    return record is not None and suits and set(record["features"]) <= info.features.names
 
 
 def _plain_kernel(info: "DeviceInfo", kernel: str, element: str, head_dim: int) -> tuple[str, int]:
     """The variant of a plain kernel that the device runs, and how many rows its tiles have, queries or keys.
 
-    The small tiles are for CPUs, with their few registers and compilers that are slow to unroll, and for devices that
-    lack the shared memory or the subgroups of the large ones. They need neither subgroups nor more than 32 KiB.
+    A CPU's vectors have kernels of their own. The small tiles are for other CPUs, with their few registers and
+    compilers that are slow to unroll, and for devices that lack the shared memory or the subgroups of the large ones.
+    They need neither subgroups nor more than 32 KiB.
     """
+    if _has_vectors(info, element, head_dim):
+        return f"{element}_{_padded(head_dim)}_lanes", _EIGHT
     variant = f"{element}_{_padded(head_dim)}"
     if info.kind == "cpu" or not _runs(info, manifest()[f"{kernel}.{variant}"]):
         variant += "_small"
@@ -392,7 +400,7 @@ class _Work(NamedTuple):
         spec, softmax = {"SOFT_CAP": cap is not None, "DROPOUT": threshold > 0}, {}
         if chosen == "plain":
             kernels = {kernel: _plain_kernel(info, kernel, kind, head_dim) for kernel in _TILED}
-            subgroup_size, eights = None, 4
+            subgroup_size, eights = _EIGHT if _has_vectors(info, kind, head_dim) else None, 4
         else:
             kernels = dict.fromkeys(_TILED, (f"{chosen}_{_padded(head_dim)}", _TILE))
             softmax = {"BOUNDED": cap is not None and abs(cap) <= _BOUNDED_CAP}

@@ -21,7 +21,7 @@ import numpy as np
 from vk_kernels.device import DeviceInfo
 from vk_kernels.errors import FeatureError
 from vk_kernels.kernel import manifest
-from vk_kernels.ops.launch import MAX_GROUPS, THREADS, ceil_divide, dispatch
+from vk_kernels.ops.launch import MAX_GROUPS, THREADS, ceil_divide, dispatch, has_lanes
 from vk_kernels.plan import Dispatch, Plan
 
 F32 = np.dtype(np.float32)
@@ -256,7 +256,7 @@ def _lacking(info: DeviceInfo, variant: str) -> str:
         return ", ".join(sorted(missing))
     types = ("bf16", "bf16", "f32", "f32")
     if variant == "coop1":
-        if not _has_lanes(info, _COOP1_LANES):
+        if not has_lanes(info, _COOP1_LANES):
             return f"subgroups of {_COOP1_LANES}"
         rows = [row for row in info.features.cooperative_matrices if row.scope == "subgroup"]
         fits = any((row.m, row.n, row.k, row.a, row.b, row.c, row.result) == (16, 16, 16, *types) for row in rows)
@@ -271,12 +271,6 @@ def _lacking(info: DeviceInfo, variant: str) -> str:
         ):
             return f"workgroup cooperative matrices of {tile.m}x{tile.n}x{tile.k} bf16"
     return ""
-
-
-def _has_lanes(info: DeviceInfo, count: int) -> bool:
-    """Whether a kernel can have subgroups of so many lanes."""
-    smallest, largest = info.limits.subgroup_size_range
-    return smallest == largest == count or (info.limits.subgroup_size_selectable and smallest <= count <= largest)
 
 
 def plan_gemm(
@@ -430,7 +424,7 @@ def _kernel(variant: str, tile: Tile, a: Matrix, c: Matrix) -> tuple[str, str]:
 def _fits(info: DeviceInfo, kernel: str, kind: str, tile: Tile) -> bool:
     """Whether the device has what a tile takes: threads, shared memory, and subgroups that suit it."""
     needs = manifest()[f"{kernel}.{kind}"]
-    suits = not tile.lanes or (_has_lanes(info, tile.lanes) and info.features.names >= set(needs["features"]))
+    suits = not tile.lanes or (has_lanes(info, tile.lanes) and info.features.names >= set(needs["features"]))
     enough = tile.threads <= info.limits.workgroup_invocations and needs["shared_bytes"] <= info.limits.shared_memory
     return suits and enough
 

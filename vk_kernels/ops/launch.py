@@ -1,9 +1,14 @@
 """What the planners of the operations on rows and elements share. Knows no JAX."""
 
+from typing import TYPE_CHECKING
+
 import ml_dtypes
 import numpy as np
 
 from vk_kernels.plan import Array, Dispatch
+
+if TYPE_CHECKING:
+    from vk_kernels.device import DeviceInfo
 
 THREADS = 256  # of a workgroup
 MAX_GROUPS = 65535  # along either axis; every device takes that many
@@ -40,6 +45,12 @@ def dispatch(
     across = max(1, min(workgroups, MAX_GROUPS))
     groups = (across, ceil_divide(workgroups, across), 1)
     return Dispatch(kernel, variant, tuple(sorted(spec.items())), operands, push_constants, groups)
+
+
+def has_lanes(info: "DeviceInfo", count: int) -> bool:
+    """Whether a kernel can have subgroups of so many lanes."""
+    smallest, largest = info.limits.subgroup_size_range
+    return smallest == largest == count or (info.limits.subgroup_size_selectable and smallest <= count <= largest)
 
 
 def require_plain(variant: str | None) -> None:
