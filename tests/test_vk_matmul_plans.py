@@ -22,7 +22,7 @@ from vk_kernels.ops.gemm import (
 from vk_kernels.ops.matmul import plan_matmul_forward
 from vk_kernels.plan import Array
 
-pytestmark = needs_vulkan
+pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 
 
 def test_a_tile_is_chosen_by_how_many_there_are():

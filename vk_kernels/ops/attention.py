@@ -330,12 +330,9 @@ def _has_vectors(info: "DeviceInfo", element: str, head_dim: int) -> bool:
 def _plain_kernel(info: "DeviceInfo", kernel: str, element: str, head_dim: int) -> tuple[str, int]:
     """The variant of a plain kernel that the device runs, and how many rows its tiles have, queries or keys.
 
-    A CPU's vectors have kernels of their own. The small tiles are for other CPUs, with their few registers and
-    compilers that are slow to unroll, and for devices that lack the shared memory or the subgroups of the large ones.
-    They need neither subgroups nor more than 32 KiB.
+    The small tiles are for CPUs, with their few registers and compilers that are slow to unroll, and for devices that
+    lack the shared memory or the subgroups of the large ones. They need neither subgroups nor more than 32 KiB.
     """
-    if _has_vectors(info, element, head_dim):
-        return f"{element}_{_padded(head_dim)}_lanes", _EIGHT
     variant = f"{element}_{_padded(head_dim)}"
     if info.kind == "cpu" or not _runs(info, manifest()[f"{kernel}.{variant}"]):
         variant += "_small"
@@ -398,9 +395,12 @@ class _Work(NamedTuple):
         strides = [n for view in views or (dense(shape),) * 3 for n in view]
         threshold = dropout_threshold(dropout_rate) if rng is not None else 0
         spec, softmax = {"SOFT_CAP": cap is not None, "DROPOUT": threshold > 0}, {}
-        if chosen == "plain":
+        if chosen == "plain" and _has_vectors(info, kind, head_dim):
+            kernels = dict.fromkeys(_TILED, (f"{kind}_{_padded(head_dim)}_lanes", _EIGHT))
+            subgroup_size, eights = _EIGHT, 4
+        elif chosen == "plain":
             kernels = {kernel: _plain_kernel(info, kernel, kind, head_dim) for kernel in _TILED}
-            subgroup_size, eights = _EIGHT if _has_vectors(info, kind, head_dim) else None, 4
+            subgroup_size, eights = None, 4
         else:
             kernels = dict.fromkeys(_TILED, (f"{chosen}_{_padded(head_dim)}", _TILE))
             softmax = {"BOUNDED": cap is not None and abs(cap) <= _BOUNDED_CAP}

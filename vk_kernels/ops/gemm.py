@@ -158,11 +158,11 @@ TILES = {
         Tile(32, 32, 16, 64, 31, 7, 120),
     ),
     "coop1": (
-        Tile(128, 192, 64, 256, 355, 1, 445, unbounded=True),
-        Tile(192, 128, 64, 256, 359, 1, 472, unbounded=True),
-        Tile(128, 128, 32, 128, 363, 2, 515, unbounded=True),
-        Tile(128, 128, 64, 256, 339, 2, 397, unbounded=True),
-        Tile(64, 64, 64, 128, 209, 4, 381, unbounded=True),
+        Tile(128, 192, 64, 256, 355, 1, 445, unbounded=True, lanes=_COOP1_LANES),
+        Tile(192, 128, 64, 256, 359, 1, 472, unbounded=True, lanes=_COOP1_LANES),
+        Tile(128, 128, 32, 128, 363, 2, 515, unbounded=True, lanes=_COOP1_LANES),
+        Tile(128, 128, 64, 256, 339, 2, 397, unbounded=True, lanes=_COOP1_LANES),
+        Tile(64, 64, 64, 128, 209, 4, 381, unbounded=True, lanes=_COOP1_LANES),
     ),
     "coop2": (
         Tile(128, 256, 64, 256, 313, 1, 310, ragged=0.51),
@@ -412,12 +412,13 @@ class _Multiply:
         push_constants = _push_constants(work, a, b, c, epilogue, groups)
         names = _kernel(self.variant, tile, a, c)
         made = dispatch(*names, _operands(a, b, c, epilogue), push_constants, groups, **spec)
-        return replace(made, subgroup_size=_COOP1_LANES if self.variant == "coop1" else tile.lanes or None)
+        return replace(made, subgroup_size=tile.lanes or None)
 
 
 def _kernel(variant: str, tile: Tile, a: Matrix, c: Matrix) -> tuple[str, str]:
     """The name of a kernel and of its variant."""
-    family = "matmul_lanes" if tile.lanes else "matmul" if variant == "plain" else f"matmul_{variant}"
+    plain = "matmul_lanes" if tile.lanes else "matmul"
+    family = plain if variant == "plain" else f"matmul_{variant}"
     return family, f"{_types(a, c)}_{tile.m}x{tile.n}x{tile.k}"
 
 
