@@ -66,7 +66,7 @@ def fresh_leaves(shapes: Any) -> tuple[np.ndarray, ...]:
     """Of a state to time a step with: small random parameters, zeros for the optimizer's and the counters."""
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    params = jax.tree.map(lambda x: (0.02 * rng.standard_normal(x.shape)).astype(x.dtype), shapes.params)
+    params = jax.tree.map(lambda x: (0.02 * rng.standard_normal(x.shape, np.float32)).astype(x.dtype), shapes.params)
     return tuple(jax.tree.leaves(state.replace(params=params)))
 
 

@@ -5,8 +5,9 @@
 The maths is the same on every side: dropout and soft cap on, the precision named in the table (XLA's float32 is
 `highest`: no TF32), a new batch from the host each step, the loss of every tenth step read back. ms is the median over
 the steps, in tens, after a warm-up. The first step is counted from the start of the process, imports included: cold
-with empty caches of compiled kernels, warm in a second process that finds them (XLA: its compilation cache). Memory is
-the most that was in use on the device; MFU is of the published peak of the device, where it is known.
+with empty caches of compiled kernels and of Python's bytecode, warm in a second process that finds them (XLA: its
+compilation cache). Memory is the most that was in use on the device; MFU is of the published peak of the device, where
+it is known.
 
 After the table, where the time of our step goes: each kernel's device time beside its floor, the larger of its bytes
 at the bandwidth of a large copy and its FLOPs at the rate of a large product, both measured in the same process.
@@ -203,6 +204,8 @@ def measure(name: str, side: str, steps: int, profile: bool, caches: str, timeou
         "VK_KERNELS_CACHE": f"{caches}/vulkan",
         "__GL_SHADER_DISK_CACHE_PATH": f"{caches}/nvidia",
         "MESA_SHADER_CACHE_DIR": f"{caches}/mesa",
+        "PYTHONPYCACHEPREFIX": f"{caches}/python",
+        "PYTHONDONTWRITEBYTECODE": "",
         "JAX_COMPILATION_CACHE_DIR": f"{caches}/xla",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TORCHINDUCTOR_CACHE_DIR": f"{caches}/torch",

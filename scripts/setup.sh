@@ -32,7 +32,7 @@ fi
 
 options=(--extra notebook)
 if [ "${1:-}" = --dev ]; then
-    options+=(--extra hf --group dev --group shaders)
+    options+=(--extra hf --group dev --group shaders --compile-bytecode)  # the tests start Python a hundred times
 elif [ $# -gt 0 ]; then
     fail "unknown argument $1: give --dev or nothing"
 fi

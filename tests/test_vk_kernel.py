@@ -1,5 +1,6 @@
 """Kernels and recordings: what they compute, in which order, and how each failure is told."""
 
+import hashlib
 import itertools
 import struct
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from vk_fixtures import SELECTOR, needs_layer, needs_vulkan, vulkan_device  # noqa: F401
 
-from vk_kernels import api
+from vk_kernels import api, disk_cache
 from vk_kernels import kernel as kernel_module
 from vk_kernels.api import vk
 from vk_kernels.device import Device
@@ -330,7 +331,7 @@ def test_compiled_kernels_are_kept_on_disk_and_damage_is_mended(cache):
         file.write_bytes(damaged)
         run_fill()
         assert len(file.read_bytes()) == len(whole)
-        assert kernel_module.hashlib.sha256(file.read_bytes()[32:]).digest() == file.read_bytes()[:32]
+        assert hashlib.sha256(file.read_bytes()[32:]).digest() == file.read_bytes()[:32]
     assert [other.name for other in file.parent.iterdir()] == [file.name]
 
 
@@ -344,7 +345,7 @@ def test_a_full_disk_leaves_no_part_of_a_file(cache, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kernel_module.os, "replace", full)
+    monkeypatch.setattr(disk_cache.os, "replace", full)
     with pytest.warns(UserWarning, match=r"not cached: .*No space left"):
         run_fill()
     assert [file for file in cache.rglob("*") if file.is_file()] == []
@@ -364,7 +365,7 @@ def test_processes_share_the_cache(cache):
     files = [file for file in cache.rglob("*") if file.is_file()]
     assert len(files) == 15
     for content in map(Path.read_bytes, files):
-        assert kernel_module.hashlib.sha256(content[32:]).digest() == content[:32]
+        assert hashlib.sha256(content[32:]).digest() == content[:32]
 
 
 @needs_layer

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from vk_kernels import api, kernel
+from vk_kernels import api, disk_cache, kernel
 from vk_kernels.api import ffi, vk
 from vk_kernels.commands import Recorder
 from vk_kernels.errors import DeviceLostError, DeviceTimeoutError, NoDeviceError, VulkanError
@@ -512,10 +512,8 @@ class Device:
 
 
 def _cache_dir(info: DeviceInfo) -> Path:
-    """Where the pipelines that this device's driver compiled are kept: VK_KERNELS_CACHE, or the user's cache folder."""
-    own = os.environ.get("VK_KERNELS_CACHE")
-    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vk_kernels"
-    return root / f"{info.vendor_id:04x}-{info.device_id:04x}-{info.cache_uuid}-{info.driver_version:x}"
+    """Where the pipelines that this device's driver compiled are kept."""
+    return disk_cache.root() / f"{info.vendor_id:04x}-{info.device_id:04x}-{info.cache_uuid}-{info.driver_version:x}"
 
 
 _open_devices: set[Device] = set()

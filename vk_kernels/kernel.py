@@ -3,14 +3,11 @@
 import functools
 import hashlib
 import json
-import os
 import struct
-import tempfile
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vk_kernels import api
+from vk_kernels import api, disk_cache
 from vk_kernels.api import ffi, vk
 from vk_kernels.errors import FeatureError
 from vk_kernels.reflect import Reflection, SpecConstant, reflect
@@ -243,15 +240,14 @@ class _DiskCache:
     """A VkPipelineCache for one pipeline, loaded from a file and, if it was not there or not whole, saved to it.
 
     One file a pipeline: threads and processes that compile at the same time never wait for or overwrite one another.
-    The first 32 bytes are the SHA-256 of the rest; a damaged file counts as absent and is replaced.
     """
 
     def __init__(self, device: "Device", key: str):
         self._device = device
-        self._file = device.cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.bin"
+        self._file = disk_cache.file_of(device.cache_dir, key)
 
     def __enter__(self) -> Any:
-        self._loaded = self._load()
+        self._loaded = disk_cache.load(self._file)
         data = ffi.from_buffer(self._loaded)
         info = api.struct("VkPipelineCacheCreateInfo", initialDataSize=len(self._loaded), pInitialData=data)
         handle = ffi.new("VkPipelineCache*")
@@ -263,30 +259,14 @@ class _DiskCache:
     def __exit__(self, kind, *_) -> None:
         try:
             if kind is None and not self._loaded:
-                self._save()
+                disk_cache.save(self._file, self._compiled())
         finally:
             self._device.fn.vkDestroyPipelineCache(self._device.handle, self._cache, ffi.NULL)
 
-    def _load(self) -> bytes:
-        try:
-            content = self._file.read_bytes()
-        except OSError:
-            return b""
-        digest, data = content[:32], content[32:]
-        return data if hashlib.sha256(data).digest() == digest else b""
-
-    def _save(self) -> None:
+    def _compiled(self) -> bytes:
         fn, device = self._device.fn, self._device.handle
         size = ffi.new("size_t*")
         api.check(fn.vkGetPipelineCacheData(device, self._cache, size, ffi.NULL), "reading a pipeline cache")
         data = ffi.new("uint8_t[]", size[0])
         api.check(fn.vkGetPipelineCacheData(device, self._cache, size, data), "reading a pipeline cache")
-        content = bytes(ffi.buffer(data, size[0]))
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._file.parent) as folder:  # gone also if the disk is full
-                whole = Path(folder) / "whole"
-                whole.write_bytes(hashlib.sha256(content).digest() + content)
-                os.replace(whole, self._file)
-        except OSError as error:
-            warnings.warn(f"compiled kernels are not cached: {error}", stacklevel=2)
+        return bytes(ffi.buffer(data, size[0]))

@@ -10,13 +10,15 @@ into one submission as a scan over their batches, which is unrolled:
     state, metrics = steps(state, batches)  # each array of both with one more axis, first: the step
 """
 
+import contextlib
 import functools
+import gc
 import inspect
 import itertools
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from operator import is_
@@ -458,9 +460,22 @@ class Jitted:
 
     def _compile(self, tree: Any, args: tuple, kwargs: dict[str, Any]) -> Compiled:
         args, kwargs = jax.tree.map(_described, (args, kwargs))
-        with self._using():
+        with self._using(), _no_collection():
             traced = self._jitted.trace(*args, **kwargs)
             return Compiled(traced, tree, call.open_device(target_of("vulkan").device))
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Puts garbage collection off: one looks at all that JAX is made of, for a tenth of a second, and a trace with what
+    is made of it sets off several, while nearly all that it makes is kept."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _leaves_of(tree: Any, x: Any) -> list[Any] | None:

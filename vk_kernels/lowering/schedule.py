@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vk_kernels.lowering import arena, call, codegen
+from vk_kernels.lowering import arena, call, codegen, codegen_cache
 from vk_kernels.lowering.fuse import Partition, Step
 from vk_kernels.lowering.graph import Graph, Node, Value
 from vk_kernels.lowering.waves import Access, find_waves
@@ -90,7 +90,7 @@ def _array(value: Value) -> Array:
 def _plan(step: Step, device: "Device") -> _Planned:
     if step.node is not None:
         return _plan_hot(step, step.node, device)
-    generated = codegen.generate(step.graph)
+    generated = codegen_cache.generate(step.graph)
     dispatches = tuple(
         _Dispatch(kernel.label, kernel.spirv, kernel.operands, kernel.writes, kernel.groups)
         for kernel in generated.kernels

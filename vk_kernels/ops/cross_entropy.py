@@ -147,12 +147,10 @@ def plan_linear_cross_entropy_backward(
         part, x, dx = head.chunk_of_logits(dlogits, dtype, rows), *(head.rows_of(i, first, rows) for i in (0, 5))
         gradient = SoftmaxGradient(2, 3, 4, first, head.vocab)
         head.multiply(work, x, part, Epilogue(softmax_gradient=gradient))
-        plan = plan_gemm(info, part, w, dx, transpose_b=not transposed, scratch=work.free, variant=variant)
-        # With scratch of its own: both products run side by side.
-        options = {"scratch": work.free + len(plan.scratch), "variant": variant, "transpose_a": True}
+        options = {"scratch": work.free, "variant": variant}
         factors = (replace(part, columns=head.vocab), x) if transposed else (x, part)
-        more = plan_gemm(info, *factors, total, epilogue=Epilogue(accumulate=first > 0), **options)
-        work.add(Plan(plan.dispatches + more.dispatches, plan.scratch + more.scratch))
+        work.add(plan_gemm(info, *factors, total, epilogue=Epilogue(accumulate=first > 0), transpose_a=True, **options))
+        work.add(plan_gemm(info, part, w, dx, transpose_b=not transposed, **options))
     if total is not dw:
         work.add(plan_epilogue(replace(total, columns=dw.columns), dw, NOTHING))
     return work.plan()

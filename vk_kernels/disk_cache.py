@@ -1,0 +1,41 @@
+"""Files that all processes of a user share, so that what takes long is made once. A file is whole or not there."""
+
+import hashlib
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+
+def root() -> Path:
+    """The folder of all: VK_KERNELS_CACHE, or one in the user's cache folder."""
+    own = os.environ.get("VK_KERNELS_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vk_kernels"
+
+
+def file_of(folder: Path, key: str) -> Path:
+    """Where `folder` keeps what belongs to `key`, a text of any length."""
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.bin"
+
+
+def load(file: Path) -> bytes:
+    """What was saved there; nothing where there is no file, or a damaged one."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return b""
+    digest, data = content[:32], content[32:]
+    return data if hashlib.sha256(data).digest() == digest else b""
+
+
+def save(file: Path, data: bytes) -> None:
+    """Puts a file there, or in the place of another one. Where that cannot be it is a warning: the next process makes
+    the data again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # gone also if the disk is full
+            whole = Path(folder) / "whole"
+            whole.write_bytes(hashlib.sha256(data).digest() + data)
+            os.replace(whole, file)
+    except OSError as error:
+        warnings.warn(f"compiled kernels are not cached: {error}", stacklevel=3)
