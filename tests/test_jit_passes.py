@@ -237,6 +237,12 @@ def test_arrays_of_different_times_share_memory():
     assert place([], 1 << 20) == ([], 0)
 
 
+def test_arrays_of_the_fullest_time_make_a_stack_where_the_largest_first_would_leave_a_hole():
+    """The largest first: 1,024 bytes at 0, 768 at 0, 512 at 1,024, and the other 512 fit no more below them."""
+    lifetimes = [Lifetime(768, 4, 4), Lifetime(1024, 1, 2), Lifetime(512, 2, 4), Lifetime(512, 3, 4)]
+    assert place(lifetimes, 1 << 20)[1] == 768 + 512 + 512
+
+
 def dispatch(reads: str, writes: str, nbytes: int = 4, parts: str = "") -> Access:
     return Access(frozenset(reads), frozenset(writes), nbytes, frozenset(parts))
 
