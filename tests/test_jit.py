@@ -471,7 +471,7 @@ def test_an_arena_larger_than_an_allocation_is_in_blocks(monkeypatch):
     assert len(executable.arena) > 1
     assert sum(block.size for block in executable.arena) == executable.program.arena_bytes
     monkeypatch.setattr(Memory, "largest", lambda self, sliced=False: (8_192, "a test") if sliced else largest(self))
-    with pytest.raises(BufferSizeError, match="40,000 bytes: the device takes at most 8,192 at once"):
+    with pytest.raises(BufferSizeError, match=r"40,192 bytes: .* takes at most 8,192 \(a test\)"):
         vjit(products)(*inputs)
 
 

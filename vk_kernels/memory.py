@@ -294,16 +294,20 @@ class Memory:
             found.append((limits.storage_buffer_range, "maxStorageBufferRange"))
         return min(found, key=lambda limit: limit[0])
 
-    def allocate(self, nbytes: int, kind: str = "device", sliced: bool = False) -> Buffer:
-        """A buffer of `nbytes`, with undefined content. `sliced`: only slices of it will be bound to kernels.
-
-        Raises BufferSizeError over a limit of the device, OutOfMemoryError where it has no room.
-        """
+    def check_size(self, nbytes: int, sliced: bool = False) -> None:
+        """Raises BufferSizeError for a buffer over a limit of the device."""
         limit, name = self.largest(sliced)
         if not 0 <= nbytes <= limit:
             raise BufferSizeError(
                 f"a buffer of {nbytes:,} bytes: {self._device.info.name} takes at most {limit:,} ({name})"
             )
+
+    def allocate(self, nbytes: int, kind: str = "device", sliced: bool = False) -> Buffer:
+        """A buffer of `nbytes`, with undefined content. `sliced`: only slices of it will be bound to kernels.
+
+        Raises BufferSizeError over a limit of the device, OutOfMemoryError where it has no room.
+        """
+        self.check_size(nbytes, sliced)
         step = 4 if self._exact else ALIGNMENT
         reserved = max(1, -(-nbytes // step)) * step
         self._device.collect()

@@ -5,8 +5,6 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vk_kernels.errors import BufferSizeError
-
 ALIGNMENT = 256  # bytes; no device asks for more
 
 
@@ -20,12 +18,12 @@ class Lifetime(NamedTuple):
 
 def place(lifetimes: Sequence[Lifetime], block: int) -> tuple[list[int], int]:
     """The offset of each array, and the bytes of all: no two that live at one time overlap, and none lies in two of
-    the blocks of `block` bytes, a multiple of ALIGNMENT, that the memory is made of.
+    the blocks of `block` bytes, a multiple of ALIGNMENT, that the memory is made of; none is larger than a block.
 
     Each is placed as low as it fits, in the better of two orders: the largest first; and before all others those that
     live when most memory is in use, the longest-lived first, which makes a stack of them without holes. Source of the
     first: the greedy-by-size order of Pisarchyk and Lee, "Efficient memory management for deep neural net inference"
-    (2020). Raises BufferSizeError for an array that is larger than a block.
+    (2020).
     """
     in_use = _bytes_in_use(lifetimes)
     most = max(in_use, default=0)
@@ -46,8 +44,8 @@ def _bytes_in_use(lifetimes: Sequence[Lifetime]) -> list[int]:
     """At each time, without what lies between arrays."""
     changes = [0] * (max((own.last for own in lifetimes), default=-1) + 2)
     for own in lifetimes:
-        changes[own.first] += _padded(own.nbytes)
-        changes[own.last + 1] -= _padded(own.nbytes)
+        changes[own.first] += padded(own.nbytes)
+        changes[own.last + 1] -= padded(own.nbytes)
     return list(itertools.accumulate(changes))
 
 
@@ -55,9 +53,7 @@ def _place_in_order(lifetimes: Sequence[Lifetime], order: Sequence[int], block: 
     offsets = [0] * len(lifetimes)
     placed: list[tuple[int, int, Lifetime]] = []  # (offset, end), by offset
     for i in order:
-        own, offset, size = lifetimes[i], 0, _padded(lifetimes[i].nbytes)
-        if size > block:
-            raise BufferSizeError(f"an array of {own.nbytes:,} bytes: the device takes at most {block:,} at once")
+        own, offset, size = lifetimes[i], 0, padded(lifetimes[i].nbytes)
         for start, end, other in placed:
             if other.first > own.last or own.first > other.last:
                 continue
@@ -70,7 +66,8 @@ def _place_in_order(lifetimes: Sequence[Lifetime], order: Sequence[int], block: 
     return offsets, max((end for _, end, _ in placed), default=0)
 
 
-def _padded(nbytes: int) -> int:
+def padded(nbytes: int) -> int:
+    """Bytes that an array takes."""
     return max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
 
 

@@ -18,6 +18,7 @@ from vk_kernels.program import Command, Place, Program
 
 if TYPE_CHECKING:
     from vk_kernels.device import Device
+    from vk_kernels.memory import Memory
 
 
 _COPIES = 32  # of outputs, that one kernel does
@@ -50,7 +51,7 @@ class _Planned:
 def make_program(partition: Partition, device: "Device", donated: Sequence[bool]) -> Program:
     """Raises ValueError or FeatureError for what the kernels or the device cannot do, naming the line."""
     planned = [_plan(step, device) for step in partition.steps]
-    memory = _Memory(partition, planned, donated, device.memory.largest(sliced=True)[0])
+    memory = _Memory(partition, planned, donated, device.memory)
     ordered = []
     for index, plan in enumerate(planned):
         places = memory.places(index)
@@ -129,8 +130,8 @@ def _copy(copies: Sequence[tuple[Place, Place, Value]]) -> list[Command]:
 class _Memory:
     """Places of all arrays of a program."""
 
-    def __init__(self, partition: Partition, planned: Sequence[_Planned], donated: Sequence[bool], largest: int):
-        """largest: bytes that the device gives at once."""
+    def __init__(self, partition: Partition, planned: Sequence[_Planned], donated: Sequence[bool], memory: "Memory"):
+        """memory: the device's. Raises BufferSizeError for an array that it does not give at once."""
         self._partition, self._planned = partition, planned
         self._steps = {value: i for i, plan in enumerate(planned) for value in plan.step.outputs}
         self._last_reads: dict[Value, int] = {}
@@ -147,8 +148,8 @@ class _Memory:
         kept = set(self._places.values())
         self.waves = find_waves(list(zip(levels, self._accesses, strict=True)), kept)
         self._scratch: list[list[Place]] = []
-        self.arena_block = largest // arena.ALIGNMENT * arena.ALIGNMENT
-        self.arena_bytes = self._place_rest()
+        self.arena_block = memory.largest(sliced=True)[0] // arena.ALIGNMENT * arena.ALIGNMENT
+        self.arena_bytes = self._place_rest(memory)
 
     @property
     def copies(self) -> list[tuple[Place, Place, Value]]:
@@ -210,7 +211,7 @@ class _Memory:
             found.append(Access(reads, writes, sum(sizes[i] for i in written), parts))
         return found
 
-    def _place_rest(self) -> int:
+    def _place_rest(self, memory: "Memory") -> int:
         """Places what is left in the arena, by the waves in which it lives; gives the arena's bytes."""
         lives: dict[Hashable, list[tuple[int, Access]]] = {}
         for accesses, waves in zip(self._accesses, self.waves, strict=True):
@@ -246,6 +247,7 @@ class _Memory:
                     donors.remove(donor)
                     blocks[x] = blocks[donor]
                     lifetimes[blocks[x]] = lifetimes[blocks[x]]._replace(last=last[x])
+        memory.check_size(max((arena.padded(lifetime.nbytes) for lifetime in lifetimes), default=0), sliced=True)
         offsets, size = arena.place(lifetimes, self.arena_block)
         for x, k in blocks.items():
             if isinstance(x, Value):
