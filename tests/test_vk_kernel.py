@@ -368,6 +368,29 @@ def test_processes_share_the_cache(cache):
         assert hashlib.sha256(content[32:]).digest() == content[:32]
 
 
+def test_kernels_are_compiled_side_by_side(monkeypatch):
+    both = threading.Barrier(2, timeout=30)
+    with Device.open(SELECTOR, validation=False) as device:
+        compile_one = device.fn.vkCreateComputePipelines
+        monkeypatch.setattr(
+            device.fn, "vkCreateComputePipelines", lambda *a: (both.wait(), compile_one(*a))[1], raising=False
+        )
+        kernels = [device.kernel("fill", spec={"WORKGROUP": size}) for size in (32, 64)]
+        buffer = device.buffer(40)
+        for kernel in kernels:
+            device.run(kernel, [buffer], struct.pack("II", 10, 4))
+
+
+def test_what_goes_wrong_in_a_compilation_is_raised_where_the_kernel_is_used(monkeypatch):
+    with Device.open(SELECTOR, validation=False) as device:
+        refuse = lambda *_: vk.VK_ERROR_OUT_OF_HOST_MEMORY  # noqa: E731
+        monkeypatch.setattr(device.fn, "vkCreateComputePipelines", refuse, raising=False)
+        kernel = device.kernel("fill")
+        for _ in range(2):
+            with pytest.raises(VulkanError, match="compiling kernel fill"):
+                device.run(kernel, [device.buffer(40)], struct.pack("II", 10, 4))
+
+
 @needs_layer
 @pytest.mark.parametrize("mode", ["sync", "gpu"])
 def test_validation_has_nothing_to_say(mode):

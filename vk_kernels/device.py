@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,7 @@ class Device:
         self.push_descriptors = "VK_KHR_push_descriptor" in info.features and instance.validation != "gpu"
         self._lock = threading.Lock()  # of the queue, and of what is kept about its submissions
         self._kernels: dict[Any, Kernel] = {}
+        self.compilers = ThreadPoolExecutor(thread_name_prefix="compile")  # a driver compiles a kernel on one core
         self._made: dict[tuple[str, int], Any] = {}  # objects that `make` made, to be destroyed in the end
         self._idle: list[Recorder] = []
         self._retired: deque[tuple[int, Callable[[], None]]] = deque()
@@ -485,6 +487,7 @@ class Device:
 
     def _destroy(self) -> None:
         """Destroys the device and all that was made on it but memory; nothing may be running."""
+        self.compilers.shutdown()
         self._retired.clear()
         self._idle.clear()
         for made in self._kernels.values():

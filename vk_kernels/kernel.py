@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import struct
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +71,17 @@ class Kernel:
         self.writable = tuple(any(b.writable for b in reflection.bindings if b.binding == i) for i in range(count))
         self._check_device(reflection, subgroup_size)
         self._destroy = []
+        self._compiled: Future | None = None
         try:
             self._create(code, reflection, spec, subgroup_size)
         except BaseException:
             self.destroy()
             raise
+
+    @property
+    def pipeline(self) -> Any:
+        """Waits until it is compiled, beside other kernels. Raises what went wrong there."""
+        return self._compiled.result()
 
     def _check_device(self, reflection: Reflection, subgroup_size: int | None) -> None:
         device, limits = self._device, self._device.limits
@@ -134,7 +141,9 @@ class Kernel:
         if count:
             self.template = self._make_template(count, push)
         module = self._make("ShaderModule", codeSize=len(code), pCode=ffi.from_buffer("uint32_t[]", code))
-        self.pipeline = self._make_pipeline(module, code, reflection, spec, subgroup_size)
+        self._compiled = device.compilers.submit(self._make_pipeline, module, code, reflection, spec, subgroup_size)
+        if device.instance.validation:
+            self._compiled.result()  # so that what the layer has said is of this kernel
 
     def _make(self, kind: str, **fields) -> Any:
         """Creates a Vk`kind` that is destroyed with the kernel."""
@@ -201,6 +210,8 @@ class Kernel:
 
     def destroy(self) -> None:
         """Destroys the pipeline and all that came with it; no submission may be using it."""
+        if self._compiled is not None:
+            wait([self._compiled])
         for function, handle in reversed(self._destroy):
             getattr(self._device.fn, function)(self._device.handle, handle, ffi.NULL)
         self._destroy.clear()

@@ -164,6 +164,8 @@ class Executable:
         sizes = [min(program.arena_block, program.arena_bytes - start) for start in starts]
         self.arena = [device.buffer(size, sliced=True) for size in sizes]
         self._constants = [device.upload(array) for array in program.constants]
+        for kernel in self._kernels:
+            _ = kernel.pipeline  # all are compiled side by side, and errors are raised here
         self._aliases = [program.aliases.get(j) for j in range(len(program.outputs))]
         self._aliased = frozenset(program.aliases.values())
         self._last: list[Buffer | None] = [None] * len(program.inputs)  # that the last call was bound to
