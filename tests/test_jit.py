@@ -454,6 +454,23 @@ def test_what_the_arena_holds_before_changes_nothing():
     assert run_layered(filled, 3) == clean
 
 
+def test_collection_waits_until_a_function_is_compiled():
+    seen = []
+
+    def double(x, fails):
+        seen.append(gc.isenabled())
+        if fails:
+            raise ValueError("as asked")
+        return x * 2
+
+    jitted = vjit(double, static_argnums=1)
+    jitted(X, False)
+    with pytest.raises(ValueError, match="as asked"):
+        jitted(X, True)
+    assert seen == [False, False]
+    assert gc.isenabled()
+
+
 def test_an_arena_larger_than_an_allocation_is_in_blocks(monkeypatch):
     inputs = [np.full(n, n, np.float32) for n in (20_000, 30_000, 25_000)]
 
