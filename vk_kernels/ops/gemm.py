@@ -173,7 +173,7 @@ TILES = {
     ),
 }
 CPU_TILES = (
-    Tile(16, 32, 4, 8, 0.08, 1, 16, unbounded=True, lanes=8),  # of matmul_lanes
+    Tile(16, 32, 2, 8, 0.08, 1, 16, unbounded=True, lanes=8),  # of matmul_lanes
     Tile(64, 64, 8, 64, 0.02, 1, 16),
     Tile(32, 32, 8, 64, 0.014, 1, 16),
 )
@@ -404,7 +404,8 @@ class _Multiply:
             del spec["DROPOUT"], spec["SOFTMAX_GRADIENT"]
         else:
             at_once = 8 if self.variant == "coop1" else 4  # elements of an operand
-            spec |= {"ALIGNED_A": a.whole(at_once), "ALIGNED_B": b.whole(at_once)}
+            if self.variant == "coop1" or not tile.lanes:  # matmul_lanes reads by element where it is not WHOLE
+                spec |= {"ALIGNED_A": a.whole(at_once), "ALIGNED_B": b.whole(at_once)}
             whole_k = work.k > 0 and work.k % tile.k == 0  # of each slice, then
             spec["WHOLE"] = tile.unbounded and whole_k and a.aligned(at_once) and b.aligned(at_once)
             spec |= _epilogue_spec(epilogue, c.whole(4))
