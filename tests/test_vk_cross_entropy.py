@@ -12,8 +12,10 @@ from vk_kernels.errors import FeatureError
 from vk_kernels.ops.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_backward_reference,
+    linear_cross_entropy_both_passes_reference,
     linear_cross_entropy_forward_reference,
     plan_linear_cross_entropy_backward,
+    plan_linear_cross_entropy_both_passes,
     plan_linear_cross_entropy_forward,
 )
 from vk_kernels.ops.gemm import VARIANTS, choose_variant
@@ -23,6 +25,7 @@ pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 
 FORWARD = plan_linear_cross_entropy_forward, linear_cross_entropy_forward_reference
 BACKWARD = plan_linear_cross_entropy_backward, linear_cross_entropy_backward_reference
+BOTH = plan_linear_cross_entropy_both_passes, linear_cross_entropy_both_passes_reference
 
 
 def problem(tokens, width, vocab, dtype=F32):
@@ -83,6 +86,11 @@ def test_losses_and_gradients(device, tokens, width, vocab, chunk_rows, transpos
     assert_accurate(found[1], plain[1], dw, 3, "dw")
     assert not found[0][targets < 0].any()
 
+    both = run(device, *BOTH, x, w, targets, dlosses, **layout, **options)
+    assert same_bits(both[:2], actual)
+    assert_accurate(both[2], plain[0], dx, 3, "dx of both passes")
+    assert_accurate(both[3], plain[1], dw, 3, "dw of both passes")
+
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_backward_reference_is_the_gradient_of_the_forward_one(transposed):
@@ -111,8 +119,11 @@ def test_chunks_do_not_show_in_what_they_do_not_sum(device, dtype):
     assert same_bits(*forward)
     whole, parts = (run(device, *BACKWARD, x, w, targets, forward[0][1], dlosses, chunk_rows=rows) for rows in (64, 16))
     assert same_bits(whole[:1], parts[:1])
-    dws = (whole[1].astype(np.float32), parts[1].astype(np.float32))
-    np.testing.assert_allclose(*dws, rtol=1e-2 if dtype == BF16 else 1e-5, atol=1e-5)
+    both = [run(device, *BOTH, x, w, targets, dlosses, chunk_rows=rows) for rows in (64, 16)]
+    assert same_bits(both[0][:3], both[1][:3])
+    for some, others in ((whole[1], parts[1]), (both[0][3], both[1][3])):
+        dws = (some.astype(np.float32), others.astype(np.float32))
+        np.testing.assert_allclose(*dws, rtol=1e-2 if dtype == BF16 else 1e-5, atol=1e-5)
 
 
 def test_the_same_every_time(device):
@@ -158,15 +169,18 @@ def test_no_tokens(device):
     x, w, targets = problem(0, 5, 9)
     losses, normalizers = run(device, *FORWARD, x, w, targets)
     assert losses.shape == normalizers.shape == (0,)
-    dx, dw = run(device, *BACKWARD, x, w, targets, normalizers, losses)
-    assert dx.shape == (0, 5)
-    np.testing.assert_array_equal(dw, np.zeros((5, 9)))
+    for dx, dw in (
+        run(device, *BACKWARD, x, w, targets, normalizers, losses),
+        run(device, *BOTH, x, w, targets, losses)[2:],
+    ):
+        assert dx.shape == (0, 5)
+        np.testing.assert_array_equal(dw, np.zeros((5, 9)))
 
 
 def test_logits_are_never_all_in_memory(device):
     tokens, width, vocab = 16384, 768, 50257
     shapes = [Array(shape, F32) for shape in ((tokens, width), (width, vocab), (tokens,), (tokens,), (tokens,))]
-    for planner, inputs in ((FORWARD[0], shapes[:3]), (BACKWARD[0], shapes)):
+    for planner, inputs in ((FORWARD[0], shapes[:3]), (BACKWARD[0], shapes), (BOTH[0], shapes[:4])):
         plan = planner(device.info, inputs, [])
         limit = min(device.limits.storage_buffer_range, 256 << 20)
         assert sum(plan.scratch) <= 2 * limit

@@ -104,6 +104,12 @@ def with_parameters(call: bytes, parameters: dict[str, Any]) -> bytes:
     return encode(operation, parameters, target).encode()
 
 
+def renamed(call: bytes, operation: str) -> bytes:
+    """A call of another operation with the same parameters."""
+    _, parameters, target = _decode(call)
+    return encode(operation, parameters, target).encode()
+
+
 @functools.lru_cache(maxsize=4096)
 def _decode(call: bytes) -> tuple[str, dict[str, Any], Target]:
     operation, parameters, target = json.loads(call)

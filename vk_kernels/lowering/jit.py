@@ -36,6 +36,7 @@ from vk_kernels.lowering.absorb import absorb
 from vk_kernels.lowering.context import target_of, use
 from vk_kernels.lowering.fuse import MOST_BUFFERS, MOST_REDUCTIONS, partition
 from vk_kernels.lowering.graph import Graph
+from vk_kernels.lowering.join import join
 from vk_kernels.lowering.recompute import recompute
 from vk_kernels.lowering.schedule import make_program
 from vk_kernels.lowering.simplify import simplify
@@ -239,7 +240,7 @@ class Compiled:
         self.out_tree = jax.tree.structure(traced.out_info)
         self.out_types = [array_type(aval.shape, aval.dtype, aval.weak_type) for aval in closed.out_avals]
         self.out_keys = [(j, aval) for j, aval in enumerate(closed.out_avals) if is_key(aval)]
-        self.graph: Graph = recompute(absorb(simplify(make_graph(closed))))
+        self.graph: Graph = recompute(absorb(join(simplify(make_graph(closed)))))
         buffers = min(MOST_BUFFERS, device.limits.storage_buffers)
         # Of a kernel with 32 reductions, whose code is full of barriers, lavapipe's compilation takes minutes.
         reductions = 4 if device.info.kind == "cpu" else MOST_REDUCTIONS

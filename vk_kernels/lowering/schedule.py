@@ -301,4 +301,5 @@ _HOT_FLOPS: dict[str, Callable[[Node], int]] = {
     "packed_attention_backward": lambda node: 4 * _attention(node),
     "linear_cross_entropy": _logits,
     "linear_cross_entropy_backward": lambda node: 2 * _logits(node),
+    "linear_cross_entropy_both_passes": lambda node: 3 * _logits(node),
 }

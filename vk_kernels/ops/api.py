@@ -14,7 +14,15 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from vk_kernels.lowering import changed, make_operation, make_primitive, register_rule, target_of, vary_alike
+from vk_kernels.lowering import (
+    changed,
+    make_operation,
+    make_primitive,
+    register_joint,
+    register_rule,
+    target_of,
+    vary_alike,
+)
 from vk_kernels.ops import adamw as _adamw
 from vk_kernels.ops import attention as _attention
 from vk_kernels.ops import cross_entropy as _cross_entropy
@@ -428,6 +436,14 @@ _linear_cross_entropy_operation = make_operation(
         folding=lambda **_: (True, False, True),
     ),
     _linear_cross_entropy_gradients,
+)
+
+
+register_joint(
+    "linear_cross_entropy",
+    "linear_cross_entropy_backward",
+    "linear_cross_entropy_both_passes",
+    _cross_entropy.plan_linear_cross_entropy_both_passes,
 )
 
 

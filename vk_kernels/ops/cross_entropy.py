@@ -91,6 +91,15 @@ def linear_cross_entropy_backward_reference(
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
+def linear_cross_entropy_both_passes_reference(
+    x: jax.Array, w: jax.Array, targets: jax.Array, dlosses: jax.Array, *, transposed: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(losses, log normalizers, dx, dw), for a `dlosses` that is known before the losses are."""
+    found = linear_cross_entropy_forward_reference(x, w, targets, transposed=transposed)
+    reads = x, w, targets, found[1], dlosses
+    return *found, *linear_cross_entropy_backward_reference(*reads, transposed=transposed)
+
+
 def plan_linear_cross_entropy_forward(
     info: "DeviceInfo",
     inputs: Sequence[Array],
@@ -136,24 +145,59 @@ def plan_linear_cross_entropy_backward(
     work = _Work(scratch=7)
     dtype = inputs[0].dtype
     head = _Head.of(info, inputs, work, transposed, chunk_rows, variant, dtype)
-    dlogits, w = head.own_logits(work, dtype), head.weights
-    # dw takes the sum over chunks itself where it has the dtype for it, and its rows are as long as those of w.
-    total = dw = matrix(6, dtype, *inputs[1].shape)
-    summed = F32 if len(head.chunks) > 1 else dtype
-    if (summed, w.columns) != (dtype, dw.columns):
-        total = matrix(work.own(summed.itemsize * dw.rows * w.columns), summed, dw.rows, w.columns)
+    dlogits = head.own_logits(work, dtype)
+    gradients = _Gradients.of(head, work, 5, matrix(6, dtype, *inputs[1].shape), head.chunks)
     head.pad_weights(work)
     for first, rows in head.chunks or [(0, 0)]:  # of no tokens, dw is 0
-        part, x, dx = head.chunk_of_logits(dlogits, dtype, rows), *(head.rows_of(i, first, rows) for i in (0, 5))
+        part = head.chunk_of_logits(dlogits, dtype, rows)
         gradient = SoftmaxGradient(2, 3, 4, first, head.vocab)
-        head.multiply(work, x, part, Epilogue(softmax_gradient=gradient))
-        options = {"scratch": work.free, "variant": variant}
-        factors = (replace(part, columns=head.vocab), x) if transposed else (x, part)
-        work.add(plan_gemm(info, *factors, total, epilogue=Epilogue(accumulate=first > 0), transpose_a=True, **options))
-        work.add(plan_gemm(info, part, w, dx, transpose_b=not transposed, **options))
-    if total is not dw:
-        work.add(plan_epilogue(replace(total, columns=dw.columns), dw, NOTHING))
+        head.multiply(work, head.rows_of(0, first, rows), part, Epilogue(softmax_gradient=gradient))
+        gradients.add(work, part, first, rows)
+    gradients.end(work)
     return work.plan()
+
+
+def plan_linear_cross_entropy_both_passes(
+    info: "DeviceInfo",
+    inputs: Sequence[Array],
+    outputs: Sequence[Array],
+    *,
+    transposed: bool = False,
+    chunk_rows: int | None = None,
+    variant: str | None = None,
+) -> Plan:
+    """inputs: x, w, targets, dlosses; outputs: losses, log normalizers, dx, dw. See
+    `linear_cross_entropy_both_passes_reference`.
+
+    As the two plans above, but the logits become their gradient when their loss is known, and are not made again.
+    """
+    work = _Work(scratch=8)
+    dtype, kernel = inputs[0].dtype, f"gradient_{element(inputs[0])}"
+    head = _Head.of(info, inputs, work, transposed, chunk_rows, variant, F32)
+    logits = dlogits = head.own_logits(work, F32)
+    chunks = head.chunks  # of the gradients, which hold one or more of those of logits
+    if dtype != F32:
+        largest = _chunk_rows(info, inputs[0].shape[0], head.stride, dtype, chunk_rows)
+        largest = max(1, largest // head.largest) * head.largest
+        chunks = _chunks(inputs[0].shape[0], largest)
+        dlogits = work.own(dtype.itemsize * largest * head.stride)
+    gradients = _Gradients.of(head, work, 6, matrix(7, dtype, *inputs[1].shape), chunks)
+    head.pad_weights(work)
+    for first, rows in chunks or [(0, 0)]:
+        for start, count in _chunks(rows, head.largest):
+            chunk = head.chunk_of_logits(logits, F32, count)
+            head.multiply(work, head.rows_of(0, first + start, count), chunk)
+            constants = head.constants(first + start, count, start)
+            operands = logits, 2, 5, 4, 3, dlogits
+            work.add(Plan((dispatch("cross_entropy_loss", kernel, operands, constants, count),)))
+        gradients.add(work, head.chunk_of_logits(dlogits, dtype, rows), first, rows)
+    gradients.end(work)
+    return work.plan()
+
+
+def _chunks(tokens: int, largest: int) -> list[tuple[int, int]]:
+    """(first token, tokens) of each."""
+    return [(first, min(largest, tokens - first)) for first in range(0, tokens, largest)]
 
 
 class _Work:
@@ -223,7 +267,7 @@ class _Head:
         tokens = x.shape[0]
         held = F32 if family == "coop2" else held  # which has no softmax_gradient: it makes logits in f32 first
         largest = min(_chunk_rows(info, tokens, stride, held, chunk_rows), max(tokens, 1))
-        chunks = [(first, min(largest, tokens - first)) for first in range(0, tokens, largest)]
+        chunks = _chunks(tokens, largest)
         return cls(info, variant, x, given, weights, transposed, vocab, stride, largest, chunks)
 
     def own_logits(self, work: _Work, dtype: np.dtype) -> int:
@@ -253,9 +297,42 @@ class _Head:
         width = self.x.shape[1]
         return Matrix(operand, self.x.dtype, rows, width, width, offset=first * width)
 
-    def constants(self, first: int, rows: int) -> bytes:
+    def constants(self, first: int, rows: int, first_gradient: int = 0) -> bytes:
         """Params of shaders/cross_entropy.slang."""
-        return struct.pack("<4I", rows, self.vocab, self.stride, first)
+        return struct.pack("<5I", rows, self.vocab, self.stride, first, first_gradient)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """The products of the logits' gradient, chunk by chunk: dx, and what each adds to dw."""
+
+    head: _Head
+    dx: int
+    dw: Matrix
+    total: Matrix  # where dw is summed up
+
+    @classmethod
+    def of(cls, head: _Head, work: _Work, dx: int, dw: Matrix, chunks: Sequence[tuple[int, int]]) -> "_Gradients":
+        """dw takes the sum over chunks itself where it has the dtype for it, and its rows are as long as those of w."""
+        total, columns = dw, head.weights.columns
+        summed = F32 if len(chunks) > 1 else dw.dtype
+        if (summed, columns) != (dw.dtype, dw.columns):
+            total = matrix(work.own(summed.itemsize * dw.rows * columns), summed, dw.rows, columns)
+        return cls(head, dx, dw, total)
+
+    def add(self, work: _Work, part: Matrix, first: int, rows: int) -> None:
+        """part: the gradient of the logits of `rows` tokens from the `first` on."""
+        head, transposed = self.head, self.head.transposed
+        x, dx = (head.rows_of(i, first, rows) for i in (0, self.dx))
+        factors = (replace(part, columns=head.vocab), x) if transposed else (x, part)
+        options = {"scratch": work.free, "variant": head.variant}
+        accumulate = Epilogue(accumulate=first > 0)
+        work.add(plan_gemm(head.info, *factors, self.total, epilogue=accumulate, transpose_a=True, **options))
+        work.add(plan_gemm(head.info, part, head.weights, dx, transpose_b=not transposed, **options))
+
+    def end(self, work: _Work) -> None:
+        if self.total is not self.dw:
+            work.add(plan_epilogue(replace(self.total, columns=self.dw.columns), self.dw, NOTHING))
 
 
 def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, held: np.dtype, wanted: int | None) -> int:

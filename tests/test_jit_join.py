@@ -1,0 +1,81 @@
+"""An operation and its gradient as one: where that can be, and that it changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jit_run import normal
+from test_jit_graph import graph_of
+from vk_fixtures import SELECTOR, needs_vulkan
+
+import vk_kernels
+from vk_kernels import ops
+from vk_kernels.lowering.graph import producers
+from vk_kernels.lowering.join import join
+from vk_kernels.lowering.simplify import simplify
+
+pytestmark = needs_vulkan
+
+TOKENS, WIDTH, VOCAB = 24, 8, 40
+X, W = normal(TOKENS, WIDTH), normal(WIDTH, VOCAB, seed=1)
+TARGETS = np.random.default_rng(2).integers(-1, VOCAB, TOKENS).astype(np.int32)
+BOTH = "linear_cross_entropy_both_passes"
+
+
+def mean_loss(x, w, targets):
+    """Counts targets that are not ignored, and gives what is made of the losses beside the gradient."""
+    losses = ops.linear_cross_entropy(x, w, targets)
+    mean = losses.sum() / jnp.maximum((targets >= 0).sum(), 1).astype(jnp.float32)
+    return mean, {"largest": losses.max(), "perplexity": jnp.exp(mean)}
+
+
+def squared_loss(x, w, targets):
+    return jnp.square(ops.linear_cross_entropy(x, w, targets)).mean(), {}
+
+
+def two_heads(x, w, targets):
+    first, rest = mean_loss(x, w, targets)
+    second, _ = mean_loss(x * 2, w, targets[::-1])
+    return first + second, rest
+
+
+def joined(function, *arguments):
+    with vk_kernels.use("vulkan", device=SELECTOR):
+        plain = simplify(graph_of(function, *arguments))
+    return plain, join(plain)
+
+
+def operations(graph):
+    return [node.op for node in graph.nodes if node.op.startswith("linear_cross_entropy")]
+
+
+@pytest.mark.parametrize(("loss", "count"), [(mean_loss, 1), (two_heads, 2)])
+def test_a_loss_is_joined_with_its_gradient(loss, count):
+    plain, found = joined(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), X, W, TARGETS)
+    assert len(operations(plain)) == 2 * count
+    assert operations(found) == [BOTH] * count
+    made = set(found.inputs) | set(found.constants)
+    makers = producers(found.nodes)
+    for node in found.nodes:  # still in order
+        assert all(x in made for x in node.inputs if x in makers)
+        made.update(node.outputs)
+    assert found.outputs == plain.outputs
+
+
+def test_a_gradient_that_waits_for_the_losses_is_not_joined():
+    plain, found = joined(jax.value_and_grad(squared_loss, has_aux=True), X, W, TARGETS)
+    assert str(found) == str(plain)
+    assert len(operations(found)) == 2
+
+
+def test_a_loss_alone_stays_alone():
+    _, found = joined(mean_loss, X, W, TARGETS)
+    assert operations(found) == ["linear_cross_entropy"]
+
+
+@pytest.mark.parametrize("loss", [mean_loss, two_heads, squared_loss])
+def test_results_are_those_of_xla(loss):
+    gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    expected = jax.jit(gradient)(X, W, TARGETS)
+    found = vk_kernels.jit(gradient, device=SELECTOR)(X, W, TARGETS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), found, expected)

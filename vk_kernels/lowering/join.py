@@ -1,0 +1,73 @@
+"""A hot operation and its gradient as one, where the gradient waits for nothing that the operation gives.
+
+That of a loss is such a one: it is scaled by what the losses count for, not by what they are. Both together need not
+make again what the operation had and is too large to keep.
+"""
+
+from typing import NamedTuple
+
+from vk_kernels.lowering import call
+from vk_kernels.lowering.graph import Graph, Node, Value, producers
+
+
+class _Joint(NamedTuple):
+    operation: str
+    both: str
+
+
+_joints: dict[str, _Joint] = {}  # by the gradient's operation
+
+
+def register_joint(operation: str, gradient: str, both: str, planner: call.Planner) -> None:
+    """Has `join` put `both` in the place of an operation and its gradient, of the same parameters.
+
+    The gradient takes the operation's operands, some of its results and others, in this order; both take the operands
+    and the others, and give the results of both.
+    """
+    call.register_planner(both, planner)
+    _joints[gradient] = _Joint(operation, both)
+
+
+def join(graph: Graph) -> Graph:
+    """The graph with all pairs joined that can be."""
+    for gradient in [node for node in graph.nodes if node.op in _joints]:
+        makers = producers(graph.nodes)
+        joint = _joints[gradient.op]
+        found = {makers.get(x) for x in gradient.inputs if isinstance(x, Value)}
+        for node in [node for node in graph.nodes if node in found and node.op == joint.operation]:
+            graph = _joined(graph, node, gradient, joint.both) or graph
+    return graph
+
+
+def _joined(graph: Graph, node: Node, gradient: Node, both: str) -> Graph | None:
+    count = len(node.inputs)
+    if gradient.inputs[:count] != node.inputs or gradient.params != node.params:
+        return None
+    others = tuple(x for x in gradient.inputs[count:] if x not in node.outputs)
+    late = _dependents(graph, node, gradient)  # of what comes before the gradient: it comes after both now
+    made_late = {out for other in late for out in other.outputs}
+    if made_late & {x for x in others if isinstance(x, Value)}:
+        return None
+    joined = Node(
+        both,
+        (*node.inputs, *others),
+        (*node.outputs, *gradient.outputs),
+        node.params,
+        gradient.source,
+        gradient.scope,
+        call.renamed(gradient.call, both),
+    )
+    end = graph.nodes.index(gradient)
+    before = [other for other in graph.nodes[:end] if other is not node and other not in late]
+    nodes = [*before, joined, *late, *graph.nodes[end + 1 :]]
+    return Graph(graph.inputs, graph.constants, nodes, graph.outputs)
+
+
+def _dependents(graph: Graph, node: Node, end: Node) -> dict[Node, None]:
+    """The nodes before `end` that need a result of `node`, in order."""
+    reached, found = set(node.outputs), {}
+    for other in graph.nodes[graph.nodes.index(node) + 1 : graph.nodes.index(end)]:
+        if not reached.isdisjoint(other.inputs):
+            reached.update(other.outputs)
+            found[other] = None
+    return found
