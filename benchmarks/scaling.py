@@ -35,9 +35,11 @@ def plot(found: dict[tuple[str, str], dict[str, float]], path: Path) -> None:
             points = [(size, by_name[name]) for size in sizes if (name := name_of(dtype, sweep, size)) in by_name]
             if points:
                 axis.loglog(*zip(*points, strict=True), marker="o", label=f"{side}, {dtype}")
-        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, labels=map(str, sizes))
+        axis.minorticks_off()
         axis.set_xlabel(f"batch ({BLOCK} tokens each)" if sweep == "batch" else f"block, tokens (batch {BATCH})")
-        axis.grid(True, which="both", alpha=0.3)
+        axis.grid(True, alpha=0.3)
+    axes[0].set_yticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"])
     axes[0].set_ylabel("ms a step")
     axes[0].legend()
     figure.savefig(path, dpi=110)
