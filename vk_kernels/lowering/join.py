@@ -7,55 +7,53 @@ make again what the operation had and is too large to keep.
 from typing import NamedTuple
 
 from vk_kernels.lowering import call
-from vk_kernels.lowering.graph import Graph, Node, Value, producers
+from vk_kernels.lowering.graph import Graph, Node, producers
 
 
 class _Joint(NamedTuple):
     operation: str
+    results: tuple[int, ...]
     both: str
 
 
 _joints: dict[str, _Joint] = {}  # by the gradient's operation
 
 
-def register_joint(operation: str, gradient: str, both: str, planner: call.Planner) -> None:
+def register_joint(operation: str, gradient: str, both: str, planner: call.Planner, results: tuple[int, ...]) -> None:
     """Has `join` put `both` in the place of an operation and its gradient, of the same parameters.
 
-    The gradient takes the operation's operands, some of its results and others, in this order; both take the operands
-    and the others, and give the results of both.
+    The gradient takes the operation's operands, those of its results that `results` numbers, and others, in this order;
+    both take the operands and the others, and give the results of both.
     """
     call.register_planner(both, planner)
-    _joints[gradient] = _Joint(operation, both)
+    _joints[gradient] = _Joint(operation, results, both)
 
 
 def join(graph: Graph) -> Graph:
     """The graph with all pairs joined that can be."""
     for gradient in [node for node in graph.nodes if node.op in _joints]:
-        makers = producers(graph.nodes)
-        joint = _joints[gradient.op]
-        found = {makers.get(x) for x in gradient.inputs if isinstance(x, Value)}
-        for node in [node for node in graph.nodes if node in found and node.op == joint.operation]:
-            graph = _joined(graph, node, gradient, joint.both) or graph
+        makers, joint = producers(graph.nodes), _joints[gradient.op]
+        node = next((maker for x in gradient.inputs if (maker := makers.get(x)) and maker.op == joint.operation), None)
+        if node is not None:
+            graph = _joined(graph, node, gradient, joint)
     return graph
 
 
-def _joined(graph: Graph, node: Node, gradient: Node, both: str) -> Graph | None:
-    count = len(node.inputs)
-    if gradient.inputs[:count] != node.inputs or gradient.params != node.params:
-        return None
-    others = tuple(x for x in gradient.inputs[count:] if x not in node.outputs)
+def _joined(graph: Graph, node: Node, gradient: Node, joint: _Joint) -> Graph:
+    taken = *node.inputs, *(node.outputs[i] for i in joint.results)
+    others = gradient.inputs[len(taken) :]
     late = _dependents(graph, node, gradient)  # of what comes before the gradient: it comes after both now
-    made_late = {out for other in late for out in other.outputs}
-    if made_late & {x for x in others if isinstance(x, Value)}:
-        return None
+    made_late = {*node.outputs, *(out for other in late for out in other.outputs)}
+    if gradient.inputs[: len(taken)] != taken or gradient.params != node.params or not made_late.isdisjoint(others):
+        return graph
     joined = Node(
-        both,
+        joint.both,
         (*node.inputs, *others),
         (*node.outputs, *gradient.outputs),
         node.params,
         gradient.source,
         gradient.scope,
-        call.renamed(gradient.call, both),
+        call.renamed(gradient.call, joint.both),
     )
     end = graph.nodes.index(gradient)
     before = [other for other in graph.nodes[:end] if other is not node and other not in late]

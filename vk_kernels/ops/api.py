@@ -444,6 +444,7 @@ register_joint(
     "linear_cross_entropy_backward",
     "linear_cross_entropy_both_passes",
     _cross_entropy.plan_linear_cross_entropy_both_passes,
+    results=(1,),  # the log normalizers
 )
 
 
