@@ -188,7 +188,7 @@ def plan_linear_cross_entropy_both_passes(
             chunk = head.chunk_of_logits(logits, F32, count)
             head.multiply(work, head.rows_of(0, first + start, count), chunk)
             constants = head.constants(first + start, count, start)
-            operands = logits, 2, 5, 4, 3, dlogits
+            operands = logits, 2, 5, 4, 3, *(() if dlogits == logits else (dlogits,))
             work.add(Plan((dispatch("cross_entropy_loss", kernel, operands, constants, count),)))
         gradients.add(work, head.chunk_of_logits(dlogits, dtype, rows), first, rows)
     gradients.end(work)
