@@ -238,7 +238,6 @@ class _Head:
     vocab: int
     stride: int  # of logits
     largest: int  # chunk, in tokens
-    chunks: list[tuple[int, int]]  # first token, tokens
 
     @classmethod
     def of(
@@ -267,8 +266,11 @@ class _Head:
         tokens = x.shape[0]
         held = F32 if family == "coop2" else held  # which has no softmax_gradient: it makes logits in f32 first
         largest = min(_chunk_rows(info, tokens, stride, held, chunk_rows), max(tokens, 1))
-        chunks = _chunks(tokens, largest)
-        return cls(info, variant, x, given, weights, transposed, vocab, stride, largest, chunks)
+        return cls(info, variant, x, given, weights, transposed, vocab, stride, largest)
+
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        return _chunks(self.x.shape[0], self.largest)
 
     def own_logits(self, work: _Work, dtype: np.dtype) -> int:
         return work.own(dtype.itemsize * self.largest * self.stride)
