@@ -499,6 +499,32 @@ def test_results_that_are_held_stay_as_they_are():
         np.testing.assert_array_equal(found, (X + i) * 2)
 
 
+def test_results_that_are_donated_stay_with_whom_they_were_donated_to():
+    """Not with the function that made them, which is called again, often enough to want their memory."""
+    make = vjit(lambda x: (x * 2, x + 1))
+    step = vjit(lambda state: (state[0] * 4, state[1] * 2), donate_argnums=0)
+    state = step(step(make(X)))
+    held = [make(X + i) for i in range(1, 10)]
+    state = step(state)
+    for i, found in enumerate([state, *held]):
+        expected = (X * 128, (X + 1) * 8) if i == 0 else ((X + i) * 2, X + i + 1)
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_a_result_that_is_deleted_leaves_the_others_and_later_ones_as_they_are():
+    make = vjit(lambda x: (x * 2, x + 1))
+    held = []
+    for i in range(12):
+        twice, more = make(X + i)
+        np.testing.assert_array_equal(twice, (X + i) * 2)
+        twice.delete()
+        if i % 2:
+            held.append((i, more))
+    for i, more in held:
+        np.testing.assert_array_equal(more, X + i + 1)
+
+
 # Errors.
 
 

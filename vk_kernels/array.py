@@ -118,6 +118,10 @@ class Array(Operators):
         self._buffer = None
         self._life.whole = False
 
+    def move_to(self, buffer: Buffer) -> None:
+        """From here on its memory is `buffer`, where its content has been copied."""
+        self._buffer = buffer
+
     def item(self) -> Any:
         """The only element, as a Python number."""
         return self.numpy().item()

@@ -213,7 +213,8 @@ class Device:
         self._idle: list[Recorder] = []
         self._retired: deque[tuple[int, Callable[[], None]]] = deque()
         self._submitted = self._completed = 0
-        self._in_flight: dict[int, str] = {}  # submission -> its kernels
+        # (submission, its kernels), for messages.
+        self._newest: deque[tuple[int, str]] = deque(maxlen=64)
 
         self.handle = self._create()
         self.fn: Any = api.device_functions(self.handle)
@@ -378,11 +379,10 @@ class Device:
             self._command[0] = command
             self._signal_value[0] = value
             result = self.fn.vkQueueSubmit(self._queue, 1, self._submit_info, ffi.NULL)
-            api.check(result, f"submitting {label}")
+            if result:  # the message is not made for nothing
+                api.check(result, f"submitting {label}")
             self._submitted = value
-            for done in [number for number in self._in_flight if number <= self._completed]:
-                del self._in_flight[done]
-            self._in_flight[value] = label
+            self._newest.append((value, label))
             for buffer in buffers:
                 buffer.last_use = value
         self.check_validation(label)
@@ -403,9 +403,9 @@ class Device:
         Raises DeviceTimeoutError, DeviceLostError or ValidationError, each naming the kernels that were running.
         """
         if value > self._completed:
-            label = self._in_flight.get(value, "earlier work")
+            running = self._running(value)
             self._await(value, self.timeout if timeout is None else timeout)
-            self.check_validation(label)
+            self.check_validation(running)
 
     def _await(self, value: int, seconds: float) -> None:
         info = api.struct(
@@ -422,8 +422,8 @@ class Device:
 
     def _running(self, value: int) -> str:
         """The kernels of the submissions up to `value` that are not known to be done."""
-        in_flight = self._in_flight.copy()  # takes no lock: whoever asks may hold it
-        labels = [label for number, label in in_flight.items() if self._completed < number <= value]
+        newest = self._newest.copy()  # takes no lock: whoever asks may hold it
+        labels = [label for number, label in newest if self._completed < number <= value]
         return "; ".join(labels[-4:]) or "nothing"
 
     def retire(self, value: int, action: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ given back joins its block's free list when the device is done with it (`Device.
 """
 
 import bisect
+import math
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,7 @@ class Buffer:
         self._reserved = reserved
         self._parent = parent
         self._freed = False
+        self.donated = False  # whether a program has it for the memory of an output
 
     @property
     def last_use(self) -> int:
@@ -162,6 +164,15 @@ class Buffer:
         self.device.wait(self.owner.last_use)
         start = self.offset + offset
         ffi.memmove(self.block.bytes[start : start + nbytes], source, nbytes)
+
+    def mapped(self, dtype: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+        """Its start as an array in host memory, or None where the host does not see it. Whoever writes there waits for
+        `last_use` first."""
+        if self.block.bytes is None:
+            return None
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        self._check(0, nbytes)
+        return self.block.bytes[self.offset : self.offset + nbytes].view(dtype).reshape(shape)
 
     def read(self, dtype: Any, shape: tuple[int, ...], offset: int = 0) -> np.ndarray:
         """A new array from the bytes at `offset`, once the submissions so far that use the buffer are done."""

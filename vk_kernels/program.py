@@ -5,16 +5,17 @@ caller comes back with the same ones, as a training loop does with its donated s
 """
 
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vk_kernels import plan
+from vk_kernels.array import Array, ArrayType, Life
 from vk_kernels.memory import Buffer
-from vk_kernels.plan import Array, Dispatch, kernel_of
 
 if TYPE_CHECKING:
     from vk_kernels.commands import Recorder, Submission, Timing
@@ -45,7 +46,7 @@ class Command:
 
     label: str
     scope: str
-    kernel: Dispatch | bytes
+    kernel: plan.Dispatch | bytes
     operands: tuple[Place, ...]
     groups: tuple[int, int, int]
     push_constants: bytes = b""
@@ -62,8 +63,8 @@ class Program:
     """
 
     commands: tuple[Command, ...]
-    inputs: tuple[Array, ...]
-    outputs: tuple[Array, ...]
+    inputs: tuple[plan.Array, ...]
+    outputs: tuple[plan.Array, ...]
     constants: tuple[np.ndarray, ...]
     aliases: dict[int, int]
     arena_bytes: int
@@ -117,43 +118,45 @@ def held(objects: Sequence[Any]) -> list[Any]:
 _ALONE = next(map(sys.getrefcount, [object()]))  # what a reference in a list counts there
 
 
-class _Output(Buffer):
-    """An output of a recording, as its caller holds it: in the recording's memory, until that is wanted again."""
-
-    def __init__(self, buffer: Buffer):
-        super().__init__(buffer.device, buffer.block, buffer.offset, buffer.size, 0, buffer)
-
-    def move_to(self, buffer: Buffer) -> None:
-        """From here on it is all of `buffer`, where its content has been copied."""
-        self.__init__(buffer)
-
-
 class _Recording:
     """A recorded program with the buffers that it is bound to.
 
     inputs: None where one is in one of its own `slots`, which host arrays are written to and other buffers are copied
-    to. outputs: its own; None where an output is in an input's memory.
+    to; with each, what the host sees of it (`Buffer.mapped`). outputs: its own, those that are not in an input's
+    memory. results: what callers get for them.
     """
 
     def __init__(
         self,
         recorder: "Recorder",
         inputs: list[Buffer | None],
-        slots: dict[int, Buffer],
-        outputs: list[Buffer | None],
+        slots: dict[int, tuple[Buffer, np.ndarray | None]],
+        outputs: Sequence[Buffer],
+        types: Sequence[ArrayType],
     ):
         self.recorder = recorder
         self.inputs, self.slots = inputs, slots
-        self.outputs = [buffer for buffer in outputs if buffer is not None]
-        self.views = list(map(_Output, self.outputs))  # what callers hold of its last run
+        self.outputs, self.types = outputs, types
+        self.renew()
+
+    @property
+    def lost(self) -> bool:
+        """Whether an output's memory is another program's now, which it was donated to."""
+        return not self.life.whole and any(buffer.donated for buffer in self.outputs)
+
+    def renew(self) -> None:
+        """Makes other results in the same memory."""
+        self.life = Life()
+        self.results = list(map(Array, self.outputs, self.types, repeat(self.life)))
 
 
 class Executable:
     """A program on a device: its kernels, its arena and its recordings. Not for two threads at once."""
 
-    def __init__(self, device: "Device", program: Program):
-        """Raises FeatureError for what the device lacks, OutOfMemoryError where it has no room."""
-        self.device, self.program = device, program
+    def __init__(self, device: "Device", program: Program, types: Sequence[ArrayType]):
+        """types: of the outputs that are not aliases. Raises FeatureError for what the device lacks, OutOfMemoryError
+        where it has no room."""
+        self.device, self.program, self._types = device, program, types
         self._kernels = [_kernel(device, command) for command in program.commands]
         self.barriers = find_barriers(
             [command.operands for command in program.commands],
@@ -169,11 +172,11 @@ class Executable:
         self._aliases = [program.aliases.get(j) for j in range(len(program.outputs))]
         self._aliased = frozenset(program.aliases.values())
         self._last: list[Buffer | None] = [None] * len(program.inputs)  # that the last call was bound to
-        self._recordings: list[_Recording] = []  # by use, the last used last
+        self._recordings: deque[_Recording] = deque(maxlen=RECORDINGS)  # by use, the last used last
         self._copied: set[int] = set()  # inputs that come in other memory each time: copied into a slot
         self._misses: Counter[int] = Counter()
 
-    def __call__(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Buffer]:
+    def __call__(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Array]:
         """Submits the program; gives the outputs at once, computed or not, but for those in an input's memory.
 
         arguments: by number, a buffer on the device each, or a host array, which is uploaded; of aliased inputs always
@@ -182,16 +185,21 @@ class Executable:
         """
         recording = self._choose(self._bound(arguments))
         copies = []
-        for i, slot in recording.slots.items():
+        for i, (slot, mapped) in recording.slots.items():
             x = arguments[i]
             if isinstance(x, Buffer):
                 copies.append((x, slot))
-            else:
+            elif mapped is None:
                 slot.write(x)
+            else:
+                self.device.wait(slot.last_use)
+                mapped[...] = x
         self._copy(copies)
         recording.recorder.submit()
         self._last = recording.inputs
-        return recording.views.copy()
+        if not recording.life.whole:  # a caller deleted one
+            recording.renew()
+        return recording.results.copy()
 
     def _copy(self, copies: Sequence[tuple[Buffer, Buffer]]) -> None:
         if copies:
@@ -203,40 +211,42 @@ class Executable:
     def _bound(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Buffer | None]:
         """The buffers that a recording for a call is bound to; None where it has a slot. The list of the last call
         where they are its: to see that is quicker than to compare them."""
-        found = {i: x.owner if isinstance(x, Buffer) and i not in self._copied else None for i, x in arguments.items()}
-        if all(self._last[i] is x for i, x in found.items()):
-            return self._last
-        bound = self._last.copy()
-        for i, x in found.items():
-            bound[i] = x
+        bound = self._last
+        for i, x in arguments.items():
+            buffer = x.owner if isinstance(x, Buffer) and i not in self._copied else None
+            if i in self._aliased:
+                buffer.donated = True
+            if bound[i] is not buffer:
+                bound = bound.copy() if bound is self._last else bound
+                bound[i] = buffer
         return bound
 
     def _choose(self, bound: list[Buffer | None]) -> _Recording:
         """A recording for these buffers, the longest unused one if there are several; a new one if that is better."""
-        fitting = [
-            recording for recording in self._recordings if recording.inputs is bound or recording.inputs == bound
-        ]
-        free = (recording for recording in fitting if not held(recording.views))
-        if len(self._recordings) < RECORDINGS:
+        for recording in [recording for recording in self._recordings if recording.lost]:
+            self._recordings.remove(recording)
+        fitting = [x for x in self._recordings if x.inputs is bound or x.inputs == bound]
+        full = len(self._recordings) == RECORDINGS
+        done = 0 if full else self.device.completed()
+        for recording in fitting:
             # Slots that the device still reads, and outputs that a caller holds, are better left alone.
-            done = self.device.completed()
-            free = (recording for recording in free if not recording.slots or recording.recorder.last_value <= done)
-            chosen = next(free, None) or self._record(bound)
-        elif fitting:
-            chosen = next(free, None) or self._move_away(fitting[0])
+            if (full or not recording.slots or recording.recorder.last_value <= done) and not held(recording.results):
+                break
         else:
-            chosen = self._record(bound)
-        others = [recording for recording in self._recordings if recording is not chosen]
-        self._recordings = [*others[-RECORDINGS + 1 :], chosen]
-        return chosen
+            recording = self._move_away(fitting[0]) if full and fitting else self._record(bound)
+        if recording in self._recordings:
+            self._recordings.remove(recording)
+        self._recordings.append(recording)
+        return recording
 
     def _move_away(self, recording: _Recording) -> _Recording:
-        """The recording, when what callers hold of its outputs has got memory of its own."""
-        moves = [(view, self.device.buffer(view.size)) for view in held(recording.views)]
-        self._copy(moves)
-        for view, target in moves:
-            view.move_to(target)
-        recording.views = list(map(_Output, recording.outputs))
+        """The recording, when what callers hold of its results has got memory of its own."""
+        kept = [array for array in held(recording.results) if not array.is_deleted()]
+        moves = [(array, self.device.buffer(array.buffer.size)) for array in kept]
+        self._copy([(array.buffer, target) for array, target in moves])
+        for array, target in moves:
+            array.move_to(target)
+        recording.renew()
         return recording
 
     def _record(self, bound: list[Buffer | None]) -> _Recording:
@@ -252,15 +262,16 @@ class Executable:
         if any(bound[i] is not None for i in self._copied):
             bound = [None if i in self._copied else x for i, x in enumerate(bound)]
         inputs = self.program.inputs
-        slots = {i: self.device.buffer(x.nbytes) for i, x in enumerate(inputs) if bound[i] is None}
+        buffers = {i: self.device.buffer(x.nbytes) for i, x in enumerate(inputs) if bound[i] is None}
+        slots = {i: (slot, slot.mapped(inputs[i].dtype, inputs[i].shape)) for i, slot in buffers.items()}
         outputs = [
             self.device.buffer(array.nbytes) if alias is None else None
             for array, alias in zip(self.program.outputs, self._aliases, strict=True)
         ]
         recorder = self.device.record(hazards=False, replay=True)
-        self._fill(recorder, [slots.get(i) or x for i, x in enumerate(bound)], outputs)
+        self._fill(recorder, [buffers.get(i) or x for i, x in enumerate(bound)], outputs)
         recorder.end()
-        return _Recording(recorder, bound, slots, outputs)
+        return _Recording(recorder, bound, slots, [x for x in outputs if x is not None], self._types)
 
     def _check_apart(self, bound: Sequence[Buffer | None]) -> None:
         given = Counter(id(x) for x in bound if x is not None)
@@ -302,6 +313,6 @@ class Executable:
 
 
 def _kernel(device: "Device", command: Command) -> "Kernel":
-    if isinstance(command.kernel, Dispatch):
-        return kernel_of(device, command.kernel)
+    if isinstance(command.kernel, plan.Dispatch):
+        return plan.kernel_of(device, command.kernel)
     return device.kernel_from_spirv(command.kernel, command.label)

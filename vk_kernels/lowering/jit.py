@@ -245,7 +245,8 @@ class Compiled:
         # Of a kernel with 32 reductions, whose code is full of barriers, lavapipe's compilation takes minutes.
         reductions = 4 if device.info.kind == "cpu" else MOST_REDUCTIONS
         self.program: Program = make_program(partition(self.graph, buffers, reductions), device, donated)
-        self.executable = Executable(device, self.program)
+        made = [kind for j, kind in enumerate(self.out_types) if j not in self.program.aliases]
+        self.executable = Executable(device, self.program, made)
         self._plan_results()
 
     def _plan_results(self) -> None:
@@ -256,7 +257,6 @@ class Compiled:
         made = [j for j in range(len(self.out_types)) if j not in aliases]
         self._rest_types = [self.in_types[i] for i in self._rest]
         self._carried_types = [self.out_types[j] for j in aliases]
-        self._made_types = [self.out_types[j] for j in made]
         places = {j: k for k, j in enumerate((*aliases, *made))}
         self._order = [places[j] for j in range(len(self.out_types))]
         self._loop = None if self.out_keys else _Loop.of(self.in_tree, self.out_tree, aliases)
@@ -309,22 +309,21 @@ class Compiled:
         before, self._before = self._before, self._given
         return self._results(made, before)
 
-    def _run(self, rest: Sequence[Any], carried: dict[int, Buffer]) -> list[Buffer]:
+    def _run(self, rest: Sequence[Any], carried: dict[int, Buffer]) -> list[Array]:
         """What it makes beside the carried arrays."""
         return self.executable(carried | {i: self.argument(i, x) for i, x in zip(self._rest, rest, strict=True)})
 
-    def _results(self, made: Sequence[Buffer], before: _Given | None = None) -> Any:
+    def _results(self, made: list[Array], before: _Given | None = None) -> Any:
         """What the function gives. before: objects to take for the carried arrays, if nobody holds them any more."""
         if before is not None and before.revive():
             self._given = before
         else:
             life = Life()
             self._given = _Given(map(Array, self._buffers, self._carried_types, repeat(life)), life)
-        others = list(map(Array, made, self._made_types))
         if self._loop:
-            results = self._loop.results.unflatten(others)
+            results = self._loop.results.unflatten(made)
             return (*results[: self._loop.result], self._given.arrays, *results[self._loop.result :])
-        results = list(map([*self._given.arrays, *others].__getitem__, self._order))
+        results = list(map([*self._given.arrays, *made].__getitem__, self._order))
         for j, aval in self.out_keys:
             words = key_words(aval)
             found = results[j].buffer.read(words.dtype, words.shape)
