@@ -248,18 +248,20 @@ def test_what_has_no_kernel_is_refused():
         generate(graph)
 
 
-def test_an_output_in_the_memory_of_an_input(device):
-    x, y = normal(1000), normal(1000, seed=1)
+@pytest.mark.parametrize(("size", "groups"), [(1000, 4), (700_001, 684)], ids=["few", "several a thread"])
+def test_an_output_in_the_memory_of_an_input(device, size, groups):
+    x, y = normal(size), normal(size, seed=1)
     generated = generate(graph_of(lambda x, y: (x * y + 1, jnp.exp(y)), x, y)[0])
     assert generated.in_place == {(0, 0), (0, 1), (1, 0), (1, 1)}
     (kernel,) = generated.kernels
+    assert kernel.groups == (groups, 1, 1)
     buffers = [device.upload(x), device.upload(y)] * 2  # outputs 0 and 1 in inputs 0 and 1
     with device.recorder() as recorder:
         made = device.kernel_from_spirv(kernel.spirv, kernel.label)
         recorder.dispatch(made, [buffers[i] for i in kernel.operands], b"", kernel.groups)
         recorder.submit().wait()
-    np.testing.assert_allclose(buffers[0].read(F32, (1000,)), x * y + 1, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(buffers[1].read(F32, (1000,)), np.exp(y), rtol=1e-5)
+    np.testing.assert_allclose(buffers[0].read(F32, (size,)), x * y + 1, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(buffers[1].read(F32, (size,)), np.exp(y), rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8192,), (9001,), (131, 77), (5, 1, 20011)], ids=str)

@@ -27,6 +27,7 @@ from vk_kernels.lowering.emit_graph import HANDLERS, Emitter, dtype_of, shape_of
 from vk_kernels.lowering.emit_reduce import REDUCTIONS, accumulator_dtype
 from vk_kernels.lowering.emit_scalar import ELEMENTWISE, bits_of, kind
 from vk_kernels.lowering.emit_sections import (
+    AT_ONCE,
     THREADS,
     Geometry,
     MapSection,
@@ -46,6 +47,10 @@ RANKS = frozenset({"sort", "top_k"})
 EXPENSIVE = REDUCTIONS | RANKS | {op for op in HANDLERS if op.startswith(("scatter", "cum"))} | {"dot_general"}
 # The primitives of JAX that kernels are generated for.
 SUPPORTED = ELEMENTWISE | HANDLERS.keys() | RANKS
+
+_MANY = 1 << 20  # elements of a kernel, of which a thread makes AT_ONCE: they fill a large GPU all the same
+_LONG_CODE = EXPENSIVE | {"threefry2x32"}  # of which the code is not repeated for that, nor of more nodes than
+_SHORT = 64
 
 _MOST_GROUPS = 65_535  # along one axis of a dispatch; every device has that many
 _MOST_ELEMENTS = 2**31 - THREADS
@@ -229,6 +234,14 @@ class _Stage:
         nodes = [replaced.get(node, node) for node in self._graph.nodes]
         return replace(self._graph, nodes=nodes)
 
+    @property
+    def _at_once(self) -> int:
+        """Elements that a thread makes where it makes one after another."""
+        nodes = self._graph.nodes
+        many = sum(size_of(value) for value, _ in self._outputs) >= _MANY
+        short = len(nodes) <= _SHORT and not any(node.op in _LONG_CODE for node in nodes)
+        return AT_ONCE if many and short else 1
+
     def _sections(self, module: Module, bindings: "_Bindings") -> list[Section]:
         workspace = Workspace(module)
         groups: dict[tuple, list[Output]] = {}
@@ -258,7 +271,7 @@ class _Stage:
                     groups.setdefault(alike, []).extend(together)
         for (sort, what), outputs in groups.items():
             if sort == "map":
-                sections += [MapSection(together) for together in self._components(outputs)]
+                sections += [MapSection(together, self._at_once) for together in self._components(outputs)]
             elif sort == "rank":
                 numbers = {value: k for k, value in enumerate(what.outputs)}
                 sections.append(RankSection(what, {numbers[value]: buffer for value, buffer in outputs}))

@@ -4,6 +4,7 @@ A kernel is a row of sections, so that outputs of different shapes need one disp
 which elements are combined is fixed by the shapes, so that every run gives the same bits.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ THREADS = 256  # of a workgroup
 _COLUMNS = 32  # neighbouring outputs that a workgroup reduces together, where the last axis is kept
 _SPLIT_GROUPS = 1024  # workgroups that a long reduction is cut into: what fills a large GPU
 _SPLIT_LENGTH = 4096  # elements of a piece at least: 16 a thread take less time than another kernel
-_AT_ONCE = 4  # elements that a thread of such a piece has on their way: one by one, most of the time goes by waiting
+AT_ONCE = 4  # elements that a thread of such a piece has on their way: one by one, most of the time goes by waiting
 _TREES = 8  # reductions that are brought to their ends together; each takes 1 or 2 KiB of shared memory
 _LONG = 33  # a reduction of fewer elements is one thread's loop
 
@@ -117,25 +118,35 @@ class Workspace:
 
 @dataclass
 class MapSection:
-    """A thread an element, of one or several outputs of one shape."""
+    """A thread an element, or a few elements, of one or several outputs of one shape."""
 
     outputs: list[Output]
-    indices: set[Id] = field(default_factory=set)  # of the element, once emitted
+    at_once: int  # elements of a thread, which are on their way together
+    indices: set[Id] = field(default_factory=set)  # of the elements that a thread makes, once emitted
 
     @property
     def groups(self) -> int:
-        return -(-size_of(self.outputs[0].value) // THREADS)
+        return -(-size_of(self.outputs[0].value) // (self.at_once * THREADS))
 
     def emit(self, e: Emitter, group: Id) -> Code:
         m, shape = e.m, shape_of(self.outputs[0].value)
-        index = m.op(Op.I_ADD, m.op(Op.I_MUL, group, m.constant(THREADS)), m.thread)
-        self.indices.add(index)
+        first = m.op(Op.I_ADD, m.op(Op.I_MUL, group, m.constant(self.at_once * THREADS)), m.thread)
+        last = m.constant(math.prod(shape) - 1)
 
-        def element() -> Code:
-            words = yield from _words(e, self.outputs, e.place(index, shape))
-            yield from _store(self.outputs, index, words)
+        def elements() -> Code:
+            stores = []
+            for i in range(self.at_once):
+                index = m.op(Op.I_ADD, first, m.constant(i * THREADS))
+                inside = m.op(Op.U_LESS_EQUAL, index, last)
+                if i:  # past the end, the last element (or what another thread has put in its place): it is thrown away
+                    index = m.ext(Ext.U_MIN, index, last)
+                self.indices.add(index)
+                words = yield from _words(e, self.outputs, e.place(index, shape))
+                stores.append((inside, index, words))
+            for inside, index, words in stores:
+                yield from m.branch(inside, functools.partial(_store, self.outputs, index, words))
 
-        yield from m.branch(m.op(Op.U_LESS, index, m.constant(math.prod(shape))), element)
+        yield from m.branch(m.op(Op.U_LESS_EQUAL, first, last), elements)
 
 
 @dataclass
@@ -225,7 +236,7 @@ class PartialSection:
             return lambda: _store(self.outputs, index, words)
 
         visits = visit if self.outputs else None
-        totals = yield from _totals(e, lanes, self.nodes, kept, start, stop, self.workspace, _AT_ONCE, visits)
+        totals = yield from _totals(e, lanes, self.nodes, kept, start, stop, self.workspace, AT_ONCE, visits)
 
         def store() -> Code:
             index = m.op(Op.I_ADD, m.op(Op.I_MUL, lanes.k, splits), piece)
