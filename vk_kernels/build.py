@@ -174,14 +174,18 @@ def _run(command: list[str], target: Target) -> None:
         print(f"{target.name}: {done.stderr.strip()}", file=sys.stderr)  # warnings
 
 
-def _without_source(binary: bytes) -> bytes:
-    """Drops OpSource, the one instruction that validators older than Slang's language number object to."""
+def _portable(binary: bytes) -> bytes:
+    """Drops OpSource, the one instruction that validators older than Slang's language number object to, and asks for
+    16-bit elements in storage buffers only, not in uniform ones too, as Slang does."""
     words = memoryview(binary).cast("I")
     kept, position = list(words[:5]), 5
     while position < len(words):
         count, opcode = words[position] >> 16, words[position] & 0xFFFF
+        instruction = list(words[position : position + count])
+        if opcode == 17 and instruction[1] == 4434:  # OpCapability UniformAndStorageBuffer16BitAccess
+            instruction[1] = 4433  # StorageBuffer16BitAccess
         if opcode != 3:  # OpSource
-            kept += words[position : position + count]
+            kept += instruction
         position += count
     return struct.pack(f"<{len(kept)}I", *kept)
 
@@ -194,7 +198,7 @@ def compile_target(target: Target) -> bytes:
         compiler = [find_tool("slangc"), str(target.source), *SLANGC_FLAGS, "-entry", target.entry, *defines]
         _run([*compiler, "-I", str(target.source.parent), "-depfile", dependencies, "-o", raw], target)
         _run([find_tool("spirv-opt"), *OPT_FLAGS, raw, "-o", code], target)
-        binary = _without_source(Path(code).read_bytes())
+        binary = _portable(Path(code).read_bytes())
         Path(code).write_bytes(binary)
         try:
             reflection = reflect(binary, target.entry)

@@ -365,7 +365,6 @@ def plan_column_sums(a: Matrix, c: Matrix, *, scratch: int) -> Plan:
         _operands(a, a, partial, NOTHING)[:6],
         _push_constants(work, a, a, partial, NOTHING, workgroups := strips * ceil_divide(a.columns, _STRIP_COLUMNS)),
         workgroups,
-        THREADS=THREADS,
         ALIGNED_A=a.whole(4),
         ALIGNED_C=partial.whole(4),
     )
@@ -437,7 +436,7 @@ def _fits(info: DeviceInfo, kernel: str, kind: str, tile: Tile) -> bool:
 def _finish(work: _Work, a: Matrix, c: Matrix, epilogue: Epilogue) -> Dispatch:
     """C = epilogue(the sum of A over splits)."""
     groups = ceil_divide(work.batch * work.m * ceil_divide(work.n, 4), THREADS)
-    spec = {"THREADS": THREADS, "ALIGNED_A": a.whole(4), **_epilogue_spec(epilogue, c.whole(4))}
+    spec = {"ALIGNED_A": a.whole(4), **_epilogue_spec(epilogue, c.whole(4))}
     push_constants = _push_constants(work._replace(k=a.columns), a, a, c, epilogue, groups)
     return dispatch("matmul_finish", _types(a, c), _operands(a, a, c, epilogue), push_constants, groups, **spec)
 
