@@ -29,7 +29,8 @@ GPU, OLD, CPU = info(0, "Big GPU 9000", "discrete"), info(1, "Old GPU", "integra
 
 
 @pytest.mark.parametrize(
-    ("selector", "wanted"), [(None, GPU), ("gpu", GPU), ("cpu", CPU), (2, CPU), ("2", CPU), ("big gpu", GPU)]
+    ("selector", "wanted"),
+    [(None, GPU), ("gpu", GPU), ("cpu", CPU), (2, CPU), ("2", CPU), ("big gpu", GPU), ("9000", GPU)],
 )
 def test_the_selector_is_an_index_a_kind_or_part_of_a_name(selector, wanted, monkeypatch):
     monkeypatch.delenv("VK_KERNELS_DEVICE", raising=False)

@@ -1,6 +1,7 @@
 """The doctor and the check: what they report, and that they notice what is wrong."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -125,6 +126,16 @@ def test_how_to_install_elsewhere():
 def test_hindrances_name_what_hides_drivers(monkeypatch):
     monkeypatch.setenv("VK_ICD_FILENAMES", "/nowhere.json")
     assert any("VK_ICD_FILENAMES=/nowhere.json" in line for line in doctor.hindrances())
+
+
+def test_a_group_without_a_name_has_its_number(tmp_path, monkeypatch):
+    def unknown(self):
+        raise KeyError("getgrgid(): gid not found")
+
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([tmp_path] if pattern == "renderD*" else []))
+    monkeypatch.setattr(Path, "group", unknown)
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    assert any(f"its group ({tmp_path.stat().st_gid})" in line for line in doctor.hindrances())
 
 
 @needs_vulkan

@@ -1,5 +1,6 @@
 """Kernels and recordings: what they compute, in which order, and how each failure is told."""
 
+import dataclasses
 import hashlib
 import itertools
 import struct
@@ -17,7 +18,14 @@ from vk_kernels import api, disk_cache
 from vk_kernels import kernel as kernel_module
 from vk_kernels.api import vk
 from vk_kernels.device import Device
-from vk_kernels.errors import DeviceLostError, DeviceTimeoutError, FeatureError, ValidationError, VulkanError
+from vk_kernels.errors import (
+    DeviceLostError,
+    DeviceTimeoutError,
+    FeatureError,
+    OutOfMemoryError,
+    ValidationError,
+    VulkanError,
+)
 from vk_kernels.features import Features
 
 SIZES = [1, 3, 255, 256, 257, 1000, 65_537]
@@ -273,6 +281,48 @@ def test_a_kernel_beyond_the_device_names_what_is_missing(device, monkeypatch):
         device.kernel("copy", "f16", spec={"WORKGROUP": 128})
 
 
+def test_no_kernel_binds_more_buffers_than_the_device_takes(monkeypatch):
+    with Device.open(SELECTOR) as device:
+        monkeypatch.setattr(device, "limits", dataclasses.replace(device.limits, storage_buffers=8))
+        assert device.kernel("matmul", "f32_32x32x16")  # 7
+        with pytest.raises(FeatureError, match=r"kernel layer_norm_backward.residual_f32: 11 buffers, but .* binds 8"):
+            device.kernel("layer_norm_backward", "residual_f32")
+
+
+def test_an_interrupted_submission_is_known_of(device, monkeypatch):
+    """Ctrl-C is raised as the driver comes back: what was submitted is waited for all the same."""
+    submit = device.fn.vkQueueSubmit
+
+    def interrupted(*arguments):
+        assert submit(*arguments) == 0
+        raise KeyboardInterrupt
+
+    buffer = device.buffer(64 << 20)
+    with device.recorder() as recorder:
+        fill(recorder, buffer, 15 << 20, 7)
+        with monkeypatch.context() as patched:
+            patched.setattr(device.fn, "vkQueueSubmit", interrupted, raising=False)
+            with pytest.raises(KeyboardInterrupt):
+                recorder.submit()
+    assert recorder.last_use == buffer.last_use
+    assert (buffer.read(np.uint32, (15 << 20,)) == 7).all()
+
+
+def test_a_submission_that_the_driver_refuses_is_none(device, monkeypatch):
+    buffer = device.upload(np.zeros(10, np.uint32))
+    before = device.completed()
+    with device.recorder() as recorder:
+        fill(recorder, buffer, 10, 7)
+        with monkeypatch.context() as patched:
+            patched.setattr(device.fn, "vkQueueSubmit", lambda *_: vk.VK_ERROR_OUT_OF_HOST_MEMORY, raising=False)
+            with pytest.raises(OutOfMemoryError, match="submitting fill"):
+                recorder.submit()
+    assert buffer.read(np.uint32, (10,)).tolist() == [0] * 10
+    device.run(device.kernel("fill"), [buffer], struct.pack("II", 10, 8))
+    assert (buffer.read(np.uint32, (10,)) == 8).all()
+    assert device.completed() == before + 1
+
+
 def test_the_subgroup_size_can_be_demanded(device):
     size = device.limits.subgroup_size
     buffer = device.buffer(40)
@@ -389,6 +439,10 @@ def test_what_goes_wrong_in_a_compilation_is_raised_where_the_kernel_is_used(mon
         for _ in range(2):
             with pytest.raises(VulkanError, match="compiling kernel fill"):
                 device.run(kernel, [device.buffer(40)], struct.pack("II", 10, 4))
+        monkeypatch.undo()  # there is room again
+        buffer = device.buffer(40)
+        device.run(kernel, [buffer], struct.pack("II", 10, 4))
+        assert buffer.read(np.uint32, (10,)).tolist() == [4] * 10
 
 
 @needs_layer

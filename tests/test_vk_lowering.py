@@ -18,6 +18,7 @@ from vk_fixtures import SELECTOR, skip_reason
 
 import vk_kernels
 from vk_kernels import lowering
+from vk_kernels.api import vk
 from vk_kernels.errors import BufferSizeError, NoDeviceError
 from vk_kernels.lowering import Target, call
 from vk_kernels.plan import Array, Dispatch, Plan
@@ -98,6 +99,27 @@ def test_over_a_megabyte(shape):
     y, calls = ran(jax.jit(lambda x: copy(x + 1)[1:] * 2), x)
     np.testing.assert_array_equal(y, (x + 1)[1:] * 2)
     assert calls == 1
+
+
+def test_memory_that_the_driver_will_not_import_is_copied(monkeypatch):
+    device = lowering.open_device(SELECTOR)
+    refuse = lambda *_: vk.VK_ERROR_INVALID_EXTERNAL_HANDLE  # noqa: E731
+    monkeypatch.setattr(device.fn, "vkGetMemoryHostPointerPropertiesEXT", refuse, raising=False)
+    x = numbers(1024, 1024)
+    y, calls = ran(jax.jit(copy), x)
+    np.testing.assert_array_equal(y, x)
+    assert calls == 1
+
+
+def test_what_is_too_large_to_be_planned_says_so():
+    huge = jax.ShapeDtypeStruct((1 << 16, 1 << 16), jnp.bfloat16)
+    with pytest.raises(BufferSizeError, match=r"gelu\(bfloat16\[4294967296\]\).* 8,589,934,592 bytes"):
+        call.make_plan(
+            lowering.open_device(SELECTOR),
+            call.encode("gelu", {}, call.Target()).encode(),
+            (Array((huge.size,), np.dtype(jnp.bfloat16)),),
+            (Array((huge.size,), np.dtype(jnp.bfloat16)),),
+        )
 
 
 def test_many_calls_keep_memory_flat():

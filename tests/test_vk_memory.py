@@ -123,6 +123,28 @@ def test_out_of_memory_names_asked_used_and_budget(opened, monkeypatch):
         opened.buffer(99_999_999)
 
 
+def test_memory_that_is_freed_but_in_use_is_waited_for(opened, monkeypatch):
+    """No room, until what still runs is done: then the block that it works on is free."""
+    size = memory.BLOCK_BYTES + 4096
+    opened.wait(opened._submitted)
+    buffer = opened.buffer(size)
+    with opened.recorder() as recorder:
+        recorder.fill(buffer, 1)
+        recorder.submit()
+    buffer.free()
+    found = []
+
+    def grow(self, nbytes, kind):
+        found.append(opened.completed() == opened._submitted)
+        raise OutOfMemoryError("none")
+
+    monkeypatch.setattr(memory.Memory, "_grow", grow)
+    monkeypatch.setattr(memory.Memory, "_find", lambda self, *_: None)
+    with pytest.raises(OutOfMemoryError):
+        opened.buffer(size)
+    assert (len(found), found[-1]) == (2, True)
+
+
 def test_small_buffers_share_a_block_and_stats_count_them(opened):
     if opened.instance.validation == "gpu":
         pytest.skip("validation on the GPU gives each buffer a block of its own")

@@ -143,7 +143,8 @@ def check(result: int, doing: str) -> None:
     """Raises for a negative VkResult; `doing` says what was going on ("creating the pipeline of 'fill'")."""
     if result >= 0:
         return
-    name = next((n for n in dir(vk) if n.startswith("VK_ERROR_") and getattr(vk, n) == result), str(result))
+    errors = {n: getattr(vk, n) for n in dir(vk) if n.startswith("VK_ERROR_")}
+    name = next((n for n, number in errors.items() if number in (result, -result)), str(result))  # some lack the minus
     if result in (vk.VK_ERROR_OUT_OF_HOST_MEMORY, vk.VK_ERROR_OUT_OF_DEVICE_MEMORY):
         raise OutOfMemoryError(f"{doing}: {name}")
     if result == vk.VK_ERROR_DEVICE_LOST:

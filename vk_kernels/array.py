@@ -99,7 +99,11 @@ class Array(Operators):
 
     def numpy(self) -> np.ndarray:
         """A copy on the host, once it is computed."""
-        return self.buffer.read(self.dtype, self.shape)
+        while True:  # a call in another thread may move it meanwhile, and take its memory
+            buffer = self.buffer
+            found = buffer.read(self.dtype, self.shape)
+            if self._buffer is buffer:
+                return found
 
     def block_until_ready(self) -> "Array":
         """Returns when it is computed."""

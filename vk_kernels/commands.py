@@ -55,7 +55,7 @@ class Recorder:
 
     def __init__(self, device: "Device", hazards: bool = True, timestamps: int = 0, replay: bool = False):
         self.device = device
-        self.last_value = 0  # the newest submission
+        self.last_use = 0  # the newest submission
         self._hazards = hazards
         self._replay = Replay() if replay else None
         self._capacity = timestamps
@@ -95,7 +95,7 @@ class Recorder:
     def reset(self) -> None:
         """Forgets all commands, once the last submission is done."""
         device = self.device
-        device.wait(self.last_value)
+        device.wait(self.last_use)
         self._forget_buffers()
         api.check(device.fn.vkResetCommandPool(device.handle, self._pool, 0), "resetting a command pool")
         for pool in self._descriptor_pools:
@@ -313,11 +313,11 @@ class Recorder:
             freed = next((buffer.size for buffer in used if buffer.freed), None)
         if freed is not None:
             raise VulkanError(f"{self._description}: a buffer of {freed} bytes was freed before the submission")
-        self.last_value = self.device.submit(self._command, used, self._description)
+        self.device.submit(self._command, (self, *used), self._description)
         self._submitted = True
         if not self._replay:
             self._buffers.clear()  # from here on `last_use` keeps their memory from being given away
-        return Submission(self, self.last_value)
+        return Submission(self, self.last_use)
 
     def _forget_buffers(self) -> None:
         if self._replay:
@@ -347,7 +347,7 @@ class Recorder:
         for kind, handle in pools:
             if handle == ffi.NULL:
                 continue
-            device.retire(self.last_value, lambda kind=kind, handle=handle: device.unmake(kind, handle))
+            device.retire(self.last_use, lambda kind=kind, handle=handle: device.unmake(kind, handle))
 
     def __del__(self):
         if hasattr(self, "_pool") and not self.device.closed:

@@ -147,8 +147,9 @@ def choose(devices: Sequence[DeviceInfo], selector: int | str | None = None) -> 
     if selector is None:
         selector = os.environ.get("VK_KERNELS_DEVICE") or None
     listed = "; ".join(map(str, devices))
-    if isinstance(selector, int) or (selector and selector.isdigit()):
+    if isinstance(selector, int) or (selector or "").isdigit():
         matching = [device for device in devices if device.index == int(selector)]
+        matching = matching or [device for device in devices if str(selector) in device.name]  # "4090"
     elif selector is None or selector.lower() == "gpu":
         matching = [device for device in devices if device.kind != "cpu"]
     elif selector.lower() == "cpu":
@@ -206,6 +207,7 @@ class Device:
         self.cache_dir = _cache_dir(info)
         # Validation on the GPU takes pushed descriptors for uninitialized ones (layer 1.3.239).
         self.push_descriptors = "VK_KHR_push_descriptor" in info.features and instance.validation != "gpu"
+        self.calls = threading.RLock()  # of programs: while one is made ready, no array that it takes may move
         self._lock = threading.Lock()  # of the queue, and of what is kept about its submissions
         self._kernels: dict[Any, Kernel] = {}
         self.compilers = ThreadPoolExecutor(thread_name_prefix="compile")  # a driver compiles a kernel on one core
@@ -362,7 +364,7 @@ class Device:
         """A recorder for one submission, reused when that is done. After an error it is dropped."""
         with self._lock:
             completed = self.completed()
-            free = next((i for i, idle in enumerate(self._idle) if idle.last_value <= completed), None)
+            free = next((i for i, idle in enumerate(self._idle) if idle.last_use <= completed), None)
             recorder = None if free is None else self._idle.pop(free)
         if recorder is None:
             recorder = Recorder(self)
@@ -372,19 +374,24 @@ class Device:
         with self._lock:
             self._idle.append(recorder)
 
-    def submit(self, command: Any, buffers: Iterable[Buffer], label: str) -> int:
-        """Hands a command buffer to the queue; returns the value that the timeline reaches when it is done."""
+    def submit(self, command: Any, users: Sequence[Any], label: str) -> int:
+        """Hands a command buffer to the queue; returns the value that the timeline reaches when it is done, which is
+        the `last_use` of all `users` from here on."""
         with self._lock:
             value = self._submitted + 1
             self._command[0] = command
             self._signal_value[0] = value
-            result = self.fn.vkQueueSubmit(self._queue, 1, self._submit_info, ffi.NULL)
-            if result:  # the message is not made for nothing
-                api.check(result, f"submitting {label}")
+            # Before it is so: a signal's handler may raise as the driver comes back.
             self._submitted = value
             self._newest.append((value, label))
-            for buffer in buffers:
-                buffer.last_use = value
+            for user in users:
+                user.last_use = value
+            result = self.fn.vkQueueSubmit(self._queue, 1, self._submit_info, ffi.NULL)
+            if result < 0:
+                self._submitted = value - 1
+                for user in users:  # what they wait for is among what came before
+                    user.last_use = value - 1
+                api.check(result, f"submitting {label}")
         self.check_validation(label)
         return value
 
@@ -429,6 +436,11 @@ class Device:
     def retire(self, value: int, action: Callable[[], None]) -> None:
         """Has `action` called some time after submission `value` is done. Safe in a finalizer: it takes no lock."""
         self._retired.append((value, action))
+
+    def finish(self) -> None:
+        """Waits for all submissions, and calls what was retired."""
+        self.wait(self._submitted)
+        self.collect()
 
     def collect(self) -> None:
         """Calls the retired actions whose submissions are done."""

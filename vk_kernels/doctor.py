@@ -80,12 +80,19 @@ def hindrances() -> Iterator[str]:
     nodes = sorted(Path("/dev/dri").glob("renderD*"))
     for node in nodes:
         if not os.access(node, os.R_OK | os.W_OK):
-            yield f"you may not use {node}: add yourself to its group ({node.group()}) and log in again"
+            yield f"you may not use {node}: add yourself to its group ({_group(node)}) and log in again"
     if platform.system() == "Linux" and not nodes and not Path("/dev/nvidiactl").exists():
         yield "no GPU in /dev/dri, and no NVIDIA GPU in /dev: none is here, or the kernel or the container hides it"
     found = [str(path) for folder in MANIFESTS for path in sorted(Path(folder).glob("*.json"))]
     if platform.system() == "Linux" and not found:
         yield f"no driver is registered in {', '.join(MANIFESTS)}"
+
+
+def _group(path: Path) -> str:
+    try:
+        return path.group()
+    except KeyError:  # a container has no names for the groups of its host
+        return str(path.stat().st_gid)
 
 
 def describe(info: DeviceInfo) -> Iterator[str]:

@@ -80,7 +80,9 @@ class Kernel:
 
     @property
     def pipeline(self) -> Any:
-        """Waits until it is compiled, beside other kernels. Raises what went wrong there."""
+        """Waits until it is compiled, beside other kernels. Raises what went wrong there; the next use tries again."""
+        if self._compiled.done() and self._compiled.exception():
+            self._compiled = self._device.compilers.submit(*self._compilation)
         return self._compiled.result()
 
     def _check_device(self, reflection: Reflection, subgroup_size: int | None) -> None:
@@ -102,6 +104,11 @@ class Kernel:
         ):
             if wanted > limit:
                 raise FeatureError(f"kernel {self.label}: {wanted} bytes of {what}, but {device.info.name} has {limit}")
+        if len(self.writable) > limits.storage_buffers:
+            raise FeatureError(
+                f"kernel {self.label}: {len(self.writable)} buffers, but {device.info.name} binds "
+                f"{limits.storage_buffers}"
+            )
         smallest, largest = limits.subgroup_size_range
         fixed = smallest == largest == subgroup_size
         if subgroup_size is not None and not fixed:
@@ -141,7 +148,8 @@ class Kernel:
         if count:
             self.template = self._make_template(count, push)
         module = self._make("ShaderModule", codeSize=len(code), pCode=ffi.from_buffer("uint32_t[]", code))
-        self._compiled = device.compilers.submit(self._make_pipeline, module, code, reflection, spec, subgroup_size)
+        self._compilation = self._make_pipeline, module, code, reflection, spec, subgroup_size
+        self._compiled = device.compilers.submit(*self._compilation)
         if device.instance.validation:
             self._compiled.result()  # so that what the layer has said is of this kernel
 

@@ -103,7 +103,7 @@ class Buffer:
         self.size = size
         self.range = max(4, -(-size // 4) * 4)  # what a descriptor spans: whole words, and never nothing
         self._last_use = 0
-        self._replays: tuple[Replay, ...] = ()
+        self._replays: dict[int, Replay] = {}  # by id: threads may add and take away, each in one step
         self._reserved = reserved
         self._parent = parent
         self._freed = False
@@ -113,7 +113,7 @@ class Buffer:
     def last_use(self) -> int:
         """The newest submission that has this buffer, or a slice of it."""
         newest = self._last_use
-        for replay in self._replays:
+        for replay in list(self._replays.values()):
             if replay.last_use > newest:
                 newest = replay.last_use
         return newest
@@ -124,13 +124,13 @@ class Buffer:
 
     def join(self, replay: Replay) -> None:
         """From here on `replay` says when the buffer is used."""
-        self._replays = (*self._replays, replay)
+        self._replays[id(replay)] = replay
         if self._freed:
             replay.freed = self.size
 
     def leave(self, replay: Replay) -> None:
         self._last_use = max(self._last_use, replay.last_use)
-        self._replays = tuple(other for other in self._replays if other is not replay)
+        self._replays.pop(id(replay), None)
 
     @property
     def owner(self) -> "Buffer":
@@ -197,7 +197,7 @@ class Buffer:
         """Gives the memory back as soon as the device is done with it. On a slice, or a second time, does nothing."""
         if self._parent is None and not self._freed:
             self._freed = True
-            for replay in self._replays:
+            for replay in list(self._replays.values()):
                 replay.freed = self.size
             memory, block, offset, reserved = self.device.memory, self.block, self.offset, self._reserved
             self.device.retire(self.last_use, lambda: memory.release(block, offset, reserved))
@@ -322,6 +322,13 @@ class Memory:
         step = 4 if self._exact else ALIGNMENT
         reserved = max(1, -(-nbytes // step)) * step
         self._device.collect()
+        try:
+            return self._allocated(nbytes, reserved, kind)
+        except OutOfMemoryError:  # what was freed may still be in use
+            self._device.finish()
+        return self._allocated(nbytes, reserved, kind)
+
+    def _allocated(self, nbytes: int, reserved: int, kind: str) -> Buffer:
         with self._lock:
             block, offset = self._find(reserved, kind) or self._grow(reserved, kind)
             self._used += reserved
@@ -516,8 +523,3 @@ class Staging:
     def _take(self, slot: Buffer, start: int, size: int, target: np.ndarray) -> None:
         self._device.wait(slot.last_use)
         target[start : start + size] = slot.block.bytes[slot.offset : slot.offset + size]
-
-    def close(self) -> None:
-        for slot in self._slots:
-            slot.free()
-        self._slots.clear()

@@ -230,7 +230,7 @@ class Executable:
         done = 0 if full else self.device.completed()
         for recording in fitting:
             # Slots that the device still reads, and outputs that a caller holds, are better left alone.
-            if (full or not recording.slots or recording.recorder.last_value <= done) and not held(recording.results):
+            if (full or not recording.slots or recording.recorder.last_use <= done) and not held(recording.results):
                 break
         else:
             recording = self._move_away(fitting[0]) if full and fitting else self._record(bound)
@@ -238,6 +238,13 @@ class Executable:
             self._recordings.remove(recording)
         self._recordings.append(recording)
         return recording
+
+    def forget(self) -> None:
+        """Gives up the recordings that are bound to the donated buffers of the last call, and with them the buffers."""
+        last, self._last = self._last, [None] * len(self._last)
+        for recording in list(self._recordings):
+            if any(recording.inputs[i] is last[i] for i in self._aliased):
+                self._recordings.remove(recording)
 
     def _move_away(self, recording: _Recording) -> _Recording:
         """The recording, when what callers hold of its results has got memory of its own."""
