@@ -17,7 +17,7 @@ from vk_kernels import ops
 from vk_kernels.errors import BufferSizeError
 from vk_kernels.lowering import call
 from vk_kernels.lowering.trace import UnsupportedError
-from vk_kernels.memory import Memory
+from vk_kernels.memory import Buffer, Memory
 from vk_kernels.program import RECORDINGS
 
 pytestmark = needs_vulkan
@@ -366,6 +366,8 @@ def test_an_update_with_norms_stays_in_its_memory():
         lambda key: jax.random.permutation(key, 31),
         lambda key: jax.vmap(lambda k: jax.random.bits(k, (3,)))(jax.random.split(key, 4)),
         lambda key: jax.random.categorical(key, jnp.zeros((3, 11)), axis=-1),
+        lambda key: (jax.random.split(key, 3)[None] == jax.random.split(key, 3)[:, None]).astype(int),
+        lambda key: jnp.where(jax.random.split(key)[0] != key, 1, 2),
     ],
 )
 def test_random_bits_are_those_of_xla(fn):
@@ -492,6 +494,62 @@ def test_an_arena_larger_than_an_allocation_is_in_blocks(monkeypatch):
         vjit(products)(*inputs)
 
 
+def test_a_state_in_a_tuple_of_which_one_array_stays_as_it_is():
+    step = vjit(lambda s, x: ((s[0] + x, s[1], s[2] * 2), s[0].sum()), donate_argnums=0)
+    state = np.zeros((3, 2), np.float32), np.int32(9), np.ones(4, np.float32)
+    for i in range(1, 4):
+        state, _ = step(state, np.float32(1))
+        assert [x.shape for x in state] == [(3, 2), (), (4,)]
+        np.testing.assert_array_equal(state[0], np.full((3, 2), i))
+        assert int(state[1]) == 9
+        np.testing.assert_array_equal(state[2], np.full(4, 2**i))
+
+
+def test_a_call_that_raises_leaves_the_loop_over_another_state_as_it_was():
+    step = vjit(lambda s, x: ({"w": s["w"] + x}, x * 2), donate_argnums=0)
+    for calls in (1, 3):
+        state, other = {"w": np.zeros_like(X)}, vk_kernels.device_put({"w": 100 + X}, SELECTOR)
+        for _ in range(calls):
+            state, _ = step(state, X)
+        gone = vk_kernels.device_put(X, SELECTOR)
+        gone.delete()
+        for bad, error in ((gone, RuntimeError), (other["w"], ValueError)):
+            with pytest.raises(error, match="donated"):
+                step(other, bad)
+        state, _ = step(state, X)
+        np.testing.assert_allclose(state["w"], (calls + 1) * X, rtol=1e-6)
+        np.testing.assert_array_equal(other["w"], 100 + X)
+
+
+def test_states_that_are_no_more_leave_the_memory():
+    device = call.open_device(SELECTOR)
+    step = vjit(lambda state, x: (state + x, x.sum()), donate_argnums=0)
+    used = []
+    for _ in range(4):
+        state = vk_kernels.device_put(np.zeros((1024, 256), np.float32), SELECTOR)
+        for _ in range(2):
+            state, _ = step(state, np.float32(1))
+        del state
+        gc.collect()
+        device.collect()
+        used.append(device.memory_stats().used)
+    assert used[-1] == used[0]
+
+
+def test_a_result_that_moves_while_it_is_read_is_read_again(monkeypatch):
+    double = vjit(lambda x: x * 2)
+    held = [double(X + i) for i in range(RECORDINGS)]
+    read = Buffer.read
+
+    def read_late(self, *arguments):
+        monkeypatch.undo()
+        held.append(double(X + RECORDINGS))  # as another thread may
+        return read(self, *arguments)
+
+    monkeypatch.setattr(Buffer, "read", read_late)
+    np.testing.assert_array_equal(held[0].numpy(), X * 2)
+
+
 def test_results_that_are_held_stay_as_they_are():
     double = vjit(lambda x: x * 2)
     held = [double(X + i) for i in range(20)]
@@ -536,6 +594,43 @@ def test_what_is_not_supported_names_primitive_shapes_and_line():
     with pytest.raises(UnsupportedError, match=r"qr.*\(float32\[8,40\]\) at .*test_jit.py:\d+") as error:
         fn(X)
     assert "\n" not in str(error.value)
+
+
+def test_what_only_the_generator_refuses_names_the_line_too():
+    with pytest.raises(UnsupportedError, match=r"reduce_precision to \(4, 3\).*at .*test_jit.py:\d+"):
+        vjit(lambda x: jax.lax.reduce_precision(x, 4, 3))(X)
+
+
+def test_a_hot_operation_that_is_refused_names_the_line_and_keeps_its_error():
+    square = np.zeros((16, 16), np.float32)
+    with (
+        vk_kernels.use("vulkan", device=SELECTOR, variant="nonsense"),
+        pytest.raises(ValueError, match=r"'nonsense'.*test_jit.py:\d+"),
+    ):
+        vjit(lambda x: ops.matmul(x, x))(square)
+    rows = call.open_device(SELECTOR).limits.storage_buffer_range // 1024 + 1
+    huge = jax.ShapeDtypeStruct((rows, 256), np.float32)
+    with pytest.raises(BufferSizeError, match=r"gelu.*test_jit.py:\d+"):
+        vjit(lambda x: ops.gelu(x).sum()).lower(huge)
+
+
+def test_two_variants_of_an_operation_are_two():
+    def both(x):
+        with vk_kernels.use("vulkan", variant="plain"):
+            plain = ops.matmul(x, x)
+        with vk_kernels.use("vulkan", variant="nonsense"):
+            return plain, ops.matmul(x, x)
+
+    with pytest.raises(ValueError, match="'nonsense'"):
+        vjit(both)(np.zeros((16, 16), np.float32))
+
+
+def test_a_function_comes_back_when_its_device_was_closed():
+    double = vjit(lambda x: x * 2)
+    np.testing.assert_array_equal(double(X), X * 2)
+    call.open_device(SELECTOR).close()
+    for _ in range(3):
+        np.testing.assert_array_equal(double(X), X * 2)
 
 
 def test_an_unknown_device_is_an_error():

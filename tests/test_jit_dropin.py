@@ -82,8 +82,36 @@ def test_static_arguments_by_position_and_name():
     jitted = vjit(fn, static_argnums=1, static_argnames="mode")
     same(jitted(X, 2, mode="times"), X * 2 + jnp.zeros(()))
     same(jitted(X, 2, mode="plus"), X + 2 + jnp.zeros(()))
-    with pytest.raises((TypeError, ValueError), match="unhashable"):
+    with pytest.raises(ValueError, match=r"static argument number 1 must be hashable, found a list: unhashable"):
         jitted(X, [2], mode="plus")
+    with pytest.raises(ValueError, match=r"static argument 'mode' must be hashable, found a tuple: unhashable"):
+        jitted(X, 2, mode=(np.arange(3),))
+
+
+def test_what_is_compiled_depends_on_types_of_static_arguments_and_on_the_configuration():
+    def fn(x, n):
+        return jnp.full(3, n) + x, jax.random.bits(jax.random.key(x[0]), (5,))
+
+    ours, jax_own, x = vjit(fn, static_argnums=1), jax.jit(fn, static_argnums=1), np.ones(3, np.int32)
+    for n in (1, 1.0, True, 2):
+        same(ours(x, n), jax_own(x, n))
+    with jax.threefry_partitionable(False):
+        same(ours(x, 1), jax_own(x, 1))
+    same(ours(x, 1), jax_own(x, 1))
+
+
+def test_a_function_of_a_class_is_a_method():
+    class Scaled:
+        scale = 3.0
+
+        @functools.partial(vk_kernels.jit, static_argnums=0, device=SELECTOR)
+        def of(self, x):
+            """Its doc."""
+            return x * self.scale
+
+    same(Scaled().of(X), jnp.asarray(X) * 3)
+    same(Scaled.of(Scaled(), X), jnp.asarray(X) * 3)
+    assert Scaled.of.__doc__ == "Its doc."
 
 
 @pytest.mark.parametrize("bad", ["a", object(), np.array(["a"]), np.array([object()])])

@@ -130,24 +130,27 @@ def make_plan(device: Device, call: bytes, inputs: tuple[Array, ...], outputs: t
     operation, parameters, target = _decode(call)
     what = f"{_describe(operation, inputs)} on {device.info.name}"
     options = {"variant": target.variant} if target.variant else {}
+    _check_sizes(device, what, [(str(array), array.nbytes) for array in (*inputs, *outputs)])
     try:
         plan = _planners[operation](device.info, inputs, outputs, **parameters, **options)
         for dispatch in plan.dispatches:
             plans.kernel_of(device, dispatch)
-    except FeatureError as error:
-        raise FeatureError(f"{what}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
+        if target.device and open_device(target.device) is not device:
+            raise ValueError(f"asked for on device {target.device!r}, in a program for another one")
+    except (ValueError, FeatureError) as error:
+        raise type(error)(f"{what}: {error}") from None
+    _check_sizes(device, what, [("scratch", nbytes) for nbytes in plan.scratch])
+    return plan
+
+
+def _check_sizes(device: Device, what: str, sizes: Sequence[tuple[str, int]]) -> None:
     limit = device.limits.storage_buffer_range
-    sizes = [(str(array), array.nbytes) for array in (*inputs, *outputs)]
-    sizes += [("scratch", nbytes) for nbytes in plan.scratch]
     for name, nbytes in sizes:
         if nbytes > limit:
             raise BufferSizeError(
                 f"{what}: {name} takes {nbytes:,} bytes, and a buffer there at most {limit:,} "
                 "(maxStorageBufferRange); make the batch smaller"
             )
-    return plan
 
 
 def _describe(operation: str, inputs: Sequence[Array]) -> str:
@@ -218,7 +221,10 @@ def _import(device: Device, host: HostArray) -> Buffer | None:
         return None
     size = -(-(host.address + nbytes - start) // page) * page
     pages = np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8)
-    return device.import_host(pages).slice(host.address - start, nbytes)
+    try:
+        return device.import_host(pages).slice(host.address - start, nbytes)
+    except VulkanError:  # some drivers refuse some memory, as that of files
+        return None
 
 
 class _Calls:

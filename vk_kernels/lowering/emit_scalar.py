@@ -454,16 +454,14 @@ def _clamp(s, args, dtypes, out, params):
     return s.binary("min", s.binary("max", low, x, out), high, out)
 
 
+def can_reduce_precision(params: dict) -> bool:
+    """To any number of bits of mantissa with those of f32's exponent, or to f16."""
+    return params["exponent_bits"] == 8 or (params["exponent_bits"], params["mantissa_bits"]) == (5, 10)
+
+
 def _reduce_precision(s, args, dtypes, out, params):
-    match params["exponent_bits"], params["mantissa_bits"]:
-        case 8, mantissa if mantissa >= 23:
-            return args[0]
-        case 8, mantissa:
-            return s._rounded_float(args[0], mantissa, False)
-        case 5, 10:
-            return s._rounded_float(args[0], 10, True)
-        case other:
-            raise ValueError(f"reduce_precision to {other} exponent and mantissa bits; 8 and any, or 5 and 10")
+    mantissa, of_f16 = params["mantissa_bits"], params["exponent_bits"] == 5
+    return args[0] if mantissa >= 23 else s._rounded_float(args[0], mantissa, of_f16)
 
 
 def _clz(s, args, dtypes, out, params):

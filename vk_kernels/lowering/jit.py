@@ -23,10 +23,12 @@ from dataclasses import dataclass
 from itertools import repeat
 from operator import is_
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src.config import trace_context  # all of JAX's configuration that changes what is traced
 from jax.tree_util import treedef_tuple
 
 from vk_kernels.array import Array, ArrayType, Life, array_type
@@ -190,9 +192,14 @@ class _Given:
     def arrays(self) -> tuple[Array, ...]:
         return self._held[0]
 
+    @property
+    def held(self) -> bool:
+        """Whether anybody still has one of them."""
+        return bool(held(self._held) or held(self.arrays))
+
     def revive(self) -> bool:
         """Takes donated arrays that nobody holds any more for new ones, where that can be: all of them."""
-        possible = self.life.whole and not held(self._held) and not held(self.arrays)
+        possible = self.life.whole and not self.held
         self.life.ended = not possible
         return possible
 
@@ -250,7 +257,7 @@ class Compiled:
         self._plan_results()
 
     def _plan_results(self) -> None:
-        aliases = self.program.aliases
+        aliases = dict(sorted(self.program.aliases.items()))  # in the order of the outputs
         self._carried = list(aliases.values())  # inputs whose memory comes back as an output
         self._dropped = [i for i in self.donated if i not in aliases.values()]
         self._rest = [i for i in range(len(self.in_types)) if i not in aliases.values()]
@@ -289,9 +296,13 @@ class Compiled:
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Runs it on the leaves of a call."""
+        if not self._given.held:  # the state that it worked on is no more
+            self.executable.forget()
+            self._buffers = []
         carried = [self.argument(i, leaves[i]) for i in self._carried]
-        self._buffers = [x if isinstance(x, Buffer) else self.device.upload(x) for x in carried]
-        made = self._run([leaves[i] for i in self._rest], dict(zip(self._carried, self._buffers, strict=True)))
+        buffers = [x if isinstance(x, Buffer) else self.device.upload(x) for x in carried]
+        made = self._run([leaves[i] for i in self._rest], dict(zip(self._carried, buffers, strict=True)))
+        self._buffers = buffers  # not before: what raises leaves a loop over another state as it was
         for i in self.donated:
             if type(leaves[i]) is Array:
                 leaves[i].delete()
@@ -395,10 +406,13 @@ class Jitted:
         dynamic, static = self._split(args, kwargs)
         with self._lock:
             last_tree, last_static, last_types, compiled = self._last
+            if compiled is not None and compiled.device.closed:
+                compiled = None
             if compiled is not None and static == last_static:
                 rest = compiled.next_in_loop(dynamic)
                 if rest is not None:
-                    return compiled.go_on(rest)
+                    with compiled.device.calls:
+                        return compiled.go_on(rest)
         leaves, tree = jax.tree.flatten(dynamic)
         if any(map(_is_tracer, leaves)):
             with self._using():
@@ -409,7 +423,12 @@ class Jitted:
             if compiled is None or (tree, static, types) != last:  # quicker than to hash them
                 compiled = self._find(tree, static, types, args, kwargs)
                 self._last = tree, static, types, compiled
-            return compiled(leaves)
+            with compiled.device.calls:
+                return compiled(leaves)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """As a method, its first argument is the instance."""
+        return self if instance is None else MethodType(self, instance)
 
     def lower(self, *args: Any, **kwargs: Any) -> Compiled:
         """What a call with such arguments runs; arguments may be jax.ShapeDtypeStruct."""
@@ -436,27 +455,30 @@ class Jitted:
             self._jitted.clear_cache()
 
     def _using(self) -> Any:
-        return use("vulkan", device=self._device)
+        return use("vulkan", device=self._device, variant=target_of("vulkan").variant)
 
     def _split(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The arguments of a call that are arrays, and what else it is compiled for."""
         static: tuple = ()
         if self._static_numbers or self._static_names:
             numbers = {n % len(args) for n in self._static_numbers if -len(args) <= n < len(args)}
+            # JAX, too, tells 1, 1.0 and True apart.
             static = (
-                *(args[n] for n in sorted(numbers)),
-                *((name, kwargs[name]) for name in self._static_names if name in kwargs),
+                *((n, type(args[n]), args[n]) for n in sorted(numbers)),
+                *((name, type(kwargs[name]), kwargs[name]) for name in self._static_names if name in kwargs),
             )
+            for name, kind, x in static:
+                _check_hashable(name, kind, x)
             args = tuple(x for n, x in enumerate(args) if n not in numbers)
             kwargs = {name: x for name, x in kwargs.items() if name not in self._static_names}
-        device = self._device if self._device is not None else target_of("vulkan")
-        return (args, kwargs), (static, device)
+        return (args, kwargs), (static, trace_context())  # which has the target of `use`, too
 
     def _find(self, tree: Any, static: Any, types: Iterable[ArrayType], args: tuple, kwargs: dict) -> Compiled:
         key = tree, static, tuple(types)
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(tree, args, kwargs)
-        return self._compiled[key]
+        found = self._compiled.get(key)
+        if found is None or found.device.closed:
+            found = self._compiled[key] = self._compile(tree, args, kwargs)
+        return found
 
     def _compile(self, tree: Any, args: tuple, kwargs: dict[str, Any]) -> Compiled:
         args, kwargs = jax.tree.map(_described, (args, kwargs))
@@ -484,6 +506,14 @@ def _leaves_of(tree: Any, x: Any) -> list[Any] | None:
         return tree.flatten_up_to(x)
     except ValueError:
         return None
+
+
+def _check_hashable(name: int | str, kind: type, x: Any) -> None:
+    try:
+        hash(x)
+    except TypeError as error:
+        what = f"number {name}" if isinstance(name, int) else repr(name)
+        raise ValueError(f"static argument {what} must be hashable, found a {kind.__name__}: {error}") from None
 
 
 def _described(x: Any) -> Any:

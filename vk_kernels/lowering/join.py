@@ -44,7 +44,9 @@ def _joined(graph: Graph, node: Node, gradient: Node, joint: _Joint) -> Graph:
     others = gradient.inputs[len(taken) :]
     late = _dependents(graph, node, gradient)  # of what comes before the gradient: it comes after both now
     made_late = {*node.outputs, *(out for other in late for out in other.outputs)}
-    if gradient.inputs[: len(taken)] != taken or gradient.params != node.params or not made_late.isdisjoint(others):
+    both = call.renamed(gradient.call, joint.both)
+    alike = gradient.inputs[: len(taken)] == taken and call.renamed(node.call, joint.both) == both
+    if not alike or not made_late.isdisjoint(others):
         return graph
     joined = Node(
         joint.both,
@@ -53,7 +55,7 @@ def _joined(graph: Graph, node: Node, gradient: Node, joint: _Joint) -> Graph:
         node.params,
         gradient.source,
         gradient.scope,
-        call.renamed(gradient.call, joint.both),
+        both,
     )
     end = graph.nodes.index(gradient)
     before = [other for other in graph.nodes[:end] if other is not node and other not in late]

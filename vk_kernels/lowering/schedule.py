@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vk_kernels.errors import FeatureError
 from vk_kernels.lowering import arena, call, codegen, codegen_cache
 from vk_kernels.lowering.fuse import Partition, Step
 from vk_kernels.lowering.graph import Graph, Node, Value
@@ -103,8 +104,8 @@ def _plan_hot(step: Step, node: Node, device: "Device") -> _Planned:
     inputs, outputs = (tuple(Array(x.shape, x.dtype) for x in values) for values in (node.inputs, node.outputs))
     try:
         plan = call.make_plan(device, node.call, inputs, outputs)
-    except ValueError as error:
-        raise ValueError(f"{error}: {node.source}") from None
+    except (ValueError, FeatureError) as error:
+        raise type(error)(f"{error}: {node.source}") from None
     dispatches = []
     for dispatch in plan.dispatches:
         name = f"{dispatch.kernel}.{dispatch.variant}" if dispatch.variant else dispatch.kernel

@@ -100,8 +100,6 @@ def _same(node: Node) -> Operand | None:
         case "reshape" | "broadcast_in_dim" | "convert_element_type" | "bitcast_convert_type" | "slice" if alike:
             steps = node.params.get("strides")
             return x if not steps or set(steps) == {1} else None
-        case "transpose" if alike and tuple(node.params["permutation"]) == tuple(range(len(out.shape))):
-            return x
         case "concatenate" if len(node.inputs) == 1:
             return x
         case "integer_pow" if node.params["y"] == 1:
@@ -151,7 +149,7 @@ def _key(node: Node) -> Any:
     inputs = tuple(x if isinstance(x, Value) else (x.value.tobytes(), x.dtype, x.shape) for x in node.inputs)
     outputs = tuple((x.shape, x.dtype) for x in node.outputs)
     params = tuple(sorted((name, _frozen(value)) for name, value in node.params.items()))
-    return node.op, inputs, outputs, params
+    return node.op, node.call, inputs, outputs, params
 
 
 def _frozen(value: Any) -> Any:

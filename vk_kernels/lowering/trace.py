@@ -302,6 +302,9 @@ _STRUCTURES = {
 }
 
 
+_COMPARISONS = {"eq": jnp.all, "ne": jnp.any}
+
+
 class _Counter:
     """What decides how often a while loop turns, cut out of it.
 
@@ -343,9 +346,12 @@ def _where(equation: JaxprEqn, at: Origin) -> str:
 
 
 def _on_words(equation: JaxprEqn) -> Callable[..., Any]:
-    """What moves PRNG keys about moves each of their words."""
+    """What moves PRNG keys about moves each of their words; keys are equal where all their words are."""
     primitive, params = equation.primitive, equation.params
-    if primitive.name.startswith("random_"):
+    if primitive.name in _COMPARISONS:
+        joined = _COMPARISONS[primitive.name]
+        return lambda *xs: joined(primitive.bind(*xs, **params), axis=-1)
+    if primitive.name.startswith("random_") or not all(is_key(x.aval) for x in equation.outvars):
         raise ValueError(f"no kernel is generated for the primitive {primitive.name}")
     axes = tuple(-1 if is_key(x.aval) else None for x in equation.invars)
     return jax.vmap(lambda *xs: primitive.bind(*xs, **params), in_axes=axes, out_axes=-1)
