@@ -450,9 +450,8 @@ def test_gelu_and_its_slope_at_any_size(device):
 
 
 @pytest.mark.parametrize(("dtype", "m", "n", "k"), [(F32, 40, 64, 24), (BF16, 33, 21, 40)], ids=str)
-@pytest.mark.parametrize(("save", "splits"), [(False, 1), (True, 1), (True, 2)])
-def test_the_slope_as_the_epilogue_of_a_product(device, variant, dtype, m, n, k, save, splits):
-    """dY W^T times the slope of the activation before it, and its value: what fuses the gradients of two products."""
+def test_the_slope_as_the_epilogue_of_a_product(device, variant, dtype, m, n, k):
+    """dY W^T times the slope of the activation before it: what fuses the gradients of two products."""
     check_dtype(variant, dtype)
     a, b, x = (
         normal(m, k, dtype=dtype),
@@ -461,19 +460,13 @@ def test_the_slope_as_the_epilogue_of_a_product(device, variant, dtype, m, n, k,
     )
     places = matrix(0, dtype, m, k), matrix(1, dtype, n, k), matrix(3, dtype, m, n)
     options = {
-        "epilogue": Epilogue(gelu_slope_of=2, save_gelu=4 if save else None),
+        "epilogue": Epilogue(gelu_slope_of=2),
         "transpose_b": True,
-        "scratch": 5,
+        "scratch": 4,
         "variant": variant,
-        "splits": splits,
     }
     plan = plan_gemm(device.info, *places, **options)
-    outputs = undefined(m, n, dtype=dtype), undefined(m, n, dtype=dtype)
-    actual, saved = execute_plan(device, plan, [a, b, x], *outputs)
-    if save:
-        assert_accurate(saved, jax.nn.gelu(x), gelu_in_float64()(x.astype(np.float64)))
-    else:
-        assert np.isnan(saved.astype(F32)).all()
+    actual = execute_plan(device, plan, [a, b, x], undefined(m, n, dtype=dtype))[0]
     exact = a.astype(np.float64) @ b.astype(np.float64).T
     exact = exact * gelu_in_float64(slope=True)(x.astype(np.float64))
     plain = jnp.einsum("mk,nk->mn", a, b, preferred_element_type=jnp.float32).astype(dtype)
@@ -518,7 +511,7 @@ def test_gradients_through_the_activation_of_the_input(device, variant, dtype, r
     p = problem(rows, k, n, dtype, False, False, rate)
     x = np.asarray(gelu(z))
     pre = x.astype(np.float64) @ p["w"].astype(np.float64)
-    inputs = present(dy, z, p["w"], pre.astype(dtype), p["rng"])
+    inputs = present(dy, x, p["w"], pre.astype(dtype), p["rng"], z)
     static["input_activation"] = "gelu"
     found = run(device, plan_matmul_backward, matmul_backward_reference, *inputs, **static, variant=variant)
 

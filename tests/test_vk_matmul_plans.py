@@ -77,8 +77,6 @@ def test_what_cannot_be_multiplied(device):
     for epilogue, batch in [
         (Epilogue(bias=3), 2),
         (Epilogue(gelu_slope_of=3, residual=4), 1),
-        (Epilogue(save_gelu=3), 1),
-        (Epilogue(gelu_slope_of=3, save_gelu=4, save_pre_activation=5), 1),
         (Epilogue(rng=3, accumulate=True), 1),
         (Epilogue(softmax_gradient=SoftmaxGradient(3, 4, 5, 0, 9), bias=6), 1),
         (Epilogue(softmax_gradient=SoftmaxGradient(3, 4, 5, 0, 9)), 2),

@@ -11,9 +11,8 @@ from typing import Any
 from vk_kernels.lowering import call
 from vk_kernels.lowering.graph import Graph, Node, Operand, consumers, producers
 
-# rule(producer, consumer, makers): both as they are to be, in the same order and with the same outputs; None: as they
-# are. makers: the node that gives each value.
-Rule = Callable[[Node, Node, dict[Operand, Node]], tuple[Node, Node] | None]
+# rule(producer, consumer): both as they are to be, in the same order and with the same outputs; None: as they are.
+Rule = Callable[[Node, Node], tuple[Node, Node] | None]
 
 _rules: dict[tuple[str, str], Rule] = {}
 
@@ -41,7 +40,7 @@ def absorb(graph: Graph) -> Graph:
         if rule is None or len(readers[value]) > 1 or consumer.inputs.count(value) > 1 or value in graph.outputs:
             continue
         producer = nodes[numbers[maker]]
-        found = rule(producer, consumer, makers)
+        found = rule(producer, consumer)
         if found is not None and all(numbers.get(makers.get(x), -1) < numbers[maker] for x in found[0].inputs):
             nodes[numbers[maker]], nodes[i] = found
     return replace(graph, nodes=nodes)

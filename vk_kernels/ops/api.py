@@ -105,23 +105,16 @@ def _present(*operands: jax.Array | None) -> list[jax.Array]:
 _matmul_backward = make_primitive("matmul_backward", _matmul.matmul_backward_reference, _matmul.plan_matmul_backward)
 
 
-def _activation_into_product(before, after, makers):
-    """A product of GELU's result takes GELU's argument: its backward pass makes both the result, which is then not
-    kept for it, and the gradient through GELU."""
-    if after.params["activation"] != "gelu" or after.params["dropout_rate"] or "input_activation" in before.params:
-        return None
-    dy, x, *others = before.inputs
-    *reads, argument = after.inputs
-    maker = makers.get(x)
-    if maker is None or maker.op != "matmul" or maker.outputs != (x, argument):
-        return None
-    if maker.params["has_residual"] or maker.params["dropout_rate"]:
-        return None
-    before = changed(before, (dy, argument, *others), input_activation="gelu")
+def _slope_into_product(before, after):
+    """The gradient through GELU as the last step of the product that makes it."""
+    if after.params["activation"] != "gelu" or after.params["dropout_rate"] or "input_activation" in after.params:
+        return None  # the pre-activation is not the last operand
+    *reads, pre_activation = after.inputs
+    before = changed(before, (*before.inputs, pre_activation), input_activation="gelu")
     return before, changed(after, reads, activation=None)
 
 
-register_rule("matmul_backward", "matmul_backward", _activation_into_product)
+register_rule("matmul_backward", "matmul_backward", _slope_into_product)
 
 
 def _matmul_folding(has_bias, has_residual, dropout_rate, **_):

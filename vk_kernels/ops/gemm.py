@@ -88,18 +88,17 @@ class Epilogue:
     """What happens to the sums before they are stored, in this order, in f32. The indices are operands of the plan.
 
     bias: (columns of C,) to add. save_pre_activation: where to store the sums as they are then. gelu: apply GELU.
-    gelu_slope_of: multiply by GELU's slope at these values; save_gelu: where to store GELU of them. rng, threshold,
-    scale, stream: dropout (see `dropout_threshold`, `dropout_scale`); rng is uint32 (2,), None for no dropout.
-    residual: to add. accumulate: add what C holds. All but rng have C's dtype; residual, save_pre_activation,
-    gelu_slope_of and save_gelu have its layout too. Bias and dropout take no batch; dropout and accumulate exclude one
-    another, as residual and gelu_slope_of do, and save_pre_activation and save_gelu. softmax_gradient stands alone.
+    gelu_slope_of: multiply by GELU's slope at these values. rng, threshold, scale, stream: dropout (see
+    `dropout_threshold`, `dropout_scale`); rng is uint32 (2,), None for no dropout. residual: to add.
+    accumulate: add what C holds. All but rng have C's dtype; residual, save_pre_activation and gelu_slope_of have its
+    layout too. Bias and dropout take no batch; dropout and accumulate exclude one another, as residual and
+    gelu_slope_of do. softmax_gradient stands alone.
     """
 
     bias: int | None = None
     save_pre_activation: int | None = None
     gelu: bool = False
     gelu_slope_of: int | None = None
-    save_gelu: int | None = None
     rng: int | None = None
     threshold: int = 0
     scale: float = 1.0
@@ -116,8 +115,6 @@ class Epilogue:
             raise ValueError("an epilogue has bias and dropout for one matrix, not for a batch")
         if self.gelu_slope_of is not None and self.residual is not None:
             raise ValueError("an epilogue has gelu_slope_of or residual, not both")
-        if self.save_gelu is not None and (self.gelu_slope_of is None or self.save_pre_activation is not None):
-            raise ValueError("an epilogue has save_gelu with gelu_slope_of, and without save_pre_activation")
         if self.rng is not None and self.accumulate:
             raise ValueError("an epilogue has dropout or accumulate, not both")
 
@@ -125,7 +122,7 @@ class Epilogue:
         return replace(self, rng=None, threshold=0, scale=1.0, stream=0, residual=None)
 
     def from_dropout(self) -> "Epilogue":
-        return replace(self, bias=None, save_pre_activation=None, gelu=False, gelu_slope_of=None, save_gelu=None)
+        return replace(self, bias=None, save_pre_activation=None, gelu=False, gelu_slope_of=None)
 
 
 NOTHING = Epilogue()
@@ -452,8 +449,8 @@ def _operands(a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue) -> tuple[int,
     if (loss := epilogue.softmax_gradient) is not None:
         found = loss.log_normalizers, loss.dlosses, loss.targets
     reads = (a.operand if operand is None else operand for operand in found)
-    saved = (x for x in (epilogue.save_pre_activation, epilogue.save_gelu, c.operand) if x is not None)
-    return (a.operand, b.operand, *reads, c.operand, next(saved))
+    saved = c.operand if epilogue.save_pre_activation is None else epilogue.save_pre_activation
+    return (a.operand, b.operand, *reads, c.operand, saved)
 
 
 def _push_constants(work: _Work, a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue, workgroups: int) -> bytes:
@@ -478,7 +475,6 @@ def _epilogue_spec(epilogue: Epilogue, aligned: bool) -> dict[str, int | bool]:
         "SAVE_PRE_ACTIVATION": epilogue.save_pre_activation is not None,
         "GELU": epilogue.gelu,
         "GELU_SLOPE": epilogue.gelu_slope_of is not None,
-        "SAVE_GELU": epilogue.save_gelu is not None,
         "DROPOUT": epilogue.rng is not None,
         "RESIDUAL": epilogue.residual is not None,
         "ACCUMULATE": epilogue.accumulate,
