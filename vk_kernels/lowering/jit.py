@@ -73,13 +73,20 @@ def jit(
 
     Raises, when called:
       UnsupportedError: what no kernel is there for, with the primitive, its shapes and the line.
+      ValueError: a static argument that is not hashable; an array that is donated and passed a second time; what a hot
+        operation refuses, with the line.
+      RuntimeError: an array that was donated or deleted.
       NoDeviceError: no loader, no driver, or no such device.
+      FeatureError, BufferSizeError, OutOfMemoryError: what the device lacks, or has no room for.
     """
     return Jitted(fn, static_argnums, static_argnames, donate_argnums, donate_argnames, device)
 
 
 def device_put(tree: Any, device: int | str | None = None) -> Any:
-    """A pytree of host arrays as one of `vk_kernels.Array`; PRNG keys stay JAX's own."""
+    """A pytree of host arrays as one of `vk_kernels.Array`; PRNG keys stay JAX's own.
+
+    Raises NoDeviceError, BufferSizeError over a limit of the device, OutOfMemoryError where it has no room.
+    """
     opened = call.open_device("" if device is None else str(device))
 
     def put(x: Any) -> Any:
@@ -398,7 +405,7 @@ class Jitted:
             donate_argnames=donate_argnames,
         )
         self._compiled: dict[Any, Compiled] = {}
-        # Of the last call: structure, static arguments and device, types, what is compiled.
+        # Of the last call: structure, static arguments and JAX's configuration, types, what is compiled.
         self._last: tuple[Any, Any, Any, Any] = (None, None, None, None)
         self._lock = threading.RLock()
 
