@@ -2,7 +2,7 @@
 
     python -m gpt_jax.main --config=configs/chat_tiny.py
 
-Expect a validation loss of 8.33 at the start and about 4.3 at the end: words and phrases in the voice of the corpus,
+Expect a validation loss of 8.32 at the start and about 4.3 at the end: words and phrases in the voice of the corpus,
 not yet sense. It sees a third of the corpus once, so it has no dropout: that would only slow it down.
 """
 

@@ -81,6 +81,8 @@ def generate(
     A text longer than the block keeps its last `block_size` tokens in view.
     """
     texts = [list(prompt) for prompt in prompts]
+    if not texts:
+        return []
     starts = [len(text) for text in texts]
     width = min(block_size, max(starts) + max_tokens)
     open_rows = set(range(len(texts)))

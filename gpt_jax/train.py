@@ -196,7 +196,8 @@ class Run:
     def _matmul_kind(self) -> str:
         if self.config.model.dtype == "bfloat16":
             return "bfloat16"
-        return "float32" if self.config.matmul_precision == "highest" else "tf32"
+        of_xla = self.backend.name == "xla"  # the precision is of its products only
+        return "tf32" if of_xla and self.config.matmul_precision != "highest" else "float32"
 
     @property
     def state(self) -> TrainState:
@@ -222,10 +223,11 @@ class Run:
             data.loader(self.train_batches, start=self.step, prefetch=config.data.prefetch)
         ) as batches:
             while True:
-                last = self.step >= config.num_steps
+                # Read once: a signal that comes while this pass does what is due ends the next one, which saves.
+                last, stopping = self.step >= config.num_steps, stop.received is not None
                 if not housekeeping_done:
-                    self.housekeeping(last=last, stopping=stop.received is not None)
-                if last or stop.received is not None:
+                    self.housekeeping(last=last, stopping=stopping)
+                if last or stopping:
                     return stop.received
                 housekeeping_done = False
                 with self.clock.phase("data"):

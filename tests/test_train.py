@@ -1,6 +1,7 @@
 """Whole runs that go well, are killed, or are interrupted."""
 
 import json
+import os
 import signal
 import subprocess
 
@@ -10,6 +11,7 @@ from whole_run import (  # noqa: F401
     assert_same_results,
     chats,
     command,
+    configuration,
     environment,
     flatten,
     results,
@@ -20,6 +22,7 @@ from whole_run import (  # noqa: F401
 )
 
 from gpt_jax.metrics import read_lines
+from gpt_jax.train import Run, train_and_evaluate
 
 
 def test_a_run_leaves_all_that_it_should(straight):
@@ -81,3 +84,12 @@ def test_stopped_by_a_signal_saves_and_goes_on_bit_identically(straight, corpus,
     assert json.loads((workdir / "run.json").read_text())["status"] == "interrupted"
     assert run(corpus, workdir).returncode == 0
     assert_same_results(straight, workdir)
+
+
+def test_a_signal_while_samples_are_drawn_saves_too(corpus, tmp_path, monkeypatch):
+    """With one step more: what is due is done once a step."""
+    monkeypatch.setattr(Run, "sample", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    config = configuration(corpus, "--config.sample.every=10", "--config.checkpoint.every=60")
+    assert train_and_evaluate(config, tmp_path) == signal.SIGTERM
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["11"]
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
