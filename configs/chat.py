@@ -58,11 +58,11 @@ def get_config() -> ConfigDict:
     config.data.prefetch = 8  # batches
 
     config.eval = ConfigDict()
-    config.eval.every = 2500  # steps
+    config.eval.every = 2500  # steps, and once at the end; 0: never
     config.eval.batches = 10
 
     config.sample = ConfigDict()
-    config.sample.every = 500
+    config.sample.every = 500  # steps, and once at the end; 0: never
     config.sample.temperature = 0.8
     config.sample.top_k = 40
     config.sample.max_tokens = 80
@@ -73,13 +73,13 @@ def get_config() -> ConfigDict:
     )
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = 2500
+    config.checkpoint.every = 2500  # steps; 0: only at the end and when the run is stopped
     config.checkpoint.keep_last = 2
     config.checkpoint.keep_every = 10_000  # 0: none; the best by validation loss is always kept
 
     config.log = ConfigDict()
-    config.log.every = 50
-    config.log.diagnostics_every = 500  # attention statistics by head
+    config.log.every = 50  # steps between two lines of progress; 0: none
+    config.log.diagnostics_every = 500  # attention statistics by head; as eval.every
     config.log.tensorboard = True
     config.log.profile_step = 0  # the profiler records from here (0: not at all)
     config.log.profile_steps = 3

@@ -11,12 +11,17 @@ from gpt_jax.config import UserError
 BAD_INPUT = 2  # exit code for a mistake that the user can mend
 
 
-def run_main(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str] = ()) -> None:
+def run_main(
+    main: Callable[[Sequence[str]], int | None],
+    arguments: Sequence[str] = (),
+    define: Callable[[], None] = lambda: None,
+) -> None:
     """`absl.app.run(main)`, with a bad flag or a `UserError` turned into one line on stderr and exit code 2.
 
     Args:
       main: takes the program's name and its arguments, returns the exit code; None is 0.
       arguments: names of the arguments that must stand beside the flags.
+      define: defines the flags.
     """
 
     def guarded(argv: Sequence[str]) -> int | None:
@@ -32,14 +37,35 @@ def run_main(main: Callable[[Sequence[str]], int | None], arguments: Sequence[st
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
 
-    app.run(guarded, flags_parser=_parse_flags)
-
-
-def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, TypeError) as error:  # the last two: of a config's fields
-        sys.exit(_refuse(error.args[0] if error.args else error))
+        define()
+    except flags.Error as error:  # a --flagfile is read already
+        sys.exit(_refuse(error))
+    app.run(guarded, flags_parser=_parse_or_exit)
+
+
+def _parse_or_exit(argv: Sequence[str]) -> list[str]:
+    try:
+        return parse_flags(argv)
+    except UserError as error:
+        sys.exit(_refuse(error))
+
+
+def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Takes the values of all flags from a command line; returns the program's name and the other arguments.
+
+    Raises:
+      UserError: a flag is unknown, or its value is none that it can have.
+    """
+    try:
+        return flag_values(argv)
+    except flags.UnrecognizedFlagError as error:
+        if "config" in flag_values and error.flagname.startswith("config."):
+            raise UserError(f"--{error.flagname} changes a config: give --config=FILE before it") from None
+        raise UserError(str(error)) from None
+    except flags.Error as error:
+        inner = error.__context__  # absl puts "flag --NAME=VALUE" before what a parser said
+        raise UserError(str(inner if isinstance(inner, UserError) else error)) from None
 
 
 def _refuse(error: object) -> int:

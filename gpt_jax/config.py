@@ -1,91 +1,270 @@
-"""Checks a config before any work is done, so that a mistake costs one line and not an hour."""
+"""Checks a config before any work is done, so that a mistake costs one line and not an hour.
 
+`FIELDS` is the one table of all settings: kind, range and meaning. What a setting must be is said there and nowhere
+else; `validate` adds what several settings must be to each other.
+"""
+
+import dataclasses
+import difflib
 import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-from ml_collections import ConfigDict
+import numpy as np
+from ml_collections import config_dict
 
 BACKENDS = ("auto", "xla", "vulkan")
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("highest", "high", "default")
 TARGETS = ("all", "assistant")
 
+_INT32 = 2**31 - 1  # steps and sizes are int32 on every device
+_UINT32 = 2**32 - 1  # what a seed of JAX and of Philox holds
+_SMALLEST = float(np.finfo(np.float32).tiny)  # normal f32: a smaller number is 0 on devices that flush
+
 
 class UserError(ValueError):
     """Something the user can mend; its message is one line that says how."""
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One setting of a config.
+
+    kind: int, float, bool, str, or tuple for a sequence of texts. low, high: the ends of its range, both inside it
+    but where `open_low` or `open_high` say otherwise. choices: all texts that it can be; empty: any text.
+    """
+
+    kind: type
+    meaning: str  # one line, with the unit
+    low: float = 0
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    choices: tuple[str, ...] = ()
+
+    def problem(self, value: Any) -> str:
+        """'must be ..., found ...' for a value that this setting cannot have, else nothing."""
+        check = {int: self._whole, float: self._number, bool: self._flag, str: self._text, tuple: self._texts}
+        return check[self.kind](value)
+
+    def _whole(self, value: Any) -> str:
+        if isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high:
+            return ""
+        return f"must be a whole number from {self.low} to {self.high}, found {_show(value)}"
+
+    def _number(self, value: Any) -> str:
+        """Counts as the f32 that the device will see."""
+
+        def inside(number: float) -> bool:
+            above = number > self.low or (number == self.low and not self.open_low)
+            return above and (number < self.high or (number == self.high and not self.open_high))
+
+        interval = f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+        wanted = f"must be a number in {interval}, found {_show(value)}"
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return wanted
+        seen = _as_float32(value)
+        if inside(seen) and (seen != 0 or value == 0):
+            return ""
+        return f"{wanted}, which is {seen:g} in float32" if inside(value) else wanted
+
+    def _flag(self, value: Any) -> str:
+        return "" if isinstance(value, bool) else f"must be True or False, found {_show(value)}"
+
+    def _text(self, value: Any) -> str:
+        if self.choices and value not in self.choices:
+            return f"must be one of {', '.join(self.choices)}; found {_show(value)}"
+        return text_problem(value)
+
+    def _texts(self, value: Any) -> str:
+        if not isinstance(value, tuple | list):
+            return f"must be a list of texts, found {_show(value)}"
+        problems = ((i, text_problem(text)) for i, text in enumerate(value))
+        return next((f"[{i}] {problem}" for i, problem in problems if problem), "")
 
 
-def _at_least(config: ConfigDict, minimum: int, *names: str) -> None:
-    for name in names:
-        value = config
-        for part in name.split("."):
-            value = value[part]
-        _require(
-            math.isfinite(value) and value >= minimum,
-            f"config.{name} must be at least {minimum}, found {value}",
-        )
+def text_problem(value: Any) -> str:
+    """'must be ..., found ...' for what cannot be written as UTF-8 or handed to the system, else nothing."""
+    if not isinstance(value, str):
+        return f"must be text, found {_show(value)}"
+    bad = next((character for character in value if character == "\0" or "\ud800" <= character <= "\udfff"), "")
+    return f"must be text in UTF-8, found {bad!a} in it" if bad else ""
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"config.{name} must be one of {', '.join(choices)}; found {value!r}")
+def _whole(meaning: str, low: int = 1, high: int = _INT32) -> Field:
+    return Field(int, meaning, low, high)
 
 
-def validate(config: ConfigDict) -> None:
+def _number(meaning: str, **ends: Any) -> Field:
+    return Field(float, meaning, **{"open_high": True} | ends)
+
+
+def _choice(meaning: str, choices: tuple[str, ...]) -> Field:
+    return Field(str, meaning, choices=choices)
+
+
+_EVERY = "steps between two, and once at the end; 0: never"
+
+FIELDS: dict[str, Field] = {
+    "name": Field(str, "what the run is called"),
+    "domain": Field(str, "what its texts are about"),
+    "seed": _whole("of every random choice", 0, _UINT32),
+    "backend": _choice("what the steps run on", BACKENDS),
+    "matmul_precision": _choice("of f32 products on XLA", PRECISIONS),
+    "num_steps": _whole("updates in all"),
+    "batch_size": _whole("sequences a step"),
+    "accumulate_steps": _whole("parts that a batch is computed in"),
+    "max_skipped_steps": _whole("non-finite steps in a row before the run stops"),
+    "init_from": Field(str, "run or checkpoint whose parameters to start from; empty: fresh ones"),
+    "model.vocab_size": _whole("tokens that it knows"),
+    "model.block_size": _whole("tokens that it sees at once"),
+    "model.num_layers": _whole("transformer blocks"),
+    "model.num_heads": _whole("attention heads of a block"),
+    "model.embed_dim": _whole("width of the residual stream"),
+    "model.dropout_rate": _number("share of elements dropped", high=1),
+    "model.soft_cap": _number("of attention scores; 0: off"),
+    "model.use_bias": Field(bool, "whether linear layers have one"),
+    "model.tie_head": Field(bool, "whether the output layer is the token embedding"),
+    "model.dtype": _choice("of matrix products and activations", DTYPES),
+    "model.remat": Field(bool, "whether layers are computed again in the backward pass"),
+    "optimizer.learning_rate": _number("at the end of the warm-up", open_low=True),
+    "optimizer.min_learning_rate": _number("at the start, and from decay_steps on"),
+    "optimizer.warmup_steps": _whole("updates of the linear rise", 0),
+    "optimizer.decay_steps": _whole("update at which the cosine reaches the minimum"),
+    "optimizer.b1": _number("decay of the mean of gradients, an update", high=1),
+    "optimizer.b2": _number("decay of the mean of squared gradients, an update", high=1),
+    "optimizer.epsilon": _number("added to the root of the mean square", open_low=True),
+    "optimizer.weight_decay": _number("times the learning rate, an update"),
+    "optimizer.decay_matrices_only": Field(bool, "whether biases and scales are left out of the decay"),
+    "optimizer.clip_norm": _number("largest norm of the whole gradient", open_low=True),
+    "data.source": Field(str, "default, a file, or hf:NAME[:SPLIT]"),
+    "data.validation_fraction": _number("share of the sources kept for validation", high=1, open_low=True),
+    "data.tokenizer": Field(str, "a tokenizer.json; empty: train one"),
+    "data.targets": _choice("what the loss counts", TARGETS),
+    "data.cache_dir": Field(str, "folder of the tokens; empty: ~/.cache/gpt_jax"),
+    "data.prefetch": _whole("batches made ahead"),
+    "eval.every": _whole(_EVERY, 0),
+    "eval.batches": _whole("batches of an evaluation"),
+    "sample.every": _whole(_EVERY, 0),
+    "sample.temperature": _number("of the softmax; 0: the likeliest token"),
+    "sample.top_k": _whole("likeliest tokens to draw from; 0: all", 0),
+    "sample.max_tokens": _whole("tokens of an answer at most"),
+    "sample.prompts": Field(tuple, "questions to answer"),
+    "checkpoint.every": _whole("steps between two; 0: only at the end and when stopped", 0),
+    "checkpoint.keep_last": _whole("newest checkpoints kept"),
+    "checkpoint.keep_every": _whole("steps whose multiples are kept for good; 0: none", 0),
+    "log.every": _whole("steps between two lines of progress; 0: none", 0),
+    "log.diagnostics_every": _whole(_EVERY, 0),
+    "log.tensorboard": Field(bool, "whether TensorBoard's files are written"),
+    "log.profile_step": _whole("first step of the profile; 0: none", 0),
+    "log.profile_steps": _whole("steps of the profile"),
+}
+
+GROUPS = tuple(dict.fromkeys(name.partition(".")[0] for name in FIELDS if "." in name))
+
+
+def validate(config: Mapping[str, Any]) -> None:
     """Raises UserError, in one line, for a value that is impossible by itself or contradicts another."""
-    _one_of("backend", config.backend, BACKENDS)
-    _one_of("matmul_precision", config.matmul_precision, PRECISIONS)
-    _one_of("model.dtype", config.model.dtype, DTYPES)
-    _one_of("data.targets", config.data.targets, TARGETS)
-    positive = [
-        *("num_steps", "batch_size", "accumulate_steps", "max_skipped_steps"),
-        *(f"model.{name}" for name in ("vocab_size", "block_size", "num_layers", "num_heads", "embed_dim")),
-        *("optimizer.decay_steps", "data.prefetch", "eval.every", "eval.batches"),
-        *("sample.every", "sample.max_tokens", "checkpoint.every", "checkpoint.keep_last"),
-        *("log.every", "log.diagnostics_every", "log.profile_steps"),
-    ]
-    _at_least(config, 1, *positive)
-    _at_least(config, 0, "seed", "model.soft_cap", "optimizer.warmup_steps", "optimizer.weight_decay")
-    _at_least(config, 0, "optimizer.min_learning_rate", "sample.temperature", "sample.top_k")
-    _at_least(config, 0, "checkpoint.keep_every", "log.profile_step")
-    _require(config.seed < 2**32, f"config.seed must be below 2**32, found {config.seed}")
+    values = check_names(config)
+    for name, value in values.items():
+        check(name, value)
 
-    model, optimizer = config.model, config.optimizer
-    _require(
-        model.embed_dim % model.num_heads == 0,
-        f"config.model.embed_dim must be a multiple of num_heads, found {model.embed_dim} and {model.num_heads}",
+    def require(condition: bool, message: str, *names: str) -> None:
+        if not condition:
+            raise UserError(f"config.{message}, found {' and '.join(str(values[name]) for name in names)}")
+
+    require(
+        values["model.embed_dim"] % values["model.num_heads"] == 0,
+        "model.embed_dim must be a multiple of num_heads",
+        *("model.embed_dim", "model.num_heads"),
     )
-    _require(
-        0 <= model.dropout_rate < 1,
-        f"config.model.dropout_rate must be in [0, 1), found {model.dropout_rate}",
+    require(
+        values["batch_size"] % values["accumulate_steps"] == 0,
+        "batch_size must be a multiple of accumulate_steps",
+        *("batch_size", "accumulate_steps"),
     )
-    _require(
-        config.batch_size % config.accumulate_steps == 0,
-        f"config.batch_size must be a multiple of accumulate_steps, "
-        f"found {config.batch_size} and {config.accumulate_steps}",
+    require(
+        values["optimizer.min_learning_rate"] <= values["optimizer.learning_rate"],
+        "optimizer.min_learning_rate must not exceed learning_rate",
+        *("optimizer.min_learning_rate", "optimizer.learning_rate"),
     )
-    _require(
-        0 < optimizer.learning_rate < math.inf,
-        f"config.optimizer.learning_rate must be positive, found {optimizer.learning_rate}",
+    require(
+        values["optimizer.warmup_steps"] < values["optimizer.decay_steps"],
+        "optimizer.warmup_steps must be below decay_steps, where the schedule ends",
+        *("optimizer.warmup_steps", "optimizer.decay_steps"),
     )
-    _require(
-        optimizer.min_learning_rate <= optimizer.learning_rate,
-        f"config.optimizer.min_learning_rate must not exceed learning_rate, "
-        f"found {optimizer.min_learning_rate} and {optimizer.learning_rate}",
-    )
-    for name in ("b1", "b2"):
-        _require(0 <= optimizer[name] < 1, f"config.optimizer.{name} must be in [0, 1), found {optimizer[name]}")
-    for name in ("epsilon", "clip_norm"):
-        _require(optimizer[name] > 0, f"config.optimizer.{name} must be positive, found {optimizer[name]}")
-    _require(
-        optimizer.warmup_steps < optimizer.decay_steps,
-        f"config.optimizer.warmup_steps must be below decay_steps, where the schedule ends, "
-        f"found {optimizer.warmup_steps} and {optimizer.decay_steps}",
-    )
-    _require(
-        0 < config.data.validation_fraction < 1,
-        f"config.data.validation_fraction must be in (0, 1), found {config.data.validation_fraction}",
-    )
+
+
+def check(name: str, value: Any, called: str = "") -> None:
+    """Raises UserError for a value that the setting `name` cannot have; `called`: as the user knows it."""
+    if problem := FIELDS[name].problem(value):
+        called = called or f"config.{name}"
+        raise UserError(f"{called}{problem}" if problem.startswith("[") else f"{called} {problem}")
+
+
+def check_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config by dotted name; raises UserError for a setting too many or too few."""
+    values = dict(leaves(config))
+    for name, value in values.items():
+        if name in GROUPS:
+            raise UserError(f"config.{name} must be a group of settings, found {_show(value)}")
+        check_name(name)
+    if missing := [name for name in FIELDS if name not in values]:
+        names = ", ".join(f"config.{name}" for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise UserError(f"the config lacks {names}: start from configs/chat.py, which has all settings")
+    return values
+
+
+def check_name(name: str) -> None:
+    """Raises UserError, with the nearest name, for what is not a setting of a config."""
+    if name in FIELDS:
+        return
+    if name in GROUPS:
+        members = _some(other for other in FIELDS if other.startswith(f"{name}."))
+        raise UserError(f"config.{name} is a group of settings: give one of it ({members})")
+    ending = name.rpartition(".")[2]
+    near = [other for other in FIELDS if other.rpartition(".")[2] == ending]
+    near = near or difflib.get_close_matches(name, [*FIELDS, *GROUPS], n=1)
+    near = near or [other for other in FIELDS if difflib.get_close_matches(ending, [other.rpartition(".")[2]])]
+    group = [other for other in FIELDS if other.startswith(f"{name.partition('.')[0]}.")]
+    listed = f"there are {_some(group or [*GROUPS, *(other for other in FIELDS if '.' not in other)], 20)}"
+    raise UserError(f"there is no config.{name}: " + (f"did you mean config.{near[0]}?" if near else listed))
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a nested dict by dotted name."""
+    for name in tree:
+        try:
+            value = tree[name]
+        except config_dict.RequiredValueError:
+            raise UserError(f"config.{prefix}{name} has no value yet: give --config.{prefix}{name}=VALUE") from None
+        if isinstance(value, Mapping | config_dict.ConfigDict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _some(names: Iterable[str], count: int = 12) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _show(value: Any) -> str:
+    """A value in a message, short and in one line whatever it is."""
+    try:
+        shown = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except Exception:  # an int of too many digits, or whatever a config file made
+        shown = f"what cannot be shown, of type {type(value).__name__}"
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def _as_float32(value: float) -> float:
+    """The f32 nearest to a number; 0 for one below the normal ones."""
+    try:
+        with np.errstate(all="ignore"):
+            nearest = float(np.float32(value))
+    except OverflowError:  # an int beyond every float
+        return math.inf if value > 0 else -math.inf
+    return 0.0 if abs(nearest) < _SMALLEST else nearest

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.cli import run_main
+from gpt_jax.config import FIELDS, leaves
 from gpt_jax.runs import NORM, SPIKE, Run, forward_order, load_run
 
 RANGE_ENDS = (500, 1000, 2500, 5000, 10_000, 25_000, 50_000)
@@ -74,12 +75,13 @@ def infrastructure(run: Run) -> str:
 
 
 def configuration(run: Run) -> str:
-    return _table(("setting", "value"), [(name, f"`{value}`") for name, value in _flatten(run.config)])
+    rows = [(name, f"`{value}`", FIELDS[name].meaning if name in FIELDS else "") for name, value in leaves(run.config)]
+    return _table(("setting", "value", "what"), rows)
 
 
 def model_and_data(run: Run) -> str:
     facts = {name: value for name, value in run.info.items() if name not in SHOWN_ELSEWHERE}
-    return _facts((name, f"{value:,}" if type(value) is int else value) for name, value in _flatten(facts))
+    return _facts((name, f"{value:,}" if type(value) is int else value) for name, value in leaves(facts))
 
 
 def checkpoints(run: Run) -> str:
@@ -489,14 +491,6 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
     if len(items) <= count:
         return list(items)
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _facts(rows: Iterable[tuple[str, Any]]) -> str:

@@ -189,7 +189,7 @@ def chat(stack: contextlib.ExitStack) -> None:
         print(f"gpt> {turns[-1].text}")
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Run folder.", required=True)
     flags.DEFINE_string("prompt", "", "A question to answer; without it, a chat.")
     flags.DEFINE_float("temperature", None, "Instead of the config's.", lower_bound=0.0)
@@ -197,4 +197,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("max_tokens", None, "Instead of the config's.", lower_bound=1)
     flags.DEFINE_enum("backend", None, BACKENDS, "Instead of the config's.")
     flags.DEFINE_integer("seed", None, "Of the draw; without it, another one each time.", lower_bound=0)
-    run_main(main)
+
+
+if __name__ == "__main__":
+    run_main(main, define=define_flags)

@@ -244,10 +244,10 @@ class Run:
         """Evaluation, diagnostics, samples and checkpoint, where they are due."""
         config, step = self.config, self.step
         due = {
-            "eval": step % config.eval.every == 0 or last,
-            "diagnostics": step % config.log.diagnostics_every == 0 or last,
-            "sample": (step > 0 and step % config.sample.every == 0) or last,
-            "checkpoint": (step > 0 and step % config.checkpoint.every == 0) or last or stopping,
+            "eval": is_due(step, config.eval.every, last),
+            "diagnostics": is_due(step, config.log.diagnostics_every, last),
+            "sample": (step > 0 or last) and is_due(step, config.sample.every, last),
+            "checkpoint": (step > 0 and is_due(step, config.checkpoint.every)) or last or stopping,
         }
         if not any(due.values()):
             return
@@ -272,7 +272,7 @@ class Run:
         while len(self.pending) > lag:
             step, device_metrics = self.pending.popleft()
             values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
-            if step % self.config.log.every == 0 or step == 1:
+            if is_due(step, self.config.log.every, step == 1):
                 values |= self.progress(step, values)
             self.writer.write(step, "train", values)
             if not values["finite"]:
@@ -396,6 +396,11 @@ class Run:
         else:
             jax.profiler.stop_trace()
             self.log(f"trace of steps {first} to {first + count - 1}: {folder}")
+
+
+def is_due(step: int, every: int, anyway: bool = False) -> bool:
+    """Whether what is done every so many steps, or `anyway`, is done after `step`; with every = 0 it never is."""
+    return every > 0 and (anyway or step % every == 0)
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,0 +1,142 @@
+"""Reads the Python file behind `--config=`; a mistake in it costs one line with file, line number and what is wrong."""
+
+import difflib
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from gpt_jax.config import UserError, check_name, check_names
+
+_CONFIGS = Path("configs")  # where a name that is not found is looked for
+_PARSERS = (
+    (int, flags.IntegerParser(), "a whole number"),
+    (float, flags.FloatParser(), "a number"),
+    (bool, flags.BooleanParser(), "true or false"),
+)
+_LONGEST = 300  # characters of another library's message
+
+
+def define_config_flag(
+    flag_values: flags.FlagValues = flags.FLAGS, arguments: Sequence[str] | None = None
+) -> flags.FlagHolder[ConfigDict]:
+    """Defines `--config=FILE`, and `--config.x.y=VALUE` for each of its settings.
+
+    Args:
+      flag_values: where it is defined.
+      arguments: the command line, the program's name first; None: that of this process.
+    """
+    for kind, parser, wanted in _PARSERS:
+        config_flags.register_flag_parser_for_type(kind, _ValueParser(parser, wanted))
+    argv = sys.argv if arguments is None else list(arguments)
+    holder = config_flags.DEFINE_config_file(
+        "config", help_string="A file of configs/.", flag_values=flag_values, sys_argv=argv
+    )
+    flag_values["config"].parser = _ConfigParser(lambda: flag_values.read_flags_from_files(argv[1:], force_gnu=False))
+    return holder
+
+
+class _ValueParser(flags.ArgumentParser):
+    """Another parser, which says in plain words what it wanted."""
+
+    def __init__(self, parser: flags.ArgumentParser, wanted: str) -> None:
+        self._parser, self._wanted = parser, wanted
+
+    def parse(self, argument: object) -> object:
+        try:
+            return self._parser.parse(argument)
+        except (TypeError, ValueError):
+            raise ValueError(f"must be {self._wanted}") from None
+
+    def flag_type(self) -> str:
+        return self._parser.flag_type()
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Loads the config and checks the names of all settings that the command line changes in it."""
+
+    def __init__(self, read_arguments: Callable[[], list[str]]) -> None:
+        self._read_arguments = read_arguments
+
+    def parse(self, path: str) -> ConfigDict:
+        arguments = self._read_arguments()
+        if sum(re.match(r"--?config(=|$)", text) is not None for text in arguments) > 1:
+            raise UserError("--config is given twice: give one, and change its settings by --config.NAME=VALUE")
+        config = load_config(path)
+        for text in arguments:
+            if changed := re.match(r"--?(?:no)?config\.([^=]*)", text):
+                check_name(changed[1])
+        return config.lock()
+
+    def flag_type(self) -> str:
+        return "config file"
+
+
+def load_config(path: str) -> ConfigDict:
+    """What `get_config()` of a Python file returns; of FILE:TEXT, `get_config(TEXT)`.
+
+    Raises:
+      UserError: there is no such file, it cannot be run, or it gives no config with all settings.
+    """
+    name, *argument = path.split(":", 1)
+    file = Path(name)
+    _require_python_file(name, file)
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise UserError(f"{file} has no function get_config(): see configs/chat.py")
+        config = get_config(*argument)
+        if not isinstance(config, ConfigDict):
+            raise UserError(f"get_config() of {file} must return a ConfigDict, found {type(config).__name__}")
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(_describe(error, file)) from error
+    try:
+        check_names(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return config
+
+
+def _require_python_file(name: str, file: Path) -> None:
+    if not name:
+        raise UserError("--config is empty: give --config=configs/chat.py, or another file of configs/")
+    if file.is_dir():
+        raise UserError(f"--config={name} is a folder: give a file of it{_there_are(file)}")
+    if not file.exists():
+        folder = file.parent if file.parent.is_dir() and any(file.parent.glob("*.py")) else _CONFIGS
+        near = difflib.get_close_matches(file.name, [other.name for other in folder.glob("*.py")], n=1)
+        hint = f": did you mean {folder / near[0]}?" if near else _there_are(folder)
+        raise UserError(f"--config={name} does not exist{hint}")
+    if not file.is_file() or file.suffix != ".py":
+        raise UserError(
+            f"--config={name} is no Python file: give one with a function get_config(){_there_are(_CONFIGS)}"
+        )
+
+
+def _there_are(folder: Path) -> str:
+    found = sorted(str(file) for file in folder.glob("*.py") if file.name != "__init__.py")[:8]
+    return f"; there are {', '.join(found)}" if found else ""
+
+
+def _describe(error: BaseException, file: Path) -> str:
+    """FILE, line N: the mistake. The line is that of the config, or of a config that it imports."""
+    text = " ".join(str(error).split())[:_LONGEST] or "no message"
+    if isinstance(error, SyntaxError):
+        line = f", line {error.lineno}" if error.lineno else ""
+        return f"{error.filename or file}{line}: {type(error).__name__}: {error.msg}"
+    if isinstance(error, OSError) and not traceback.extract_tb(error.__traceback__)[-1].filename.endswith(".py"):
+        return f"--config={file} cannot be read: {error.strerror}"
+    folder = file.resolve().parent
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == folder]
+    place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else str(file)
+    return f"{place}: {type(error).__name__}: {text}"
