@@ -33,6 +33,16 @@ if _validate():
     os.environ.setdefault("VK_KERNELS_VALIDATION", "1")
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """VK_KERNELS_REQUIRE=1, as in CI: no driver or no validation layer ends the tests, which would be skipped else."""
+    if os.environ.get("VK_KERNELS_REQUIRE"):
+        import vk_fixtures
+
+        missing = vk_fixtures.skip_reason() or ("" if layer_installed() else "no Khronos validation layer is installed")
+        if missing:
+            raise pytest.UsageError(f"VK_KERNELS_REQUIRE is set: {missing}")
+
+
 @pytest.fixture(autouse=True)
 def no_validation_messages():
     """A test fails for what the validation layer says of devices that it leaves open; of others their `close` tells."""
