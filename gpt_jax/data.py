@@ -139,9 +139,16 @@ def prepare(data_config: Any, vocab_size: int, log: Log = logging.info) -> Corpu
 
 
 def windows(
-    tokens: Tokens, *, block_size: int, batch_size: int, seed: int, targets: str = "all"
+    tokens: Tokens,
+    *,
+    block_size: int,
+    batch_size: int,
+    seed: int,
+    targets: str = "all",
+    seen: int = 0,
+    log: Log = logging.info,
 ) -> grain.MapDataset[Batch]:
-    """Endless shuffled batches with random access: `ds[n]` is a pure function of (seed, n), in O(1) memory.
+    """Endless shuffled batches with random access: `ds[n]` is a pure function of (seed, seen, n).
 
     A window is `block_size + 1` tokens, the last of them the first of the next, so that each token but the
     first is a target once an epoch (up to a remainder shorter than a window). Every epoch has its own order;
@@ -150,22 +157,30 @@ def windows(
     Args:
       seed: in [0, 2**32).
       targets: 'all', or 'assistant': targets that the assistant does not say are MASKED (-1). Who says a
-        token is stored with it, so this is exact in a window that starts in the middle of a turn.
+        token is stored with it, so this is exact in a window that starts in the middle of a turn. Windows
+        without any other target are left out: a batch of them would teach nothing.
+      seen: windows of the endless order that `ds[0]` comes after. A run that goes on with another batch size
+        gives how many it has seen, and each window is still seen once an epoch.
+      log: takes a line about the windows left out.
 
     Returns:
       A dataset of {'inputs': (batch_size, block_size) int32, 'targets': (batch_size, block_size) int32}.
 
     Raises:
-      UserError: the tokens are fewer than one window, or `targets` is neither.
+      UserError: the tokens are fewer than one window, no window has a target, or `targets` is neither.
     """
-    count = _window_count(tokens, block_size, "training")
-    gather = _gather(tokens, block_size, batch_size, targets)
-    order = grain.MapDataset.range(count).shuffle(seed=seed).repeat()
-    return order.batch(batch_size, batch_fn=gather)
+    order, gather = _windows(tokens, block_size, batch_size, targets, "training", log)
+    return order.shuffle(seed=seed).repeat().slice(slice(seen, None)).batch(batch_size, batch_fn=gather)
 
 
 def evaluation_batches(
-    tokens: Tokens, *, block_size: int, batch_size: int, batches: int, targets: str = "all"
+    tokens: Tokens,
+    *,
+    block_size: int,
+    batch_size: int,
+    batches: int,
+    targets: str = "all",
+    log: Log = logging.info,
 ) -> grain.MapDataset[Batch]:
     """The same `batches` batches at every call, or fewer if all windows fit in fewer; none is seen twice.
 
@@ -174,10 +189,8 @@ def evaluation_batches(
 
     Returns and raises: as `windows`, but finite.
     """
-    count = _window_count(tokens, block_size, "validation")
-    gather = _gather(tokens, block_size, batch_size, targets)
-    order = grain.MapDataset.range(count).shuffle(seed=0)
-    return order.batch(batch_size, batch_fn=gather).slice(slice(0, batches))
+    order, gather = _windows(tokens, block_size, batch_size, targets, "validation", log)
+    return order.shuffle(seed=0).batch(batch_size, batch_fn=gather).slice(slice(0, batches))
 
 
 def loader(dataset: grain.MapDataset[Batch], start: int = 0, prefetch: int = 2) -> grain.DatasetIterator[Batch]:
@@ -191,23 +204,37 @@ def loader(dataset: grain.MapDataset[Batch], start: int = 0, prefetch: int = 2) 
     return iterator
 
 
-def _window_count(tokens: Tokens, block_size: int, split: str) -> int:
+def _windows(
+    tokens: Tokens, block_size: int, batch_size: int, targets: str, split: str, log: Log
+) -> tuple[grain.MapDataset[int], Callable[[Iterable[int]], Batch]]:
+    """The windows of a split that have a target, numbered in their order, and what makes a batch of such numbers."""
+    if targets not in ("all", "assistant"):
+        raise UserError(f"data.targets is {targets!r}: it must be 'all' or 'assistant'")
+    remedy = ("" if split == "training" else "raise data.validation_fraction, ") + "give more data"
     if len(tokens) <= block_size:
         raise UserError(
             f"block_size is {block_size} but the {split} data has {len(tokens)} tokens, and a window needs "
-            f"{block_size + 1}: lower block_size"
-            + (" or give more data" if split == "training" else ", raise data.validation_fraction or give more data")
+            f"{block_size + 1}: lower block_size, {remedy}"
         )
-    return (len(tokens) - 1) // block_size
-
-
-def _gather(tokens: Tokens, block_size: int, batch_size: int, targets: str) -> Callable[[Iterable[int]], Batch]:
-    if targets not in ("all", "assistant"):
-        raise UserError(f"data.targets is {targets!r}: it must be 'all' or 'assistant'")
+    count = (len(tokens) - 1) // block_size
+    kept = None
+    if targets == "assistant":
+        said = tokens.assistant[1 : 1 + count * block_size].reshape(count, block_size)  # by target
+        kept = np.flatnonzero(said.any(axis=1))
+        if not len(kept):
+            raise UserError(
+                f"data.targets=assistant, but in none of the {count:,} windows of the {split} data does the assistant "
+                f"say anything that counts: {remedy}, or set data.targets=all"
+            )
+        if len(kept) < count:
+            left_out = count - len(kept)
+            log(f"data: {left_out:,} of {count:,} {split} windows have no counted target; they are left out")
     offsets = np.arange(block_size + 1)
 
     def gather(numbers: Iterable[int]) -> Batch:
-        positions = np.asarray(numbers)[:, None] * block_size + offsets  # (windows, T + 1)
+        numbers = np.asarray(numbers)
+        numbers = numbers if kept is None else kept[numbers]
+        positions = numbers[:, None] * block_size + offsets  # (windows, T + 1)
         block = tokens.ids[positions].astype(np.int32)
         inputs, wanted = block[:, :-1], block[:, 1:]
         if targets == "assistant":
@@ -218,7 +245,7 @@ def _gather(tokens: Tokens, block_size: int, batch_size: int, targets: str) -> C
             "targets": np.pad(wanted, missing, constant_values=MASKED),
         }
 
-    return gather
+    return grain.MapDataset.range(count if kept is None else len(kept)), gather
 
 
 # ---- the cache

@@ -192,6 +192,7 @@ def compare(
         column = {f"loss at {step:,}": loss.get(step, np.nan) for step in steps if step <= df["step"].max()}
         column |= {"last step": train["step"].max(), "last loss": loss.iloc[-1]}
         validation = df[(df["run"] == label) & (df["split"] == "validation")]
+        validation = validation[np.isfinite(validation["loss"].astype(float))]
         if len(validation):
             best = validation.loc[validation["loss"].idxmin()]
             column |= {"best validation loss": best["loss"], "at step": best["step"]}

@@ -22,8 +22,8 @@ class TrainState(flax.struct.PyTreeNode):
     """All that a step changes."""
 
     step: jax.Array  # int32 (): steps done
-    skipped: jax.Array  # int32 (): of those, how many changed nothing since loss or gradient was not finite
-    skipped_in_a_row: jax.Array  # int32 ()
+    skipped: jax.Array  # int32 (): of those, how many changed nothing: not finite, or without a target
+    skipped_in_a_row: jax.Array  # int32 (): since the last finite step that had a target
     params: Any
     opt_state: Any
 
@@ -47,8 +47,8 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 
 
 def target_count(batch: Batch) -> jax.Array:
-    """How many targets of a batch count, f32 (), at least 1."""
-    return jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
+    """How many targets of a batch count, f32 ()."""
+    return (batch["targets"] >= 0).sum().astype(jnp.float32)
 
 
 def loss_fn(params: Any, batch: Batch, count: jax.Array, rng: jax.Array | None, *, model: GPT) -> jax.Array:
@@ -64,8 +64,11 @@ def loss_fn(params: Any, batch: Batch, count: jax.Array, rng: jax.Array | None, 
 def loss_and_gradient(
     params: Any, batch: Batch, step: jax.Array, *, model: GPT, seed: int, accumulate_steps: int = 1
 ) -> tuple[jax.Array, Any]:
-    """Mean loss of the batch and its gradient, computed in `accumulate_steps` equal parts, one after another."""
-    count = target_count(batch)
+    """Mean loss of the batch and its gradient, computed in `accumulate_steps` equal parts, one after another.
+
+    Both are 0 for a batch without a target.
+    """
+    count = jnp.maximum(target_count(batch), 1)
     parts = jax.tree.map(lambda x: x.reshape(accumulate_steps, -1, *x.shape[1:]), batch)
     seed = jnp.uint32(seed)
 
@@ -94,40 +97,44 @@ def train_step(
     seed: int,
     accumulate_steps: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """One update. A non-finite loss or gradient leaves parameters and optimizer as they were, and is counted.
+    """One update, or none: a non-finite loss or gradient, or a batch without a target, leaves parameters, optimizer and
+    schedule as they were, and is counted in `skipped`.
+
+    Without a target there is no gradient, so decay and momentum would move the parameters for no reason in the data.
 
     Returns:
-      The next state, and scalars: loss, learning_rate, grad_norm (in total and, as grad_norm/LAYER, by layer),
-      param_norm, update_norm, finite, skipped_in_a_row.
+      The next state, and scalars: loss (NaN without a target: a mean over nothing), learning_rate, grad_norm (in total
+      and, as grad_norm/LAYER, by layer), param_norm, update_norm, finite, skipped_in_a_row.
     """
     loss, grads = loss_and_gradient(
         state.params, batch, state.step, model=model, seed=seed, accumulate_steps=accumulate_steps
     )
 
-    def keep_if_finite(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    counted = target_count(batch) > 0
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda n, o: jnp.where(finite & counted, n, o), new, old)
 
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        skip = 1 - finite.astype(jnp.int32)
-        skipped_in_a_row = (state.skipped_in_a_row + skip) * skip
+        skipped_in_a_row = jnp.where(finite, jnp.where(counted, 0, state.skipped_in_a_row), state.skipped_in_a_row + 1)
         next_state = TrainState(
             step=state.step + 1,
-            skipped=state.skipped + skip,
+            skipped=state.skipped + 1 - (finite & counted).astype(jnp.int32),
             skipped_in_a_row=skipped_in_a_row,
-            params=keep_if_finite(params, state.params),
-            opt_state=keep_if_finite(opt_state, state.opt_state),
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
         )
     with jax.named_scope("metrics"):
         metrics = {
-            "loss": loss,
+            "loss": jnp.where(counted, loss, jnp.nan),
             "learning_rate": schedule(state.step - state.skipped),
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(state.params),
-            "update_norm": optax.tree.norm(updates),
+            "update_norm": jnp.where(counted, optax.tree.norm(updates), 0),
             "finite": finite,
             "skipped_in_a_row": skipped_in_a_row,
         }
@@ -148,8 +155,7 @@ def on_leaves(step: Callable[..., tuple[Any, Any]], structure: Any) -> Callable[
 
 def eval_step(params: Any, batch: Batch, *, model: GPT) -> tuple[jax.Array, jax.Array]:
     """Sum of the losses of a batch without dropout, and how many targets it has: f32 () each."""
-    count = target_count(batch)
-    return loss_fn(params, batch, jnp.float32(1), None, model=model), count
+    return loss_fn(params, batch, jnp.float32(1), None, model=model), target_count(batch)
 
 
 def diagnostics_step(params: Any, batch: Batch, *, model: GPT) -> Metrics:

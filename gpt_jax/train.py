@@ -157,7 +157,8 @@ class Run:
         self.resumed = position is not None
         position = position or {}
         self.tokens_seen: int = position.get("tokens_seen", 0)
-        self.best_loss: float | None = position.get("best_validation_loss")
+        best_loss = position.get("best_validation_loss")
+        self.best_loss: float | None = best_loss if best_loss is not None and np.isfinite(best_loss) else None
         self.elapsed_before: float = position.get("elapsed_seconds", 0.0)
         self.started = time.perf_counter()
         self.clock = PhaseClock()
@@ -181,8 +182,11 @@ class Run:
             "block_size": config.model.block_size,
             "batch_size": config.batch_size,
             "targets": config.data.targets,
+            "log": log,
         }
-        self.train_batches = data.windows(corpus.train, seed=config.seed, **shape)
+        self.order = {"seed": config.seed, "targets": config.data.targets}  # what the order of the windows follows from
+        self.first_step, self.first_window = self.step, self._windows_seen(position)
+        self.train_batches = data.windows(corpus.train, seed=config.seed, seen=self.first_window, **shape)
         self.validation_batches = data.evaluation_batches(corpus.validation, batches=config.eval.batches, **shape)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         embeddings = sum(state.params[name].size for name in ("wte", "wpe"))
@@ -192,6 +196,13 @@ class Run:
             parameters - embeddings, config.model.num_layers, config.model.embed_dim, config.model.block_size
         )
         self.peak_flops = metrics.device_peak_flops(backend.device["kind"], self._matmul_kind())
+
+    def _windows_seen(self, position: dict[str, Any]) -> int:
+        """How many windows of the endless order the run has had, by the position of its checkpoint."""
+        if position.get("order", self.order) != self.order:
+            self.log("data: another seed or other targets than before: windows are drawn anew, in another order")
+            return 0
+        return position.get("next_window", self.tokens_seen // self.config.model.block_size)
 
     def _matmul_kind(self) -> str:
         if self.config.model.dtype == "bfloat16":
@@ -219,9 +230,7 @@ class Run:
         """
         config = self.config
         housekeeping_done = self.resumed  # it was, before the checkpoint was written
-        with contextlib.closing(
-            data.loader(self.train_batches, start=self.step, prefetch=config.data.prefetch)
-        ) as batches:
+        with contextlib.closing(data.loader(self.train_batches, prefetch=config.data.prefetch)) as batches:
             while True:
                 # Read once: a signal that comes while this pass does what is due ends the next one, which saves.
                 last, stopping = self.step >= config.num_steps, stop.received is not None
@@ -307,7 +316,7 @@ class Run:
 
     def report_skipped(self, step: int, values: dict[str, Any]) -> None:
         """Says which step and layer went wrong; raises TrainingFailed after too many in a row."""
-        found = self.nonfinite_places(self.state.params, self.train_batches[step - 1])
+        found = self.nonfinite_places(self.state.params, self.train_batches[step - 1 - self.first_step])
         places = [place for place, nonfinite in found.items() if nonfinite]
         # Backward, a bad value spreads towards the input: the layer nearest the output is where it began.
         layers = [layer for layer in self.model.config.layer_names if not np.isfinite(values[f"grad_norm/{layer}"])]
@@ -327,7 +336,7 @@ class Run:
         sums = [self.eval_step(self.state.params, batch) for batch in self.validation_batches]
         total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
         loss = float(total / count)
-        best = self.best_loss is None or loss < self.best_loss
+        best = bool(np.isfinite(loss)) and (self.best_loss is None or loss < self.best_loss)
         if best:
             self.best_loss = loss
         self.writer.write(self.step, "validation", {"loss": loss, "best": best, "seconds": time.perf_counter() - start})
@@ -369,7 +378,8 @@ class Run:
         """Starts writing a checkpoint, once all that led to it is on disk."""
         self.writer.flush()
         position = {
-            "next_batch": self.step,
+            "next_window": self.first_window + (self.step - self.first_step) * self.config.batch_size,
+            "order": self.order,
             "tokens_seen": self.tokens_seen,
             "elapsed_seconds": self.elapsed_seconds,
             "best_validation_loss": self.best_loss,

@@ -388,15 +388,47 @@ def test_assistant_targets_are_exact_in_windows_that_start_mid_turn(prepared):
     all_ids = np.asarray(prepared.validation.ids).astype(np.int32)
     # Positions instead of ids, so that each target is found again in the stream.
     positions = data.Tokens(np.arange(len(all_ids), dtype=np.uint32), prepared.validation.assistant)
-    where = data.windows(positions, **shape)
+    where = data.windows(positions, targets="assistant", **shape)
     masked = data.windows(prepared.validation, targets="assistant", **shape)
     starts_inside = 0
     for number in range(50):
-        position = where[number]["targets"]
+        position = where[number]["inputs"] + 1
         expected = np.where(prepared.validation.assistant[position], all_ids[position], data.MASKED)
         np.testing.assert_array_equal(masked[number]["targets"], expected)
         starts_inside += (prepared.validation.assistant[position[:, 0]] & (all_ids[position[:, 0]] > 2)).sum()
     assert starts_inside > 100
+
+
+def test_windows_without_a_counted_target_are_left_out_and_said():
+    said = np.zeros(101)
+    said[[7, 42, 50, 51]] = 1  # as targets: of the windows from 0, 40 and 50 on; 50 is the last of the fifth
+    lines = []
+    options = {"block_size": 10, "batch_size": 2, "targets": "assistant", "log": lines.append}
+    batches = data.windows(stream(101, said), seed=5, **options)
+    epoch = np.concatenate([batches[n]["inputs"][:, 0] for n in range(3)])  # two epochs of three windows
+    assert sorted(epoch[:3]) == sorted(epoch[3:]) == [0, 40, 50]
+    assert all((batches[n]["targets"] != data.MASKED).any() for n in range(30))
+    assert lines == ["data: 7 of 10 training windows have no counted target; they are left out"]
+    evaluation = data.evaluation_batches(stream(101, said), batches=9, **options)
+    targets = np.concatenate([batch["targets"].ravel() for batch in evaluation])
+    assert sorted(targets[targets != data.MASKED]) == [7, 42, 50, 51]
+    assert lines[1] == "data: 7 of 10 validation windows have no counted target; they are left out"
+    with pytest.raises(UserError, match="in none of the 10 windows of the training data does the assistant say any"):
+        data.windows(stream(101), seed=5, **options)
+    with pytest.raises(UserError, match=r"none of the 10 windows of the validation data .* raise data.validation_frac"):
+        data.evaluation_batches(stream(101), batches=9, **options)
+
+
+def test_every_window_once_an_epoch_whatever_the_sizes_of_the_batches():
+    tokens, seen, starts = stream(1 + 10 * 30), 0, []
+    for size, steps in ((4, 5), (8, 4), (1, 3), (7, 2), (3, 7)):  # 90 windows: three epochs
+        batches = data.windows(tokens, block_size=10, batch_size=size, seed=3, seen=seen)
+        starts += [batches[n]["inputs"][:, 0] for n in range(steps)]
+        seen += size * steps
+    epochs = np.concatenate(starts).reshape(3, 30)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(0, 300, 10), (3, 1)))
+    straight = data.windows(tokens, block_size=10, batch_size=90, seed=3)
+    np.testing.assert_array_equal(epochs.ravel(), straight[0]["inputs"][:, 0])
 
 
 def test_evaluation_sees_each_window_once_and_pads_with_masked_targets():

@@ -137,6 +137,17 @@ def test_a_loss_that_is_not_finite_changes_nothing():
         np.testing.assert_array_equal(x, y)
 
 
+def test_a_batch_without_a_target_changes_nothing():
+    state, batch = jax.tree.map(np.array, make_step()[0]), make_batch(0)
+    batch = batch | {"targets": np.full_like(batch["targets"], -1)}
+    after, metrics = vulkan_step()(vk_kernels.device_put(state, SELECTOR), batch)
+    after = jax.tree.map(np.asarray, after)
+    assert metrics["finite"]
+    assert np.isnan(metrics["loss"])
+    assert (after.step, after.skipped, after.skipped_in_a_row) == (1, 1, 0)
+    same_bits((after.params, after.opt_state), (state.params, state.opt_state))
+
+
 @night
 @pytest.mark.parametrize(
     ("changes", "options", "rtol"),

@@ -17,7 +17,6 @@ from gpt_jax.steps import (
     init_state,
     loss_and_gradient,
     nonfinite_places,
-    target_count,
     train_step,
 )
 
@@ -32,6 +31,10 @@ MODEL = ModelConfig(
 def make_batch(seed: int = 0, rows: int = 8) -> dict[str, jax.Array]:
     stream = np.random.default_rng(seed).integers(0, MODEL.vocab_size, (rows, 17)).astype(np.int32)
     return {"inputs": jnp.asarray(stream[:, :-1]), "targets": jnp.asarray(stream[:, 1:])}
+
+
+def untargeted(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return batch | {"targets": jnp.full_like(batch["targets"], -1)}
 
 
 @functools.cache
@@ -145,6 +148,32 @@ def test_evaluation_counts_targets_and_drops_nothing_out():
         {"params": state.params}, batch["inputs"], batch["targets"]
     )
     np.testing.assert_allclose(total, losses[1:].sum(), rtol=1e-6)
-    batch["targets"] = jnp.full_like(batch["targets"], -1)
-    assert float(target_count(batch)) == 1
-    assert float(evaluate(state.params, batch)[0]) == 0
+    assert evaluate(state.params, untargeted(batch)) == (0, 0)
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+def test_a_batch_without_a_target_changes_nothing_and_is_counted(accumulate_steps):
+    model, state, _ = make_run()
+    config = chat.get_config().optimizer
+    optimizer, schedule = make_optimizer(config), learning_rate_schedule(config)
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        seed=SEED,
+        accumulate_steps=accumulate_steps,
+    )
+    step = jax.jit(step)
+    state, _ = step(state, make_batch())  # so that there is momentum
+    state = state.replace(skipped_in_a_row=jnp.int32(3))  # neither ends nor lengthens a row of non-finite steps
+    after, metrics = step(state, untargeted(make_batch(1)))
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, state.opt_state)
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 3)
+    assert metrics["finite"]
+    assert np.isnan(metrics["loss"])
+    assert (float(metrics["grad_norm"]), float(metrics["update_norm"])) == (0, 0)
+    last, metrics = step(after, make_batch(1))  # the second update, of which the schedule knows
+    assert (int(last.skipped), int(last.skipped_in_a_row)) == (1, 0)
+    assert float(metrics["learning_rate"]) == pytest.approx(float(schedule(1)))

@@ -1,10 +1,14 @@
 """Whole runs that go well, are killed, or are interrupted."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from whole_run import (  # noqa: F401
     ROOT,
@@ -21,6 +25,9 @@ from whole_run import (  # noqa: F401
     wait_until,
 )
 
+from gpt_jax import data
+from gpt_jax.checkpoint import _crc32_of_json, restore_parameters
+from gpt_jax.config import UserError
 from gpt_jax.metrics import read_lines
 from gpt_jax.train import Run, train_and_evaluate
 
@@ -93,3 +100,72 @@ def test_a_signal_while_samples_are_drawn_saves_too(corpus, tmp_path, monkeypatc
     assert train_and_evaluate(config, tmp_path) == signal.SIGTERM
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["11"]
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
+
+
+class Recorded:
+    """A loader that keeps what the loop took from it."""
+
+    def __init__(self, batches, taken):
+        self.batches, self.taken = batches, taken
+
+    def __next__(self):
+        self.taken.append(next(self.batches))
+        return self.taken[-1]
+
+    def close(self):
+        self.batches.close()
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Validation losses to come; steps that compute nothing, so that a run of a few costs little."""
+    losses, initialise = [], Run.__init__
+
+    def initialise_without_steps(self, *args, **options):
+        initialise(self, *args, **options)
+        names = ["loss", "grad_norm", "learning_rate", "finite"]
+
+        def step(leaves, batch):
+            state = jax.tree.unflatten(self.structure, leaves)
+            return jax.tree.leaves(state.replace(step=state.step + 1)), {name: jnp.float32(1) for name in names}
+
+        self.train_step = step
+        self.eval_step = lambda params, batch: (losses.pop(0) if losses else 1.0, 1.0)
+
+    monkeypatch.setattr(Run, "__init__", initialise_without_steps)
+    monkeypatch.setattr(Run, "sample", lambda self: None)
+    monkeypatch.setattr(Run, "diagnose", lambda self: None)
+    return losses
+
+
+def test_another_batch_size_goes_on_with_the_next_window(corpus, tmp_path, monkeypatch, losses):
+    taken, load = [], data.loader
+    monkeypatch.setattr(data, "loader", lambda *args, **options: Recorded(load(*args, **options), taken))
+    for number, (size, steps) in enumerate(((4, 3), (8, 5), (2, 6))):
+        changes = [f"--config.batch_size={size}", f"--config.num_steps={steps}", "--config.model.num_layers=1"]
+        train_and_evaluate(configuration(corpus, *changes), tmp_path)
+        if not number:  # as a checkpoint of before said its place, by batches
+            position_file = tmp_path / "checkpoints" / "3" / "position.json"
+            record = json.loads(position_file.read_text())
+            del record["crc32"], record["position"]["next_window"], record["position"]["order"]
+            position_file.write_text(json.dumps(record | {"crc32": _crc32_of_json(record)}))
+    assert [len(batch["inputs"]) for batch in taken] == [4, 4, 4, 8, 8, 2]
+    config = configuration(corpus)
+    tokens = data.prepare(config.data, 300, log=lambda line: None).train
+    [straight] = data.windows(tokens, block_size=24, batch_size=30, seed=config.seed).slice(slice(0, 1))
+    np.testing.assert_array_equal(np.concatenate([batch["inputs"] for batch in taken]), straight["inputs"])
+
+    train_and_evaluate(configuration(corpus, *changes, "--config.num_steps=7", "--config.seed=1"), tmp_path)
+    assert "another seed or other targets than before: windows are drawn anew" in (tmp_path / "log.txt").read_text()
+    with pytest.raises(UserError, match="does not fit this config: params/wpe is"):
+        train_and_evaluate(configuration(corpus, *changes, "--config.model.block_size=12"), tmp_path)
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(corpus, tmp_path, losses):
+    losses += [math.nan, -math.inf, 2.0, 3.0, math.inf, 1.5]
+    changes = ["--config.eval.batches=1", "--config.eval.every=1", "--config.checkpoint.every=1"]
+    for steps in (3, 5):
+        train_and_evaluate(configuration(corpus, *changes, f"--config.num_steps={steps}"), tmp_path)
+    lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "validation"]
+    assert [line["step"] for line in lines if line["best"]] == [2, 5]
+    assert "best validation loss 1.5000" in restore_parameters(tmp_path)[1]
