@@ -31,8 +31,11 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt_jax.config import UserError
+from gpt_jax.json_file import VERSION, DamagedError, check_version, read_object
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds its checkpoints
+
+FORMAT_VERSION = 1  # of position.json; raise it when an older program would misread it
 
 _STATE, _POSITION = "state", "position.json"
 _STEP = re.compile(r"0|[1-9][0-9]*")
@@ -216,6 +219,7 @@ class Checkpointer:
                 writer.save(new / _STATE, args=ocp.args.PyTreeSave(tree))
             files = sorted(file for file in new.rglob("*") if file.is_file())
             record = {
+                VERSION: FORMAT_VERSION,
                 "position": position,
                 "validation_loss": validation_loss,
                 "leaves": {name: _spec(leaf) for name, leaf in leaves.items()},
@@ -303,6 +307,18 @@ class MergeReport:
             if len(rows) > 10:
                 lines.append(f"  {group} {len(rows) - 10} more")
         return "\n".join(lines)
+
+
+def check_parameters(parameters: Any, wanted: Any, where: str) -> None:
+    """Raises UserError, naming the first difference, for parameters of other names or shapes than `wanted` has."""
+    found = {name: leaf.shape for name, leaf in _named_leaves(parameters).items()}
+    expected = {name: leaf.shape for name, leaf in _named_leaves(wanted).items()}
+    for name in expected | found:
+        if found.get(name) != expected.get(name):
+            raise UserError(
+                f"{where}: the parameter {name} has the shape {found.get(name, '(it is absent)')}, and the config says "
+                f"{expected.get(name, 'that there is none')}: put back the config of the run"
+            )
 
 
 def merge_parameters(fresh: Any, restored: Any) -> tuple[Any, MergeReport]:
@@ -410,14 +426,15 @@ def _remove(path: Path) -> None:
 
 def _read_record(path: Path) -> dict:
     """The JSON of a checkpoint: position, validation_loss, leaves {name: spec}, files {name: CRC-32}."""
+    if not (path / _POSITION).exists():
+        raise _Damaged(f"it has no {_POSITION}")
     try:
-        record = json.loads((path / _POSITION).read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise _Damaged(f"it has no {_POSITION}") from error
-    except (OSError, ValueError) as error:
-        raise _Damaged(f"its {_POSITION} cannot be read ({error})") from error
-    if not isinstance(record, dict) or record.pop("crc32", None) != _crc32_of_json(record):
+        record = read_object(path / _POSITION, known=None)
+    except DamagedError as error:
+        raise _Damaged(f"its {str(error).removeprefix(f'{path}{os.sep}')}") from error
+    if record.pop("crc32", None) != _crc32_of_json(record):  # first: a flipped bit must not pass for a newer version
         raise _Damaged(f"its {_POSITION} fails its checksum")
+    check_version(path / _POSITION, record, FORMAT_VERSION)
     return record
 
 

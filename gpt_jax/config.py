@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -203,6 +204,32 @@ def check(name: str, value: Any, called: str = "") -> None:
         raise UserError(f"{called}{problem}" if problem.startswith("[") else f"{called} {problem}")
 
 
+def check_saved(config: Mapping[str, Any], file: Path) -> None:
+    """Raises UserError for a config that a run saved and that no model can be made of.
+
+    The settings of other versions of this program, more or fewer, are no mistake, but for the model's: each of those
+    says how its parameters are to be used.
+    """
+    values = dict(leaves(config))
+    for name in _NEEDED:
+        if name not in values:
+            raise UserError(f"{file} lacks {name}: put back a good copy")
+    for name, value in values.items():
+        if name in FIELDS:
+            check(name, value, called=f"{file}: {name}")
+        elif name.startswith("model."):
+            raise UserError(f"{file}: this program knows no {name}: a newer one wrote it, use that one")
+    width, heads = values["model.embed_dim"], values["model.num_heads"]
+    if width % heads:
+        raise UserError(f"{file}: model.embed_dim must be a multiple of num_heads, found {width} and {heads}")
+
+
+_NEEDED = (  # to sample from a run
+    *("model.vocab_size", "model.block_size", "model.num_layers", "model.num_heads", "model.embed_dim"),
+    *("sample.temperature", "sample.top_k", "sample.max_tokens", "backend", "matmul_precision"),
+)
+
+
 def check_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a config by dotted name; raises UserError for a setting too many or too few."""
     values = dict(leaves(config))
@@ -243,6 +270,16 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def types_of_fields() -> dict[str, Any]:
+    """What JSON makes of the kinds of all settings, nested as a config is."""
+    in_json = {int: (int, float), float: (int, float), bool: bool, str: str, tuple: list}
+    types: dict[str, Any] = {group: {} for group in GROUPS}
+    for name, field in FIELDS.items():
+        group, _, last = name.rpartition(".")
+        (types[group] if group else types)[last] = in_json[field.kind]
+    return types
 
 
 def _some(names: Iterable[str], count: int = 12) -> str:

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 from gpt_jax import corpus, tokenizer
 from gpt_jax.config import UserError
+from gpt_jax.json_file import VERSION, read_object
 
 # Raise it when the same source and tokenizer would give other tokens or files than before.
 FORMAT_VERSION = 1
@@ -106,9 +107,9 @@ def prepare(data_config: Any, vocab_size: int, log: Log = logging.info) -> Corpu
     if folder.exists():
         try:
             prepared = _open(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             log(f"warning: the token cache {folder} is damaged ({error}): building it again")
-            shutil.rmtree(folder)
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
         else:
             log(f"data: using the token cache {folder}")
             _log_size(prepared, vocab_size, log)
@@ -288,7 +289,8 @@ def _build(folder: Path, source: str, fraction: float, given: Tokenizer | None, 
             file.close()
     _check_splits(stats, source, fraction)
     tokenizer.save(trained, folder / "tokenizer.json")
-    (folder / "stats.json").write_text(json.dumps({"dtype": dtype.name, "stats": stats}, indent=2))
+    meta = {VERSION: FORMAT_VERSION, "dtype": dtype.name, "stats": stats}
+    (folder / "stats.json").write_text(json.dumps(meta, indent=2))
 
 
 def _training_texts(source: str, fraction: float) -> Iterator[str]:
@@ -332,8 +334,8 @@ def _check_splits(stats: dict[str, dict[str, int]], source: str, fraction: float
 
 
 def _open(folder: Path) -> Corpus:
-    """Raises OSError, ValueError or KeyError if the cache is not whole."""
-    meta = json.loads((folder / "stats.json").read_text())
+    """Raises OSError, ValueError, KeyError or TypeError if the cache is not whole."""
+    meta = read_object(folder / "stats.json", FORMAT_VERSION, {"dtype": str, "stats": dict.fromkeys(_SPLITS, dict)})
     splits = []
     for split in _SPLITS:
         count = meta["stats"][split]["tokens"]

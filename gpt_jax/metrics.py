@@ -31,9 +31,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from gpt_jax.config import UserError
+from gpt_jax.config import UserError, types_of_fields
+from gpt_jax.json_file import NUMBER, VERSION, Types, read_object
 
 METRICS_FILE, SAMPLES_FILE, INFO_FILE = "metrics.jsonl", "samples.jsonl", "run.json"
+CONFIG_FILE = "config.json"
+FORMAT_VERSION = 1  # of run.json and config.json; raise it when an older program would misread them
+_INFO_TYPES: Types = {
+    **dict.fromkeys(("run_id", "name", "domain", "status", "command", "backend", "started", "ended"), str),
+    **dict.fromkeys(("elapsed_seconds", "peak_flops", "starts", "parameters", "vocabulary"), NUMBER),
+    **dict.fromkeys(("versions", "git", "data"), dict),
+    "device": {"platform": str, "kind": str, "count": int},
+    "host": {"platform": str, "cpu_count": int, "memory_bytes": NUMBER},
+    "peak_memory_bytes": {"host": NUMBER, "device": NUMBER},
+}
+_CONFIG_TYPES: Types = types_of_fields()
 STATUSES = ("running", "completed", "interrupted", "failed")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -134,20 +146,36 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     return (record for _, record in _whole_lines(path))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if there is no file. Raises UserError if the file is damaged."""
+def read_json(path: Path, types: Types | None = None) -> dict[str, Any]:
+    """The object in a JSON file of a run, without its version; an empty one if there is no file.
+
+    Raises:
+      UserError: the file is damaged, a field is not of its type, or a newer program wrote it.
+    """
     if not path.exists():
         return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    value = read_object(path, FORMAT_VERSION, types)
+    value.pop(VERSION, None)
+    return value
 
 
-def write_json(path: Path, value: Any) -> None:
+def read_info(workdir: Path) -> dict[str, Any]:
+    """The facts of `run.json`; none if there is no such file. Raises as `read_json`."""
+    return read_json(workdir / INFO_FILE, _INFO_TYPES)
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The config of a run as `config.json` has it; empty if there is no such file. Raises as `read_json`.
+
+    Values are of the kind that the table of settings says, but may be out of range; settings may be missing.
+    """
+    return read_json(workdir / CONFIG_FILE, _CONFIG_TYPES)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file so that, whatever happens, either the old or the new one is there, whole."""
     with _replacing(path) as file:
-        json.dump(value, file, indent=2)
+        json.dump({VERSION: FORMAT_VERSION, **value}, file, indent=2)
         file.write("\n")
 
 
@@ -231,7 +259,7 @@ class RunInfo:
         """
         self._path = Path(workdir) / INFO_FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        earlier = read_json(self._path)
+        earlier = read_info(self._path.parent)
         self._peak_bytes = peak_bytes or device_peak_bytes
         self._begun = time.monotonic()
         self._spent_before = earlier.get("elapsed_seconds", 0.0)

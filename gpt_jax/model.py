@@ -41,7 +41,7 @@ class ModelConfig:
     def from_config(cls, config: ConfigDict) -> "ModelConfig":
         """From `config.model`, whose soft_cap of 0 means off."""
         fields = dict(config)
-        return cls(**fields | {"soft_cap": fields["soft_cap"] or None})
+        return cls(**fields | {"soft_cap": fields.get("soft_cap") or None})
 
     @property
     def layer_names(self) -> tuple[str, ...]:

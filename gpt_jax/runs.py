@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpt_jax.config import UserError
-from gpt_jax.metrics import INFO_FILE, METRICS_FILE, SAMPLES_FILE, read_json, read_lines
+from gpt_jax.metrics import INFO_FILE, METRICS_FILE, SAMPLES_FILE, read_config, read_info, read_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,8 +91,8 @@ def load_run(workdir: str | Path) -> Run:
     tables, events = _read_tables(workdir / METRICS_FILE)
     return Run(
         workdir=workdir,
-        info=read_json(workdir / INFO_FILE),
-        config=read_json(workdir / "config.json"),
+        info=read_info(workdir),
+        config=read_config(workdir),
         tables=tables,
         events=events,
         samples=list(read_lines(workdir / SAMPLES_FILE)),

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,15 +15,19 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from gpt_jax.backend import enter_backend
-from gpt_jax.checkpoint import restore_parameters
+from gpt_jax.checkpoint import check_parameters, restore_parameters
 from gpt_jax.cli import run_main
-from gpt_jax.config import BACKENDS, UserError
+from gpt_jax.config import BACKENDS, UserError, check, check_saved, text_problem
 from gpt_jax.corpus import Turn
+from gpt_jax.metrics import CONFIG_FILE, read_config
 from gpt_jax.model import GPT, ModelConfig
+from gpt_jax.steps import init_params
 from gpt_jax.tokenizer import decode, encode_prompt, marker_ids
 from gpt_jax.tokenizer import load as load_tokenizer
 
 FLAGS = flags.FLAGS
+
+COLDEST = 1e-6  # a softmax at lower temperatures is its argmax, and in f32 logits / temperature might overflow
 
 
 class Sample(NamedTuple):
@@ -47,10 +50,10 @@ def next_token(
 ) -> jax.Array:
     """One token, int32 (B,), after position `last` (B,) of `tokens` (B, T).
 
-    Drawn from the softmax of logits / temperature over the `top_k` largest (0: all); the largest for temperature 0.
+    Drawn from the softmax of logits / temperature over the `top_k` largest (0: all); the largest if below COLDEST.
     """
     logits = model.apply({"params": params}, tokens, last, method="next_token_logits")  # (B, V)
-    if temperature == 0:
+    if temperature < COLDEST:
         return logits.argmax(axis=-1).astype(jnp.int32)
     if 0 < top_k < logits.shape[-1]:
         smallest_kept = jax.lax.top_k(logits, top_k)[0][:, -1:]
@@ -132,14 +135,25 @@ def load_for_sampling(workdir: Path) -> tuple[ConfigDict, Any, Tokenizer, str]:
     """Config, parameters, tokenizer and a description of a run's best checkpoint.
 
     Raises:
-      UserError: the folder is no run, or has no good checkpoint.
+      UserError: the folder is no run, has no good checkpoint, or its files do not belong together.
     """
-    file = workdir / "config.json"
-    if not file.is_file():
-        raise UserError(f"{workdir} is no run folder: it has no config.json")
-    config = ConfigDict(json.loads(file.read_text()))
+    file = workdir / CONFIG_FILE
+    saved = read_config(workdir)
+    if not saved:
+        raise UserError(f"{workdir} is no run folder: it has no {CONFIG_FILE}")
+    check_saved(saved, file)
+    config = ConfigDict(saved)
+    tokenizer = load_tokenizer(workdir / "tokenizer.json")
+    vocabulary = tokenizer.get_vocab_size()
+    if vocabulary > config.model.vocab_size:
+        raise UserError(
+            f"{workdir / 'tokenizer.json'} has {vocabulary} ids, and the model of {file} {config.model.vocab_size}: "
+            "put back the tokenizer of the run"
+        )
     params, description = restore_parameters(workdir)
-    return config, params, load_tokenizer(workdir / "tokenizer.json"), description
+    model = GPT(ModelConfig.from_config(config.model))
+    check_parameters(params, jax.eval_shape(functools.partial(init_params, model, 0)), description)
+    return config, params, tokenizer, description
 
 
 def main(argv: Sequence[str]) -> None:
@@ -149,6 +163,7 @@ def main(argv: Sequence[str]) -> None:
 
 def chat(stack: contextlib.ExitStack) -> None:
     """Answers one prompt, or chats, as the flags say; a backend is in force until `stack` is closed."""
+    check_flags()
     config, params, tokenizer, description = load_for_sampling(Path(FLAGS.workdir))
     print(f"{description}; {'one answer' if FLAGS.prompt else 'an empty line starts anew, Ctrl-D ends'}")
     model = GPT(ModelConfig.from_config(config.model))
@@ -181,22 +196,39 @@ def chat(stack: contextlib.ExitStack) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeDecodeError:
+            raise UserError("what was typed is not text in UTF-8") from None
         if not said:
             turns = []
             continue
+        if problem := text_problem(said):
+            raise UserError(f"what was typed {problem}")
         turns.append(Turn("user", said))
         turns.append(Turn("assistant", reply(turns)))
         print(f"gpt> {turns[-1].text}")
 
 
-def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Run folder.", required=True)
-    flags.DEFINE_string("prompt", "", "A question to answer; without it, a chat.")
-    flags.DEFINE_float("temperature", None, "Instead of the config's.", lower_bound=0.0)
-    flags.DEFINE_integer("top_k", None, "Instead of the config's; 0: all.", lower_bound=0)
-    flags.DEFINE_integer("max_tokens", None, "Instead of the config's.", lower_bound=1)
-    flags.DEFINE_enum("backend", None, BACKENDS, "Instead of the config's.")
-    flags.DEFINE_integer("seed", None, "Of the draw; without it, another one each time.", lower_bound=0)
+def define_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+    here = {"flag_values": flag_values}
+    flags.DEFINE_string("workdir", None, "Run folder.", required=True, **here)
+    flags.DEFINE_string("prompt", "", "A question to answer; without it, a chat.", **here)
+    flags.DEFINE_float("temperature", None, "Instead of the config's.", **here)
+    flags.DEFINE_integer("top_k", None, "Instead of the config's; 0: all.", **here)
+    flags.DEFINE_integer("max_tokens", None, "Instead of the config's.", **here)
+    flags.DEFINE_enum("backend", None, BACKENDS, "Instead of the config's.", **here)
+    flags.DEFINE_integer("seed", None, "Of the draw; without it, another one each time.", **here)
+
+
+def check_flags() -> None:
+    """Raises UserError for a flag whose value a config could not have either."""
+    settings = {"temperature": "sample.temperature", "top_k": "sample.top_k", "max_tokens": "sample.max_tokens"}
+    for flag, name in {**settings, "seed": "seed"}.items():
+        if FLAGS[flag].value is not None:
+            check(name, FLAGS[flag].value, called=f"--{flag}")
+    if problem := text_problem(FLAGS.prompt):
+        raise UserError(f"--prompt {problem}")
+    if not FLAGS.workdir:
+        raise UserError("--workdir is empty: name the folder of a run")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from gpt_jax import data, metrics, tokenizer
 from gpt_jax.backend import Backend, enter_backend
 from gpt_jax.checkpoint import Checkpointer, merge_parameters, restore_parameters
-from gpt_jax.config import UserError, validate
+from gpt_jax.config import UserError, leaves, validate
 from gpt_jax.corpus import Turn
 from gpt_jax.model import GPT, ModelConfig
 from gpt_jax.optimizer import learning_rate_schedule, make_optimizer
@@ -518,10 +517,10 @@ def finish_if_failed(info: metrics.RunInfo, error: type[BaseException] | None, *
 
 def save_config(config: ConfigDict, workdir: Path, log: Log) -> None:
     """Writes config.json, and tells what differs from the config that the run had until now."""
-    file = workdir / "config.json"
-    before = flatten_dict(metrics.read_json(file), sep=".")
-    now = flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
+    before = dict(leaves(metrics.read_config(workdir)))
+    saved = json.loads(config.to_json_best_effort())
+    now = dict(leaves(saved))
     for name in sorted(before.keys() | now.keys()) if before else ():
         if before.get(name) != now.get(name):
             log(f"config.{name} was {before.get(name)!r}, now {now.get(name)!r}")
-    metrics.write_json(file, json.loads(config.to_json_best_effort()))
+    metrics.write_json(workdir / metrics.CONFIG_FILE, saved)

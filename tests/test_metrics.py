@@ -204,7 +204,7 @@ def test_write_json_leaves_the_old_file_if_it_fails(tmp_path):
 def test_damaged_json_names_the_file(tmp_path):
     path = tmp_path / "run.json"
     path.write_text("{")
-    with pytest.raises(UserError, match=r"run\.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"run\.json is not valid JSON"):
         read_json(path)
 
 
