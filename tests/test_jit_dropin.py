@@ -3,6 +3,7 @@
 import copy
 import functools
 import operator
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jit_run import normal
 from vk_fixtures import SELECTOR, needs_vulkan
 
 import vk_kernels
+from vk_kernels import ops
 from vk_kernels.lowering import trace
 from vk_kernels.lowering.trace import UnsupportedError
 
@@ -345,3 +347,92 @@ def test_a_loop_without_end_is_an_error_in_words(monkeypatch):
     monkeypatch.setattr(trace, "UNROLLED", 100)
     with pytest.raises(UnsupportedError, match="shorten this one"):
         vjit(lambda x: jax.lax.while_loop(lambda c: c[0] >= 0, lambda c: (c[0] * 1, c[1] * 2), (0, x)))(X)
+
+
+# Options, JAX's own switches, pickles.
+
+
+@pytest.mark.parametrize("name", ["static_argnums", "static_argnames", "donate_argnums", "donate_argnames"])
+def test_options_that_are_none(name):
+    same(vjit(lambda x: x + 1, **{name: None})(X), jnp.asarray(X) + 1)
+
+
+def test_a_decorator_with_options():
+    @vk_kernels.jit(static_argnames="n", donate_argnums=0, device=SELECTOR)
+    def fn(x, n):
+        """Its doc."""
+        return x * n
+
+    x = put(X)
+    same(fn(x, n=3), jnp.asarray(X) * 3)
+    assert x.is_deleted()
+    assert (fn.__name__, fn.__doc__) == ("fn", "Its doc.")
+
+
+def test_without_jit_a_function_is_itself():
+    seen = []
+
+    def fn(x, n):
+        seen.append(type(x))
+        return ops.gelu(x) * n, x * 2.0
+
+    jitted, weak = vjit(fn, static_argnums=1), vjit(lambda x: x * 2)(3.0)
+    expected = jitted(X, 2)
+    assert issubclass(seen.pop(), jax.core.Tracer)
+    with jax.disable_jit():
+        for x in (X, put(X), jnp.asarray(X)):
+            same(jax.tree.map(jnp.asarray, jitted(x, 2)), jax.tree.map(jnp.asarray, expected))
+        assert seen == [np.ndarray, vk_kernels.Array, type(jnp.asarray(X))]
+        assert (weak + 1).weak_type
+        assert vjit(lambda x: x + 1)(weak).weak_type
+        assert float(vjit(jnp.sin)(weak)) == pytest.approx(np.sin(6), abs=1e-6)
+    same(jitted(X, 2), jax.tree.map(jnp.asarray, expected))
+
+
+def logarithm(state, x):
+    return {"log": jnp.log(state["a"]) * x, "a": state["a"] - 1}
+
+
+def test_debug_nans_names_the_operation():
+    step = vjit(logarithm, donate_argnums=0)
+    with jax.debug_nans(True):
+        state = step({"a": put(X**2 + 0.5)}, X)
+        assert isinstance(state["log"], vk_kernels.Array)
+        rest = {"a": state["a"]}
+        with pytest.raises(FloatingPointError, match=r"invalid value \(nan\) encountered in log") as caught:
+            step(rest, X)
+    assert caught.value.__notes__[-1].startswith("vk_kernels.jit: nan in result['log'], float32[5,7], of logarithm")
+    assert any("in logarithm" in str(entry) for entry in caught.traceback)
+    assert np.isnan(step({"a": put(X - 9)}, X)["log"].numpy()).all()
+
+
+def test_debug_infs_and_values_that_no_operation_made():
+    with jax.debug_infs(True):
+        with pytest.raises(FloatingPointError, match=r"\(inf\) encountered in div"):
+            vjit(lambda x: 1 / (x - x))(X)
+        same(vjit(lambda x: jnp.log(x - x - 1))(X), jnp.log(jnp.asarray(X) * 0 - 1))  # a NaN is no infinity
+    with jax.debug_nans(True):
+        with pytest.raises(FloatingPointError, match=r"nan in result.* on Vulkan, but not operation by operation"):
+            vjit(lambda x: (x, np.float32(np.nan)))(X)
+        same(vjit(lambda x: (x + 1, x > 0, jnp.int32(3)))(X), (jnp.asarray(X) + 1, jnp.asarray(X) > 0, jnp.int32(3)))
+        assert jax.grad(lambda x: vjit(jnp.sum)(x))(X).shape == X.shape
+
+
+def doubled(x):
+    return x * 2
+
+
+@functools.partial(vk_kernels.jit, device=SELECTOR)
+def tripled(x):
+    return x * 3
+
+
+def test_jitted_functions_are_pickled_and_copied():
+    by_value = pickle.loads(pickle.dumps(vjit(doubled, donate_argnums=0)))
+    x = put(X)
+    same(by_value(x), jnp.asarray(X) * 2)
+    assert x.is_deleted()
+    assert pickle.loads(pickle.dumps(tripled)) is tripled
+    assert copy.deepcopy([tripled])[0] is copy.copy(tripled) is tripled
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(vjit(lambda x: x))

@@ -44,7 +44,9 @@ class Array(Operators):
     """A dense array in device memory, row-major. It is never changed; a donated one is gone.
 
     A leaf of pytrees. numpy and JAX take it as they take any array, by a copy to the host, which waits for what
-    computes it. It is no `jax.Array`, but has that class's operators and methods, which compute on the host.
+    computes it. It is no `jax.Array`, and `isinstance` says so, but has that class's operators and methods, which
+    compute on the host. To JAX it lies where such copies do: that is its `sharding`; its `device` is the Vulkan device.
+    Pickled, it is its contents, which are uploaded again to the device of `vk_kernels.use`, or else the process's.
     """
 
     __slots__ = ("__weakref__", "_buffer", "_life", "type")
@@ -61,6 +63,8 @@ class Array(Operators):
     @property
     def dtype(self) -> np.dtype:
         return self.type.dtype
+
+    __numpy_dtype__ = dtype
 
     @property
     def weak_type(self) -> bool:
@@ -94,8 +98,30 @@ class Array(Operators):
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
+
+    def on_device_size_in_bytes(self) -> int:
+        return self.buffer.size
+
+    @property
+    def sharding(self) -> Any:
+        """Where JAX has the copies that it takes: its default device, uncommitted."""
+        from vk_kernels.lowering import interop
+
+        return interop.sharding()
+
+    def devices(self) -> set[Any]:
+        """The JAX devices of `sharding`."""
+        return self.sharding.device_set
+
+    committed = False
+    is_fully_addressable = True
+    is_fully_replicated = True
 
     def numpy(self) -> np.ndarray:
         """A copy on the host, once it is computed."""
@@ -109,6 +135,10 @@ class Array(Operators):
         """Returns when it is computed."""
         self.device.wait(self.buffer.owner.last_use)
         return self
+
+    def is_ready(self) -> bool:
+        """Whether it is computed."""
+        return self.buffer.owner.last_use <= self.device.completed()
 
     def copy_to_host_async(self) -> None:
         """Nothing to begin: small results lie in memory that the host reads where it is. For loops written for JAX."""
@@ -141,11 +171,16 @@ class Array(Operators):
 
         return interop.to_jax(self)
 
+    def _scalar(self) -> Any:
+        if self.shape:
+            raise TypeError(f"only an array without axes is a Python number; this is {self.type}")
+        return self.item()
+
     def __float__(self) -> float:
-        return float(self.item())
+        return float(self._scalar())
 
     def __int__(self) -> int:
-        return int(self.item())
+        return int(self._scalar())
 
     def __index__(self) -> int:
         return self.numpy().__index__()
@@ -167,6 +202,11 @@ class Array(Operators):
 
     def __deepcopy__(self, memo: Any) -> "Array":
         return self.copy()
+
+    def __reduce__(self) -> Any:
+        from vk_kernels.lowering import interop
+
+        return interop.from_host, (self.numpy(), self.weak_type)
 
     def __repr__(self) -> str:
         if self.is_deleted():

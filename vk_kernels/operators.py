@@ -12,15 +12,16 @@ _BINARY += ("lshift", "rshift")
 _SPECIAL = (
     *(f"__{name}__" for name in (*_BINARY, *(f"r{name}" for name in _BINARY))),
     *(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert")),
-    *(f"__{name}__" for name in ("getitem", "iter", "reversed", "contains", "round", "format", "complex")),
+    *(f"__{name}__" for name in ("getitem", "setitem", "iter", "reversed", "contains", "round", "format", "complex")),
+    *(f"__{name}__" for name in ("dlpack", "dlpack_device", "array_namespace")),
 )
 _METHODS = (
-    *("all", "any", "argmax", "argmin", "argpartition", "argsort", "astype", "choose", "clip", "compress", "conj"),
-    *("conjugate", "cumprod", "cumsum", "diagonal", "dot", "flatten", "max", "mean", "min", "nonzero", "prod", "ptp"),
-    *("ravel", "repeat", "reshape", "round", "searchsorted", "sort", "squeeze", "std", "sum", "swapaxes", "take"),
-    *("tobytes", "tolist", "trace", "transpose", "var", "view"),
+    *("addressable_data", "all", "any", "argmax", "argmin", "argpartition", "argsort", "astype", "byteswap", "choose"),
+    *("clip", "compress", "conj", "conjugate", "cumprod", "cumsum", "diagonal", "dot", "flatten", "max", "mean", "min"),
+    *("nonzero", "prod", "ptp", "ravel", "repeat", "reshape", "round", "searchsorted", "sort", "squeeze", "std", "sum"),
+    *("swapaxes", "take", "to_device", "tobytes", "tolist", "trace", "transpose", "var", "view"),
 )
-_PROPERTIES = ("T", "at", "flat", "imag", "itemsize", "mT", "real")
+_PROPERTIES = ("T", "addressable_shards", "at", "flat", "global_shards", "imag", "mT", "real")
 
 
 def _method(name: str) -> Callable[..., Any]:

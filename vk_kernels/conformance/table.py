@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from vk_kernels.conformance.suite import SUBJECTS, cases, names
-from vk_kernels.conformance.unsupported import UNSUPPORTED
+from vk_kernels.conformance.unsupported import UNSUPPORTED, UNSUPPORTED_DTYPES
 
 BEGIN, END = "<!-- primitives -->", "<!-- /primitives -->"
 
@@ -27,6 +27,7 @@ def table() -> str:
     for reason in dict.fromkeys(UNSUPPORTED.values()):
         shown = ", ".join(f"`{name}`" for name, its in sorted(UNSUPPORTED.items()) if its == reason)
         lines.append(f"| {shown} | {reason} |")
+    lines += [f"| {dtypes} | {reason} |" for dtypes, reason in UNSUPPORTED_DTYPES.items()]
     return "\n".join(lines)
 
 

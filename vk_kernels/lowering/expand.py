@@ -314,6 +314,14 @@ def _log2(equation: JaxprEqn) -> Callable[..., Any]:
     return lambda x: (lax.log(x.astype(np.float32)) / np.log(np.float32(2))).astype(dtype)
 
 
+def _over_positions(reduce: Callable[..., Any], equation: JaxprEqn) -> Callable[..., Any] | None:
+    """What jax.vmap makes of a collective over its own axis: a reduction."""
+    axes, groups = equation.params["axes"], equation.params.get("axis_index_groups")
+    if groups is not None or not all(isinstance(axis, int) for axis in axes):
+        return None
+    return lambda *xs: [reduce(x, axes) for x in xs]
+
+
 def _platform_index(equation: JaxprEqn) -> Callable[..., Any]:
     """Vulkan is no platform of XLA: the default, or else what the processor takes."""
     platforms = equation.params["platforms"]
@@ -335,6 +343,9 @@ EXPANSIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
     "le_to": functools.partial(_total_order, lax.le),
     "lt_to": functools.partial(_total_order, lax.lt),
     "platform_index": _platform_index,
+    "pmax": functools.partial(_over_positions, lax.reduce_max),
+    "pmin": functools.partial(_over_positions, lax.reduce_min),
+    "psum": functools.partial(_over_positions, lax.reduce_sum),
     "random_bits": _random_bits,
     "random_fold_in": _random_fold_in,
     "random_seed": _random_seed,

@@ -15,48 +15,53 @@ import functools
 import gc
 import inspect
 import itertools
-import json
+import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import repeat
 from operator import is_
-from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax._src.config import trace_context  # all of JAX's configuration that changes what is traced
+from jax._src.config import (
+    debug_infs,
+    debug_nans,
+    disable_jit,
+    trace_context,  # all of JAX's configuration that changes what is traced
+)
 from jax.tree_util import treedef_tuple
 
 from vk_kernels.array import Array, ArrayType, Life, array_type
 from vk_kernels.device import Device
 from vk_kernels.lowering import call
 from vk_kernels.lowering.absorb import absorb
+from vk_kernels.lowering.avals import is_array, on_device, on_host, to_device, to_host
 from vk_kernels.lowering.context import target_of, use
 from vk_kernels.lowering.fuse import MOST_BUFFERS, MOST_REDUCTIONS, partition
 from vk_kernels.lowering.graph import Graph
+from vk_kernels.lowering.interop import to_jax
 from vk_kernels.lowering.join import join
+from vk_kernels.lowering.profile import Cost, Profile
 from vk_kernels.lowering.recompute import recompute
 from vk_kernels.lowering.schedule import make_program
 from vk_kernels.lowering.simplify import simplify
-from vk_kernels.lowering.trace import is_key, key_words, make_graph
+from vk_kernels.lowering.trace import UnsupportedError, make_graph
 from vk_kernels.memory import Buffer
 from vk_kernels.program import Executable, Program, held
 
 
 def jit(
-    fn: Callable[..., Any],
+    fn: Callable[..., Any] | None = None,
     *,
-    static_argnums: int | Sequence[int] = (),
-    static_argnames: str | Iterable[str] = (),
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Iterable[str] | None = None,
     donate_argnums: int | Sequence[int] | None = None,
     donate_argnames: str | Iterable[str] | None = None,
     device: int | str | None = None,
-) -> "Jitted":
-    """`fn` as one submission to a Vulkan device.
+) -> Any:
+    """`fn` as one submission to a Vulkan device; without `fn`, a decorator with these options.
 
     Its hot operations (`vk_kernels.ops`) run as their kernels; everything else as kernels generated for it.
 
@@ -67,30 +72,33 @@ def jit(
       device: as for `vk_kernels.use`.
 
     Returns:
-      A function of the same arguments, which may be of `vk_kernels.Array`, numpy or JAX. Its results are
-      `vk_kernels.Array`; PRNG keys are JAX's own. Called with tracers, inside jax.jit, jax.grad or jax.vmap, it is
-      part of what is traced.
+      A `Jitted`, a function of the same arguments, which may be of `vk_kernels.Array`, numpy or JAX. Its results are
+      `vk_kernels.Array`; PRNG keys and float0 are JAX's own. Called with tracers, inside jax.jit, jax.grad or jax.vmap,
+      it is part of what is traced. Under jax.disable_jit it is `fn` itself.
 
     Raises, when called:
       UnsupportedError: what no kernel is there for, with the primitive, its shapes and the line.
       ValueError: a static argument that is not hashable; an array that is donated and passed a second time; what a hot
         operation refuses, with the line.
       RuntimeError: an array that was donated or deleted.
+      FloatingPointError: under jax_debug_nans or jax_debug_infs, a result that has one.
       NoDeviceError: no loader, no driver, or no such device.
       FeatureError, BufferSizeError, OutOfMemoryError: what the device lacks, or has no room for.
     """
-    return Jitted(fn, static_argnums, static_argnames, donate_argnums, donate_argnames, device)
+    options = {"static_argnums": static_argnums, "static_argnames": static_argnames, "device": device}
+    options |= {"donate_argnums": donate_argnums, "donate_argnames": donate_argnames}
+    return functools.partial(jit, **options) if fn is None else Jitted(fn, options)
 
 
 def device_put(tree: Any, device: int | str | None = None) -> Any:
-    """A pytree of host arrays as one of `vk_kernels.Array`; PRNG keys stay JAX's own.
+    """A pytree of host arrays as one of `vk_kernels.Array`; PRNG keys and float0 stay JAX's own.
 
     Raises NoDeviceError, BufferSizeError over a limit of the device, OutOfMemoryError where it has no room.
     """
     opened = call.open_device("" if device is None else str(device))
 
     def put(x: Any) -> Any:
-        if isinstance(x, Array) or is_key(jax.typeof(x)):
+        if isinstance(x, Array) or on_host(jax.typeof(x)):
             return x
         return Array(opened.upload(_host(x)), _type_of(x))
 
@@ -108,14 +116,19 @@ def _type_of(x: Any) -> ArrayType:
         return x.type
     if type(x) is np.ndarray and x.dtype.kind in "biuf":
         return array_type(x.shape, jax.dtypes.canonicalize_dtype(x.dtype), False)
-    aval = jax.typeof(x)
+    return _array_type(jax.typeof(x))
+
+
+def _array_type(aval: Any) -> ArrayType:
+    """Raises UnsupportedError for what is no array: a ref, a token."""
+    if not is_array(aval):
+        raise UnsupportedError(f"a function on Vulkan takes and gives arrays, not {aval}: pass what it holds")
     return array_type(aval.shape, aval.dtype, aval.weak_type)
 
 
 def _host(x: Any) -> np.ndarray:
     """An argument as the array that JAX takes it for."""
-    kind = _type_of(x)
-    return np.asarray(jax.random.key_data(x)) if is_key(kind) else np.asarray(x, kind.dtype)
+    return to_device(x, _type_of(x))
 
 
 def _is_tracer(x: Any) -> bool:
@@ -128,65 +141,6 @@ def _is_leaf_of(x: Any, kind: ArrayType) -> bool:
         return x.shape == kind.shape and not kind.weak_type
     is_leaf = type(x) is Array or jax.tree_util.all_leaves([x])
     return is_leaf and not _is_tracer(x) and _type_of(x) == kind
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one call. flops: useful floating-point operations, roughly; bytes: that the dispatches read and write."""
-
-    flops: int
-    bytes: int
-    dispatches: int
-    barriers: int
-    arena_bytes: int
-    constant_bytes: int
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Device time of a call's dispatches, in order: (label, scope, seconds)."""
-
-    rows: tuple[tuple[str, str, float], ...]
-
-    @property
-    def seconds(self) -> float:
-        return sum(row[2] for row in self.rows)
-
-    def by_scope(self, depth: int = 1) -> dict[str, float]:
-        """Seconds by the first `depth` names of the scopes, the slowest first; '' has none."""
-        found: Counter[str] = Counter()
-        for _, scope, seconds in self.rows:
-            found["/".join(scope.split("/")[:depth])] += seconds
-        return dict(found.most_common())
-
-    def by_phase(self) -> dict[str, float]:
-        """Seconds 'forward' and 'backward', by the marks of JAX on what it differentiates, and of the rest by the
-        first name of the scope, the slowest first; '' has none, or several."""
-        found: Counter[str] = Counter()
-        for _, scope, seconds in self.rows:
-            found[_phase(scope)] += seconds
-        return dict(found.most_common())
-
-    def write_trace(self, path: str | Path) -> None:
-        """A Chrome trace (chrome://tracing, ui.perfetto.dev) of the dispatches, one after another."""
-        events, start = [], 0.0
-        for label, scope, seconds in self.rows:
-            event = {"name": label, "cat": scope, "ph": "X", "ts": 1e6 * start, "dur": 1e6 * seconds}
-            events.append(event | {"pid": 0, "tid": 0, "args": {"scope": scope}})
-            start += seconds
-        Path(path).write_text(json.dumps({"traceEvents": events}))
-
-    def __str__(self) -> str:
-        lines = [f"{1e3 * self.seconds:10.3f} ms in {len(self.rows)} dispatches"]
-        lines += [f"{1e3 * seconds:10.3f} ms  {scope}: {label}" for label, scope, seconds in self.rows]
-        return "\n".join(lines)
-
-
-def _phase(scope: str) -> str:
-    first = scope.split("/")[0]
-    if "transpose(" in first:
-        return "backward"
-    return "forward" if "jvp(" in first else first
 
 
 class _Given:
@@ -246,14 +200,14 @@ class Compiled:
         """tree: the structure of (args, kwargs)."""
         self.device, self.in_tree = device, tree
         closed = traced.jaxpr
-        self.in_types = [array_type(aval.shape, aval.dtype, aval.weak_type) for aval in closed.in_avals]
-        # Keys live on the host: there is nothing to donate.
+        self.in_types = list(map(_array_type, closed.in_avals))
+        self._dtypes = [on_device(kind).dtype for kind in self.in_types]
         infos = zip(jax.tree.leaves(traced.args_info), self.in_types, strict=True)
-        donated = [info.donated and not is_key(kind) for info, kind in infos]
+        donated = [info.donated and not on_host(kind) for info, kind in infos]
         self.donated = [i for i, given in enumerate(donated) if given]
         self.out_tree = jax.tree.structure(traced.out_info)
-        self.out_types = [array_type(aval.shape, aval.dtype, aval.weak_type) for aval in closed.out_avals]
-        self.out_keys = [(j, aval) for j, aval in enumerate(closed.out_avals) if is_key(aval)]
+        self.out_types = list(map(_array_type, closed.out_avals))
+        self._to_host = [(j, aval) for j, aval in enumerate(closed.out_avals) if on_host(aval)]
         self.graph: Graph = recompute(absorb(join(simplify(make_graph(closed)))))
         buffers = min(MOST_BUFFERS, device.limits.storage_buffers)
         # Of a kernel with 32 reductions, whose code is full of barriers, lavapipe's compilation takes minutes.
@@ -273,7 +227,7 @@ class Compiled:
         self._carried_types = [self.out_types[j] for j in aliases]
         places = {j: k for k, j in enumerate((*aliases, *made))}
         self._order = [places[j] for j in range(len(self.out_types))]
-        self._loop = None if self.out_keys else _Loop.of(self.in_tree, self.out_tree, aliases)
+        self._loop = None if self._to_host else _Loop.of(self.in_tree, self.out_tree, aliases)
         # What the last call gave in donated memory, and the buffers; and what the one before it gave there.
         self._given, self._before, self._buffers = _Given((), Life(ended=True)), None, []
 
@@ -295,7 +249,7 @@ class Compiled:
     def argument(self, i: int, x: Any) -> Buffer | np.ndarray:
         """What the executable takes for the i-th leaf of a call."""
         if type(x) is np.ndarray:
-            return x.astype(self.in_types[i].dtype, copy=False)
+            return x.astype(self._dtypes[i], copy=False)
         if type(x) is not Array:
             return _host(x)
         buffer = x.buffer
@@ -342,10 +296,9 @@ class Compiled:
             results = self._loop.results.unflatten(made)
             return (*results[: self._loop.result], self._given.arrays, *results[self._loop.result :])
         results = list(map([*self._given.arrays, *made].__getitem__, self._order))
-        for j, aval in self.out_keys:
-            words = key_words(aval)
-            found = results[j].buffer.read(words.dtype, words.shape)
-            results[j] = jax.random.wrap_key_data(found, impl=aval.dtype._impl.name)
+        for j, aval in self._to_host:
+            struct = on_device(aval)
+            results[j] = to_host(results[j].buffer.read(struct.dtype, struct.shape), aval)
         return self.out_tree.unflatten(results)
 
     def as_text(self) -> str:
@@ -391,25 +344,25 @@ class Compiled:
 class Jitted:
     """What `jit` gives. Compiled once for each set of shapes, dtypes and static arguments, on each device."""
 
-    def __init__(self, fn: Any, static_argnums, static_argnames, donate_argnums, donate_argnames, device):
+    def __init__(self, fn: Any, options: dict[str, Any]):
+        """options: as of `jit`."""
         functools.update_wrapper(self, fn)
-        self._device = device
-        numbers = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-        names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+        self._options, self._device = options, options["device"]
+        numbers, names = options["static_argnums"], options["static_argnames"]
+        numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers or ())
+        names = (names,) if isinstance(names, str) else tuple(names or ())
         self._static_numbers, self._static_names = _matched(fn, numbers, names)
-        self._jitted = jax.jit(
-            fn,
-            static_argnums=self._static_numbers,
-            static_argnames=self._static_names,
-            donate_argnums=donate_argnums,
-            donate_argnames=donate_argnames,
-        )
+        donated = {name: options[name] for name in ("donate_argnums", "donate_argnames")}
+        numbers, names = self._static_numbers, self._static_names
+        self._jitted = jax.jit(fn, static_argnums=numbers, static_argnames=names, **donated)
         self._compiled: dict[Any, Compiled] = {}
         # Of the last call: structure, static arguments and JAX's configuration, types, what is compiled.
         self._last: tuple[Any, Any, Any, Any] = (None, None, None, None)
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if debug_nans.value or debug_infs.value:
+            return self._without_special_values(args, kwargs)
         dynamic, static = self._split(args, kwargs)
         with self._lock:
             last_tree, last_static, last_types, compiled = self._last
@@ -420,6 +373,9 @@ class Jitted:
                 if rest is not None:
                     with compiled.device.calls:
                         return compiled.go_on(rest)
+        if disable_jit.value:
+            with self._using():
+                return self.__wrapped__(*args, **kwargs)
         leaves, tree = jax.tree.flatten(dynamic)
         if any(map(_is_tracer, leaves)):
             with self._using():
@@ -433,9 +389,42 @@ class Jitted:
             with compiled.device.calls:
                 return compiled(leaves)
 
+    def _without_special_values(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A call under jax_debug_nans or jax_debug_infs. Where a result has one, the function runs a second time, one
+        operation after another through JAX, which raises FloatingPointError at the one that made it."""
+        nans, infs = debug_nans.value, debug_infs.value
+        kept = jax.tree.map(_in_jax, (args, kwargs))  # before the call: some may be donated
+        with jax.debug_nans(False), jax.debug_infs(False):
+            results = self(*args, **kwargs)
+            found = _special_value(results, nans, infs)
+        if found:
+            try:
+                with self._using():
+                    self.__wrapped__(*kept[0], **kept[1])
+            except FloatingPointError as error:
+                error.add_note(f"vk_kernels.jit: {found} of {self._name}, called again operation by operation")
+                raise
+            raise FloatingPointError(f"{found} of {self._name} on Vulkan, but not operation by operation through JAX")
+        return results
+
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         """As a method, its first argument is the instance."""
         return self if instance is None else MethodType(self, instance)
+
+    def __reduce__(self) -> Any:
+        """Pickled by name where its module has it by that name (decorated), else as the function and the options."""
+        found = sys.modules.get(getattr(self, "__module__", None))
+        name = getattr(self, "__qualname__", "")
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        return name if found is self else (functools.partial(jit, **self._options), (self.__wrapped__,))
+
+    def __copy__(self) -> "Jitted":
+        """Itself, as of every function."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> "Jitted":
+        return self
 
     def lower(self, *args: Any, **kwargs: Any) -> Compiled:
         """What a call with such arguments runs; arguments may be jax.ShapeDtypeStruct."""
@@ -460,6 +449,10 @@ class Jitted:
             self._last = None, None, None, None
             self._compiled.clear()
             self._jitted.clear_cache()
+
+    @property
+    def _name(self) -> str:
+        return getattr(self, "__qualname__", repr(self.__wrapped__))
 
     def _using(self) -> Any:
         return use("vulkan", device=self._device, variant=target_of("vulkan").variant)
@@ -507,6 +500,17 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _special_value(tree: Any, nans: bool, infs: bool) -> str:
+    """The first NaN or infinity in our arrays of a tree, in words; empty where there is none."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(x, Array) and jax.numpy.issubdtype(x.dtype, np.inexact):
+            values = x.numpy()
+            for name, wanted, has in (("nan", nans, np.isnan), ("inf", infs, np.isinf)):
+                if wanted and has(values).any():
+                    return f"{name} in result{jax.tree_util.keystr(path)}, {x.type},"
+    return ""
+
+
 def _leaves_of(tree: Any, x: Any) -> list[Any] | None:
     """What stands where a structure has its leaves, if `x` has that structure at least; quicker than to flatten it."""
     try:
@@ -521,6 +525,11 @@ def _check_hashable(name: int | str, kind: type, x: Any) -> None:
     except TypeError as error:
         what = f"number {name}" if isinstance(name, int) else repr(name)
         raise ValueError(f"static argument {what} must be hashable, found a {kind.__name__}: {error}") from None
+
+
+def _in_jax(x: Any) -> Any:
+    """An array as one that JAX computes with; all else as it is."""
+    return to_jax(x) if isinstance(x, Array) else jax.numpy.asarray(x) if isinstance(x, np.ndarray) else x
 
 
 def _described(x: Any) -> Any:

@@ -1,10 +1,10 @@
 """From a traced JAX function to a graph: every call inlined, loops of known length unrolled.
 
 Both branches of a cond are computed and one is selected: they are pure. A recomputation (`jax.checkpoint`) is kept
-apart from what it recomputes by an optimization_barrier. PRNG keys are the uint32 words that they are made of, with
-one more axis, last.
+apart from what it recomputes by an optimization_barrier.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +17,10 @@ from jax.extend.core import Literal as JaxLiteral
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from vk_kernels.lowering import call, codegen
+from vk_kernels.lowering.avals import check_dtype, is_array, is_key, on_device, to_device
 from vk_kernels.lowering.expand import EXPANSIONS
 from vk_kernels.lowering.graph import Graph, Literal, Node, Operand, Value
+from vk_kernels.lowering.refusals import advice
 
 UNROLLED = 50_000  # nodes that all loops of a function together may unroll into
 
@@ -45,29 +47,6 @@ class UnsupportedError(ValueError):
     """A function does what no kernel can: the message names the primitive, its shapes and the line."""
 
 
-def make_graph(closed: ClosedJaxpr) -> Graph:
-    """The graph of a traced function; its inputs and outputs in order.
-
-    Raises UnsupportedError for what no kernel is there for.
-    """
-    if closed.effects:
-        effects = ", ".join(map(str, closed.effects))
-        raise UnsupportedError(f"no side effects on Vulkan, found {effects}: leave out callbacks and debug prints")
-    inliner = _Inliner()
-    inputs = tuple(_new_value(aval) for aval in closed.in_avals)
-    outputs = inliner.inline(closed, inputs, Origin())
-    return Graph(inputs, inliner.constants, inliner.nodes, tuple(outputs))
-
-
-def inline(fn: Callable[..., Any], inputs: Sequence[Operand], at: Node) -> tuple[list[Node], list[Operand]]:
-    """The nodes of a function of arrays, and its results, for these inputs; they are where `at` is in the program."""
-    inliner = _Inliner()
-    results = inliner.expand(fn, list(inputs), Origin(at.scope, at.source))
-    if inliner.constants:
-        raise ValueError(f"constants of {fn} must be scalars")
-    return inliner.nodes, results
-
-
 class Origin(NamedTuple):
     """Where an operation comes from: the stack of names around it, and the user's line."""
 
@@ -83,19 +62,66 @@ class Origin(NamedTuple):
         return self._replace(scope=scope, source=source or self.source)
 
 
-def is_key(aval: Any) -> bool:
-    """Whether an abstract value is of PRNG keys."""
-    return jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
+def make_graph(closed: ClosedJaxpr) -> Graph:
+    """The graph of a traced function; its inputs and outputs in order.
+
+    Raises UnsupportedError for what no kernel is there for.
+    """
+    info = closed.jaxpr.debug_info
+    name, _, line = info.func_src_info.rpartition(" at ")
+    at = Origin(source=f"{line} ({name})" if name else "")
+    inputs = tuple(
+        _described(lambda aval=aval: _new_value(aval), f"argument {argument}, {aval}", at)
+        for argument, aval in zip(_names(info.arg_names, closed.in_avals), closed.in_avals, strict=True)
+    )
+    if closed.effects:
+        _refuse_effects(closed.jaxpr, at)
+    inliner = _Inliner()
+    outputs = inliner.inline(closed, inputs, at)
+    for result, aval in zip(_names(info.result_paths, closed.out_avals), closed.out_avals, strict=True):
+        _described(lambda aval=aval: _new_value(aval), f"{result}, {aval}", at)
+    return Graph(inputs, inliner.constants, inliner.nodes, tuple(outputs))
 
 
-def key_words(aval: Any) -> jax.ShapeDtypeStruct:
-    """The words that an array of PRNG keys is made of."""
-    return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+def _names(found: Sequence[str] | None, avals: Sequence[Any]) -> Sequence[str]:
+    """What JAX calls the arguments or the results of a function; their numbers where it does not know."""
+    return found if found is not None and len(found) == len(avals) else [f"number {i}" for i in range(len(avals))]
+
+
+def _described(make: Callable[[], Any], what: str, at: Origin) -> Any:
+    """What is made, where its ValueError says of what it is, and the line."""
+    try:
+        return make()
+    except ValueError as error:
+        raise UnsupportedError(f"{error}: {what}" + (f" at {at.source}" if at.source else "")) from None
+
+
+def _refuse_effects(jaxpr: Jaxpr, at: Origin) -> None:
+    """Raises UnsupportedError that names the first operation which does more than to compute."""
+    for equation in jaxpr.eqns:
+        if not equation.effects:
+            continue
+        inner = at.inner(equation)
+        for called in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if getattr(called, "effects", None):
+                _refuse_effects(getattr(called, "jaxpr", called), inner)
+        raise UnsupportedError(f"{advice(equation)}: {_where(equation, inner)}")
+
+
+def inline(fn: Callable[..., Any], inputs: Sequence[Operand], at: Node) -> tuple[list[Node], list[Operand]]:
+    """The nodes of a function of arrays, and its results, for these inputs; they are where `at` is in the program."""
+    inliner = _Inliner()
+    results = inliner.expand(fn, list(inputs), Origin(at.scope, at.source))
+    if inliner.constants:
+        raise ValueError(f"constants of {fn} must be scalars")
+    return inliner.nodes, results
 
 
 def _new_value(aval: Any) -> Value:
-    if is_key(aval):
-        aval = key_words(aval)
+    if not is_array(aval):
+        raise ValueError(f"a function on Vulkan takes and gives arrays, not {type(aval).__name__}")
+    aval = on_device(aval)
+    check_dtype(aval.dtype)
     return Value(tuple(aval.shape), np.dtype(aval.dtype))
 
 
@@ -111,13 +137,14 @@ class _Inliner:
     def inline(self, closed: ClosedJaxpr | Jaxpr, inputs: Sequence[Operand], at: Origin) -> list[Operand]:
         """The results of a jaxpr for these inputs."""
         jaxpr, consts = (closed.jaxpr, closed.consts) if isinstance(closed, ClosedJaxpr) else (closed, ())
-        env: dict[Any, Operand] = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
+        env: dict[Any, Operand] = {
+            var: _described(lambda found=found: self.constant(found), f"a constant, {var.aval}", at)
+            for var, found in zip(jaxpr.constvars, consts, strict=True)
+        }
         env |= zip(jaxpr.invars, inputs, strict=True)
 
         def read(atom: Any) -> Operand:
-            if isinstance(atom, JaxLiteral):
-                return Literal(np.asarray(atom.val, atom.aval.dtype))
-            return env[atom]
+            return Literal(to_device(atom.val, atom.aval)) if isinstance(atom, JaxLiteral) else env[atom]
 
         for equation in jaxpr.eqns:
             results = self._equation(equation, [read(atom) for atom in equation.invars], at)
@@ -126,8 +153,9 @@ class _Inliner:
 
     def constant(self, found: Any) -> Operand:
         if id(found) not in self._known:
-            words = jax.random.key_data(found) if is_key(jax.typeof(found)) else found
-            array = np.asarray(words, jax.typeof(words).dtype)
+            aval = jax.typeof(found)
+            _new_value(aval)  # refuses what is no array
+            array = to_device(found, aval)
             operand = Literal(array) if array.ndim == 0 else Value(array.shape, array.dtype)
             if isinstance(operand, Value):
                 self.constants[operand] = array
@@ -166,7 +194,11 @@ class _Inliner:
             what = call.encode(name, params, target).encode()
             node = Node(name, tuple(inputs), outputs, params, at.source, at.scope, what)
         else:
+            if refused := advice(equation):
+                raise ValueError(refused)
             params = {k: v for k, v in equation.params.items() if k not in _UNUSED}
+            for x in inputs:
+                check_dtype(x.dtype)
             node = Node(name, tuple(inputs), outputs, params, at.source, at.scope)
             codegen.check(node)
         self.nodes.append(node)
@@ -342,16 +374,23 @@ class _Counter:
 
 def _where(equation: JaxprEqn, at: Origin) -> str:
     shapes = ", ".join(str(x.aval) for x in equation.invars)
-    return f"{equation.primitive.name}({shapes})" + (f" at {at.source}" if at.source else "")
+    gives = "" if shapes else " -> " + ", ".join(str(x.aval) for x in equation.outvars)
+    return f"{equation.primitive.name}({shapes}){gives}" + (f" at {at.source}" if at.source else "")
 
 
 def _on_words(equation: JaxprEqn) -> Callable[..., Any]:
     """What moves PRNG keys about moves each of their words; keys are equal where all their words are."""
     primitive, params = equation.primitive, equation.params
+    key = next(x.aval for x in (*equation.invars, *equation.outvars) if is_key(x.aval))
+    words = len(on_device(key).shape) - len(key.shape)  # axes of the words of one key
     if primitive.name in _COMPARISONS:
-        joined = _COMPARISONS[primitive.name]
-        return lambda *xs: joined(primitive.bind(*xs, **params), axis=-1)
+        joined, shape = _COMPARISONS[primitive.name], (*equation.outvars[0].aval.shape, *on_device(key).shape[-words:])
+        compare = functools.partial(primitive.bind, **params)
+        return lambda *xs: joined(compare(*(jnp.broadcast_to(x, shape) for x in xs)), axis=tuple(range(-words, 0)))
     if primitive.name.startswith("random_") or not all(is_key(x.aval) for x in equation.outvars):
         raise ValueError(f"no kernel is generated for the primitive {primitive.name}")
     axes = tuple(-1 if is_key(x.aval) else None for x in equation.invars)
-    return jax.vmap(lambda *xs: primitive.bind(*xs, **params), in_axes=axes, out_axes=-1)
+    moved = functools.partial(primitive.bind, **params)
+    for _ in range(words):
+        moved = jax.vmap(moved, in_axes=axes, out_axes=-1)
+    return moved
