@@ -77,7 +77,7 @@ def compile_twice(step: Any, state: Any, batch: Any, device: str) -> Any:
         jitted = vk_kernels.jit(step, donate_argnums=0, device=device)
         start = time.perf_counter()
         compiled = jitted.lower(state, batch)
-        print(f"trace, compile ({what}): {time.perf_counter() - start:.2f} s")
+        print(f"trace, plan ({what}): {time.perf_counter() - start:.2f} s")
     return jitted, compiled
 
 
@@ -105,7 +105,7 @@ def measure(jitted: Any, state: Any, batch: Any, calls: int) -> Any:
     start = time.perf_counter()
     state, metrics = jitted(state, batch)
     float(metrics["loss"])
-    print(f"first call (recording included): {time.perf_counter() - start:.3f} s")
+    print(f"first call (the rest of compilation, and recording): {time.perf_counter() - start:.3f} s")
     for _ in range(5):  # makes what recordings there will be
         state, metrics = jitted(state, batch)
     device = jitted.lower(state, batch).device

@@ -77,6 +77,9 @@ def get_config() -> ConfigDict:
     config.checkpoint.keep_last = 2
     config.checkpoint.keep_every = 10_000  # 0: none; the best by validation loss is always kept
 
+    config.vulkan = ConfigDict()
+    config.vulkan.submit_ms = 0.0  # cuts a step into submissions no longer, for GPUs with a watchdog; 0: whole
+
     config.log = ConfigDict()
     config.log.every = 50  # steps between two lines of progress; 0: none
     config.log.diagnostics_every = 500  # attention statistics by head; as eval.every

@@ -11,7 +11,7 @@ import vk_kernels
 from gpt_jax.config import UserError
 from gpt_jax.metrics import device_facts, device_peak_bytes
 from vk_kernels.device import choose, list_devices
-from vk_kernels.errors import NoDeviceError
+from vk_kernels.errors import NoDeviceError, VulkanError
 from vk_kernels.lowering import open_device
 
 
@@ -34,15 +34,16 @@ class Backend:
         return f"{self.name} ({self.reason}) on {self.device['count']} x {self.device['kind']}"
 
 
-def enter_backend(name: str, matmul_precision: str, stack: contextlib.ExitStack) -> Backend:
+def enter_backend(name: str, matmul_precision: str, stack: contextlib.ExitStack, submit_ms: float = 0) -> Backend:
     """The backend that a config asks for, in force until `stack` is closed.
 
     Args:
       name: xla, vulkan, or auto: Vulkan where there is a real GPU for it and XLA has none, else XLA.
       matmul_precision: of XLA's products, see `jax.default_matmul_precision`.
+      submit_ms: how long one submission to a Vulkan device may take, see `vk_kernels.device.Device`; 0: no limit.
 
     Raises:
-      UserError: there is no Vulkan device.
+      UserError: there is no Vulkan device, or it cannot be opened.
     """
     stack.enter_context(jax.default_matmul_precision(matmul_precision))
     reason = "asked for"
@@ -52,11 +53,12 @@ def enter_backend(name: str, matmul_precision: str, stack: contextlib.ExitStack)
         return Backend(name, reason, device_facts(), jax.jit, jax.device_put, device_peak_bytes)
     try:
         device = open_device()
-    except NoDeviceError as error:
+        device.submit_ms = submit_ms
+    except VulkanError as error:
         raise UserError(f"config.backend=vulkan: {error}") from None
     stack.enter_context(jax.default_device(jax.devices("cpu")[0]))  # for what is done once, like initialisation
     facts = {"platform": "vulkan", "kind": device.info.name, "count": 1}
-    return Backend(name, reason, facts, vk_kernels.jit, vk_kernels.device_put, lambda: device.memory_stats().peak)
+    return Backend(name, reason, facts, vk_kernels.jit, vk_kernels.device_put, lambda: device.memory.peak)
 
 
 def _choose() -> tuple[str, str]:
@@ -67,6 +69,8 @@ def _choose() -> tuple[str, str]:
         info = choose(list_devices())
     except NoDeviceError as error:
         return "xla", f"auto: {error}"
+    except VulkanError as error:
+        return "xla", f"auto: Vulkan does not work here: {' '.join(str(error).split())}"
     if info.kind == "cpu":
         return "xla", f"auto: Vulkan has but a processor, {info.name}"
     return "vulkan", "auto: a GPU that JAX itself does not serve"

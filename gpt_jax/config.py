@@ -155,6 +155,7 @@ FIELDS: dict[str, Field] = {
     "checkpoint.every": _whole("steps between two; 0: only at the end and when stopped", 0),
     "checkpoint.keep_last": _whole("newest checkpoints kept"),
     "checkpoint.keep_every": _whole("steps whose multiples are kept for good; 0: none", 0),
+    "vulkan.submit_ms": _number("most that a submission of a step may take, in ms; 0: a step is one submission"),
     "log.every": _whole("steps between two lines of progress; 0: none", 0),
     "log.diagnostics_every": _whole(_EVERY, 0),
     "log.tensorboard": Field(bool, "whether TensorBoard's files are written"),

@@ -247,6 +247,7 @@ class RunInfo:
         command: str | None = None,
         device: dict[str, Any] | None = None,
         peak_bytes: Callable[[], int | None] | None = None,
+        spent_seconds: float = 0.0,
         **facts: Any,
     ) -> None:
         """Begins the run of the folder, or goes on with it: then its id, start and time spent stay.
@@ -255,6 +256,7 @@ class RunInfo:
           command: what was typed; None: the command line of this process.
           device: platform, kind and count of the devices; None: those that JAX sees.
           peak_bytes: gives the most memory used so far on one of them; None: as JAX knows it.
+          spent_seconds: by this run before, as its checkpoint says: a part that was killed has not told the file.
           **facts: more to save, as JSON values: parameters, tokenizer, data, ...
         """
         self._path = Path(workdir) / INFO_FILE
@@ -262,7 +264,7 @@ class RunInfo:
         earlier = read_info(self._path.parent)
         self._peak_bytes = peak_bytes or device_peak_bytes
         self._begun = time.monotonic()
-        self._spent_before = earlier.get("elapsed_seconds", 0.0)
+        self._spent_before = max(earlier.get("elapsed_seconds", 0.0), spent_seconds)
         self.fields: dict[str, Any] = {
             "run_id": earlier.get("run_id") or new_run_id(),
             "name": name,
@@ -296,6 +298,15 @@ class RunInfo:
         if status not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}; found {status!r}")
         self.update(status=status, ended=_now(), **facts)
+
+
+def mark_failed(workdir: Path, **facts: Any) -> None:
+    """Saves that a start of a run failed before anything was done; facts: as for RunInfo, for a new folder."""
+    earlier = read_info(workdir)
+    if earlier:
+        write_json(workdir / INFO_FILE, {**earlier, "status": "failed", "ended": _now()})
+    else:
+        RunInfo(workdir, **facts).finish("failed")
 
 
 def new_run_id(now: datetime | None = None) -> str:

@@ -173,6 +173,10 @@ def spikes(df: "pd.DataFrame", threshold: float = SPIKE) -> "pd.DataFrame":
     """
     train = df[(df["split"] == "train") & ((df["grad_norm"] > threshold) | ~np.isfinite(df["grad_norm"]))]
     norms = train[_norm_columns(df)].astype(float).fillna(np.inf)
+    for label, every in _by_run(df, "train"):  # a run has no norm of the layers that only a deeper one has
+        known = every[norms.columns].notna().any()
+        if known.any():
+            norms.loc[train["run"] == label, known.index[~known]] = -np.inf
     found = train[["run", "step", "loss", "grad_norm"]].copy()
     found["layer"] = norms.idxmax(axis=1).str.removeprefix(NORM) if len(norms) and norms.shape[1] else None
     found["layer_norm"] = norms.max(axis=1)

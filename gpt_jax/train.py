@@ -24,21 +24,13 @@ from gpt_jax.backend import Backend, enter_backend
 from gpt_jax.checkpoint import Checkpointer, merge_parameters, restore_parameters
 from gpt_jax.config import UserError, leaves, validate
 from gpt_jax.corpus import Turn
+from gpt_jax.failures import describe, is_device_error, remedies
 from gpt_jax.model import GPT, ModelConfig
-from gpt_jax.optimizer import learning_rate_schedule, make_optimizer
+from gpt_jax.optimizer import make_optimizer
+from gpt_jax.programs import Programs, plan_programs
 from gpt_jax.report import write_report
-from gpt_jax.sample import answer, make_sampler
-from gpt_jax.steps import (
-    Batch,
-    TrainState,
-    diagnostics_step,
-    eval_step,
-    init_params,
-    init_state,
-    nonfinite_places,
-    on_leaves,
-    train_step,
-)
+from gpt_jax.sample import answer
+from gpt_jax.steps import Batch, TrainState, init_params, init_state
 
 READ_BACK_LAG = 2  # steps whose metrics may still be on their way while the next one is dispatched
 SAMPLING = 1  # purpose of a random key; dropout needs none, its bits are keyed by seed and step
@@ -139,6 +131,7 @@ class Run:
         workdir: Path,
         *,
         backend: Backend,
+        programs: Programs,
         corpus: data.Corpus,
         model: GPT,
         state: TrainState,
@@ -163,20 +156,10 @@ class Run:
         self.clock = PhaseClock()
         self.pending: collections.deque = collections.deque()  # (step, metrics on the device)
         self.logged_step, self.logged_time = self.step, time.perf_counter()
+        self.step_seconds: float | None = None  # the last measured
+        self.trace, self.tracing = contextlib.ExitStack(), False  # JAX's profiler, and whether it runs
 
-        step = functools.partial(
-            train_step,
-            model=model,
-            optimizer=make_optimizer(config.optimizer),
-            schedule=learning_rate_schedule(config.optimizer),
-            seed=config.seed,
-            accumulate_steps=config.accumulate_steps,
-        )
-        self.train_step = backend.jit(on_leaves(step, self.structure), donate_argnums=0)
-        self.eval_step = backend.jit(functools.partial(eval_step, model=model))
-        self.nonfinite_places = backend.jit(functools.partial(nonfinite_places, model=model))
-        self.diagnostics_step = backend.jit(functools.partial(diagnostics_step, model=model))
-        self.sampler = make_sampler(model, config.sample.temperature, config.sample.top_k, backend.jit)
+        self.train_step, self.eval_step, self.diagnostics_step, self.nonfinite_places, self.sampler = programs
         shape = {
             "block_size": config.model.block_size,
             "batch_size": config.batch_size,
@@ -229,7 +212,8 @@ class Run:
         """
         config = self.config
         housekeeping_done = self.resumed  # it was, before the checkpoint was written
-        with contextlib.closing(data.loader(self.train_batches, prefetch=config.data.prefetch)) as batches:
+        loader = data.loader(self.train_batches, prefetch=config.data.prefetch)
+        with contextlib.closing(loader) as batches, self.trace:
             while True:
                 # Read once: a signal that comes while this pass does what is due ends the next one, which saves.
                 last, stopping = self.step >= config.num_steps, stop.received is not None
@@ -293,7 +277,7 @@ class Run:
         data_seconds = phases.pop("data", 0.0)
         steps = step - self.logged_step
         seconds = max(now - self.logged_time - sum(phases.values()), 1e-9) / steps
-        self.logged_step, self.logged_time = step, now
+        self.logged_step, self.logged_time, self.step_seconds = step, now, seconds
         tokens_per_second = self.config.batch_size * self.config.model.block_size / seconds
         measured = {
             "step_ms": 1e3 * seconds,
@@ -389,22 +373,22 @@ class Run:
     def profile(self, batch: Batch) -> None:
         """Traces the steps that the config names: all of them by JAX's profiler, or the first by Vulkan's clock."""
         first, count = self.config.log.profile_step, self.config.log.profile_steps
-        if first == 0 or self.step + 1 not in (first, first + count):
-            return
-        folder = self.workdir / "profile"
-        jax.block_until_ready(self.leaves)
+        step, folder = self.step + 1, self.workdir / "profile"
+        in_window = 0 < first <= step < first + count
         if self.backend.name == "vulkan":
-            if self.step + 1 == first:
+            if step == first:
                 folder.mkdir(exist_ok=True)
                 profile = self.train_step.profile(self.leaves, batch)  # runs it one dispatch at a time, on copies
                 profile.write_trace(folder / "trace.json")
                 (folder / "dispatches.txt").write_text(f"{profile}\n")
                 self.log(f"device time of step {first}, {1e3 * profile.seconds:.3f} ms, by dispatch: {folder}")
-        elif self.step + 1 == first:
-            jax.profiler.start_trace(str(folder))
-        else:
-            jax.profiler.stop_trace()
-            self.log(f"trace of steps {first} to {first + count - 1}: {folder}")
+        elif in_window != self.tracing:
+            jax.block_until_ready(self.leaves)
+            self.trace.close()
+            self.tracing = in_window
+            if in_window:  # a run that was resumed in the window begins there
+                self.trace.callback(self.log, f"trace from step {step} on: {folder}")
+                self.trace.enter_context(jax.profiler.trace(str(folder)))
 
 
 def is_due(step: int, every: int, anyway: bool = False) -> bool:
@@ -433,20 +417,26 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
 
     Raises:
       UserError: the config, the data, a checkpoint or the folder cannot be used.
-      TrainingFailed: too many steps in a row had a non-finite loss or gradient.
+      TrainingFailed: too many steps in a row had a non-finite loss or gradient; the device failed, or memory ran out.
     """
     validate(config)
     run_id = metrics.new_run_id()
     workdir = Path("runs") / run_id if workdir is None else workdir
     with contextlib.ExitStack() as stack:
+        backend = enter_backend(config.backend, config.matmul_precision, stack, config.vulkan.submit_ms)
+        programs, shortage = plan_programs(config, backend)  # what kernels cannot do is said before any work
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             log_file = stack.enter_context((workdir / "log.txt").open("a", encoding="utf-8"))
         except OSError as error:
             raise UserError(f"cannot write to the run folder: {error}; choose another --workdir") from None
         log = make_log(log_file)
-        backend = enter_backend(config.backend, config.matmul_precision, stack)
         log(f"run folder {workdir}\nbackend {backend}")
+        failure = stack.enter_context(DeviceFailure(config, workdir, log_file))
+        if shortage is not None:
+            facts = {"device": backend.device, "peak_bytes": backend.peak_bytes}
+            metrics.mark_failed(workdir, name=config.name, domain=config.domain, backend=str(backend), **facts)
+            raise failure.ended_by(shortage)
         corpus = data.prepare(config.data, config.model.vocab_size, log)
         model = GPT(ModelConfig.from_config(config.model))
         checkpointer = stack.enter_context(
@@ -475,6 +465,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             vocabulary=corpus.tokenizer.get_vocab_size(),
             data=corpus.stats,
+            spent_seconds=0.0 if position is None else position["elapsed_seconds"],
             **({"run_id": run_id} if is_new else {}),
         )
         stack.push(functools.partial(finish_if_failed, info))
@@ -490,6 +481,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             config,
             workdir,
             backend=backend,
+            programs=programs,
             corpus=corpus,
             model=model,
             state=state,
@@ -498,6 +490,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             writer=writer,
             log=log,
         )
+        failure.run = run
         with StopSignal() as stop:
             stopped_by = run.loop(stop)
             checkpointer.wait()
@@ -507,6 +500,36 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             log(f"stopped by {stopped_by.name} at step {run.step}, saved; go on with --workdir={workdir}")
         log(f"report: {write_report(workdir)}")
         return stopped_by
+
+
+class DeviceFailure:
+    """Turns what a device raises into a TrainingFailed whose line says what happened and how to go on.
+
+    Entered before all that closes files and marks the run, so that these are done when the line is made.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: Path, log_file: TextIO) -> None:
+        self._config, self._workdir, self._log_file = config, workdir, log_file
+        self.run: Run | None = None  # once there is one
+
+    def __enter__(self) -> "DeviceFailure":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None or not is_device_error(error):
+            return
+        step, seconds = (None, None) if self.run is None else (self.run.step, self.run.step_seconds)
+        text = f"{describe(error)}; {remedies(error, self._config, seconds)}"
+        raise self.ended_by(text if step is None else f"step {step}: {text}") from error
+
+    def ended_by(self, text: str) -> TrainingFailed:
+        """The error to raise, whose line is in the run's log too."""
+        steps = [int(path.name) for path in (self._workdir / "checkpoints").glob("*") if path.name.isdigit()]
+        line = f"{text}; no checkpoint was written yet"
+        if steps:
+            line = f"{text}; the last checkpoint is of step {max(steps)}, --workdir={self._workdir} goes on from it"
+        print(f"error: {line}", file=self._log_file, flush=True)
+        return TrainingFailed(line)
 
 
 def finish_if_failed(info: metrics.RunInfo, error: type[BaseException] | None, *_: object) -> None:

@@ -189,6 +189,8 @@ def test_run_info_goes_on_after_an_interruption(tmp_path):
     second.finish("completed")
     saved = read_json(tmp_path / "run.json")
     assert (saved["status"], saved["starts"]) == ("completed", 2)
+    killed = RunInfo(tmp_path, name="chat", domain="chat", backend="xla", spent_seconds=3000.0)
+    assert 3000 <= killed.fields["elapsed_seconds"] < 3100  # what its checkpoint says
     assert 1000 < saved["elapsed_seconds"] < 1100
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -276,6 +277,20 @@ def test_spikes(df):
     worst = runs.spikes(df).iloc[0]
     df.loc[5, "grad_norm"] = 1.0
     assert worst["step"] == 6
+
+
+def test_a_spike_is_in_a_layer_that_its_run_has(workdir, tmp_path):
+    """Beside a deeper run, whose further layers are columns of both."""
+    shallow = tmp_path / "shallow"
+    with MetricsWriter(shallow, tensorboard=False) as writer:
+        for step, norm in ((1, 0.5), (2, 80.0), (3, math.nan)):
+            layers = {"grad_norm/wte": 0.1, "grad_norm/h_0": norm}
+            writer.write(step, "train", {"loss": 1.0, "grad_norm": norm, **layers})
+    found = runs.spikes(runs.load_metrics(workdir, shallow))
+    mine = found[found["run"] == "shallow"]
+    assert mine["step"].tolist() == [3, 2]
+    assert mine["layer"].tolist() == ["h_0", "h_0"]
+    assert mine["layer_norm"].tolist() == [math.inf, 80.0]
 
 
 def test_compare(df):

@@ -1,15 +1,18 @@
 """Whole runs that go well, are killed, or are interrupted."""
 
+import contextlib
 import json
 import math
 import os
 import signal
 import subprocess
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from whole_run import (  # noqa: F401
     ROOT,
     assert_same_results,
@@ -74,6 +77,8 @@ def test_killed_and_resumed_is_bit_identical(straight, corpus, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "initialised from this run's checkpoint at step" in done.stdout
     assert_same_results(straight, workdir)
+    saved = json.loads((workdir / "checkpoints" / "60" / "position.json").read_text())["position"]
+    assert json.loads((workdir / "run.json").read_text())["elapsed_seconds"] >= saved["elapsed_seconds"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -169,3 +174,29 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best(corpus, tmp_path
     lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["split"] == "validation"]
     assert [line["step"] for line in lines if line["best"]] == [2, 5]
     assert "best validation loss 1.5000" in restore_parameters(tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "traced"), [(0, 9, [3, 4, 5, 6]), (4, 9, [5, 6]), (0, 4, [3, 4]), (6, 9, []), (7, 9, [])]
+)
+def test_a_profile_is_of_the_steps_in_its_window_that_a_start_makes(start, end, traced, tmp_path, monkeypatch):
+    running, seen = [], []
+
+    @contextlib.contextmanager
+    def trace(folder):
+        running.append(folder)
+        yield
+        running.pop()
+
+    monkeypatch.setattr("jax.profiler.trace", trace)
+    run = object.__new__(Run)
+    run.config = ConfigDict({"log": {"profile_step": 3, "profile_steps": 4}})
+    run.workdir, run.backend, run.leaves, run.log = tmp_path, types.SimpleNamespace(name="xla"), (), lambda line: None
+    run.trace, run.tracing = contextlib.ExitStack(), False
+    with run.trace:
+        for run.step in range(start, end):
+            run.profile({})
+            if running:
+                seen.append(run.step + 1)
+    assert seen == traced
+    assert not running

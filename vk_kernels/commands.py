@@ -5,7 +5,8 @@ whatever is submitted after it on the device's one queue. Within it, a barrier s
 a byte range that one before it, since the last barrier, wrote (or read, if it writes).
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vk_kernels import api
@@ -352,6 +353,54 @@ class Recorder:
     def __del__(self):
         if hasattr(self, "_pool") and not self.device.closed:
             self.close()
+
+
+class Chain:
+    """Recordings that stand for one. They run in order: each ends with a barrier for what is submitted after it."""
+
+    def __init__(self, recorders: Sequence[Recorder]):
+        self._recorders = recorders
+
+    @property
+    def last_use(self) -> int:
+        return self._recorders[-1].last_use
+
+    def submit(self) -> Submission:
+        """Hands them to the device, one submission each; gives the last one."""
+        waiting = iter(self._recorders)
+        try:
+            for recorder in waiting:
+                submission = self._submit(recorder)
+        except KeyboardInterrupt:  # the rest, too: half of a program would leave an array half written
+            for recorder in waiting:
+                recorder.submit()
+            raise
+        return submission
+
+    def _submit(self, recorder: Recorder) -> Submission:
+        return recorder.submit()
+
+
+class TimedChain(Chain):
+    """Waits for each of its recordings before the next, and calls `learn` with the seconds that each took."""
+
+    def __init__(self, recorders: Sequence[Recorder], learn: Callable[[list[float]], None]):
+        super().__init__(recorders)
+        self._learn = learn
+        self._seconds: list[float] = []
+
+    def submit(self) -> Submission:
+        self._seconds = []
+        submission = super().submit()
+        self._learn(self._seconds)
+        return submission
+
+    def _submit(self, recorder: Recorder) -> Submission:
+        start = time.perf_counter()
+        submission = recorder.submit()
+        submission.wait()
+        self._seconds.append(time.perf_counter() - start)
+        return submission
 
 
 def _range_of(buffer: Buffer) -> tuple[int, int, int]:

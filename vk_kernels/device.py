@@ -203,6 +203,7 @@ class Device:
         self.instance, self.info, self.physical, self.queue_family = instance, info, physical, family
         self.features, self.limits = info.features, info.limits
         self.timeout = timeout
+        self.submit_ms = 0.0  # a program is cut into submissions that take no longer, see `Executable`; 0: it is one
         self.closed = False
         self.cache_dir = _cache_dir(info)
         # Validation on the GPU takes pushed descriptors for uninitialized ones (layer 1.3.239).

@@ -468,6 +468,11 @@ class Memory:
         self._device.instance.fn.vkGetPhysicalDeviceMemoryProperties2(self._device.physical, properties)
         return budget.heapBudget[index]
 
+    @property
+    def peak(self) -> int:
+        """The most bytes in use so far; known of a lost device too."""
+        return self._peak
+
     def stats(self) -> MemoryStats:
         self._device.collect()
         with self._lock:

@@ -2,6 +2,11 @@
 
 A program works on its inputs where they are. A recording is bound to the buffers it was made with: as long as a
 caller comes back with the same ones, as a training loop does with its donated state, a call is one queue submit.
+
+For a driver with a watchdog, which gives a device up when one submission takes long, `Device.submit_ms` cuts a program
+into several. Stages, which end at barriers, are submitted one by one in its first two calls, and timed in the second,
+when kernels are compiled and memory is in place. From then on consecutive stages are one submission as long as they
+took no longer together; a stage that took longer is one alone. Where the cuts are changes no result.
 """
 
 import sys
@@ -15,10 +20,12 @@ import numpy as np
 
 from vk_kernels import plan
 from vk_kernels.array import Array, ArrayType, Life
+from vk_kernels.commands import Chain, TimedChain
+from vk_kernels.errors import OutOfMemoryError
 from vk_kernels.memory import Buffer
 
 if TYPE_CHECKING:
-    from vk_kernels.commands import Recorder, Submission, Timing
+    from vk_kernels.commands import Recorder, Timing
     from vk_kernels.device import Device
     from vk_kernels.kernel import Kernel
 
@@ -107,6 +114,17 @@ def _meet(some: Sequence[tuple[str, int, int]], others: Sequence[tuple[str, int,
     return any(start < end_b and start_b < end for space, start, end in some for start_b, end_b in spans.get(space, ()))
 
 
+def group_stages(seconds: Sequence[float], limit: float) -> list[int]:
+    """The first stage of each submission: as many stages are one as take `limit` seconds, one at least."""
+    firsts, spent = [0], 0.0
+    for stage, taken in enumerate(seconds):
+        if stage > firsts[-1] and spent + taken > limit:
+            firsts.append(stage)
+            spent = 0.0
+        spent += taken
+    return firsts
+
+
 def held(objects: Sequence[Any]) -> list[Any]:
     """Those that are referred to from elsewhere than this list or tuple, of which the caller has the only one."""
     counts = list(map(sys.getrefcount, objects))
@@ -128,7 +146,7 @@ class _Recording:
 
     def __init__(
         self,
-        recorder: "Recorder",
+        recorder: "Recorder | Chain",
         inputs: list[Buffer | None],
         slots: dict[int, tuple[Buffer, np.ndarray | None]],
         outputs: Sequence[Buffer],
@@ -165,10 +183,15 @@ class Executable:
         )
         starts = range(0, program.arena_bytes, program.arena_block)
         sizes = [min(program.arena_block, program.arena_bytes - start) for start in starts]
-        self.arena = [device.buffer(size, sliced=True) for size in sizes]
-        self._constants = [device.upload(array) for array in program.constants]
-        for kernel in self._kernels:
-            _ = kernel.pipeline  # all are compiled side by side, and errors are raised here
+        try:
+            self.arena = [device.buffer(size, sliced=True) for size in sizes]
+            self._constants = [device.upload(array) for array in program.constants]
+        except OutOfMemoryError as error:
+            needed = f"a program takes {_total_bytes(program):,} bytes with its arguments"
+            raise OutOfMemoryError(f"{needed}: {error}") from None
+        stages = [0, *(i for i, barrier in enumerate(self.barriers) if barrier and i)]
+        self._cuts = stages if device.submit_ms else [0]  # the commands that submissions begin with
+        self._timed_runs = 0 if device.submit_ms and len(stages) > 1 else None  # until it is known where to cut
         self._aliases = [program.aliases.get(j) for j in range(len(program.outputs))]
         self._aliased = frozenset(program.aliases.values())
         self._last: list[Buffer | None] = [None] * len(program.inputs)  # that the last call was bound to
@@ -275,10 +298,31 @@ class Executable:
             self.device.buffer(array.nbytes) if alias is None else None
             for array, alias in zip(self.program.outputs, self._aliases, strict=True)
         ]
-        recorder = self.device.record(hazards=False, replay=True)
-        self._fill(recorder, [buffers.get(i) or x for i, x in enumerate(bound)], outputs)
-        recorder.end()
+        recorder = self._recorded([buffers.get(i) or x for i, x in enumerate(bound)], outputs)
         return _Recording(recorder, bound, slots, [x for x in outputs if x is not None], self._types)
+
+    def _recorded(self, inputs: Sequence[Buffer], outputs: Sequence[Buffer | None]) -> "Recorder | Chain":
+        recorders = []
+        for start, end in self._submissions():
+            recorder = self.device.record(hazards=False, replay=True)
+            self._fill(recorder, inputs, outputs, start, end)
+            recorder.end()
+            recorders.append(recorder)
+        if self._timed_runs is not None:
+            return TimedChain(recorders, self._learn)
+        return recorders[0] if len(recorders) == 1 else Chain(recorders)
+
+    def _submissions(self) -> list[tuple[int, int]]:
+        """(first command, behind the last) of each."""
+        return list(zip(self._cuts, [*self._cuts[1:], len(self.program.commands)], strict=True))
+
+    def _learn(self, seconds: list[float]) -> None:
+        """Cuts anew by the seconds that each stage took, once the stages are warm."""
+        self._timed_runs += 1
+        if self._timed_runs == 2:
+            self._cuts = [self._cuts[stage] for stage in group_stages(seconds, 1e-3 * self.device.submit_ms)]
+            self._timed_runs = None
+            self._recordings.clear()
 
     def _check_apart(self, bound: Sequence[Buffer | None]) -> None:
         given = Counter(id(x) for x in bound if x is not None)
@@ -289,10 +333,19 @@ class Executable:
                     "pass a copy"
                 )
 
-    def _fill(self, recorder: "Recorder", inputs: Sequence[Buffer], outputs: Sequence[Buffer | None]) -> None:
+    def _fill(
+        self,
+        recorder: "Recorder",
+        inputs: Sequence[Buffer],
+        outputs: Sequence[Buffer | None],
+        start: int,
+        end: int,
+    ) -> None:
+        """Records the commands from `start` to `end`, all of them compiled by then."""
         spaces = {"input": inputs, "output": outputs, "constant": self._constants}
-        for command, kernel, barrier in zip(self.program.commands, self._kernels, self.barriers, strict=True):
-            if barrier:
+        for i in range(start, end):
+            command, kernel = self.program.commands[i], self._kernels[i]
+            if self.barriers[i] and i > start:
                 recorder.barrier()
             operands = [
                 self._in_arena(place) if place.space == "arena" else spaces[place.space][place.index]
@@ -312,11 +365,18 @@ class Executable:
             None if j in self.program.aliases else self.device.buffer(array.nbytes)
             for j, array in enumerate(self.program.outputs)
         ]
-        count = sum(0 not in command.groups for command in self.program.commands)
-        recorder = self.device.record(hazards=False, timestamps=max(count, 1))
-        self._fill(recorder, inputs, outputs)
-        submission: Submission = recorder.submit()
-        return submission.timings()
+        timings = []
+        for start, end in self._submissions():
+            count = sum(0 not in command.groups for command in self.program.commands[start:end])
+            recorder = self.device.record(hazards=False, timestamps=max(count, 1))
+            self._fill(recorder, inputs, outputs, start, end)
+            timings += recorder.submit().timings()
+        return timings
+
+
+def _total_bytes(program: Program) -> int:
+    made = [array for j, array in enumerate(program.outputs) if j not in program.aliases]
+    return program.arena_bytes + sum(x.nbytes for x in (*program.inputs, *made, *program.constants))
 
 
 def _kernel(device: "Device", command: Command) -> "Kernel":

@@ -1,0 +1,68 @@
+"""What is said when a device or its memory fails: one line with what happened and which values of the config help."""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vk_kernels.errors import BufferSizeError, DeviceLostError, DeviceTimeoutError, VulkanError
+
+# A driver with a watchdog gives a device up after 2 seconds (Windows) to 10 (Linux) of one submission.
+LONG_STEP = 0.5  # seconds; in a longer one the watchdog may well be why a device was lost
+SUBMIT_MS = 500.0  # that is suggested then
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether Vulkan, XLA's allocator or Python's ran into what the machine lacks, or lost the device."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, (VulkanError, MemoryError))
+
+
+def describe(error: BaseException) -> str:
+    """What happened, in one line."""
+    return " ".join(str(error).split()) or "out of memory"  # a bare MemoryError says nothing
+
+
+def remedies(error: BaseException, config: ConfigDict, step_seconds: float | None = None) -> str:
+    """Which values of a config would help. step_seconds: that a step took until now; None: none was measured."""
+    sizes = config.batch_size, config.model.block_size
+    batch = "a smaller config.batch_size (now {}) or config.model.block_size ({})".format(*sizes)
+    if isinstance(error, DeviceLostError):
+        submit_ms = config.vulkan.submit_ms
+        cut = f"--config.vulkan.submit_ms={submit_ms / 2 or SUBMIT_MS:g} cuts it into shorter submissions"
+        took = "" if step_seconds is None else f" (the last took {1e3 * step_seconds:.0f} ms)"
+        if step_seconds is not None and step_seconds < LONG_STEP:
+            return f"a watchdog would end only longer steps{took}, where {cut} and {batch} helps"
+        return f"the driver may have ended a long step{took}: {cut}, {batch} makes it shorter"
+    if isinstance(error, DeviceTimeoutError):
+        return f"{batch} makes a step shorter"
+    if isinstance(error, VulkanError) and not isinstance(error, (MemoryError, BufferSizeError)):
+        return "--config.backend=xla trains without Vulkan"
+    more = ""
+    if config.accumulate_steps < config.batch_size:
+        more += f", a larger config.accumulate_steps ({config.accumulate_steps})"
+    if config.model.dtype == "float32":
+        more += ", config.model.dtype=bfloat16"
+    what = "make arrays smaller" if isinstance(error, BufferSizeError) else "take less memory"
+    return f"these {what}: {batch}{more}"
+
+
+def smaller(config: ConfigDict) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Changes to a config that need less memory and leave the model as it is, the least change first.
+
+    Returns:
+      More accumulate_steps, which change no more than rounding and the bits of dropout; and a smaller batch_size.
+    """
+    batch, parts = config.batch_size, config.accumulate_steps
+    in_more_parts = [{"accumulate_steps": parts * n} for n in _divisors(batch // parts)]
+    return in_more_parts, [{"batch_size": batch // n, "accumulate_steps": 1} for n in _divisors(batch)]
+
+
+def _divisors(number: int) -> list[int]:
+    """Those above 1, each at least twice the one before, but for the number itself, which is the last."""
+    found = [1]
+    for n in range(2, number):
+        if number % n == 0 and n >= 2 * found[-1]:
+            found.append(n)
+    return [*found[1:], number] if number > 1 else []

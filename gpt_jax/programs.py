@@ -1,0 +1,146 @@
+"""The functions that a run calls, compiled for its backend, and planned for it before there is any data."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from gpt_jax.backend import Backend
+from gpt_jax.config import UserError
+from gpt_jax.failures import describe, remedies, smaller
+from gpt_jax.model import GPT, ModelConfig
+from gpt_jax.optimizer import learning_rate_schedule, make_optimizer
+from gpt_jax.sample import make_sampler
+from gpt_jax.steps import (
+    TrainState,
+    diagnostics_step,
+    eval_step,
+    init_params,
+    init_state,
+    nonfinite_places,
+    on_leaves,
+    train_step,
+)
+from vk_kernels.errors import FeatureError, VulkanError
+from vk_kernels.lowering import open_device
+from vk_kernels.ops.attention import MAX_HEAD_DIM
+
+
+class Programs(NamedTuple):
+    """A run's functions under the backend's jit; see `steps` for what they are."""
+
+    train_step: Callable[..., Any]  # (leaves of the state, batch) -> (leaves, metrics); the leaves are donated
+    eval_step: Callable[..., Any]  # (params, batch), as the next two
+    diagnostics_step: Callable[..., Any]
+    nonfinite_places: Callable[..., Any]
+    sampler: Callable[..., Any]
+
+
+def make_programs(config: ConfigDict, backend: Backend) -> Programs:
+    """Nothing is traced before the first call."""
+    model = GPT(ModelConfig.from_config(config.model))
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=make_optimizer(config.optimizer),
+        schedule=learning_rate_schedule(config.optimizer),
+        seed=config.seed,
+        accumulate_steps=config.accumulate_steps,
+    )
+    structure = jax.tree.structure(abstract_state(config))
+    return Programs(
+        train_step=backend.jit(on_leaves(step, structure), donate_argnums=0),
+        eval_step=backend.jit(functools.partial(eval_step, model=model)),
+        diagnostics_step=backend.jit(functools.partial(diagnostics_step, model=model)),
+        nonfinite_places=backend.jit(functools.partial(nonfinite_places, model=model)),
+        sampler=make_sampler(model, config.sample.temperature, config.sample.top_k, backend.jit),
+    )
+
+
+def abstract_state(config: ConfigDict) -> TrainState:
+    """Shapes and dtypes of a run's state."""
+    model, optimizer = GPT(ModelConfig.from_config(config.model)), make_optimizer(config.optimizer)
+    return jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer))
+
+
+def plan_programs(config: ConfigDict, backend: Backend) -> tuple[Programs, str | None]:
+    """Makes a run's functions and, for Vulkan, plans those that every run calls; the run's calls find them planned.
+
+    Returns:
+      The functions, and one line if the device has no room for them: what is short, and what would help.
+
+    Raises:
+      UserError: the kernels or the device cannot do what the config asks for, whatever its memory.
+    """
+    programs = make_programs(config, backend)
+    if backend.name != "vulkan":
+        return programs, None
+    _check_heads(config, backend)
+    try:
+        _plan(config, programs)
+    except FeatureError as error:
+        raise _refusal(error, backend) from None
+    except (VulkanError, MemoryError) as error:
+        for program in programs:
+            program.clear_cache()  # gives their memory back
+        return programs, f"{describe(error)}; {remedies(error, config)}; {_tried(config, backend)}"
+    except ValueError as error:
+        raise _refusal(error, backend) from None
+    return programs, None
+
+
+def _check_heads(config: ConfigDict, backend: Backend) -> None:
+    width, heads = config.model.embed_dim, config.model.num_heads
+    if width // heads > MAX_HEAD_DIM:
+        raise UserError(
+            f"config.model.embed_dim={width} over config.model.num_heads={heads} makes a head {width // heads} wide, "
+            f"and the Vulkan kernels take at most {MAX_HEAD_DIM}: num_heads of {-(-width // MAX_HEAD_DIM)} or more, or "
+            f"--config.backend=xla, which has no limit (the backend is {backend})"
+        )
+
+
+def _refusal(error: Exception, backend: Backend) -> UserError:
+    return UserError(f"this config cannot run on the backend {backend}: {describe(error)}; or --config.backend=xla")
+
+
+def _plan(config: ConfigDict, programs: Programs) -> None:
+    """Plans with all memory that a run holds: the state's, and each function's own."""
+    state = abstract_state(config)
+    leaves = tuple(jax.tree.leaves(state))
+    reserved = [open_device().buffer(leaf.size * leaf.dtype.itemsize) for leaf in leaves]
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.model.block_size), jnp.int32)
+    batch = {"inputs": tokens, "targets": tokens}
+    programs.train_step.lower(leaves, batch)
+    programs.eval_step.lower(state.params, batch)
+    programs.diagnostics_step.lower(state.params, batch)
+    del reserved
+
+
+def _tried(config: ConfigDict, backend: Backend) -> str:
+    """Which of the changes to a config that leave the model as it is are enough, by trying them."""
+    for changes in smaller(config):
+        if changes and _has_room(config, changes[-1], backend):
+            change = next(change for change in changes if _has_room(config, change, backend))
+            values = " ".join(f"--config.{name}={value}" for name, value in change.items() if config[name] != value)
+            return f"{values} was tried and is enough"
+    return (
+        "--config.batch_size=1 was tried and is not enough: it takes a smaller config.model.block_size, embed_dim or "
+        "vocab_size, or --config.backend=xla"
+    )
+
+
+def _has_room(config: ConfigDict, change: dict[str, Any], backend: Backend) -> bool:
+    changed = config.copy_and_resolve_references()
+    changed.update(change)
+    programs = make_programs(changed, backend)
+    try:
+        _plan(changed, programs)
+    except (VulkanError, ValueError, MemoryError):
+        return False
+    finally:
+        for program in programs:
+            program.clear_cache()
+    return True
