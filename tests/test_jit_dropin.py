@@ -299,6 +299,37 @@ def test_transformed_functions_are_jitted(fn):
     same(found, expected)
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: jax.grad(f)(3.0),
+        lambda f: jax.vmap(f)(X[0]),
+        lambda f: jax.jit(f)(3.0),
+        lambda f: vjit(f)(3.0),
+        lambda f: jax.lax.scan(lambda c, y: (c + f(y), f(y)), 0.0, X[0]),
+        lambda f: jax.eval_shape(f, 3.0),
+    ],
+)
+def test_a_jitted_function_closes_over_what_is_traced_around_it(transform):
+    def around(jit):
+        return lambda y: jit(lambda x: x * y)(2.0) + jit(lambda: jnp.sin(y))()
+
+    found, expected = transform(around(vjit)), transform(around(jax.jit))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert jax.typeof(x) == jax.typeof(y)
+        if not isinstance(y, jax.ShapeDtypeStruct):
+            np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_a_tracer_that_escaped_is_an_error_of_jax():
+    leaked = []
+    vjit(lambda x: (leaked.append(x), x)[1])(X)
+    with pytest.raises(jax.errors.UnexpectedTracerError):
+        vjit(lambda: leaked[0] + 1)()
+    with pytest.raises(ValueError, match=r"<lambda> reads values that are being traced around it: make them arguments"):
+        jax.jit(lambda y: vjit(lambda: y + 1).lower())(X)
+
+
 def test_what_a_jitted_function_shows_of_itself():
     def fn(x):
         """It doubles."""

@@ -131,8 +131,9 @@ def _host(x: Any) -> np.ndarray:
     return to_device(x, _type_of(x))
 
 
-def _is_tracer(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
+def _is_traced(x: Any) -> bool:
+    """Whether an argument stands for an array."""
+    return isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
 
 
 def _is_leaf_of(x: Any, kind: ArrayType) -> bool:
@@ -140,7 +141,7 @@ def _is_leaf_of(x: Any, kind: ArrayType) -> bool:
     if type(x) is np.ndarray and x.dtype == kind.dtype:
         return x.shape == kind.shape and not kind.weak_type
     is_leaf = type(x) is Array or jax.tree_util.all_leaves([x])
-    return is_leaf and not _is_tracer(x) and _type_of(x) == kind
+    return is_leaf and not _is_traced(x) and _type_of(x) == kind
 
 
 class _Given:
@@ -200,6 +201,7 @@ class Compiled:
         """tree: the structure of (args, kwargs)."""
         self.device, self.in_tree = device, tree
         closed = traced.jaxpr
+        self.graph: Graph = recompute(absorb(join(simplify(make_graph(closed)))))
         self.in_types = list(map(_array_type, closed.in_avals))
         self._dtypes = [on_device(kind).dtype for kind in self.in_types]
         infos = zip(jax.tree.leaves(traced.args_info), self.in_types, strict=True)
@@ -208,7 +210,6 @@ class Compiled:
         self.out_tree = jax.tree.structure(traced.out_info)
         self.out_types = list(map(_array_type, closed.out_avals))
         self._to_host = [(j, aval) for j, aval in enumerate(closed.out_avals) if on_host(aval)]
-        self.graph: Graph = recompute(absorb(join(simplify(make_graph(closed)))))
         buffers = min(MOST_BUFFERS, device.limits.storage_buffers)
         # Of a kernel with 32 reductions, whose code is full of barriers, lavapipe's compilation takes minutes.
         reductions = 4 if device.info.kind == "cpu" else MOST_REDUCTIONS
@@ -377,17 +378,23 @@ class Jitted:
             with self._using():
                 return self.__wrapped__(*args, **kwargs)
         leaves, tree = jax.tree.flatten(dynamic)
-        if any(map(_is_tracer, leaves)):
-            with self._using():
-                return self._jitted(*args, **kwargs)
+        if any(map(_is_traced, leaves)):
+            return self._in_trace(args, kwargs)
         with self._lock:
             types = list(map(_type_of, leaves))
             last = last_tree, last_static, last_types
             if compiled is None or (tree, static, types) != last:  # quicker than to hash them
                 compiled = self._find(tree, static, types, args, kwargs)
+                if compiled is None:
+                    return self._in_trace(args, kwargs)
                 self._last = tree, static, types, compiled
             with compiled.device.calls:
                 return compiled(leaves)
+
+    def _in_trace(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A call that is part of what JAX traces."""
+        with self._using():
+            return self._jitted(*args, **kwargs)
 
     def _without_special_values(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call under jax_debug_nans or jax_debug_infs. Where a result has one, the function runs a second time, one
@@ -431,7 +438,12 @@ class Jitted:
         dynamic, static = self._split(args, kwargs)
         leaves, tree = jax.tree.flatten(dynamic)
         with self._lock:
-            return self._find(tree, static, map(_type_of, leaves), args, kwargs)
+            compiled = self._find(tree, static, map(_type_of, leaves), args, kwargs)
+        if compiled is None:
+            raise ValueError(
+                f"{self._name} reads values that are being traced around it: make them arguments to lower it"
+            )
+        return compiled
 
     def cost(self, *args: Any, **kwargs: Any) -> Cost:
         """Of a call with such arguments."""
@@ -473,17 +485,22 @@ class Jitted:
             kwargs = {name: x for name, x in kwargs.items() if name not in self._static_names}
         return (args, kwargs), (static, trace_context())  # which has the target of `use`, too
 
-    def _find(self, tree: Any, static: Any, types: Iterable[ArrayType], args: tuple, kwargs: dict) -> Compiled:
+    def _find(self, tree: Any, static: Any, types: Iterable[ArrayType], args: tuple, kwargs: dict) -> Compiled | None:
         key = tree, static, tuple(types)
         found = self._compiled.get(key)
         if found is None or found.device.closed:
-            found = self._compiled[key] = self._compile(tree, args, kwargs)
+            found = self._compile(tree, args, kwargs)
+            if found is not None:
+                self._compiled[key] = found
         return found
 
-    def _compile(self, tree: Any, args: tuple, kwargs: dict[str, Any]) -> Compiled:
+    def _compile(self, tree: Any, args: tuple, kwargs: dict[str, Any]) -> Compiled | None:
+        """None where the function closes over values that are being traced around it: they are no arguments."""
         args, kwargs = jax.tree.map(_described, (args, kwargs))
         with self._using(), _no_collection():
             traced = self._jitted.trace(*args, **kwargs)
+            if len(traced.jaxpr.in_avals) > len(jax.tree.leaves(traced.args_info)):
+                return None
             return Compiled(traced, tree, call.open_device(target_of("vulkan").device))
 
 
