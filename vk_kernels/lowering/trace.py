@@ -177,6 +177,8 @@ class _Inliner:
             avals = [x.aval for x in (*equation.invars, *equation.outvars)]
             if name in EXPANSIONS and (expansion := EXPANSIONS[name](equation)):
                 return self.expand(expansion, inputs, at)
+            if refused := advice(equation):
+                raise ValueError(refused)
             if any(map(is_key, avals)):
                 return self.expand(_on_words(equation), inputs, at)
             return self._node(equation, inputs, at)
@@ -194,8 +196,6 @@ class _Inliner:
             what = call.encode(name, params, target).encode()
             node = Node(name, tuple(inputs), outputs, params, at.source, at.scope, what)
         else:
-            if refused := advice(equation):
-                raise ValueError(refused)
             params = {k: v for k, v in equation.params.items() if k not in _UNUSED}
             for x in inputs:
                 check_dtype(x.dtype)
