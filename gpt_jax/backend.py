@@ -1,6 +1,7 @@
 """What the steps of a run run on: XLA, or a Vulkan device, where each step is one recorded submission."""
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +46,21 @@ def enter_backend(name: str, matmul_precision: str, stack: contextlib.ExitStack,
     Raises:
       UserError: there is no Vulkan device, or it cannot be opened.
     """
-    stack.enter_context(jax.default_matmul_precision(matmul_precision))
+    require_devices()
+    for setting in (
+        jax.default_matmul_precision(matmul_precision),
+        # Variables that are exported for other programs change nothing here: all dtypes and random bits are our own.
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.default_prng_impl("threefry2x32"),
+    ):
+        stack.enter_context(setting)
     reason = "asked for"
     if name == "auto":
         name, reason = _choose()
     if name == "xla":
         return Backend(name, reason, device_facts(), jax.jit, jax.device_put, device_peak_bytes)
+    require_devices("cpu")
     try:
         device = open_device()
         device.submit_ms = submit_ms
@@ -59,6 +69,21 @@ def enter_backend(name: str, matmul_precision: str, stack: contextlib.ExitStack,
     stack.enter_context(jax.default_device(jax.devices("cpu")[0]))  # for what is done once, like initialisation
     facts = {"platform": "vulkan", "kind": device.info.name, "count": 1}
     return Backend(name, reason, facts, vk_kernels.jit, vk_kernels.device_put, lambda: device.memory.peak)
+
+
+def require_devices(platform: str | None = None) -> None:
+    """Raises UserError, naming the variables that may be why, if JAX has no device, or none of a platform."""
+    try:
+        jax.devices(platform)
+    except (RuntimeError, AssertionError) as error:  # JAX knows the platform's name, but has nothing for it
+        found = [f"{name}={os.environ[name]}" for name in _PLATFORM_VARIABLES if os.environ.get(name)]
+        why = " ".join(str(error).split()) or "it has no such platform here"
+        needed = "the processor, which Vulkan's backend needs beside it" if platform == "cpu" else "a device"
+        cure = f"{' and '.join(found)} must be unset or name what this machine has" if found else "reinstall jax"
+        raise UserError(f"JAX does not find {needed}: {cure} (JAX says: {why})") from None
+
+
+_PLATFORM_VARIABLES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
 
 
 def _choose() -> tuple[str, str]:

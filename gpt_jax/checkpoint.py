@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
@@ -252,12 +252,52 @@ def restore_parameters(path: str | os.PathLike) -> tuple[dict, str]:
     Raises:
       UserError: `path` is none of these, or holds no good checkpoint.
     """
+    return _read_first_good(path, _read_parameters)
+
+
+def check_newest(directory: Path, abstract_state: Any) -> bool:
+    """Whether a directory holds a good checkpoint, known from its JSON alone.
+
+    Raises:
+      UserError: the newest good one does not fit `abstract_state`, or a newer program wrote it.
+    """
+    steps = _step_directories(directory) if directory.is_dir() else {}
+    for step in sorted(steps, reverse=True):
+        try:
+            record = _read_record(steps[step])
+        except _Damaged:
+            continue  # told by whoever goes on to restore it
+        _check_fits(steps[step], record, abstract_state)
+        return True
+    return False
+
+
+def check_donor(path: str | os.PathLike, fresh: Any) -> None:
+    """Raises UserError if `merge_parameters` would take nothing from the checkpoint that `path` stands for.
+
+    Args:
+      path: as for `restore_parameters`; only the JSON of its checkpoint is read.
+      fresh: pytree of arrays or `jax.ShapeDtypeStruct`, the model's parameters.
+    """
+
+    def read_shapes(step: Path) -> dict[str, str]:
+        leaves = _read_record(step)["leaves"]
+        return {name.removeprefix("params/"): spec for name, spec in leaves.items() if name.startswith("params/")}
+
+    saved, _ = _read_first_good(path, read_shapes)
+    model = {name: _spec(leaf) for name, leaf in _named_leaves(fresh).items()}
+    if not any(_shape(saved[name]) == _shape(model[name]) for name in model if name in saved):
+        raise UserError(_nothing_fits((f"{name}: {spec}" for name, spec in saved.items()), _rows(_named_leaves(fresh))))
+
+
+def _read_first_good(path: str | os.PathLike, read: Callable[[Path], Any]) -> tuple[Any, str]:
+    """What `read` gives of the checkpoint that `path` stands for, and which that is; see `restore_parameters`."""
     path = Path(path).resolve()
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; give that of a run or of a checkpoint")
     if (path / _STATE).exists() or (path / _POSITION).exists():
         try:
-            return _read_parameters(path), f"the checkpoint {path}"
+            return read(path), f"the checkpoint {path}"
         except _Damaged as error:
             raise UserError(f"the checkpoint {path} is damaged: {error}; take another one") from error
 
@@ -271,12 +311,12 @@ def restore_parameters(path: str | os.PathLike) -> tuple[dict, str]:
     latest_first = sorted(steps, reverse=True)
     for step in latest_first if best is None else [best, *(step for step in latest_first if step != best)]:
         try:
-            parameters = _read_parameters(steps[step])
+            found_there = read(steps[step])
         except _Damaged as error:
             logger.warning("skipped the checkpoint %s: %s", steps[step], error)
             continue
         why = f"best validation loss {losses[step]:.4f}" if step == best else "the latest good one"
-        return parameters, f"the checkpoint {steps[step]} ({why})"
+        return found_there, f"the checkpoint {steps[step]} ({why})"
     raise UserError(f"every checkpoint in {directory} is damaged (steps {_listing(sorted(steps))})")
 
 
@@ -353,10 +393,7 @@ def merge_parameters(fresh: Any, restored: Any) -> tuple[Any, MergeReport]:
         new={name: _spec(leaf) for name, leaf in model.items() if name not in saved},
     )
     if not taken:
-        raise UserError(
-            f"no parameter of the checkpoint fits the model: it has {_listing(_rows(saved))}, "
-            f"the model has {_listing(_rows(model))}"
-        )
+        raise UserError(_nothing_fits(_rows(saved), _rows(model)))
     merged = [jnp.array(saved[name], leaf.dtype) if name in taken else leaf for name, leaf in model.items()]
     return jax.tree.unflatten(jax.tree.structure(fresh), merged), report
 
@@ -369,6 +406,14 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 def _spec(leaf: Any) -> str:
     return f"{leaf.dtype} {leaf.shape}"
+
+
+def _shape(spec: str) -> str:
+    return spec.partition(" ")[2]
+
+
+def _nothing_fits(saved: Iterable[str], model: Iterable[str]) -> str:
+    return f"no parameter of the checkpoint fits the model: it has {_listing(saved)}, the model has {_listing(model)}"
 
 
 def _crc32_of_file(path: Path) -> int:

@@ -1,5 +1,6 @@
 """How every command of the package starts and fails."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -42,6 +43,15 @@ def run_main(
     except flags.Error as error:  # a --flagfile is read already
         sys.exit(_refuse(error))
     app.run(guarded, flags_parser=_parse_or_exit)
+
+
+def require_jax() -> None:
+    """Ends the process in one line if JAX cannot be imported for the value of one of its variables."""
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        found = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("JAX_")]
+        sys.exit(_refuse(f"JAX does not start: {error}; set or unset the variable (there are {', '.join(found)})"))
 
 
 def _parse_or_exit(argv: Sequence[str]) -> list[str]:

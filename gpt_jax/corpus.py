@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
@@ -65,6 +66,20 @@ def read_corpus(source: str) -> Iterator[Dialogue]:
     if path.suffix == ".jsonl":
         return _json_lines(path)
     return _marked(_text_chunks(path), lambda line: f"{path}:{line}")
+
+
+def check_source(source: str) -> None:
+    """Raises UserError for a source that is not there or whose name means nothing; reads nothing of it."""
+    if not source:
+        raise UserError("config.data.source is empty: give a file, 'default' or 'hf:NAME'")
+    if source == "default":
+        _default_files()
+    elif source.startswith("hf:"):
+        _hugging_face_name(source)
+        if importlib.util.find_spec("datasets") is None:
+            raise UserError(_NO_DATASETS.format(source=source))
+    elif not os.access(path := _existing_file(source), os.R_OK):
+        raise UserError(f"data source {source!r} cannot be read: give this user the right to read {path}")
 
 
 def render(dialogue: Dialogue) -> str:
@@ -270,13 +285,14 @@ def _hugging_face_name(source: str) -> tuple[str, str, str | None]:
     return name, split or "train", subset or None
 
 
+_NO_DATASETS = "data source {source!r} needs the package datasets: pip install 'gpt-jax-vulkan[hf]'"
+
+
 def _load_dataset(source: str, function: str, *args: Any, **kwargs: Any) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(
-            f"data source {source!r} needs the package datasets: pip install 'gpt-jax-vulkan[hf]'"
-        ) from None
+        raise UserError(_NO_DATASETS.format(source=source)) from None
     try:
         return getattr(datasets, function)(*args, **kwargs)
     except (OSError, ValueError) as error:  # unknown name, split or subset, or no network

@@ -34,6 +34,7 @@ FORMAT_VERSION = 1
 MASKED = -1  # the target that no loss counts
 TOKENIZER_CHARACTERS = 500_000_000  # what a BPE is trained on at most: its word table must fit in memory
 
+_ENDLESS = 2**62  # windows: grain adds to the length of what is endless, and it must stay an index
 _BATCH_CHARACTERS = 1_000_000  # encoded at a time
 _LOG_CHARACTERS = 100_000_000  # between two lines of progress
 _ABANDONED = 3600  # seconds without a write after which a build is taken for dead
@@ -171,7 +172,7 @@ def windows(
       UserError: the tokens are fewer than one window, no window has a target, or `targets` is neither.
     """
     order, gather = _windows(tokens, block_size, batch_size, targets, "training", log)
-    return order.shuffle(seed=seed).repeat().slice(slice(seen, None)).batch(batch_size, batch_fn=gather)
+    return order.shuffle(seed=seed).repeat().slice(slice(seen, _ENDLESS)).batch(batch_size, batch_fn=gather)
 
 
 def evaluation_batches(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
-from gpt_jax.cli import run_main
+from gpt_jax.cli import require_jax, run_main
 from gpt_jax.config import UserError, validate
 from gpt_jax.config_file import define_config_flag
 
@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> int:
     if workdir == "":
         raise UserError("--workdir is empty: name a folder, or leave it out for a new one in runs/")
     validate(config)
+    require_jax()
     from gpt_jax.train import TrainingFailed, train_and_evaluate  # after the config: a typo need not wait for jax
 
     try:

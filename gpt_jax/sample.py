@@ -1,5 +1,10 @@
 """Text from a trained model, and a chat with it: `python -m gpt_jax.sample --workdir=RUN [--prompt=TEXT]`."""
 
+from gpt_jax.cli import require_jax, run_main
+
+if __name__ == "__main__":
+    require_jax()  # before it is imported below
+
 import contextlib
 import functools
 import time
@@ -16,7 +21,6 @@ from tokenizers import Tokenizer
 
 from gpt_jax.backend import enter_backend
 from gpt_jax.checkpoint import check_parameters, restore_parameters
-from gpt_jax.cli import run_main
 from gpt_jax.config import BACKENDS, UserError, check, check_saved, text_problem
 from gpt_jax.corpus import Turn
 from gpt_jax.metrics import CONFIG_FILE, read_config

@@ -27,7 +27,8 @@ from gpt_jax.corpus import Turn
 from gpt_jax.failures import describe, is_device_error, remedies
 from gpt_jax.model import GPT, ModelConfig
 from gpt_jax.optimizer import make_optimizer
-from gpt_jax.programs import Programs, plan_programs
+from gpt_jax.preflight import check_start
+from gpt_jax.programs import Programs, abstract_state, plan_programs
 from gpt_jax.report import write_report
 from gpt_jax.sample import answer
 from gpt_jax.steps import Batch, TrainState, init_params, init_state
@@ -424,6 +425,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
     workdir = Path("runs") / run_id if workdir is None else workdir
     with contextlib.ExitStack() as stack:
         backend = enter_backend(config.backend, config.matmul_precision, stack, config.vulkan.submit_ms)
+        check_start(config, workdir, abstract_state(config))
         programs, shortage = plan_programs(config, backend)  # what kernels cannot do is said before any work
         try:
             workdir.mkdir(parents=True, exist_ok=True)

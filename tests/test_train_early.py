@@ -1,8 +1,22 @@
 """What is said, or left out, before a run begins."""
 
-from whole_run import chats, configuration  # noqa: F401
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import pytest
+from whole_run import ROOT, chats, configuration, environment  # noqa: F401
+
+from gpt_jax import data
+from gpt_jax.backend import enter_backend
+from gpt_jax.checkpoint import Checkpointer
+from gpt_jax.config import UserError
+from gpt_jax.data import Tokens, loader, windows
 from gpt_jax.metrics import read_lines
+from gpt_jax.programs import abstract_state
 from gpt_jax.train import train_and_evaluate
 
 TINY = [
@@ -21,3 +35,114 @@ def test_every_0_means_never(corpus, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]  # the last is always saved
     assert "step      1/2" not in (tmp_path / "run" / "log.txt").read_text()
     assert "# Run" in (tmp_path / "run" / "report.md").read_text()
+
+
+def forbidden(*_: object, **__: object) -> None:
+    raise AssertionError("the corpus was tokenised before the mistake was said")
+
+
+@pytest.fixture
+def old_run(corpus, tmp_path) -> Path:
+    """A run's folder with one checkpoint, of zeros."""
+    workdir = tmp_path / "old"
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_state(configuration(corpus, *TINY)))
+    with Checkpointer(workdir / "checkpoints", keep_last=1, keep_every=None) as checkpointer:
+        checkpointer.save(2, state, {"elapsed_seconds": 1.0, "data_fingerprint": "x"})
+    return workdir
+
+
+def too_small(folder: Path) -> Path:
+    file = folder / "tokenizer.json"
+    file.write_text("{")
+    return file
+
+
+EARLY = [
+    ("--config.init_from=gpt2", "gpt2 is not a directory; give that of a run or of a checkpoint"),
+    ("--config.init_from={tmp}", "is neither a run nor a checkpoint"),
+    ("--config.init_from={old} --config.model.embed_dim=32", "no parameter of the checkpoint fits the model"),
+    ("--config.data.source={tmp}/missing.jsonl", "missing.jsonl' does not exist: give a file"),
+    ("--config.data.source={tmp}", "is a folder, not a file"),
+    ("--config.data.source=", "config.data.source is empty"),
+    ("--config.data.source=hf:", "write hf:NAME"),
+    ("--config.data.tokenizer={tmp}/none.json", "none.json does not exist"),
+    ("--config.data.tokenizer={damaged}", "cannot be read, it is damaged"),
+    ("--config.model.vocab_size=258", "config.model.vocab_size is 258: a byte-level tokenizer needs 259 or more"),
+    ("--config.seed=-1", "config.seed must be a whole number"),
+    ("--workdir={old} --config.model.num_layers=3", "does not fit this config"),
+    ("--workdir={damaged}", "tokenizer.json is a file; choose another --workdir"),
+    ("--workdir={damaged}/below/it", "tokenizer.json is a file; choose another --workdir"),
+    ("--workdir={tmp}/" + "x" * 300, "File name too long"),
+    ("--workdir=/proc/1/none", "cannot write to the run folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), EARLY, ids=[arguments[:60] for arguments, _ in EARLY])
+def test_a_mistake_is_said_before_the_corpus_is_read(arguments, message, corpus, tmp_path, old_run, monkeypatch):
+    monkeypatch.setattr(data, "prepare", forbidden)
+    names = {"tmp": tmp_path, "old": old_run, "damaged": too_small(tmp_path)}
+    given = arguments.format(**names).split(" ")
+    folders = [text.removeprefix("--workdir=") for text in given if text.startswith("--workdir=")]
+    workdir = Path(folders[0]) if folders else tmp_path / "runs" / "new"
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        train_and_evaluate(configuration(corpus, *TINY, *(text for text in given if "workdir" not in text)), workdir)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before  # no folder was made
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.json"])
+def test_a_damaged_file_of_the_run_is_said_before_the_corpus_is_read(name, corpus, old_run, monkeypatch):
+    monkeypatch.setattr(data, "prepare", forbidden)
+    (old_run / name).write_text("[]")
+    with pytest.raises(UserError, match=f"{name} holds a list where an object must be"):
+        train_and_evaluate(configuration(corpus, *TINY), old_run)
+
+
+def test_a_batch_of_one_window_can_be_loaded():
+    ids = jnp.arange(50, dtype=jnp.uint16)
+    batches = windows(Tokens(ids, ids * 0), block_size=4, batch_size=1, seed=0)
+    with contextlib.closing(loader(batches)) as loaded:
+        assert next(loaded)["inputs"].shape == (1, 4)
+
+
+def test_variables_for_other_programs_change_no_dtype_and_no_random_bits():
+    plain = jax.random.key_data(jax.random.key(3))
+    with (
+        jax.enable_x64(True),
+        jax.default_prng_impl("rbg"),
+        jax.numpy_dtype_promotion("strict"),
+        contextlib.ExitStack() as stack,
+    ):
+        enter_backend("xla", "highest", stack)
+        assert jnp.arange(3).dtype == jnp.int32
+        assert (jnp.arange(3) + jnp.float32(1)).dtype == jnp.float32
+        assert (jax.random.key_data(jax.random.key(3)) == plain).all()
+
+
+JAX_VARIABLES = [
+    ("main", {"JAX_PLATFORMS": "cuda"}, "JAX_PLATFORMS=cuda must be unset or name what this machine has"),
+    ("sample", {"JAX_ENABLE_X64": "perhaps"}, "'perhaps' for environment 'JAX_ENABLE_X64'; set or unset the variable"),
+]
+
+
+@pytest.mark.parametrize(("program", "variables", "message"), JAX_VARIABLES, ids=["platform", "x64"])
+def test_a_variable_that_jax_cannot_use_is_named_in_one_line(program, variables, message, corpus, tmp_path):
+    arguments = [f"--workdir={tmp_path / 'run'}"]
+    if program == "main":
+        arguments += ["--config=configs/chat_tiny.py", f"--config.data.source={corpus}"]
+    done = subprocess.run(
+        [sys.executable, "-m", f"gpt_jax.{program}", *arguments],
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert done.returncode == 2
+    assert not (tmp_path / "run").exists()

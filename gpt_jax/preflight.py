@@ -1,0 +1,63 @@
+"""Finds what must fail before any work is done: it reads small files and shapes, and writes nothing."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from gpt_jax import tokenizer
+from gpt_jax.checkpoint import CHECKPOINTS, check_donor, check_newest
+from gpt_jax.config import UserError
+from gpt_jax.corpus import check_source
+from gpt_jax.metrics import read_config, read_info
+
+_TRAINED = ("", "new")  # values of data.tokenizer that name no file
+
+
+def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> None:
+    """Checks what a run starts from: its folder, the files that the config names and the checkpoints it goes on from.
+
+    Args:
+      config: one that `validate` took.
+      workdir: the run's folder, made or not.
+      abstract_state: shapes and dtypes of the train state.
+
+    Raises:
+      UserError: one of them cannot be used.
+    """
+    check_folder(workdir)
+    read_info(workdir)
+    read_config(workdir)
+    check_source(config.data.source)
+    check_tokenizer(config)
+    if not check_newest(workdir / CHECKPOINTS, abstract_state) and config.init_from:
+        check_donor(config.init_from, abstract_state.params)
+
+
+def check_folder(workdir: Path) -> None:
+    """Raises UserError if the folder cannot be made, or nothing can be written in it."""
+    try:
+        place = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+    except OSError as error:  # a name too long for the system
+        raise UserError(f"cannot write to the run folder: {error}; choose another --workdir") from None
+    if not place.is_dir():
+        raise UserError(f"cannot write to the run folder: {place} is a file; choose another --workdir")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to the run folder: nothing can be made in {place}; choose another --workdir")
+
+
+def check_tokenizer(config: ConfigDict) -> None:
+    """Raises UserError if the tokenizer cannot be read, or has no room in the model's vocabulary."""
+    size, file = config.model.vocab_size, config.data.tokenizer
+    if file in _TRAINED:
+        smallest = tokenizer.SMALLEST_VOCABULARY
+        if size < smallest:
+            raise UserError(
+                f"config.model.vocab_size is {size}: a byte-level tokenizer needs {smallest} or more "
+                f"({smallest - 3} bytes and 3 markers)"
+            )
+        return
+    ids = tokenizer.load(file).get_vocab_size()
+    if ids > size:
+        raise UserError(f"tokenizer {file} has {ids} ids but the model's vocab_size is {size}: raise vocab_size")
