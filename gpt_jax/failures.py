@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vk_kernels.errors import BufferSizeError, DeviceLostError, DeviceTimeoutError, VulkanError
+from vk_kernels.errors import BufferSizeError, DeviceLostError, DeviceTimeoutError, FeatureError, VulkanError
 
 # A driver with a watchdog gives a device up after 2 seconds (Windows) to 10 (Linux) of one submission.
 LONG_STEP = 0.5  # seconds; in a longer one the watchdog may well be why a device was lost
@@ -48,6 +48,15 @@ def remedies(error: BaseException, config: ConfigDict, step_seconds: float | Non
     return f"these {what}: {batch}{more}"
 
 
+def remedies_of_model(error: BaseException, config: ConfigDict) -> str:
+    """Which values would help where no batch and no dtype does."""
+    xla = "--config.backend=xla, which trains without Vulkan"
+    if isinstance(error, FeatureError):
+        return xla
+    tried = "" if config.batch_size == 1 else "config.batch_size=1 and more config.accumulate_steps are not enough: "
+    return f"{tried}a smaller config.model.block_size, embed_dim or vocab_size, or {xla}"
+
+
 def smaller(config: ConfigDict) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Changes to a config that need less memory and leave the model as it is, the least change first.
 
@@ -56,7 +65,8 @@ def smaller(config: ConfigDict) -> tuple[list[dict[str, Any]], list[dict[str, An
     """
     batch, parts = config.batch_size, config.accumulate_steps
     in_more_parts = [{"accumulate_steps": parts * n} for n in _divisors(batch // parts)]
-    return in_more_parts, [{"batch_size": batch // n, "accumulate_steps": 1} for n in _divisors(batch)]
+    whole = {} if parts == 1 else {"accumulate_steps": 1}
+    return in_more_parts, [{"batch_size": batch // n, **whole} for n in _divisors(batch)]
 
 
 def _divisors(number: int) -> list[int]:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax.backend import Backend
 from gpt_jax.config import UserError
-from gpt_jax.failures import describe, remedies, smaller
+from gpt_jax.failures import describe, is_device_error, remedies, remedies_of_model, smaller
 from gpt_jax.model import GPT, ModelConfig
 from gpt_jax.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.sample import make_sampler
@@ -81,14 +81,13 @@ def plan_programs(config: ConfigDict, backend: Backend) -> tuple[Programs, str |
     _check_heads(config, backend)
     try:
         _plan(config, programs)
-    except FeatureError as error:
-        raise _refusal(error, backend) from None
-    except (VulkanError, MemoryError) as error:
+    except (VulkanError, MemoryError, ValueError) as error:
         for program in programs:
             program.clear_cache()  # gives their memory back
-        return programs, f"{describe(error)}; {remedies(error, config)}; {_tried(config, backend)}"
-    except ValueError as error:
-        raise _refusal(error, backend) from None
+        line = f"{describe(error)}; {_way_out(error, config, backend)}"
+        if isinstance(error, FeatureError) or not is_device_error(error):
+            raise UserError(f"this config cannot run on the backend {backend}: {line}") from None
+        return programs, line
     return programs, None
 
 
@@ -100,10 +99,6 @@ def _check_heads(config: ConfigDict, backend: Backend) -> None:
             f"and the Vulkan kernels take at most {MAX_HEAD_DIM}: num_heads of {-(-width // MAX_HEAD_DIM)} or more, or "
             f"--config.backend=xla, which has no limit (the backend is {backend})"
         )
-
-
-def _refusal(error: Exception, backend: Backend) -> UserError:
-    return UserError(f"this config cannot run on the backend {backend}: {describe(error)}; or --config.backend=xla")
 
 
 def _plan(config: ConfigDict, programs: Programs) -> None:
@@ -119,22 +114,31 @@ def _plan(config: ConfigDict, programs: Programs) -> None:
     del reserved
 
 
-def _tried(config: ConfigDict, backend: Backend) -> str:
-    """Which of the changes to a config that leave the model as it is are enough, by trying them."""
-    for changes in smaller(config):
-        if changes and _has_room(config, changes[-1], backend):
-            change = next(change for change in changes if _has_room(config, change, backend))
-            values = " ".join(f"--config.{name}={value}" for name, value in change.items() if config[name] != value)
-            return f"{values} was tried and is enough"
-    return (
-        "--config.batch_size=1 was tried and is not enough: it takes a smaller config.model.block_size, embed_dim or "
-        "vocab_size, or --config.backend=xla"
-    )
+def _way_out(error: Exception, config: ConfigDict, backend: Backend) -> str:
+    """The changes that would help, by trying them: a dtype that needs no feature, or what needs less memory."""
+    if isinstance(error, FeatureError):
+        in_float32 = [{"model.dtype": "float32"}] if config.model.dtype != "float32" else []
+        found = _first_possible(config, in_float32, backend)
+    else:
+        in_parts, smaller_batches = smaller(config)
+        found = _first_possible(config, in_parts, backend) or _first_possible(config, smaller_batches, backend)
+    if found is None:
+        return remedies_of_model(error, config)
+    values = " ".join(f"--config.{name}={value}" for name, value in found.items())
+    enough = f"{values} was tried and is enough"
+    return enough if isinstance(error, FeatureError) else f"{enough}; {remedies(error, config)}"
 
 
-def _has_room(config: ConfigDict, change: dict[str, Any], backend: Backend) -> bool:
+def _first_possible(config: ConfigDict, changes: list[dict[str, Any]], backend: Backend) -> dict[str, Any] | None:
+    """The first of some changes with which a config can be planned, if the last one is such a change."""
+    if not changes or not _is_possible(config, changes[-1], backend):
+        return None
+    return next(change for change in changes if _is_possible(config, change, backend))
+
+
+def _is_possible(config: ConfigDict, change: dict[str, Any], backend: Backend) -> bool:
     changed = config.copy_and_resolve_references()
-    changed.update(change)
+    changed.update_from_flattened_dict(change)
     programs = make_programs(changed, backend)
     try:
         _plan(changed, programs)

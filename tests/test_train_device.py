@@ -100,8 +100,8 @@ def test_a_full_device_is_found_out_before_the_data(vulkan, corpus, tmp_path, mo
     with pytest.raises(TrainingFailed, match="no room for a buffer") as failed:
         train_and_evaluate(configuration(corpus, *vulkan), tmp_path)
     assert_ended_whole(tmp_path, str(failed.value))
-    for name in ("batch_size (now 4)", "block_size (24)", "accumulate_steps (1)"):
-        assert f"config.model.{name}" in str(failed.value) or f"config.{name}" in str(failed.value)
+    for name in ("batch_size", "accumulate_steps", "model.block_size"):
+        assert f"config.{name}" in str(failed.value)
 
 
 @needs_vulkan
@@ -175,11 +175,34 @@ def test_a_head_wider_than_the_kernels_take_is_said_before_any_work(chosen, vulk
 
 @needs_vulkan
 def test_what_else_kernels_or_device_cannot_do_is_said_before_any_work(vulkan, corpus, tmp_path, monkeypatch):
-    for error in (FeatureError("the device lacks 16-bit storage"), ValueError("takes 16,711,680 tokens at most")):
+    lacking, large = FeatureError("the device lacks 16-bit storage"), ValueError("takes 16,711,680 tokens at most")
+    model = "a smaller config.model.block_size, embed_dim or vocab_size, or --config.backend=xla"
+    for error, way_out in ((lacking, "--config.backend=xla"), (large, f"config.batch_size=1 and more .*: {model}")):
         monkeypatch.setattr(programs, "_plan", after(0, None, error))
-        with pytest.raises(UserError, match=f"{error}; or --config.backend=xla"):
+        with pytest.raises(UserError, match=f"{error}; {way_out}"):
             train_and_evaluate(configuration(corpus, *vulkan), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "possible", "way_out"),
+    [
+        (OutOfMemoryError(), lambda config: config.accumulate_steps >= 2, "--config.accumulate_steps=2 was tried"),
+        (OutOfMemoryError(), lambda config: config.batch_size <= 1, "--config.batch_size=1 was tried"),
+        (FeatureError(), lambda config: config.model.dtype == "float32", "--config.model.dtype=float32 was tried"),
+    ],
+)
+@needs_vulkan
+def test_what_is_named_as_enough_is_the_least_change_that_is(error, possible, way_out, vulkan, corpus, monkeypatch):
+    def plan(config, _):
+        if not possible(config):
+            raise error
+
+    monkeypatch.setattr(programs, "_plan", plan)
+    config = configuration(corpus, *vulkan, "--config.model.dtype=bfloat16")
+    with contextlib.ExitStack() as stack:
+        entered = backend.enter_backend("vulkan", "highest", stack)
+        assert programs._way_out(error, config, entered).startswith(f"{way_out} and is enough")
 
 
 def test_memory_that_xla_does_not_get_costs_one_line_too(corpus, tmp_path, monkeypatch):
