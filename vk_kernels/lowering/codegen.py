@@ -98,6 +98,12 @@ def check(node: Node) -> None:
         raise ValueError("bitcast_convert_type between types of different width has no kernel")
 
 
+def is_elementwise(node: Node) -> bool:
+    """Whether an element of the result is made of one element of each operand."""
+    single = all(x.size == 1 for x in (*node.inputs, *node.outputs))
+    return node.op in ELEMENTWISE or (node.op in HANDLERS and single)
+
+
 def in_pieces(node: Node) -> bool:
     """Whether a node is a reduction that several workgroups share, so that its end is in the next kernel."""
     return node.op in REDUCTIONS and not node.op.startswith("arg") and Geometry.of(node).splits > 1

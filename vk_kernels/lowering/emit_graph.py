@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vk_kernels.lowering.emit_scalar import ELEMENTWISE, Scalars, threefry2x32
-from vk_kernels.lowering.graph import Graph, Literal, Node, Value
+from vk_kernels.lowering.graph import Function, Graph, Literal, Node, Value
 from vk_kernels.lowering.spirv import Buffer, Code, Id, Module, Op
 
 Coords = tuple[Id, ...]
@@ -102,6 +102,15 @@ class Emitter:
     def remember(self, value: Value, coords: Sequence[Id], found: Id) -> None:
         """From here on `value` at `coords` is `found`."""
         self.m.remember((value, self._canonical(value, coords)), found)
+
+    def applied(self, function: Function, numbers: Sequence[Id]) -> Code:
+        """What a function of a node's parameters gives for some numbers."""
+        graph = function.graph
+        self._producers |= {out: (node, k) for node in graph.nodes for k, out in enumerate(node.outputs)}
+        with self.m.scope():  # it may be asked for again, for others
+            for value, number in zip(graph.inputs, numbers, strict=True):
+                self.remember(value, (), number)
+            return (yield graph.outputs[0], ())
 
     # Places.
 

@@ -200,10 +200,14 @@ def _dynamic_update_slice(e: Emitter, node: Node, k: int, coords: Coords) -> Cod
 # ("collapsed", "inserted"), and those of the batch.
 
 
-def _mode(node: Node) -> str:
-    """clip, fill or promise."""
-    text = str(node.params.get("mode")).lower()
-    return next((name for name in ("clip", "promise") if name in text), "fill")
+def _moves_into_bounds(node: Node) -> bool:
+    """Whether a window out of bounds is moved into them; else it is filled, or dropped.
+
+    What is promised to be in bounds and is not, XLA does as it is quickest: it moves what it reads, and drops what it
+    writes. JAX's derivatives count on that.
+    """
+    mode = node.params["mode"].name  # of lax.GatherScatterMode
+    return mode == "CLIP" or (mode == "PROMISE_IN_BOUNDS" and node.op == "gather")
 
 
 def _fill_value(dtype: np.dtype, given: Any) -> Any:
@@ -225,17 +229,18 @@ def _window_starts(
     place: Sequence[Id],
     axes: Sequence[int],
     room: dict[int, int],
-    mode: str,
+    moved: bool,
 ) -> Code:
     """({axis: where the window begins there}, the conditions for it to be in bounds).
 
     `place`: of a row of `indices`, whose last axis is over `axes`. `room`: the greatest start in bounds, by axis.
+    moved: whether it is moved there, so that there are no conditions.
     """
     m, starts, inside = e.m, {}, []
     for i, axis in enumerate(axes):
         start = yield from e.index(indices, (*place, m.constant(i)))
         clipped = m.ext(Ext.S_MIN, m.ext(Ext.S_MAX, start, m.constant(0)), m.constant(room[axis]))
-        if mode == "fill":
+        if not moved:
             inside.append(m.op(Op.I_EQUAL, start, clipped))
         starts[axis] = clipped
     return starts, inside
@@ -245,7 +250,7 @@ def _window_starts(
 def _gather(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
     m = e.m
     operand, indices = node.inputs
-    numbers, sizes, mode = node.params["dimension_numbers"], node.params["slice_sizes"], _mode(node)
+    numbers, sizes, moved = node.params["dimension_numbers"], node.params["slice_sizes"], _moves_into_bounds(node)
     shape, out = shape_of(operand), node.outputs[0]
     if size_of(operand) == 0:  # only with windows of no element, or all out of bounds
         return e.scalars.constant(_fill_value(out.dtype, node.params.get("fill_value")), out.dtype)
@@ -256,7 +261,7 @@ def _gather(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
         if axis not in numbers.collapsed_slice_dims and axis not in numbers.operand_batching_dims
     ]
     room = {axis: shape[axis] - sizes[axis] for axis in numbers.start_index_map}
-    starts, inside = yield from _window_starts(e, indices, batch, numbers.start_index_map, room, mode)
+    starts, inside = yield from _window_starts(e, indices, batch, numbers.start_index_map, room, moved)
     place = [starts.get(axis, m.constant(0)) for axis in range(len(shape))]
     for axis, offset in zip(window_axes, numbers.offset_dims, strict=True):
         place[axis] = m.op(Op.I_ADD, place[axis], coords[offset])
@@ -295,9 +300,9 @@ def _scatter(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
     No atomics, and the same result every time; it costs a look at every row of the indices that is not fixed by a
     batch axis, for every element.
     """
-    m, combine = e.m, _COMBINERS[node.op]
+    m, combine, function = e.m, _COMBINERS[node.op], node.params.get("update")
     operand, indices, updates = node.inputs
-    numbers, mode, dtype = node.params["dimension_numbers"], _mode(node), dtype_of(operand)
+    numbers, moved, dtype = node.params["dimension_numbers"], _moves_into_bounds(node), dtype_of(operand)
     old = yield operand, coords
     if size_of(updates) == 0:
         return old
@@ -319,7 +324,7 @@ def _scatter(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
     def row(number: Id, carried: list[Id]) -> Code:
         freely = iter(e.place(number, [rows[axis] for axis in free]))
         place = [coords[batch_of[axis]] if axis in batch_of else next(freely) for axis in range(len(rows))]
-        starts, inside = yield from _window_starts(e, indices, place, numbers.scatter_dims_to_operand_dims, room, mode)
+        starts, inside = yield from _window_starts(e, indices, place, numbers.scatter_dims_to_operand_dims, room, moved)
         offsets = {
             axis: m.op(Op.I_SUB, coords[axis], starts[axis]) if axis in starts else coords[axis]
             for axis in range(len(shape))
@@ -334,6 +339,8 @@ def _scatter(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
                 for axis in range(len(shape_of(updates)))
             ]
             update = yield updates, at
+            if function:
+                return [(yield from e.applied(function, (carried[0], update)))]
             return [e.scalars.binary(combine, carried[0], update, dtype) if combine else update]
 
         return (yield from m.branch(_all(e, inside), taken, lambda: _given(carried[0])))

@@ -175,8 +175,9 @@ def _scalar_function(equation: JaxprEqn) -> Callable[..., Any]:
 
 
 def _reduce_window(equation: JaxprEqn) -> Callable[..., Any]:
-    """By any function: place after place."""
+    """By any function: place after place. As in XLA, elements alone are combined, and nothing that pads them."""
     out, combine, places = equation.outvars[0].aval.shape, _scalar_function(equation), _places(equation)
+    pads = any(map(any, equation.params["padding"])) or set(equation.params["base_dilation"]) - {1}
 
     def reduce(*operands: jax.Array) -> tuple:
         xs, fills = operands[: len(operands) // 2], operands[len(operands) // 2 :]
@@ -184,8 +185,13 @@ def _reduce_window(equation: JaxprEqn) -> Callable[..., Any]:
         padded = [_padded(x, fill, equation) for x, fill in zip(xs, fills, strict=True)]
         if 0 in out:
             return found
+        elements = _padded(jnp.ones(xs[0].shape, bool), False, equation)
         for place in places:
-            found = combine(found, tuple(_at_place(x, place, out, equation) for x in padded))
+            new = combine(found, tuple(_at_place(x, place, out, equation) for x in padded))
+            if pads:
+                there = _at_place(elements, place, out, equation)
+                new = tuple(lax.select(there, *both) for both in zip(new, found, strict=True))
+            found = new
         return found
 
     return reduce

@@ -97,6 +97,16 @@ class Graph:
         return "\n".join(_lines(self))
 
 
+@dataclass(frozen=True, eq=False)
+class Function:
+    """A function of numbers, as a parameter of a node. It is known by identity."""
+
+    graph: Graph
+
+    def __repr__(self) -> str:
+        return f"function {id(self):#x}"
+
+
 def producers(nodes: Iterable[Node]) -> dict[Value, Node]:
     """The node that gives each value."""
     return {value: node for node in nodes for value in node.outputs}

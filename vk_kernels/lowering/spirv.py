@@ -291,7 +291,7 @@ class Module:
         return value
 
     @contextmanager
-    def _scope(self):
+    def scope(self):
         self._scopes.append({})
         yield
         self._scopes.pop()
@@ -392,7 +392,7 @@ class Module:
         ends = []
         for label, code in zip(labels, (then, otherwise) if otherwise else (then,), strict=False):
             self._label(label)
-            with self._scope():
+            with self.scope():
                 found = yield from code()
             ends.append((found or [], self._block))
             self._effect(Op.BRANCH, merge)
@@ -411,7 +411,7 @@ class Module:
         index = self._phi(self.u32, start, before, following, latch)
         carried = [self._phi(self._types[x], x, before, 0, latch) for x in initial]
         phis = self._body[len(self._body) - len(initial) :]
-        with self._scope():
+        with self.scope():
             condition = self.op(Op.U_LESS, index, stop)
             self._effect(Op.LOOP_MERGE, done, latch, 0)
             self._effect(Op.BRANCH_CONDITIONAL, condition, inside, done)

@@ -16,11 +16,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 from jax.extend.core import Literal as JaxLiteral
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from vk_kernels.lowering import call, codegen
+from vk_kernels.lowering import call, codegen, parameters
 from vk_kernels.lowering.avals import check_dtype, is_array, is_key, on_device, to_device
 from vk_kernels.lowering.expand import EXPANSIONS
-from vk_kernels.lowering.graph import Graph, Literal, Node, Operand, Value
+from vk_kernels.lowering.graph import Function, Graph, Literal, Node, Operand, Value
 from vk_kernels.lowering.refusals import advice
+from vk_kernels.lowering.simplify import simplify
 
 UNROLLED = 50_000  # nodes that all loops of a function together may unroll into
 
@@ -39,8 +40,6 @@ _IDENTITIES = frozenset(
         *("mesh_cast", "reshard", "layout_constraint", "random_wrap", "random_unwrap", "random_clone"),
     )
 )
-# Parameters that change nothing about the result.
-_UNUSED = frozenset(("accuracy", "sharding", "out_sharding", "weak_type", "out_dtype"))
 
 
 class UnsupportedError(ValueError):
@@ -163,46 +162,67 @@ class _Inliner:
         return self._known[id(found)][1]
 
     def _equation(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
-        name, params = equation.primitive.name, equation.params
+        name = equation.primitive.name
         at = at.inner(equation)
-        if name in _CALLS:
-            if name in _REMATERIALIZED and params["prevent_cse"] and params["differentiated"]:
-                inputs = self._barrier(inputs, at)
-            return self.inline(next(params[body] for body in _BODIES if body in params), inputs, at)
-        if name in _IDENTITIES:
-            return inputs
         try:
+            if call.has_planner(name):
+                return self._hot(equation, inputs, at)
+            if not _is_handled(name):
+                raise ValueError(advice(equation) or f"no kernel is generated for the primitive {name}")
+            params = parameters.read(equation)
+            if name in _CALLS:
+                if name in _REMATERIALIZED and params["prevent_cse"] and params["differentiated"]:
+                    inputs = self._barrier(inputs, at)
+                return self.inline(next(params[body] for body in _BODIES if body in params), inputs, at)
+            if name in _IDENTITIES:
+                return inputs
             if name in _STRUCTURES:
                 return _STRUCTURES[name](self, equation, inputs, at)
-            avals = [x.aval for x in (*equation.invars, *equation.outvars)]
             if name in EXPANSIONS and (expansion := EXPANSIONS[name](equation)):
                 return self.expand(expansion, inputs, at)
             if refused := advice(equation):
                 raise ValueError(refused)
-            if any(map(is_key, avals)):
+            if any(is_key(x.aval) for x in (*equation.invars, *equation.outvars)):
                 return self.expand(_on_words(equation), inputs, at)
-            return self._node(equation, inputs, at)
+            return self._node(equation, params, inputs, at)
         except UnsupportedError:
             raise
         except ValueError as error:
             raise UnsupportedError(f"{error}: {_where(equation, at)}") from None
 
-    def _node(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
-        name = equation.primitive.name
+    def _hot(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
+        name, params = equation.primitive.name, dict(equation.params)
         outputs = tuple(_new_value(x.aval) for x in equation.outvars)
-        if call.has_planner(name):
-            params = dict(equation.params)
-            target = params.pop("target") or call.Target()
-            what = call.encode(name, params, target).encode()
-            node = Node(name, tuple(inputs), outputs, params, at.source, at.scope, what)
-        else:
-            params = {k: v for k, v in equation.params.items() if k not in _UNUSED}
-            for x in inputs:
-                check_dtype(x.dtype)
-            node = Node(name, tuple(inputs), outputs, params, at.source, at.scope)
-            codegen.check(node)
+        target = params.pop("target") or call.Target()
+        what = call.encode(name, params, target).encode()
+        self.nodes.append(Node(name, tuple(inputs), outputs, params, at.source, at.scope, what))
+        return list(outputs)
+
+    def _node(self, equation: JaxprEqn, params: dict[str, Any], inputs: list[Operand], at: Origin) -> list[Operand]:
+        outputs = tuple(_new_value(x.aval) for x in equation.outvars)
+        if "update_jaxpr" in params:
+            params = self._with_update(equation, params, at)
+        for x in inputs:
+            check_dtype(x.dtype)
+        node = Node(equation.primitive.name, tuple(inputs), outputs, params, at.source, at.scope)
+        codegen.check(node)
         self.nodes.append(node)
         return list(outputs)
+
+    def _with_update(self, equation: JaxprEqn, params: dict[str, Any], at: Origin) -> dict[str, Any]:
+        """The parameters of a scatter, with its function of an element and an update where its name does not say it."""
+        params = dict(params)
+        jaxpr, consts = params.pop("update_jaxpr"), params.pop("update_consts")
+        if jaxpr is None or _is_named_update(equation.primitive.name, jaxpr):
+            return params
+        element = equation.invars[0].aval
+        inner = _Inliner()
+        inputs = (_new_value(element.update(shape=())), _new_value(element.update(shape=())))
+        outputs = inner.inline(ClosedJaxpr(jaxpr, consts), inputs, at)
+        graph = simplify(Graph(inputs, inner.constants, inner.nodes, tuple(outputs)))
+        if graph.constants or not all(codegen.is_elementwise(node) for node in graph.nodes):
+            raise ValueError("a scatter by a function that is not one of two numbers alone has no kernel")
+        return params | {"update": Function(graph)}
 
     def expand(self, fn: Callable[..., Any], inputs: list[Operand], at: Origin) -> list[Operand]:
         """Traces a function of arrays of the inputs' shapes, and inlines it."""
@@ -337,6 +357,20 @@ _STRUCTURES = {
 _COMPARISONS = {"eq": jnp.all, "ne": jnp.any}
 
 
+def _is_handled(name: str) -> bool:
+    named = name in codegen.SUPPORTED or name in EXPANSIONS
+    return named or name in _CALLS or name in _IDENTITIES or name in _STRUCTURES
+
+
+def _is_named_update(name: str, jaxpr: Jaxpr) -> bool:
+    """Whether a scatter's function of (element, update) is the one that it is named after."""
+    combined = name.replace("_", "-").removeprefix("scatter").removeprefix("-")
+    if not combined:
+        return jaxpr.outvars[0] is jaxpr.invars[1]
+    found = [(equation.primitive.name, equation.invars, equation.outvars) for equation in jaxpr.eqns]
+    return found == [(combined, jaxpr.invars, jaxpr.outvars)]
+
+
 class _Counter:
     """What decides how often a while loop turns, cut out of it.
 
@@ -388,7 +422,7 @@ def _on_words(equation: JaxprEqn) -> Callable[..., Any]:
         compare = functools.partial(primitive.bind, **params)
         return lambda *xs: joined(compare(*(jnp.broadcast_to(x, shape) for x in xs)), axis=tuple(range(-words, 0)))
     if primitive.name.startswith("random_") or not all(is_key(x.aval) for x in equation.outvars):
-        raise ValueError(f"no kernel is generated for the primitive {primitive.name}")
+        raise ValueError(f"no kernel is generated for PRNG keys in the primitive {primitive.name}")
     axes = tuple(-1 if is_key(x.aval) else None for x in equation.invars)
     moved = functools.partial(primitive.bind, **params)
     for _ in range(words):
