@@ -12,7 +12,7 @@ from vk_fixtures import SELECTOR, needs_vulkan, vulkan_device  # noqa: F401
 from vk_kernels import api
 from vk_kernels import device as device_module
 from vk_kernels.device import Device, DeviceInfo, choose, default_device, list_devices
-from vk_kernels.errors import NoDeviceError, VulkanError
+from vk_kernels.errors import NoDeviceError, SettingError, VulkanError
 from vk_kernels.features import CooperativeMatrix, Features, Limits, _cooperative_matrices2
 from vk_kernels.instance import validation_mode
 
@@ -238,7 +238,7 @@ def test_validation_modes(asked, mode):
 
 def test_an_unknown_validation_mode_is_refused(monkeypatch):
     monkeypatch.setenv("VK_KERNELS_VALIDATION", "yes")
-    with pytest.raises(ValueError, match=r"VK_KERNELS_VALIDATION.*'yes'"):
+    with pytest.raises(SettingError, match=r"VK_KERNELS_VALIDATION.*'yes'"):
         validation_mode(None)
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from vk_fixtures import SELECTOR, needs_vulkan
 
-from vk_kernels import check, doctor, ops
+from vk_kernels import build, check, doctor, ops
+from vk_kernels.arguments import run_tool
 from vk_kernels.cases import CASES, F32, SIZES
+from vk_kernels.conformance.__main__ import main as conformance
 from vk_kernels.device import list_devices
-from vk_kernels.errors import FeatureError, NoDeviceError
+from vk_kernels.errors import FeatureError, NoDeviceError, SettingError
 from vk_kernels.instance import NO_DRIVER
 from vk_kernels.lowering import target_of
 
@@ -54,7 +56,7 @@ def test_doctor_tests_a_cpu_device_that_nobody_asked_for(capsys, monkeypatch):
 
 @needs_vulkan
 def test_doctor_fails_for_a_device_that_is_not_there(capsys):
-    assert doctor.main(["--device", "absent"]) == 1
+    assert doctor.main(["--device", "absent"]) == 2
     assert "no Vulkan device is called 'absent'" in capsys.readouterr().out
 
 
@@ -166,6 +168,38 @@ def test_check_refuses_unknown_names(capsys):
     with pytest.raises(SystemExit):
         check.main(["--ops", "gelu,matmull"])
     assert "unknown: matmull" in capsys.readouterr().err
+
+
+ARGUMENTS = [
+    (doctor.main, ["--nope"]),
+    (doctor.main, ["x"]),
+    (check.main, ["--sizes"]),
+    (check.main, ["--sizes=huge"]),
+    (build.main, ["--chek=1"]),
+    (build.main, ["no_such_kernel"]),
+    (conformance, ["--only=no_such_primitive"]),
+    (conformance, ["--readme=/none/such"]),
+    (conformance, ["--readme=LICENSE"]),
+]
+
+
+@pytest.mark.parametrize(("main", "arguments"), ARGUMENTS, ids=[arguments[0] for _, arguments in ARGUMENTS])
+def test_a_mistake_in_the_arguments_costs_one_line(main, arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_tool(lambda: main(arguments))
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(SettingError("a\nb"), 2), (NoDeviceError("a\nb"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_what_stops_a_tool_costs_one_line(error, code, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_tool(fail(error))
+    assert ended.value.code == code
+    assert capsys.readouterr().err == ("" if code == 130 else "error: a b\n")
 
 
 def test_nan_never_passes():

@@ -17,7 +17,6 @@ The last holds for the named entry points alone. A (kernel, variant) pair become
 spirv/<entry>.spv where no variants are declared. Sources without entry points are modules for others to import.
 """
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -33,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vk_kernels.arguments import BAD_INPUT, ArgumentParser, run_tool
 from vk_kernels.features import CAPABILITIES
 from vk_kernels.reflect import reflect
 
@@ -53,6 +53,10 @@ _IMPORT = re.compile(r'^\s*(?:import\s+([\w.]+)|__include\s+([\w.]+)|#include\s+
 
 class BuildError(Exception):
     """A shader that does not compile, or a declaration that makes no sense; the message says which and why."""
+
+
+class UnknownKernelError(BuildError):
+    """A name that was asked for and that no source declares."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +259,7 @@ def build(shaders: Path, spirv: Path, names: list[str] | None = None) -> list[st
         known = {label for target in targets for label in (target.entry, target.name, target.source.stem)}
         unknown = sorted(set(names) - known)
         if unknown:
-            raise BuildError(f"no kernel is called {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+            raise UnknownKernelError(f"no kernel is called {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     else:
         stale = out_of_date(shaders, spirv)
         chosen = [target for target in targets if target.name in stale]
@@ -279,7 +283,7 @@ def build(shaders: Path, spirv: Path, names: list[str] | None = None) -> list[st
 
 
 def main(arguments: list[str] | None = None, package: Path = PACKAGE) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vk_kernels.build", description="Compile the Slang shaders.")
+    parser = ArgumentParser(prog="python -m vk_kernels.build", description="Compile the Slang shaders.")
     parser.add_argument("names", nargs="*", help="kernels (entry points) to build; default: all that are out of date")
     parser.add_argument("--check", action="store_true", help="build nothing; exit 1 where source and binary disagree")
     options = parser.parse_args(arguments)
@@ -292,11 +296,11 @@ def main(arguments: list[str] | None = None, package: Path = PACKAGE) -> int:
             return 1 if problems else 0
         built = build(shaders, spirv, options.names)
     except BuildError as error:
-        print(error, file=sys.stderr)
-        return 1
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, UnknownKernelError) else 1
     print("built " + ", ".join(built) if built else "nothing to build")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

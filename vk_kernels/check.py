@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vk_kernels import lowering
+from vk_kernels.arguments import BAD_INPUT, ArgumentParser, run_tool
 from vk_kernels.cases import BF16, CASES, F32, SIZES, Case, Operands
 from vk_kernels.errors import FeatureError, NoDeviceError
 
@@ -174,7 +175,7 @@ def _error(found: Any, truth: np.ndarray, unit: float = 0.0) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vk_kernels.check", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(prog="python -m vk_kernels.check", description=__doc__.split("\n")[0])
     parser.add_argument("--ops", help="comma-separated; default: all")
     parser.add_argument("--sizes", help=f"of {', '.join(SIZES)}; default: tiny, and on a GPU the others too")
     parser.add_argument("--device", help="index, 'gpu', 'cpu' or part of a name; default: VK_KERNELS_DEVICE, or a GPU")
@@ -187,8 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = lowering.open_device(options.device or "")
     except NoDeviceError as error:
-        print(f"check: {error}", file=sys.stderr)
-        return 1
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT if options.device else 1
     default = ("tiny",) if options.quick or device.info.kind == "cpu" else tuple(SIZES)
     cases = [case for case in CASES if case.op in chosen_ops]
     return 0 if report(cases, sizes or default, options.device) else 1
@@ -222,4 +223,4 @@ def report(cases: Sequence[Case], sizes: Sequence[str], device: str | None = Non
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -147,7 +147,7 @@ def choose(devices: Sequence[DeviceInfo], selector: int | str | None = None) -> 
     if selector is None:
         selector = os.environ.get("VK_KERNELS_DEVICE") or None
     listed = "; ".join(map(str, devices))
-    if isinstance(selector, int) or (selector or "").isdigit():
+    if isinstance(selector, int) or (selector or "").isdecimal():
         matching = [device for device in devices if device.index == int(selector)]
         matching = matching or [device for device in devices if str(selector) in device.name]  # "4090"
     elif selector is None or selector.lower() == "gpu":

@@ -2,14 +2,12 @@
 
     python -m vk_kernels.doctor [--device cpu] [--no-test]
 
-Exit code: 0 if a device is usable and its kernels pass, else 1.
+Exit code: 0 if a device is usable and its kernels pass, 2 if the arguments are wrong, else 1.
 """
 
-import argparse
 import functools
 import os
 import platform
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import jax
 import numpy as np
 
 from vk_kernels import check, lowering
+from vk_kernels.arguments import BAD_INPUT, ArgumentParser, run_tool
 from vk_kernels.cases import BF16, CASES, F32, SIZES, Case
 from vk_kernels.device import DeviceInfo, choose, list_devices
 from vk_kernels.errors import FeatureError, NoDeviceError
@@ -146,7 +145,7 @@ def one_case_each() -> list[Case]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vk_kernels.doctor", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(prog="python -m vk_kernels.doctor", description=__doc__.split("\n")[0])
     parser.add_argument("--device", help="index, 'gpu', 'cpu' or part of a name; default: VK_KERNELS_DEVICE, or a GPU")
     parser.add_argument("--no-test", action="store_true", help="do not run the kernels")
     options = parser.parse_args(arguments)
@@ -170,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cpus = [info for info in devices if info.kind == "cpu" and not info.unusable]
         if options.device or os.environ.get("VK_KERNELS_DEVICE") or not cpus:
             _print_cure()
-            return 1
+            return BAD_INPUT if options.device else 1
         chosen = cpus[0]
         print("For a GPU:")
         _print_cure()
@@ -195,4 +194,4 @@ def _print_cure() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -5,6 +5,10 @@ class VulkanError(RuntimeError):
     """Any failure of the Vulkan runtime."""
 
 
+class SettingError(VulkanError, ValueError):
+    """An environment variable or an option has a value that means nothing."""
+
+
 class NoDeviceError(VulkanError):
     """No loader, no driver, or no device that answers to the selector."""
 

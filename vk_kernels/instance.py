@@ -6,7 +6,7 @@ from typing import Any
 
 from vk_kernels import api
 from vk_kernels.api import ffi, vk
-from vk_kernels.errors import NoDeviceError, ValidationError, VulkanError
+from vk_kernels.errors import NoDeviceError, SettingError, ValidationError, VulkanError
 
 LAYER = "VK_LAYER_KHRONOS_validation"
 # Hazards between submissions too, not only within one: newer layers look for them unasked (Vulkan-ValidationLayers
@@ -23,7 +23,7 @@ def validation_mode(asked: bool | str | None) -> str:
     value = os.environ.get("VK_KERNELS_VALIDATION", "") if asked is None else asked
     modes = {"": "", "0": "", False: "", "1": "sync", "sync": "sync", True: "sync", "gpu": "gpu"}
     if value not in modes:
-        raise ValueError(f"validation is 0, 1 or gpu (VK_KERNELS_VALIDATION), not {value!r}")
+        raise SettingError(f"validation is 0, 1 or gpu (VK_KERNELS_VALIDATION), not {value!r}")
     return modes[value]
 
 

@@ -1,9 +1,9 @@
 """See `vk_kernels.conformance`."""
 
-import argparse
 import sys
 import time
 
+from vk_kernels.arguments import BAD_INPUT, ArgumentParser, run_tool
 from vk_kernels.conformance.check import check
 from vk_kernels.conformance.suite import cases, names
 from vk_kernels.conformance.table import write
@@ -11,14 +11,17 @@ from vk_kernels.errors import NoDeviceError
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vk_kernels.conformance", description=__doc__)
+    parser = ArgumentParser(prog="python -m vk_kernels.conformance", description=__doc__)
     parser.add_argument("--device", help="a Vulkan device by number or part of its name; default: the first GPU")
     parser.add_argument("--full", action="store_true", help="every dtype in every shape")
     parser.add_argument("--only", default="", help="primitives, by name, with commas between them")
     parser.add_argument("--readme", help="bring the table in this file up to date, and run nothing")
     args = parser.parse_args(argv)
     if args.readme:
-        write(args.readme)
+        try:
+            write(args.readme)
+        except (OSError, ValueError) as error:
+            parser.error(f"--readme={args.readme}: {error}")
         return 0
     wanted = args.only.split(",") if args.only else names()
     if unknown := set(wanted) - set(names()):
@@ -29,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             wrong = check(found, args.device)
         except NoDeviceError as error:
-            print(error, file=sys.stderr)
-            return 1
+            print(f"error: {error}", file=sys.stderr)
+            return BAD_INPUT if args.device else 1
         passed, failed = passed + len(found) - len(wrong), failed + len(wrong)
         spent = time.perf_counter() - start
         print(f"{name:<28} {len(found) - len(wrong):5} passed {len(wrong):5} failed {spent:7.1f} s", flush=True)
@@ -41,4 +44,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)
