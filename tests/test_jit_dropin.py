@@ -339,6 +339,9 @@ def test_what_a_jitted_function_shows_of_itself():
     assert (jitted.__name__, jitted.__doc__, jitted.__wrapped__) == ("fn", "It doubles.", fn)
     assert jax.eval_shape(jitted, X) == jax.ShapeDtypeStruct((5, 7), np.float32)
     assert "mul" in str(jax.make_jaxpr(jitted)(X))
+    assert "mul" in str(jitted.trace(RESULT()).jaxpr)
+    assert jitted.eval_shape(RESULT()) == jax.ShapeDtypeStruct((5, 7), np.float32)
+    assert repr(jitted) == f"<vk_kernels.jit of {fn!r}>"
 
 
 # Loops.
@@ -386,6 +389,50 @@ def test_a_loop_without_end_is_an_error_in_words(monkeypatch):
 @pytest.mark.parametrize("name", ["static_argnums", "static_argnames", "donate_argnums", "donate_argnames"])
 def test_options_that_are_none(name):
     same(vjit(lambda x: x + 1, **{name: None})(X), jnp.asarray(X) + 1)
+
+
+@pytest.mark.parametrize("option", ["static_argnums", "donate_argnums"])
+@pytest.mark.parametrize("number", [3, -4])
+def test_an_argument_that_is_not_there_is_an_error(option, number):
+    with pytest.raises(ValueError, match=str(number)):
+        vjit(lambda a, b, c: a, **{option: number})
+
+
+def test_static_arguments_beside_others_of_every_kind():
+    def fn(a, /, b, *rest, c=1.0):
+        return b * a + sum(rest) * c
+
+    for options, args, kwargs in [
+        ({"static_argnums": 0}, (2,), {"b": X}),
+        ({"static_argnums": (0, -1)}, (2, X, X, 3), {"c": 2.0}),
+        ({"static_argnums": 0, "static_argnames": "c"}, (2, X, X), {"c": 4}),
+    ]:
+        same(vjit(fn, **options)(*args, **kwargs), jax.jit(fn, **options)(*args, **kwargs))
+
+
+def test_static_arguments_by_position_and_by_name_may_differ():
+    traced = []
+
+    def fn(x, n):
+        traced.append(type(n))
+        return x * n
+
+    jitted = vjit(fn, static_argnums=1, static_argnames=())
+    same(jitted(X, 2), jnp.asarray(X) * 2)
+    same(jitted(X, n=2), jnp.asarray(X) * 2)
+    assert traced[0] is int
+    assert issubclass(traced[1], jax.core.Tracer)
+
+
+def test_donated_arrays_of_jax_are_gone_too():
+    step = vjit(lambda state, x: (state + x, x.sum()), donate_argnums=0)
+    state = jnp.array(X)
+    found, _ = step(state, X)
+    assert state.is_deleted()
+    same(found, jnp.asarray(X) + X)
+    kept = np.array(X)
+    step(kept, X)
+    np.testing.assert_array_equal(kept, X)
 
 
 def test_a_decorator_with_options():

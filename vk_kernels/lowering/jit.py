@@ -266,7 +266,7 @@ class Compiled:
         made = self._run([leaves[i] for i in self._rest], dict(zip(self._carried, buffers, strict=True)))
         self._buffers = buffers  # not before: what raises leaves a loop over another state as it was
         for i in self.donated:
-            if type(leaves[i]) is Array:
+            if isinstance(leaves[i], Array | jax.Array):
                 leaves[i].delete()
         self._before = None
         return self._results(made)
@@ -277,7 +277,7 @@ class Compiled:
         self._given.life.ended = True
         for i in self._dropped:
             x = rest[self._rest.index(i)]
-            if type(x) is Array:
+            if isinstance(x, Array | jax.Array):
                 x.delete()
         before, self._before = self._before, self._given
         return self._results(made, before)
@@ -350,9 +350,10 @@ class Jitted:
         functools.update_wrapper(self, fn)
         self._options, self._device = options, options["device"]
         numbers, names = options["static_argnums"], options["static_argnames"]
+        both = numbers is not None and names is not None  # then each is what it says
         numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers or ())
         names = (names,) if isinstance(names, str) else tuple(names or ())
-        self._static_numbers, self._static_names = _matched(fn, numbers, names)
+        self._static_numbers, self._static_names = (numbers, names) if both else _matched(fn, numbers, names)
         donated = {name: options[name] for name in ("donate_argnums", "donate_argnames")}
         numbers, names = self._static_numbers, self._static_names
         self._jitted = jax.jit(fn, static_argnums=numbers, static_argnames=names, **donated)
@@ -433,6 +434,19 @@ class Jitted:
     def __deepcopy__(self, memo: Any) -> "Jitted":
         return self
 
+    def __repr__(self) -> str:
+        return f"<vk_kernels.jit of {self.__wrapped__!r}>"
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """What jax.jit traces for such arguments, with the operations of `vk_kernels.ops` as they run here."""
+        args, kwargs = jax.tree.map(_described, (args, kwargs))
+        with self._using():
+            return self._jitted.trace(*args, **kwargs)
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """The shapes and the dtypes of the results for such arguments."""
+        return self.trace(*args, **kwargs).out_info
+
     def lower(self, *args: Any, **kwargs: Any) -> Compiled:
         """What a call with such arguments runs; arguments may be jax.ShapeDtypeStruct."""
         dynamic, static = self._split(args, kwargs)
@@ -496,9 +510,8 @@ class Jitted:
 
     def _compile(self, tree: Any, args: tuple, kwargs: dict[str, Any]) -> Compiled | None:
         """None where the function closes over values that are being traced around it: they are no arguments."""
-        args, kwargs = jax.tree.map(_described, (args, kwargs))
         with self._using(), _no_collection():
-            traced = self._jitted.trace(*args, **kwargs)
+            traced = self.trace(*args, **kwargs)
             if len(traced.jaxpr.in_avals) > len(jax.tree.leaves(traced.args_info)):
                 return None
             return Compiled(traced, tree, call.open_device(target_of("vulkan").device))
@@ -560,9 +573,11 @@ def _matched(fn: Any, numbers: tuple[int, ...], names: tuple[str, ...]) -> tuple
         parameters = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):
         return numbers, names
-    positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
-    if len(positional) == len(parameters):
-        numbers = tuple(n + len(positional) if n < 0 else n for n in numbers)
-    found = [positional[n] for n in numbers if -len(positional) <= n < len(positional)]
-    places = [positional.index(name) for name in names if name in positional]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    count = len(positional)
+    if not any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        numbers = tuple(n + count if -count <= n < 0 else n for n in numbers)  # jax.jit refuses what is out of bounds
+    either = {p.name: n for n, p in enumerate(positional) if p.kind == p.POSITIONAL_OR_KEYWORD}
+    found = [name for name, n in either.items() if n in numbers]
+    places = [either[name] for name in names if name in either]
     return tuple(dict.fromkeys((*numbers, *places))), tuple(dict.fromkeys((*names, *found)))
