@@ -8,8 +8,10 @@ import struct
 import pytest
 
 from vk_kernels import build as build_module
+from vk_kernels import features
 from vk_kernels.build import PACKAGE, BuildError, build, find_targets, find_tool, main, out_of_date, read_manifest
 from vk_kernels.features import CAPABILITIES
+from vk_kernels.lowering import spirv
 from vk_kernels.reflect import Reflection, reflect
 
 
@@ -47,6 +49,15 @@ def test_the_manifest_says_what_the_binaries_are():
         reflection = reflect((PACKAGE / "spirv" / f"{name}.spv").read_bytes())
         assert Reflection.from_json(record) == reflection
         assert set(reflection.capabilities) <= set(CAPABILITIES)
+
+
+def test_every_feature_that_is_enabled_is_used():
+    kernels = {c for record in read_manifest(PACKAGE / "spirv").values() for c in record["capabilities"]}
+    used = {CAPABILITIES[c] for c in (*kernels, *spirv._CAPABILITIES)} - {None, *features._SUBGROUP_OPERATIONS}
+    used |= {"timelineSemaphore", "maintenance4", "subgroupSizeControl", "computeFullSubgroups"}  # by the runtime
+    used |= {"cooperativeMatrixWorkgroupScope", "cooperativeMatrixFlexibleDimensions"}  # have no capability
+    enabled = features.ALL_FEATURES - {*features._PLAIN_EXTENSIONS, *features._SUBGROUP_OPERATIONS}
+    assert enabled == used
 
 
 def test_a_changed_source_without_its_binary_fails_the_check(package, capsys):

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 from vk_fixtures import SELECTOR, needs_vulkan, vulkan_device  # noqa: F401
 
 from vk_kernels import api
 from vk_kernels import device as device_module
 from vk_kernels.device import Device, DeviceInfo, choose, default_device, list_devices
-from vk_kernels.errors import NoDeviceError, SettingError, VulkanError
+from vk_kernels.errors import DeviceLostError, NoDeviceError, SettingError, VulkanError
 from vk_kernels.features import CooperativeMatrix, Features, Limits, _cooperative_matrices2
 from vk_kernels.instance import validation_mode
 
@@ -154,6 +155,22 @@ def test_a_closed_device_says_so_and_closes_twice():
     ):
         with pytest.raises(VulkanError, match=r"is closed"):
             use()
+
+
+@needs_vulkan
+def test_a_lost_device_is_destroyed_when_its_driver_has_let_go_of_the_work(monkeypatch):
+    device, waited = Device.open(SELECTOR), []
+    device.upload(np.zeros(4, np.float32))
+    wait_idle = device.fn.vkDeviceWaitIdle
+    monkeypatch.setattr(device.fn, "vkDeviceWaitIdle", lambda handle: waited.append(wait_idle(handle)))
+
+    def lose(*_):
+        raise DeviceLostError("the device was lost")
+
+    monkeypatch.setattr(device, "_await", lose)
+    device.close()
+    assert waited == [0]
+    assert not device._made
 
 
 @needs_vulkan

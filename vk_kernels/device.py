@@ -486,7 +486,9 @@ class Device:
         try:
             self._await(self._submitted, self.timeout)
         except DeviceLostError:
-            pass  # the objects of a lost device may and must still be destroyed
+            # The objects of a lost device may and must still be destroyed, once the driver lets go of its work: it
+            # returns in finite time then.
+            self.fn.vkDeviceWaitIdle(self.handle)
         except VulkanError as error:
             warnings.warn(f"closed with work unfinished: {error}", stacklevel=2)
             self.fn = api.ClosedFunctions(self.info.name)
