@@ -50,9 +50,11 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.data = ConfigDict()
-    config.data.source = "default"  # default | a .txt with markers | a .jsonl of chats | hf:NAME[:SPLIT]
+    config.data.source = "default"  # default | a .txt with markers | .jsonl, .json: docs/data.md | hf:NAME[:SPLIT]
     config.data.validation_fraction = 0.05
-    config.data.tokenizer = ""  # a tokenizer.json to use; empty: train one
+    config.data.tokenizer = ""  # a tokenizer.json to use; empty: that of init_from, else train one; new: train one
+    config.data.tool_calls = "text"  # how calls of tools are read: text | refuse
+    config.data.on_error = "stop"  # at a bad row or dialogue: stop | skip, and list it
     config.data.targets = "all"  # what the loss counts: all | assistant
     config.data.cache_dir = ""  # empty: ~/.cache/gpt_jax
     config.data.prefetch = 8  # batches

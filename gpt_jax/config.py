@@ -18,6 +18,8 @@ BACKENDS = ("auto", "xla", "vulkan")
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("highest", "high", "default")
 TARGETS = ("all", "assistant")
+TOOL_CALLS = ("text", "refuse")
+ON_ERROR = ("stop", "skip")
 
 _INT32 = 2**31 - 1  # steps and sizes are int32 on every device
 _UINT32 = 2**32 - 1  # what a seed of JAX and of Philox holds
@@ -141,7 +143,9 @@ FIELDS: dict[str, Field] = {
     "optimizer.clip_norm": _number("largest norm of the whole gradient", open_low=True),
     "data.source": Field(str, "default, a file, or hf:NAME[:SPLIT]"),
     "data.validation_fraction": _number("share of the sources kept for validation", high=1, open_low=True),
-    "data.tokenizer": Field(str, "a tokenizer.json; empty: train one"),
+    "data.tokenizer": Field(str, "a tokenizer.json; empty: that of init_from, else train one; new: train one"),
+    "data.tool_calls": _choice("whether calls of tools are read as text", TOOL_CALLS),
+    "data.on_error": _choice("what a bad row or dialogue is answered with", ON_ERROR),
     "data.targets": _choice("what the loss counts", TARGETS),
     "data.cache_dir": Field(str, "folder of the tokens; empty: ~/.cache/gpt_jax"),
     "data.prefetch": _whole("batches made ahead"),

@@ -1,26 +1,28 @@
-"""Dialogues as a stream, from the default corpus, a marked text file, JSON lines or a Hugging Face dataset.
+"""Dialogues as a stream, from the default corpus, a marked text file, JSON or a Hugging Face dataset.
 
 Every reader is a generator that holds one dialogue at a time, so memory stays flat for a source far larger
-than RAM. A dialogue is (user, assistant) once or more, in that order; anything else is refused with the file
-and line. Training and validation are split by `Dialogue.source`, never by line, so that validation text
-is unseen: the five readings of one quote, or the speeches of one scene, all fall on the same side.
+than RAM. What is no dialogue is refused with the file and line, or skipped by choice. Training and validation
+are split by `Dialogue.source`, never by line, so that validation text is unseen: the five readings of one quote,
+or the speeches of one scene, all fall on the same side.
 """
 
 import codecs
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
+import logging
 import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gpt_jax.config import UserError
-
-USER, ASSISTANT, END = MARKERS = ("<|user|>", "<|assistant|>", "<|end_of_text|>")
+from gpt_jax.dialogue import ASSISTANT, END, MARKERS, USER, Context, Dialogue, Turn, add_turn, finish
+from gpt_jax.rows import Reading, read_row
 
 MAX_DIALOGUE = 16 * 2**20  # characters (bytes for a line of JSON): what bounds the memory of a reader
 HASHED_WHOLE = 2**30  # bytes: a larger file is known by its path, size and time of change instead
@@ -29,43 +31,34 @@ _MARKER = re.compile("(" + "|".join(map(re.escape, MARKERS)) + ")")
 _CHUNK = 2**20  # bytes
 
 
-class Turn(NamedTuple):
-    role: str  # 'user' or 'assistant'
-    text: str  # stripped, never empty
-
-
-class Dialogue(NamedTuple):
-    source: str  # the unit of the training/validation split
-    turns: tuple[Turn, ...]  # user, assistant, user, assistant, ...
-
-
-def read_corpus(source: str) -> Iterator[Dialogue]:
+def read_corpus(source: str, reading: Reading | None = None) -> Iterator[Dialogue]:
     """Streams the dialogues of a source, in its own order.
 
     Args:
       source: one of
         'default': Stoic quotes with their interpretations, and the plays of Shakespeare;
         'hf:NAME[:SPLIT[:SUBSET]]': a Hugging Face dataset, streamed; SPLIT is 'train' unless given;
-        a path ending in .jsonl: a JSON object a line;
+        a path ending in .jsonl, .ndjson or .json: an object or a list of messages a line, or a list of them;
         any other path: text with the markers `<|user|>`, `<|assistant|>` and `<|end_of_text|>`.
+      reading: what to do about tool calls and bad rows; takes what was found. None: the default choices.
 
-    A row of JSON or of a dataset holds `messages` (OpenAI: role, content), `conversations` (ShareGPT:
-    from, value) or `text` (with markers). A system turn is put before the first user turn. Markers that
-    stand inside `messages` or `conversations` are plain text: the tokenizer never turns text into a marker,
-    so they cannot forge a turn. The source of a dialogue is its row's `id`, or else a digest of its text,
-    so copies of one dialogue stay on one side of the split.
+    The formats of a row are in docs/data.md. A system text is put before the first user turn. Markers that
+    stand inside messages are plain text: the tokenizer never turns text into a marker, so they cannot forge a
+    turn. The source of a dialogue is its row's `id`, or else a digest of its text, so copies of one dialogue
+    stay on one side of the split.
 
     Raises:
       UserError: the source is missing or malformed; names the file, the line and what was found there.
     """
+    reading = reading or Reading()
     if source == "default":
         return _default_corpus()
     if source.startswith("hf:"):
-        return _hugging_face(source)
+        return _rows(_hugging_face(source), reading)
     path = _existing_file(source)
-    if path.suffix == ".jsonl":
-        return _json_lines(path)
-    return _marked(_text_chunks(path), lambda line: f"{path}:{line}")
+    if path.suffix in (".jsonl", ".ndjson", ".json"):
+        return _rows(_json_file(path), reading)
+    return _marked(_text_chunks(path), lambda line: f"{path}:{line}", reading)
 
 
 def check_source(source: str) -> None:
@@ -86,8 +79,10 @@ def render(dialogue: Dialogue) -> str:
     """The dialogue as marked text: marker, text, marker, text, ..., `<|end_of_text|>`, with nothing between.
 
     Raises:
-      UserError: a turn holds a marker as text, so that the result would read back as other turns.
+      UserError: a turn holds a marker as text, so that the result would read back as other turns, or is context.
     """
+    if any(isinstance(turn, Context) for turn in dialogue.turns):
+        raise UserError(f"dialogue {dialogue.source}: a turn is context, no target; marked text cannot say that")
     if any(_MARKER.search(turn.text) for turn in dialogue.turns):
         raise UserError(f"dialogue {dialogue.source}: a turn holds a marker as text; marked text cannot say that")
     return "".join(f"<|{role}|>{text}" for role, text in dialogue.turns) + END
@@ -95,7 +90,8 @@ def render(dialogue: Dialogue) -> str:
 
 def is_validation(source: str, fraction: float) -> bool:
     """Whether dialogues of `source` are validation data: a hash, so no other source changes the answer."""
-    digest = hashlib.blake2b(source.encode(), digest_size=8).digest()
+    # An id may hold half of a surrogate pair: it is known by its bytes and never becomes text.
+    digest = hashlib.blake2b(source.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
@@ -121,31 +117,6 @@ def source_fingerprint(source: str) -> str:
     if stat.st_size > HASHED_WHOLE:
         return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     return f"{path.suffix} {_hash_files([path])}"
-
-
-# ---- turns, whatever they come from
-
-
-def _add_turn(turns: list[Turn], role: str, text: str, where: str) -> None:
-    expected = "assistant" if len(turns) % 2 else "user"
-    if role != expected:
-        raise UserError(f"{where}: found turn {role!r} where {expected!r} must stand: turns alternate, user first")
-    text = text.strip()
-    if not text:
-        raise UserError(f"{where}: the {role} turn is empty: fill it or remove the dialogue")
-    turns.append(Turn(role, text))
-
-
-def _finish(turns: list[Turn], where: str, source: str | None = None) -> Dialogue:
-    if not turns or turns[-1].role != "assistant":
-        found = "ends with a user turn" if turns else "has no turn"
-        raise UserError(f"{where}: the dialogue {found}: an assistant turn must come last")
-    try:
-        digest = hashlib.blake2b(json.dumps(turns, ensure_ascii=False).encode(), digest_size=16).hexdigest()
-    except UnicodeEncodeError as error:
-        found = ascii(error.object[error.start])
-        raise UserError(f"{where}: found {found}, half of a surrogate pair, which is not text") from None
-    return Dialogue(source or digest, tuple(turns))
 
 
 # ---- marked text
@@ -187,33 +158,83 @@ def _pieces(chunks: Iterable[str], where: Callable[[int], str]) -> Iterator[tupl
 _HOW_MARKED = f"write {USER}question{ASSISTANT}answer{END} (JSON lines must be named .jsonl)"
 
 
-def _marked(chunks: Iterable[str], where: Callable[[int], str]) -> Iterator[Dialogue]:
+def _marked(
+    chunks: Iterable[str], where: Callable[[int], str], reading: Reading, source: str | None = None
+) -> Iterator[Dialogue]:
     turns: list[Turn] = []
-    size = 0
-    line = 1
+    size, line, lost = 0, 1, False  # lost: inside a bad dialogue that is skipped
     for line, marker, text in _pieces(chunks, where):
         size += len(text)
         if size > MAX_DIALOGUE:
             raise UserError(f"{where(line)}: the dialogue is over {MAX_DIALOGUE:,} characters: is {END} missing?")
-        if marker in (USER, ASSISTANT):
-            _add_turn(turns, marker[2:-2], text, where(line))
-            continue
-        if marker == END:
-            yield _finish(turns, where(line))
-            turns, size = [], 0
-        if text.strip():
-            found = text.strip()[:40]
-            raise UserError(f"{where(line)}: found {found!r} outside any dialogue: {_HOW_MARKED}")
+        dialogue = None
+        try:
+            if marker in (USER, ASSISTANT):
+                if not lost:
+                    add_turn(turns, Turn(marker[2:-2], text), where(line))
+                continue
+            if marker == END:
+                closed, skipping = turns, lost
+                turns, size, lost = [], 0, False
+                dialogue = None if skipping else finish(closed, where(line), source)
+            if text.strip():
+                found = text.strip()[:40]
+                raise UserError(f"{where(line)}: found {found!r} outside any dialogue: {_HOW_MARKED}")
+        except UserError as error:
+            if not reading.skips(error):
+                raise
+            turns, lost = [], marker in (USER, ASSISTANT)
+        if dialogue:
+            yield dialogue
     if turns:
-        raise UserError(f"{where(line)}: the last dialogue is not closed: write {END} after it")
+        error = UserError(f"{where(line)}: the last dialogue is not closed: write {END} after it")
+        if not reading.skips(error):
+            raise error
 
 
-# ---- rows: JSON lines and Hugging Face datasets
-
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+# ---- rows: JSON and Hugging Face datasets
 
 
-def _json_lines(path: Path) -> Iterator[Dialogue]:
+def _marked_row(text: str, where: str, source: str | None) -> Iterator[Dialogue]:
+    def place(line: int) -> str:
+        return f"{where}, line {line} of 'text'" if line > 1 else where
+
+    return _marked([text], place, Reading(), source)
+
+
+def _rows(values: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[Dialogue]:
+    """The dialogues of rows, (where, value) each. A value that is a UserError is a row that could not be read."""
+    for where, value in values:
+        try:
+            if isinstance(value, UserError):
+                raise value
+            dialogues = list(read_row(value, where, reading, _marked_row))
+        except UserError as error:
+            if not reading.skips(error):
+                raise
+            continue
+        yield from dialogues
+
+
+def _json_file(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file of JSON lines, or of one that is a single list or objects one after another."""
+    with path.open("rb") as file:
+        first = b""
+        while not first.strip() and (line := file.readline(MAX_DIALOGUE + 1)):
+            first = line.removeprefix(codecs.BOM_UTF8)
+    first = first.strip()
+    if _LIST_OF_ROWS.match(first) or first in (b"[", b"{"):
+        try:
+            json.loads(first)
+        except (ValueError, RecursionError):
+            return _json_values(path)
+    return _json_lines(path)
+
+
+_LIST_OF_ROWS = re.compile(rb"\[\s*(\[\s*)?\{")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         number = 0
         while line := file.readline(MAX_DIALOGUE + 1):
@@ -222,60 +243,47 @@ def _json_lines(path: Path) -> Iterator[Dialogue]:
             if len(line) > MAX_DIALOGUE:
                 raise UserError(f"{where}: the line is over {MAX_DIALOGUE:,} bytes: one dialogue a line")
             decoder = codecs.getincrementaldecoder("utf-8-sig" if number == 1 else "utf-8")()
-            text = _decode(decoder, line, path, number, final=True)
-            if not text.strip():
-                continue
             try:
-                row = json.loads(text)
+                text = _decode(decoder, line, path, number, final=True).strip()
+                if text:
+                    yield where, json.loads(text)
+            except UserError as error:
+                yield where, error
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: found {text.strip()[:40]!r}, not a JSON object: {error}") from None
-            yield from _row(row, where)
+                hint = "; remove the comma after it" if text.endswith("},") else ""
+                yield where, UserError(f"{where}: found {text[:40]!r}, not a JSON object: {error}{hint}")
 
 
-def _row(row: Any, where: str) -> Iterator[Dialogue]:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: found {_kind(row)} where a row must be an object with 'messages'")
-    # A dataset of many shapes gives every row all columns, null where they do not apply.
-    found = [key for key in ("messages", "conversations", "text") if row.get(key) is not None]
-    if not found:
-        keys = ", ".join(map(repr, row)) or "none"
-        raise UserError(f"{where}: found the keys {keys}: a row needs 'messages', 'conversations' or 'text'")
-    shape = found[0]
-    if shape == "text":
-        if not isinstance(row["text"], str):
-            raise UserError(f"{where}: 'text' is {_kind(row['text'])}, not text")
-        yield from _marked([row["text"]], lambda line: f"{where}, line {line} of 'text'" if line > 1 else where)
-        return
-    role_key, text_key = ("role", "content") if shape == "messages" else ("from", "value")
-    messages = row[shape]
-    if not isinstance(messages, list):
-        raise UserError(f"{where}: {shape!r} is {_kind(messages)}, not a list of turns")
-    turns: list[Turn] = []
-    system = ""
-    for position, message in enumerate(messages):
-        here = f"{where}, {shape}[{position}]"
-        if not isinstance(message, dict) or not isinstance(message.get(text_key), str):
-            found = _kind(message.get(text_key) if isinstance(message, dict) else message)
-            raise UserError(f"{here}: found {found} where {text_key!r} must hold text")
-        role = _ROLES.get(str(message.get(role_key)))
-        if role is None:
-            raise UserError(f"{here}: {role_key!r} is {message.get(role_key)!r}, not one of {', '.join(_ROLES)}")
-        if role == "system":
-            if position:
-                raise UserError(f"{here}: a system turn can only come first")
-            system = message[text_key].strip()
-            continue
-        text = message[text_key]
-        if not turns and system:
-            text = f"{system}\n\n{text.strip()}"
-        _add_turn(turns, role, text, here)
-    identity = row.get("id")
-    yield _finish(turns, where, None if identity is None else f"id {identity}")
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", type(None): "nothing", bool: "true or false"}
-    return names.get(type(value), "a number")
+def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a list, or of a file that has one after another, each with the line that it begins in."""
+    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    text, at, line = "", 0, 1
+    begun = in_list = closed = False
+    for chunk in itertools.chain(_text_chunks(path), [None]):
+        text, at = text[at:] + (chunk or ""), 0
+        while True:
+            start, at = at, between.match(text, at).end()
+            line += text.count("\n", start, at)
+            if at == len(text):
+                break
+            if closed:
+                raise UserError(f"{path}:{line}: found {text[at : at + 40]!r} after the end of the list")
+            if text[at] == "]" if in_list else text[at] == "[" and not begun:
+                begun, in_list, closed, at = True, not in_list, in_list, at + 1
+                continue
+            begun = True
+            try:
+                value, end = decode(text, at)
+            except (ValueError, RecursionError) as error:
+                if chunk is not None and len(text) - at <= MAX_DIALOGUE:
+                    break  # the rest of it is in the next chunk
+                line += text.count("\n", at, getattr(error, "pos", at))
+                raise UserError(f"{path}:{line}: not valid JSON: {getattr(error, 'msg', error)}") from None
+            yield f"{path}:{line}", value
+            line += text.count("\n", at, end)
+            at = end
+    if in_list:
+        raise UserError(f"{path}:{line}: the list of rows is not closed: is the file cut?")
 
 
 def _hugging_face_name(source: str) -> tuple[str, str, str | None]:
@@ -293,17 +301,25 @@ def _load_dataset(source: str, function: str, *args: Any, **kwargs: Any) -> Any:
         import datasets
     except ImportError:
         raise UserError(_NO_DATASETS.format(source=source)) from None
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it raises is said in one line
     try:
         return getattr(datasets, function)(*args, **kwargs)
     except (OSError, ValueError) as error:  # unknown name, split or subset, or no network
         raise UserError(f"data source {source!r}: {' '.join(str(error).split())}") from error
 
 
-def _hugging_face(source: str) -> Iterator[Dialogue]:
+def _hugging_face(source: str) -> Iterator[tuple[str, Any]]:
     name, split, subset = _hugging_face_name(source)
-    rows = _load_dataset(source, "load_dataset", name, subset, split=split, streaming=True)
-    for number, row in enumerate(rows):
-        yield from _row(row, f"{source} row {number}")
+    rows = iter(_load_dataset(source, "load_dataset", name, subset, split=split, streaming=True))
+    for number in itertools.count():
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # whatever the readers of its many file formats raise
+            reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+            raise UserError(f"{source} row {number} or one after it cannot be read: {reason}") from error
+        yield f"{source} row {number}", row
 
 
 # ---- files

@@ -1,11 +1,14 @@
 """From a corpus to batches: a token cache on disk, and random access to shuffled windows of it.
 
-The cache is a folder named by a fingerprint of the source, the tokenizer, the split and FORMAT_VERSION:
+The cache is a folder named by a fingerprint of the source, how it is read, the tokenizer, the split and
+FORMAT_VERSION:
   train.tokens, validation.tokens        ids, uint16 or uint32 (above 65,536 ids), dialogue after dialogue
-  train.assistant, validation.assistant  one byte a token: 1 where the assistant says it
-  tokenizer.json, stats.json
-It is built beside its place and renamed into it, so a killed run leaves no half cache. Batch n is a pure
-function of (seed, n): nothing about the data's position needs saving but n.
+  train.assistant, validation.assistant  one byte a token: 1 where the assistant says it, 2 where no loss may count it
+  tokenizer.json
+  stats.json                             counts, notes about what was read, and the CRC-32 of every other file
+It is built beside its place and renamed into it, so a killed run leaves no half cache. Every checksum is verified
+when it is opened, at 2 GB/s a file. Batch n is a pure function of (seed, n): nothing about the data's position needs
+saving but how many windows were seen.
 """
 
 import dataclasses
@@ -16,7 +19,9 @@ import os
 import shutil
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +30,27 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gpt_jax import corpus, tokenizer
-from gpt_jax.config import UserError
+from gpt_jax.config import TARGETS, UserError
 from gpt_jax.json_file import VERSION, read_object
+from gpt_jax.rows import Reading
 
 # Raise it when the same source and tokenizer would give other tokens or files than before.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
+NEW_TOKENIZER = "new"  # in place of a tokenizer's path: trains one, where else the donor's would be taken
 MASKED = -1  # the target that no loss counts
 TOKENIZER_CHARACTERS = 500_000_000  # what a BPE is trained on at most: its word table must fit in memory
 
 _ENDLESS = 2**62  # windows: grain adds to the length of what is endless, and it must stay an index
 _BATCH_CHARACTERS = 1_000_000  # encoded at a time
 _LOG_CHARACTERS = 100_000_000  # between two lines of progress
+_SCANNED = 2**24  # tokens looked at a time
 _ABANDONED = 3600  # seconds without a write after which a build is taken for dead
+_FEW = 1000  # different sources are counted up to here
 _SPLITS = ("train", "validation")
+_ARRAYS = tuple(f"{split}.{kind}" for split in _SPLITS for kind in ("tokens", "assistant"))
+_TOKENIZER = "tokenizer.json"
+_CHECKED = (*_ARRAYS, _TOKENIZER)
 
 Batch = dict[str, np.ndarray]
 Log = Callable[[str], None]
@@ -50,7 +62,8 @@ class Tokens:
 
     Attributes:
       ids: (N,) uint16 or uint32.
-      assistant: (N,) uint8: 1 where the assistant says the token: its text, and the marker that closes it.
+      assistant: (N,) uint8: 1 where the assistant says the token: its text, and the marker that closes it; 2 in
+        a turn that is context (OpenAI's weight 0), and in the marker that closes it; else 0.
     """
 
     ids: np.ndarray
@@ -72,17 +85,22 @@ class Corpus:
     tokenizer: Tokenizer
     fingerprint: str
     stats: dict[str, dict[str, int]]
+    notes: tuple[str, ...] = ()  # what was read in another way than as turns that count
 
 
-def prepare(data_config: Any, vocab_size: int, log: Log = logging.info) -> Corpus:
+def prepare(
+    data_config: Any, vocab_size: int, log: Log = logging.info, tokenizer_file: str | Path | None = None
+) -> Corpus:
     """Tokenises a corpus, or opens the cache of an earlier call; memory stays flat however large it is.
 
     Args:
       data_config: a ConfigDict with `source` (see `corpus.read_corpus`), `validation_fraction`,
-        `tokenizer` (path of a tokenizer.json; '' trains one on the training split) and
-        `cache_dir` ('' is gpt_jax in $XDG_CACHE_HOME or ~/.cache).
+        `tokenizer` (path of a tokenizer.json; '' or NEW_TOKENIZER trains one on the training split),
+        `cache_dir` ('' is gpt_jax in $XDG_CACHE_HOME or ~/.cache), and maybe `tool_calls` and `on_error` (see
+        `rows.Reading`).
       vocab_size: the model's; the tokenizer has as many ids or fewer.
       log: takes a line about what is done.
+      tokenizer_file: a tokenizer.json to use where `tokenizer` is ''.
 
     Raises:
       UserError: the source or the tokenizer cannot be used, a split is empty, or the cache cannot be written.
@@ -90,15 +108,18 @@ def prepare(data_config: Any, vocab_size: int, log: Log = logging.info) -> Corpu
     fraction = data_config.validation_fraction
     if not 0 < fraction < 1:
         raise UserError(f"data.validation_fraction is {fraction}: it must lie between 0 and 1")
-    given = tokenizer.load(data_config.tokenizer) if data_config.tokenizer else None
+    file = data_config.tokenizer or tokenizer_file
+    given = tokenizer.load(file) if file and file != NEW_TOKENIZER else None
     if given and given.get_vocab_size() > vocab_size:
         raise UserError(
-            f"tokenizer {data_config.tokenizer} has {given.get_vocab_size()} ids but the model's vocab_size "
+            f"tokenizer {file} has {given.get_vocab_size()} ids but the model's vocab_size "
             f"is {vocab_size}: raise vocab_size"
         )
+    choices = {name: data_config[name] for name in ("tool_calls", "on_error") if name in data_config}
     identity = [
         FORMAT_VERSION,
         corpus.source_fingerprint(data_config.source),
+        dataclasses.asdict(Reading(**choices)),
         fraction,
         given.to_str() if given else vocab_size,
     ]
@@ -113,7 +134,7 @@ def prepare(data_config: Any, vocab_size: int, log: Log = logging.info) -> Corpu
             shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
         else:
             log(f"data: using the token cache {folder}")
-            _log_size(prepared, vocab_size, log)
+            _log_facts(prepared, vocab_size, log)
             return prepared
 
     log(f"data: preparing {data_config.source!r}")
@@ -126,7 +147,7 @@ def prepare(data_config: Any, vocab_size: int, log: Log = logging.info) -> Corpu
     except OSError as error:
         raise UserError(f"cannot write the token cache: {error}: set data.cache_dir to a folder that can be") from None
     try:
-        _build(partial, data_config.source, fraction, given, vocab_size, log)
+        _build(partial, data_config.source, choices, fraction, given, vocab_size, log)
         try:
             partial.rename(folder)
         except OSError:  # another run has built the same in the meantime: it is as good
@@ -136,7 +157,7 @@ def prepare(data_config: Any, vocab_size: int, log: Log = logging.info) -> Corpu
         shutil.rmtree(partial, ignore_errors=True)
     prepared = _open(folder)
     log(f"data: prepared in {time.monotonic() - start:.1f} s, cached in {folder}")
-    _log_size(prepared, vocab_size, log)
+    _log_facts(prepared, vocab_size, log)
     return prepared
 
 
@@ -210,7 +231,7 @@ def _windows(
     tokens: Tokens, block_size: int, batch_size: int, targets: str, split: str, log: Log
 ) -> tuple[grain.MapDataset[int], Callable[[Iterable[int]], Batch]]:
     """The windows of a split that have a target, numbered in their order, and what makes a batch of such numbers."""
-    if targets not in ("all", "assistant"):
+    if targets not in TARGETS:
         raise UserError(f"data.targets is {targets!r}: it must be 'all' or 'assistant'")
     remedy = ("" if split == "training" else "raise data.validation_fraction, ") + "give more data"
     if len(tokens) <= block_size:
@@ -219,35 +240,45 @@ def _windows(
             f"{block_size + 1}: lower block_size, {remedy}"
         )
     count = (len(tokens) - 1) // block_size
-    kept = None
-    if targets == "assistant":
-        said = tokens.assistant[1 : 1 + count * block_size].reshape(count, block_size)  # by target
-        kept = np.flatnonzero(said.any(axis=1))
-        if not len(kept):
-            raise UserError(
-                f"data.targets=assistant, but in none of the {count:,} windows of the {split} data does the assistant "
-                f"say anything that counts: {remedy}, or set data.targets=all"
-            )
-        if len(kept) < count:
-            left_out = count - len(kept)
-            log(f"data: {left_out:,} of {count:,} {split} windows have no counted target; they are left out")
+    kept = _windows_with_a_target(tokens, block_size, count, targets)
+    if not len(kept):
+        remedy += ", or set data.targets=all" if targets == "assistant" else ""
+        raise UserError(
+            f"none of the {count:,} windows of the {split} data has a target that data.targets={targets} counts: "
+            + remedy
+        )
+    if len(kept) < count:
+        left_out = count - len(kept)
+        log(f"data: {left_out:,} of {count:,} {split} windows have no counted target; they are left out")
     offsets = np.arange(block_size + 1)
 
     def gather(numbers: Iterable[int]) -> Batch:
-        numbers = np.asarray(numbers)
-        numbers = numbers if kept is None else kept[numbers]
-        positions = numbers[:, None] * block_size + offsets  # (windows, T + 1)
+        positions = kept[np.asarray(numbers)][:, None] * block_size + offsets  # (windows, T + 1)
         block = tokens.ids[positions].astype(np.int32)
-        inputs, wanted = block[:, :-1], block[:, 1:]
-        if targets == "assistant":
-            wanted = np.where(tokens.assistant[positions[:, 1:]], wanted, np.int32(MASKED))
+        inputs = block[:, :-1]
+        wanted = np.where(_counted(tokens.assistant[positions[:, 1:]], targets), block[:, 1:], np.int32(MASKED))
         missing = ((0, batch_size - len(block)), (0, 0))
         return {
             "inputs": np.pad(inputs, missing),
             "targets": np.pad(wanted, missing, constant_values=MASKED),
         }
 
-    return grain.MapDataset.range(count if kept is None else len(kept)), gather
+    return grain.MapDataset.range(len(kept)), gather
+
+
+def _counted(assistant: np.ndarray, targets: str) -> np.ndarray:
+    return assistant == tokenizer.SAID if targets == "assistant" else assistant != tokenizer.UNCOUNTED
+
+
+def _windows_with_a_target(tokens: Tokens, block_size: int, count: int, targets: str) -> np.ndarray:
+    """Numbers of the windows that have one, int64."""
+    found = []
+    step = max(_SCANNED // block_size, 1)  # windows at a time, so that memory stays flat
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        said = tokens.assistant[1 + first * block_size : 1 + last * block_size].reshape(-1, block_size)  # by target
+        found.append(first + np.flatnonzero(_counted(said, targets).any(axis=1)))
+    return np.concatenate(found)
 
 
 # ---- the cache
@@ -266,18 +297,42 @@ def _remove_abandoned(root: Path, fingerprint: str) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _build(folder: Path, source: str, fraction: float, given: Tokenizer | None, vocab_size: int, log: Log) -> None:
-    trained = given or tokenizer.train_tokenizer(_training_texts(source, fraction), vocab_size)
+class _Output:
+    """A new file that knows the CRC-32 of what was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.crc = path.open("wb"), 0
+
+    def write(self, array: np.ndarray) -> None:
+        written = array.tobytes()
+        self.crc = zlib.crc32(written, self.crc)
+        self.file.write(written)
+
+
+def _build(
+    folder: Path,
+    source: str,
+    choices: dict[str, str],
+    fraction: float,
+    given: Tokenizer | None,
+    vocab_size: int,
+    log: Log,
+) -> None:
+    texts = _training_texts(corpus.read_corpus(source, Reading(**choices)), fraction)
+    trained = given or tokenizer.train_tokenizer(texts, vocab_size)
     dtype = np.dtype(np.uint16 if trained.get_vocab_size() <= 2**16 else np.uint32)
     stats = {split: {"dialogues": 0, "bytes": 0, "tokens": 0} for split in _SPLITS}
-    files = {split: [(folder / f"{split}.{kind}").open("wb") for kind in ("tokens", "assistant")] for split in _SPLITS}
+    outputs = {name: _Output(folder / name) for name in _ARRAYS}
+    reading, sources = Reading(**choices), set()
     try:
         characters = logged = 0
-        for batch in _batches(corpus.read_corpus(source)):
+        for batch in _batches(corpus.read_corpus(source, reading)):
             for dialogue, (ids, said) in zip(batch, tokenizer.encode_dialogues(trained, batch), strict=True):
+                if len(sources) <= _FEW:
+                    sources.add(dialogue.source)
                 split = _SPLITS[corpus.is_validation(dialogue.source, fraction)]
-                files[split][0].write(ids.astype(dtype).tobytes())
-                files[split][1].write(said.tobytes())
+                outputs[f"{split}.tokens"].write(ids.astype(dtype))
+                outputs[f"{split}.assistant"].write(said)
                 stats[split]["dialogues"] += 1
                 stats[split]["bytes"] += sum(len(turn.text.encode()) for turn in dialogue.turns)
                 stats[split]["tokens"] += len(ids)
@@ -286,17 +341,31 @@ def _build(folder: Path, source: str, fraction: float, given: Tokenizer | None, 
                 logged = characters
                 log(f"data: {characters:,} characters tokenised")
     finally:
-        for file in [*files["train"], *files["validation"]]:
-            file.close()
-    _check_splits(stats, source, fraction)
-    tokenizer.save(trained, folder / "tokenizer.json")
-    meta = {VERSION: FORMAT_VERSION, "dtype": dtype.name, "stats": stats}
+        for output in outputs.values():
+            output.file.close()
+    _check_splits(stats, source, fraction, reading, sources)
+    tokenizer.save(trained, folder / _TOKENIZER)
+    checksums = {name: output.crc for name, output in outputs.items()}
+    checksums[_TOKENIZER] = _crc32(folder / _TOKENIZER)
+    meta = {
+        VERSION: FORMAT_VERSION,
+        "dtype": dtype.name,
+        "stats": stats,
+        "notes": reading.notes(),
+        "checksums": checksums,
+    }
+    meta["checksum"] = _checksum(meta)
     (folder / "stats.json").write_text(json.dumps(meta, indent=2))
 
 
-def _training_texts(source: str, fraction: float) -> Iterator[str]:
+def _checksum(meta: dict[str, Any]) -> int:
+    """CRC-32 of what stats.json says, but of itself."""
+    return zlib.crc32(json.dumps({name: meta[name] for name in meta if name != "checksum"}, sort_keys=True).encode())
+
+
+def _training_texts(dialogues: Iterable[corpus.Dialogue], fraction: float) -> Iterator[str]:
     characters = 0
-    for dialogue in corpus.read_corpus(source):
+    for dialogue in dialogues:
         if corpus.is_validation(dialogue.source, fraction):
             continue
         for turn in dialogue.turns:
@@ -322,27 +391,56 @@ def _length(dialogue: corpus.Dialogue) -> int:
     return sum(len(turn.text) for turn in dialogue.turns)
 
 
-def _check_splits(stats: dict[str, dict[str, int]], source: str, fraction: float) -> None:
+def _check_splits(
+    stats: dict[str, dict[str, int]], source: str, fraction: float, reading: Reading, sources: set[str]
+) -> None:
     train, validation = (stats[split]["dialogues"] for split in _SPLITS)
     if not train + validation:
-        raise UserError(f"data source {source!r} holds no dialogue")
-    if not train or not validation:
-        empty, change = ("training", "lower") if not train else ("validation", "raise")
+        bad = f": {reading.skipped:,} were skipped, first {reading.skipped_first[0]}" if reading.skipped else ""
+        raise UserError(f"data source {source!r} holds no dialogue{bad}")
+    if train and validation:
+        return
+    empty, change = ("training", "lower") if not train else ("validation", "raise")
+    if len(sources) == 1 < train + validation:
+        [only] = sources
         raise UserError(
-            f"data source {source!r}: none of the {train + validation} dialogues falls in the {empty} split "
-            f"at data.validation_fraction={fraction}: {change} it, or give more data"
+            f"data source {source!r}: all {train + validation} dialogues have one source, {only!r}, which is "
+            f"never split, so the {empty} split is empty: give unrelated rows an 'id' of their own, or none"
         )
+    few = f" of {len(sources)} sources" if len(sources) <= min(_FEW, train + validation - 1) else ""
+    raise UserError(
+        f"data source {source!r}: none of the {train + validation} dialogues{few} falls in the {empty} split "
+        f"at data.validation_fraction={fraction}: {change} it, or give more data"
+    )
 
 
 def _open(folder: Path) -> Corpus:
     """Raises OSError, ValueError, KeyError or TypeError if the cache is not whole."""
-    meta = read_object(folder / "stats.json", FORMAT_VERSION, {"dtype": str, "stats": dict.fromkeys(_SPLITS, dict)})
-    splits = []
-    for split in _SPLITS:
-        count = meta["stats"][split]["tokens"]
-        ids = _map(folder / f"{split}.tokens", np.dtype(meta["dtype"]), count)
-        splits.append(Tokens(ids, _map(folder / f"{split}.assistant", np.dtype(np.uint8), count)))
-    return Corpus(*splits, tokenizer.load(folder / "tokenizer.json"), folder.name, meta["stats"])
+    types = {"dtype": str, "stats": dict.fromkeys(_SPLITS, dict), "notes": list, "checksums": dict}
+    meta = read_object(folder / "stats.json", FORMAT_VERSION, types)
+    if meta["checksum"] != _checksum(meta):
+        raise ValueError("stats.json fails its checksum")
+    dtypes = {"tokens": np.dtype(meta["dtype"]), "assistant": np.dtype(np.uint8)}
+    arrays = {
+        name: _map(folder / name, dtypes[name.partition(".")[2]], meta["stats"][name.partition(".")[0]]["tokens"])
+        for name in _ARRAYS
+    }
+    with ThreadPoolExecutor(len(_ARRAYS)) as pool:  # zlib lets go of the interpreter
+        for name, crc in zip(_CHECKED, pool.map(lambda name: _crc32(folder / name), _CHECKED), strict=True):
+            if meta["checksums"][name] != crc:
+                raise ValueError(f"{name} fails its checksum")
+    splits = [Tokens(arrays[f"{split}.tokens"], arrays[f"{split}.assistant"]) for split in _SPLITS]
+    loaded = tokenizer.load(folder / _TOKENIZER)
+    return Corpus(*splits, loaded, folder.name, meta["stats"], tuple(meta["notes"]))
+
+
+def _crc32(path: Path) -> int:
+    """Read piece by piece: pages of a map would count as memory of this process."""
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(2**16):
+            crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.memmap:
@@ -352,7 +450,9 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.memmap:
     return np.memmap(path, dtype, mode="r", shape=(count,))
 
 
-def _log_size(prepared: Corpus, vocab_size: int, log: Log) -> None:
+def _log_facts(prepared: Corpus, vocab_size: int, log: Log) -> None:
+    for note in prepared.notes:
+        log(f"data: {note}")
     stats = prepared.stats
     log(
         f"data: {sum(stats[split]['dialogues'] for split in _SPLITS):,} dialogues, "

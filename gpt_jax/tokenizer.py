@@ -13,8 +13,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gpt_jax.config import UserError
-from gpt_jax.corpus import ASSISTANT, END, MARKERS, USER, Dialogue, Turn
+from gpt_jax.dialogue import ASSISTANT, END, MARKERS, USER, Context, Dialogue, Turn
 
+SAID, UNCOUNTED = 1, 2  # of a token: the assistant says it; it is never a target
 SMALLEST_VOCABULARY = 256 + len(MARKERS)  # every byte, and the markers
 
 
@@ -110,9 +111,9 @@ def encode_dialogues(tokenizer: Tokenizer, dialogues: Sequence[Dialogue]) -> lis
     """Encodes dialogues in one parallel batch.
 
     Returns for each dialogue of n tokens, as `corpus.render` spells it:
-      ids (n,) uint32, and assistant (n,) bool: true for the tokens that the assistant says, which are those
-      of its text and the marker that follows it, the next `<|user|>` or the `<|end_of_text|>`, by which it
-      says that it has finished.
+      ids (n,) uint32, and assistant (n,) uint8: SAID for the tokens that the assistant says, which are those of
+      its text and the marker that follows it, the next `<|user|>` or the `<|end_of_text|>`, by which it says
+      that it has finished; UNCOUNTED for those of a turn that is context, and of its marker; else 0.
     """
     user, assistant, end = marker_ids(tokenizer)
     texts = [turn.text for dialogue in dialogues for turn in dialogue.turns]
@@ -120,12 +121,13 @@ def encode_dialogues(tokenizer: Tokenizer, dialogues: Sequence[Dialogue]) -> lis
     result = []
     for dialogue in dialogues:
         ids: list[int] = []
-        said: list[bool] = []
-        answered = False  # whether the turn before was the assistant's
-        for role, _ in dialogue.turns:
+        said: list[int] = []
+        before = 0  # what the turn before was
+        for turn in dialogue.turns:
             spoken = next(encodings).ids
-            ids += [user if role == "user" else assistant, *spoken]
-            said += [answered, *[role == "assistant"] * len(spoken)]
-            answered = role == "assistant"
-        result.append((np.array([*ids, end], np.uint32), np.array([*said, answered], bool)))
+            ids += [user if turn.role == "user" else assistant, *spoken]
+            kind = UNCOUNTED if isinstance(turn, Context) else SAID if turn.role == "assistant" else 0
+            said += [before, *[kind] * len(spoken)]
+            before = kind
+        result.append((np.array([*ids, end], np.uint32), np.array([*said, before], np.uint8)))
     return result

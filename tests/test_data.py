@@ -203,14 +203,40 @@ def test_a_damaged_cache_is_built_again_with_a_warning(chats, name, damage):
     np.testing.assert_array_equal(again.train.ids, ids)
 
 
+@pytest.mark.parametrize(
+    "name", ["train.tokens", "train.assistant", "validation.tokens", "validation.assistant", "tokenizer.json"]
+)
+def test_a_flipped_bit_in_the_cache_is_noticed_and_built_again(chats, name):
+    first = prepare(chats)
+    path = chats.parent / "cache" / first.fingerprint / name
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    lines = []
+    prepare(chats, lines.append)
+    assert lines[0].endswith(f"is damaged ({name} fails its checksum): building it again")
+    assert path.read_bytes() == whole
+
+
+def test_changed_facts_of_the_cache_are_noticed(chats):
+    path = chats.parent / "cache" / prepare(chats).fingerprint / "stats.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"dialogues": 1', '"dialogues": 2'))
+    lines = []
+    prepare(chats, lines.append)
+    assert "is damaged (stats.json fails its checksum): building it again" in lines[0]
+    assert path.read_text() == whole
+
+
 KILLED = """
 import os, signal, sys
 from ml_collections import ConfigDict
 from gpt_jax import corpus, data
 read, passes = corpus.read_corpus, []
-def killing(source):  # the first pass trains the tokenizer, the second writes the tokens
+def killing(source, reading):  # the first pass trains the tokenizer, the second writes the tokens
     passes.append(source)
-    for number, dialogue in enumerate(read(source)):
+    for number, dialogue in enumerate(read(source, reading)):
         if len(passes) == 2 and number == 150:
             os.kill(os.getpid(), signal.SIGKILL)
         yield dialogue
@@ -288,6 +314,58 @@ def test_empty_splits_and_sources(chats):
     chats.write_text("\n")
     with pytest.raises(UserError, match="holds no dialogue"):
         prepare(chats)
+
+
+def jsonl(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def messages(number, **more):
+    answer = {"role": "assistant", "content": f"answer {number}"}
+    return {"messages": [{"role": "user", "content": f"word {number}"}, answer | more]}
+
+
+def test_one_id_on_all_rows_is_said(tmp_path):
+    same = jsonl(tmp_path / "same.jsonl", [messages(n) | {"id": "task"} for n in range(20)])
+    with pytest.raises(UserError, match=r"all 20 dialogues have one source, 'id task', which is never split, so the"):
+        prepare(same)
+    two = jsonl(tmp_path / "two.jsonl", [messages(n) | {"id": n % 2} for n in range(20)])
+    with pytest.raises(UserError, match=r"none of the 20 dialogues of 2 sources falls in the validation split"):
+        prepare(two, validation_fraction=0.01)
+
+
+def test_what_was_read_otherwise_is_said_at_every_start(tmp_path):
+    rows = [messages(n, weight=n % 2) for n in range(20)] + [{"messages": []}] * 2
+    source = jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=r"rows.jsonl:21: the dialogue has no turn"):
+        prepare(source)
+    lines, again = [], []
+    prepared = prepare(source, lines.append, on_error="skip")
+    assert "data: 2 bad rows or dialogues skipped (data.on_error=skip):" in lines
+    assert f"data:   {source}:22: the dialogue has no turn: an assistant turn must come last" in lines
+    assert "data: 10 turns of weight 0 are context, never targets" in lines
+    prepare(source, again.append, on_error="skip")
+    assert again[1:] == [line for line in lines if "prepar" not in line]
+    assert sum(counts["dialogues"] for counts in prepared.stats.values()) == 20
+    with pytest.raises(UserError, match=r"holds no dialogue: 1 were skipped, first .*:1: the dialogue has no turn"):
+        prepare(jsonl(tmp_path / "bad.jsonl", [{"messages": []}]), on_error="skip")
+
+
+@pytest.mark.parametrize("targets", data.TARGETS)
+def test_turns_of_weight_0_are_never_targets(tmp_path, targets):
+    """Whatever else counts: their text, and the marker that closes them."""
+    wrong = {"role": "assistant", "content": "WRONG", "weight": 0}
+    rows = [{"messages": [{"role": "user", "content": "q"}, wrong, *messages(n)["messages"]]} for n in range(20)]
+    prepared = prepare(jsonl(tmp_path / "rows.jsonl", rows))
+    batches = data.windows(prepared.train, block_size=8, batch_size=4, seed=0, targets=targets)
+    counted = np.concatenate([batches[n]["targets"].ravel() for n in range(20)])
+    text = tk.decode(prepared.tokenizer, counted[counted != data.MASKED])
+    assert "answer" in text
+    assert "WRONG" not in text
+    assert ("word" in text) == (targets == "all")
+    context = prepared.train.ids[prepared.train.assistant == tk.UNCOUNTED]
+    assert tk.decode(prepared.tokenizer, context) == "WRONG<|user|>" * prepared.stats["train"]["dialogues"]
 
 
 PEAK = """

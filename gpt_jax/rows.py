@@ -1,0 +1,387 @@
+"""Rows of JSON or of a dataset, in the formats that people have, read as dialogues. docs/data.md has them all.
+
+Every row is first brought to one form, a list of messages, and the messages are then read as turns. What says
+something (a tool call, a system text, a weight) is read, or the row is refused; keys that nothing is known of are
+counted, so that nothing is left out without a word.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from gpt_jax.config import UserError
+from gpt_jax.dialogue import Context, Dialogue, Turn, add_turn, finish
+
+LISTED = 20  # skipped rows that are named one by one
+
+Marked = Callable[[str, str, str | None], Iterable[Dialogue]]  # (text with markers, where, source) to its dialogues
+
+_LISTS = ("messages", "conversations", "conversation")  # keys that hold messages
+_PAIRS = (  # keys of a question, of what belongs to it, and of the answer
+    ("prompt", None, "completion"),
+    ("prompt", None, "response"),
+    ("instruction", "input", "output"),  # Alpaca
+    ("instruction", "context", "response"),  # Dolly
+    ("question", "context", "answer"),
+    ("query", None, "response"),
+    ("input", None, "output"),
+)
+_PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+_NOT_TEXT = ("image", "images", "audio", "audios", "video", "videos", "file", "files", "attachments")
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "call",
+    "tool_call": "call",
+    "tool": "answer",
+    "function": "answer",
+    "observation": "answer",
+    "function_response": "answer",
+    "tool_response": "answer",
+}
+_COUNTED = {"weight": (0, 1), "train": (False, True), "loss": (False, True)}  # by key: no target, target
+_READ = {"role", "content", "from", "value", "tool_calls", "function_call", "refusal", *_COUNTED}
+_LINKS = {"id", "tool_call_id"}  # which answer belongs to which call: their order says it
+_CHATML = re.compile(r"\s*<\|im_start\|>([^\n<]*)\n(.*?)<\|im_end\|>(?:\s*<\|endoftext\|>\s*\Z)?", re.DOTALL)
+
+
+@dataclasses.dataclass
+class Reading:
+    """How a source is read, and what was found in it.
+
+    tool_calls: 'text' reads calls of tools and their answers as text, 'refuse' does not. on_error: 'stop' at a bad row
+    or dialogue, or 'skip' it.
+    """
+
+    tool_calls: str = "text"
+    on_error: str = "stop"
+    skipped: int = 0
+    skipped_first: list[str] = dataclasses.field(default_factory=list)
+    tools: int = 0
+    context: int = 0
+    unread: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def skips(self, error: UserError) -> bool:
+        """Whether to go on after a bad row, which is counted then."""
+        if self.on_error != "skip":
+            return False
+        self.skipped += 1
+        if self.skipped <= LISTED:
+            self.skipped_first.append(str(error))
+        return True
+
+    def notes(self) -> list[str]:
+        """Lines about what was read in another way than as turns that count."""
+        lines = []
+        if self.skipped:
+            lines.append(f"{self.skipped:,} bad rows or dialogues skipped (data.on_error=skip):")
+            lines += [f"  {error}" for error in self.skipped_first]
+            if self.skipped > LISTED:
+                lines.append(f"  and {self.skipped - LISTED:,} more")
+        if self.tools:
+            lines.append(
+                f"{self.tools:,} tool calls, answers and lists of tools are read as text "
+                "(data.tool_calls=refuse refuses them)"
+            )
+        if self.context:
+            lines.append(f"{self.context:,} turns of weight 0 are context, never targets")
+        if self.unread:
+            keys = ", ".join(f"{key} ({count:,})" for key, count in self.unread.most_common(LISTED))
+            lines.append(f"keys that were not read: {keys}" + (", ..." if len(self.unread) > LISTED else ""))
+        return lines
+
+
+def read_row(row: Any, where: str, reading: Reading, marked: Marked) -> Iterator[Dialogue]:
+    """The dialogues of a row.
+
+    Args:
+      row: what JSON or a dataset gave.
+      where: file and line, or dataset and number, for messages.
+      reading: the choices; findings are added to it.
+      marked: reads a `text` with markers.
+
+    Raises:
+      UserError: the row is malformed, or of no format that is known.
+    """
+    if isinstance(row, list) and (not row or any(isinstance(item, dict | list) for item in row)):
+        if all(isinstance(item, dict) and ("role" in item or "from" in item) for item in row):
+            row = {"messages": row}
+        else:
+            for number, item in enumerate(row):
+                yield from read_row(item, f"{where}[{number}]", reading, marked)
+            return
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: found {_kind(row)} where a row must be an object with 'messages'")
+    # A dataset of many shapes gives every row all columns, null where they do not apply.
+    row = {key: value for key, value in row.items() if value is not None}
+    for key in _LISTS:
+        if isinstance(inner := row.get(key), dict) and any(name in inner for name in _LISTS):
+            outer = {name: value for name, value in row.items() if name != key}
+            yield from read_row({**outer, **inner}, f"{where}, {key}", reading, marked)
+            return
+    _refuse_what_no_turn_can_say(row, where)
+    identity = None if "id" not in row else f"id {row['id']}"
+    shape, used = _shape(row, where)
+    if shape == "text":
+        text = _text(row["text"], "text", where)
+        if not text.lstrip().startswith("<|im_start|>"):
+            _note_unread(row, {"id", "text"}, "of rows", reading)
+            yield from marked(text, where, identity)
+            return
+        messages = _chatml(text, where)
+    elif shape in _LISTS:
+        messages = row[shape]
+        if not isinstance(messages, list):
+            raise UserError(f"{where}: {shape!r} is {_kind(messages)}, not a list of turns")
+    else:
+        messages, used = _pair(row, used, where)
+    system = [_content(row[key], f"{where}: {key}") for key in ("system", "system_prompt") if key in row]
+    for key in ("tools", "functions"):
+        if tools := row.get(key):
+            tools = tools if isinstance(tools, str) else _json(tools)
+            if tools.strip() not in ("", "[]"):
+                _note_tool(f"{where}: found {key!r}", reading)
+                system.append(f"<tools>\n{tools}\n</tools>")
+    _note_unread(row, {"id", "system", "system_prompt", "tools", "functions", *used}, "of rows", reading)
+    yield finish(_turns(messages, system, where, shape if shape in _LISTS else "turn", reading), where, identity)
+
+
+def _refuse_what_no_turn_can_say(row: Mapping[str, Any], where: str) -> None:
+    for better, worse in _PREFERENCES:
+        if better in row and worse in row:
+            raise UserError(
+                f"{where}: found {better!r} and {worse!r}, a pair of preferences, which this loss cannot learn from: "
+                f"keep the {better} answers, as 'messages'"
+            )
+    if "completion" in row and isinstance(row.get("label"), bool):
+        raise UserError(f"{where}: found 'label' beside 'completion', a judgement, which this loss cannot learn from")
+    for key in _NOT_TEXT:
+        if row.get(key):
+            raise UserError(f"{where}: found {key!r}, which is not text: remove the row")
+
+
+def _shape(row: Mapping[str, Any], where: str) -> tuple[str, set[str]]:
+    """(key of a list of messages, 'text' or 'pair'; the keys that it reads)."""
+    for key in _LISTS:
+        if key in row:
+            return key, {key}
+    for question, more, answer in _PAIRS:
+        if question in row and answer in row:
+            return "pair", {question, answer, *({more} & row.keys())}
+    if "text" in row:
+        return "text", {"text"}
+    keys = ", ".join(map(repr, row)) or "none"
+    raise UserError(
+        f"{where}: found the keys {keys}: a row needs 'messages', 'conversations', 'text' or a pair such as 'prompt' "
+        "and 'completion'"
+    )
+
+
+def _pair(row: Mapping[str, Any], used: set[str], where: str) -> tuple[list[Any], set[str]]:
+    """The messages of a question and its answer, and the keys that were read."""
+    question, more, answer = next(pair for pair in _PAIRS if pair[0] in used and pair[2] in used)
+    messages: list[Any] = []
+    if "history" in row:  # of Alpaca: pairs of texts
+        used = used | {"history"}
+        for number, turn in enumerate(row["history"] if isinstance(row["history"], list) else [row["history"]]):
+            if not isinstance(turn, list) or len(turn) != 2:
+                raise UserError(f"{where}, history[{number}]: found {_kind(turn)}, not a question and its answer")
+            messages += [
+                {"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)
+            ]
+    if isinstance(row[question], list):  # of messages, which are what the answer is given to
+        messages += [
+            {**message, "weight": 0} if isinstance(message, dict) and message.get("role") == "assistant" else message
+            for message in row[question]
+        ]
+    else:
+        texts = [_text(row[key], key, where) for key in (question, more) if key in row]
+        if asked := "\n\n".join(text.strip() for text in texts if text.strip()):
+            messages.append({"role": "user", "content": asked})
+    if isinstance(row[answer], list):
+        return messages + row[answer], used
+    return [*messages, {"role": "assistant", "content": _text(row[answer], answer, where)}], used
+
+
+def _chatml(text: str, where: str) -> list[dict[str, str]]:
+    messages, end = [], 0
+    while match := _CHATML.match(text, end):
+        messages.append({"role": match[1].strip(), "content": match[2]})
+        end = match.end()
+    if rest := text[end:].strip():
+        raise UserError(
+            f"{where}: found {rest[:40]!r}, which is no whole turn of ChatML: "
+            "<|im_start|>role, a new line, text<|im_end|>"
+        )
+    return messages
+
+
+@dataclasses.dataclass
+class _Said:
+    """One message as text."""
+
+    where: str
+    side: str  # user, assistant or system
+    text: str
+    tool: bool  # whether it is a call of a tool or an answer
+    context: bool  # whether it is never a target
+
+
+def _turns(messages: list[Any], system: list[str], where: str, shape: str, reading: Reading) -> list[Turn]:
+    """Messages as turns. The system's text comes before the first user turn's, or is that turn where there is none."""
+    system, said = list(system), []
+    for position, message in enumerate(messages):
+        one = _said(message, f"{where}, {shape}[{position}]", reading)
+        before = said[-1] if said else None
+        if one.side == "system":
+            if before:
+                raise UserError(f"{one.where}: a system turn can only come first")
+            system.append(one.text)
+        elif not before and one.tool and one.side == "user":
+            raise UserError(f"{one.where}: found a tool's answer before any call")
+        elif before and before.side == one.side and before.context == one.context and (before.tool or one.tool):
+            before.text, before.tool = f"{before.text.strip()}\n{one.text.strip()}", True
+        else:
+            said.append(one)
+    turns: list[Turn] = []
+    if opening := "\n\n".join(text.strip() for text in system if text.strip()):
+        if said and said[0].side == "user":
+            said[0].text = f"{opening}\n\n{said[0].text.strip()}" if said[0].text.strip() else ""
+        elif said:
+            add_turn(turns, Turn("user", opening), where)
+    for one in said:
+        turn = (Context if one.context else Turn)(one.side, one.text)
+        add_turn(turns, turn, one.where, assistant_may_open=True)
+    reading.context += sum(one.context for one in said)
+    return turns
+
+
+def _said(message: Any, where: str, reading: Reading) -> _Said:
+    if not isinstance(message, dict):
+        raise UserError(f"{where}: found {_kind(message)} where a turn must be an object with 'role' and 'content'")
+    message = {key: value for key, value in message.items() if value is not None}
+    role_key, text_key = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
+    role = _ROLES.get(str(message.get(role_key)))
+    if role is None:
+        raise UserError(f"{where}: {role_key!r} is {message.get(role_key)!r}, not one of {', '.join(_ROLES)}")
+    for key in _NOT_TEXT:
+        if message.get(key):
+            raise UserError(f"{where}: found {key!r}, which is not text")
+    _note_unread(message, _READ | _LINKS, "of messages", reading)
+
+    texts, tool = _parts(message[text_key], where, text_key, reading) if text_key in message else ([], False)
+    if message.get("refusal"):
+        texts.append(_text(message["refusal"], "refusal", where))
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise UserError(f"{where}: 'tool_calls' is {_kind(calls)}, not a list")
+    calls = calls + ([message["function_call"]] if message.get("function_call") else [])
+    for call in calls:
+        _note_tool(f"{where}: found a tool call", reading)
+        texts.append(_call(call, where))
+    if text_key not in message and not texts:
+        raise UserError(f"{where}: found nothing where {text_key!r} must hold text")
+    if role in ("call", "answer"):
+        _note_tool(f"{where}: found {role_key!r} {message[role_key]!r}, a tool's", reading)
+        texts = [_tagged("tool_call" if role == "call" else "tool_response", "\n".join(texts))]
+    side = {"call": "assistant", "answer": "user"}.get(role, role)
+    context = any(_no_target(message, key, where) for key in _COUNTED)
+    return _Said(
+        where, side, "\n".join(text for text in texts if text.strip()), tool or side != role or bool(calls), context
+    )
+
+
+def _parts(content: Any, where: str, key: str, reading: Reading) -> tuple[list[str], bool]:
+    """The texts of a message's content: a text, or a list of typed parts, as of OpenAI and Anthropic; and whether a
+    tool has part in it."""
+    if isinstance(content, str):
+        return [content], False
+    if not isinstance(content, list):
+        raise UserError(f"{where}: found {_kind(content)} where {key!r} must hold text")
+    texts, tool = [], False
+    for number, part in enumerate(content):
+        here = f"{where}, {key}[{number}]"
+        if not isinstance(part, dict):
+            raise UserError(f"{here}: found {_kind(part)} where a part must be an object with 'type'")
+        kind = part.get("type")
+        if kind in ("text", "input_text", "output_text"):
+            texts.append(_text(part.get("text"), "text", here))
+        elif kind == "refusal":
+            texts.append(_text(part.get("refusal"), "refusal", here))
+        elif kind in ("tool_use", "tool_result"):
+            tool = True
+            _note_tool(f"{here}: found {kind!r}", reading)
+            if kind == "tool_use":
+                texts.append(_call({"name": part.get("name"), "arguments": part.get("input")}, here))
+            else:
+                inner, _ = _parts(part.get("content") or "", here, "content", reading)
+                texts.append(_tagged("tool_response", "\n".join(inner)))
+        else:
+            raise UserError(f"{here}: found a part of type {kind!r}, which is not text")
+    return texts, tool
+
+
+def _call(call: Any, where: str) -> str:
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UserError(f"{where}: found a tool call without the name of a function")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):  # no JSON: what the model wrote stays
+            arguments = json.loads(arguments)
+    return _tagged("tool_call", _json({"name": function["name"], "arguments": arguments}))
+
+
+def _tagged(tag: str, text: str) -> str:
+    return f"<{tag}>\n{text.strip()}\n</{tag}>"
+
+
+def _no_target(message: Mapping[str, Any], key: str, where: str) -> bool:
+    if key not in message:
+        return False
+    if message[key] not in _COUNTED[key]:
+        no, yes = map(_json, _COUNTED[key])
+        raise UserError(f"{where}: {key!r} is {message[key]!r}, neither {no} nor {yes}")
+    return not message[key]
+
+
+def _content(value: Any, where: str) -> str:
+    """The text of a top-level system prompt."""
+    texts, _ = _parts(value, where, "content", Reading(tool_calls="refuse"))
+    return "\n".join(texts)
+
+
+def _text(value: Any, key: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {key!r} is {_kind(value)}, not text")
+    return value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _note_tool(found: str, reading: Reading) -> None:
+    if reading.tool_calls == "refuse":
+        raise UserError(f"{found}: set data.tool_calls=text to have it read as text, or remove the row")
+    reading.tools += 1
+
+
+def _note_unread(found: Mapping[str, Any], read: set[str], whose: str, reading: Reading) -> None:
+    reading.unread.update(
+        f"{key!r} {whose}" for key, value in found.items() if key not in read and value not in ("", [], {})
+    )
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", type(None): "nothing", bool: "true or false"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,257 @@
+"""Every format of rows that people have: read as what it is, or refused by one line; nothing is left out unsaid."""
+
+import itertools
+import json
+
+import pytest
+
+from gpt_jax import corpus
+from gpt_jax.config import UserError
+from gpt_jax.dialogue import Context, Turn
+from gpt_jax.rows import Reading
+
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+LAMP = {"id": "c1", "type": "function", "function": {"name": "lamp", "arguments": '{"n": 0}'}}
+CALL = '<tool_call>\n{"name": "lamp", "arguments": {"n": 0}}\n</tool_call>'
+ANSWER = "<tool_response>\non\n</tool_response>"
+TOOLS = '<tools>\n[{"name": "lamp"}]\n</tools>'
+
+
+def chat(*texts):
+    return tuple(Turn(role, text) for role, text in zip(itertools.cycle(["user", "assistant"]), texts))
+
+
+def read(path, *rows, **choices):
+    """(turns of each dialogue, notes) of rows in a file of JSON lines."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    reading = Reading(**choices)
+    return [dialogue.turns for dialogue in corpus.read_corpus(str(path), reading)], reading.notes()
+
+
+def said(*messages, **more):
+    return {"messages": [*messages], **more}
+
+
+ROWS = {
+    "bare list": ([Q, A], chat("q", "a")),
+    "conversations in OpenAI's words": ({"conversations": [Q, A]}, chat("q", "a")),
+    "messages in ShareGPT's words": (
+        {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        chat("q", "a"),
+    ),
+    "conversation": ({"conversation": [Q, A]}, chat("q", "a")),
+    "nested": ({"conversation": {"system": "S", "messages": [Q, A]}}, chat("S\n\nq", "a")),
+    "developer": (said({"role": "developer", "content": "S"}, Q, A), chat("S\n\nq", "a")),
+    "two system turns": (
+        said({"role": "system", "content": "S"}, {"role": "developer", "content": "D"}, Q, A),
+        chat("S\n\nD\n\nq", "a"),
+    ),
+    "system at the top": (said(Q, A, system="S"), chat("S\n\nq", "a")),
+    "system at the top in parts": (said(Q, A, system=[{"type": "text", "text": "S"}]), chat("S\n\nq", "a")),
+    "no user turn": (said({"role": "system", "content": "S"}, A), chat("S", "a")),
+    "assistant first": (said(A, Q, A), (Turn("assistant", "a"), *chat("q", "a"))),
+    "content in parts": (
+        said({"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}, A),
+        chat("q\nr", "a"),
+    ),
+    "refusal": (said(Q, {"role": "assistant", "content": None, "refusal": "No."}), chat("q", "No.")),
+    "call beside text": (said(Q, A | {"tool_calls": [LAMP]}), chat("q", f"a\n{CALL}")),
+    "call without text, and its answer": (
+        said(Q, {"role": "assistant", "content": None, "tool_calls": [LAMP]},
+             {"role": "tool", "tool_call_id": "c1", "content": "on"}, A),
+        chat("q", CALL, ANSWER, "a"),
+    ),
+    "two calls at once": (
+        said(Q, {"role": "assistant", "tool_calls": [LAMP, LAMP]}, {"role": "tool", "content": "on"},
+             {"role": "tool", "content": "on"}, A),
+        chat("q", f"{CALL}\n{CALL}", f"{ANSWER}\n{ANSWER}", "a"),
+    ),
+    "call of the old kind": (
+        said(Q, {"role": "assistant", "content": None, "function_call": LAMP["function"]},
+             {"role": "function", "name": "lamp", "content": "on"}, A),
+        chat("q", CALL, ANSWER, "a"),
+    ),
+    "ShareGPT's calls": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "lamp"}'},
+                           {"from": "observation", "value": "on"}, {"from": "gpt", "value": "a"}],
+         "tools": '[{"name": "lamp"}]', "system": ""},
+        chat(f"{TOOLS}\n\nq", '<tool_call>\n{"name": "lamp"}\n</tool_call>', ANSWER, "a"),
+    ),
+    "Anthropic's blocks": (
+        said(Q, {"role": "assistant", "content": [{"type": "text", "text": "Sure."},
+                 {"type": "tool_use", "id": "t", "name": "lamp", "input": {"n": 0}}]},
+             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t",
+                                           "content": [{"type": "text", "text": "on"}]}]}, A),
+        chat("q", f"Sure.\n{CALL}", ANSWER, "a"),
+    ),
+    "list of tools": (said(Q, A, tools=[{"name": "lamp"}]), chat(f"{TOOLS}\n\nq", "a")),
+    "prompt and completion": ({"prompt": "q\n\n###\n\n", "completion": " a"}, chat("q\n\n###", "a")),
+    "completion alone": ({"prompt": "", "completion": "a"}, (Turn("assistant", "a"),)),
+    "lists of messages": (
+        {"prompt": [Q, A, Q], "completion": [A]},
+        (Turn("user", "q"), Context("assistant", "a"), *chat("q", "a")),
+    ),
+    "Alpaca": ({"instruction": "i", "input": "x", "output": "a", "text": "### i"}, chat("i\n\nx", "a")),
+    "Alpaca with a history": (
+        {"instruction": "i", "input": "", "output": "a", "system": "S", "history": [["q", "r"]]},
+        chat("S\n\nq", "r", "i", "a"),
+    ),
+    "Dolly": ({"instruction": "i", "context": "c", "response": "a"}, chat("i\n\nc", "a")),
+    "question and answer": ({"question": "q", "answer": "a"}, chat("q", "a")),
+    "ChatML": (
+        {"text": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
+                 "<|im_start|>assistant\na\nb<|im_end|>\n"},
+        chat("S\n\nq", "a\nb"),
+    ),
+    "a column for everything": (
+        {"messages": [Q | {"tool_calls": None, "weight": None, "name": None}, A], "text": None, "prompt": None},
+        chat("q", "a"),
+    ),
+    "weight 0": (
+        said(Q, A | {"weight": 0}, Q, A | {"weight": 1}),
+        (Turn("user", "q"), Context("assistant", "a"), *chat("q", "a")),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_is_read_as_what_it_is(tmp_path, name):
+    row, expected = ROWS[name]
+    (turns,), _ = read(tmp_path / "rows.jsonl", row)
+    assert turns == expected
+    assert [type(turn) for turn in turns] == [type(turn) for turn in expected]
+
+
+REFUSED = {
+    "image": (
+        said({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, A),
+        r"messages\[0\], content\[0\]: found a part of type 'image_url', which is not text",
+    ),
+    "audio": (said(Q, A | {"audio": {"id": "x"}}), r"messages\[1\]: found 'audio', which is not text"),
+    "images of the row": (said(Q, A, images=["x.png"]), "found 'images', which is not text"),
+    "thought": (
+        said(Q, {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"}]}),
+        r"content\[0\]: found a part of type 'thinking'",
+    ),
+    "preferences": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "found 'chosen' and 'rejected', a pair of pref"),
+    "OpenAI's preferences": (
+        {"input": {"messages": [Q]}, "preferred_output": [A], "non_preferred_output": [A]},
+        "found 'preferred_output' and 'non_preferred_output'",
+    ),
+    "judgement": ({"prompt": "q", "completion": "a", "label": False}, "found 'label' beside 'completion'"),
+    "half a weight": (said(Q, A | {"weight": 0.5}), r"messages\[1\]: 'weight' is 0.5, neither 0 nor 1"),
+    "a text for messages": ({"messages": "[]"}, "'messages' is text, not a list of turns"),
+    "a number for an answer": ({"question": "q", "answer": 3}, "'answer' is a number, not text"),
+    "a call without a name": (said(Q, A | {"tool_calls": [{"id": 1}]}), "a tool call without the name of a function"),
+    "two users": (said(Q, Q, A), r"messages\[1\]: found turn 'user' where 'assistant' must stand"),
+    "a history of texts": ({"instruction": "i", "output": "a", "history": ["q"]}, r"history\[0\]: found text"),
+    "ChatML cut": ({"text": "<|im_start|>user\nq"}, "which is no whole turn of ChatML"),
+    "another template": ({"text": "### Human: q### Assistant: a"}, "found '### Human: q### Assistant: a' outside any"),
+    "a comma": (json.dumps(said(Q, A)) + ",", "not a JSON object: Extra data.*; remove the comma after it"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_turn_can_say_is_refused_with_its_place(tmp_path, name):
+    row, message = REFUSED[name]
+    with pytest.raises(UserError, match=message) as error:
+        read(tmp_path / "rows.jsonl", said(Q, A), row)
+    assert str(error.value).startswith(f"{tmp_path / 'rows.jsonl'}:2")
+    assert "\n" not in str(error.value)
+
+
+def test_tool_calls_are_refused_by_choice(tmp_path):
+    for name in ("call beside text", "ShareGPT's calls", "Anthropic's blocks", "list of tools"):
+        with pytest.raises(UserError, match=r"rows.jsonl:1.*: found .*: set data.tool_calls=text to have it read"):
+            read(tmp_path / "rows.jsonl", ROWS[name][0], tool_calls="refuse")
+    read(tmp_path / "rows.jsonl", said(Q, A, tools=[]), tool_calls="refuse")  # none
+
+
+def test_what_is_read_otherwise_or_not_at_all_is_said(tmp_path):
+    rows = [said(Q | {"name": "Ann"}, A | {"weight": 0, "tool_calls": [LAMP]}, score=3, tags=[]), said(Q, A, score=4)]
+    assert read(tmp_path / "rows.jsonl", *rows)[1] == [
+        "1 tool calls, answers and lists of tools are read as text (data.tool_calls=refuse refuses them)",
+        "1 turns of weight 0 are context, never targets",
+        "keys that were not read: 'score' of rows (2), 'name' of messages (1)",
+    ]
+    assert read(tmp_path / "rows.jsonl", said(Q, A, id=1))[1] == []
+
+
+def test_bad_rows_are_skipped_counted_and_listed_by_choice(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    half_good = {"text": "<|user|>q<|assistant|>a<|end_of_text|><|user|>"}
+    rows = [said(Q, A), said(Q), '{"messages": [', half_good, said(Q, A)]
+    turns, notes = read(path, *rows, on_error="skip")
+    assert turns == [chat("q", "a")] * 2  # nothing of a bad row, not its good half either
+    assert notes[0] == "3 bad rows or dialogues skipped (data.on_error=skip):"
+    assert notes[1] == f"  {path}:2: the dialogue ends with a user turn: an assistant turn must come last"
+    assert [line.split(": ")[0] for line in notes[1:]] == [f"  {path}:{number}" for number in (2, 3, 4)]
+    turns, notes = read(path, *[said(Q)] * 25, said(Q, A), on_error="skip")
+    assert (len(turns), len(notes), notes[-1]) == (1, 22, "  and 5 more")
+
+    path = tmp_path / "chats.txt"
+    good = "<|user|>q<|assistant|>a<|end_of_text|>\n"
+    path.write_text(
+        f"{good}stray{good}<|user|>x<|user|>y<|assistant|>z<|end_of_text|>{good}<|user|>q<|end_of_text|>{good}<|user|>q"
+    )
+    reading = Reading(on_error="skip")
+    assert [dialogue.turns for dialogue in corpus.read_corpus(str(path), reading)] == [chat("q", "a")] * 4
+    assert reading.skipped == 4
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("chunk", [7, 2**20])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_of_one_list_is_read_in_chunks(tmp_path, monkeypatch, indent, chunk, end):
+    monkeypatch.setattr(corpus, "_CHUNK", chunk)
+    path = tmp_path / "rows.json"
+    rows = [said(Q, A), [Q, A], said(Q, {"role": "assistant", "content": "日\n"})]
+    expected = [chat("q", "a"), chat("q", "a"), chat("q", "日")]
+
+    def write(text):
+        path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", end).encode())
+        return [dialogue.turns for dialogue in corpus.read_corpus(str(path))]
+
+    assert write("\n" + json.dumps(rows, indent=indent, ensure_ascii=False)) == expected
+    assert write("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n") == expected
+    assert write("\n".join(json.dumps(row, indent=2) for row in rows)) == expected
+    rows.insert(1, said(Q))
+    with pytest.raises(UserError, match=r"rows.json:3.*: the dialogue ends with a user"):
+        write("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    with pytest.raises(UserError, match=r"rows.json:3: not valid JSON: Expecting"):
+        write('[\n{"messages": []},\n{"messages": [}\n]'.replace("[]", json.dumps([Q, A])))
+    with pytest.raises(UserError, match=r"the list of rows is not closed: is the file cut|not valid JSON"):
+        write(json.dumps([said(Q, A)], indent=indent)[:-1])
+    with pytest.raises(UserError, match="found 'x' after the end of the list"):
+        write(json.dumps([said(Q, A)], indent=1) + "\nx")
+
+
+def test_all_dialogues_of_an_id_are_one_source(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    text = "<|user|>{}<|assistant|>a<|end_of_text|>"
+    path.write_text(
+        "\n".join(json.dumps({"id": n % 5, "text": text.format(n) + text.format(-n)}) for n in range(20))
+        + '\n{"id": "\\ud83d", "messages": ' + json.dumps([Q, A]) + "}"
+    )  # fmt: skip
+    sources = [dialogue.source for dialogue in corpus.read_corpus(str(path))]
+    assert sources[:-1] == [f"id {n % 5}" for n in range(20) for _ in range(2)]
+    assert isinstance(corpus.is_validation(sources[-1], 0.5), bool)  # known by its bytes
+
+
+def test_a_dataset_that_cannot_be_read_on_names_its_row(tmp_path, capfd):
+    pytest.importorskip("datasets", reason="the extra hf is not installed")
+    (tmp_path / "train.jsonl").write_text("\n".join([json.dumps(said(Q, A))] * 3) + '\n{"messages": [{"role": "us')
+    with pytest.raises(UserError, match=rf"hf:{tmp_path} row 0 or one after it cannot be read: .*row 3") as error:
+        list(corpus.read_corpus(f"hf:{tmp_path}"))
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_bad_row_of_a_dataset_is_named_and_skipped_by_choice(tmp_path):
+    pytest.importorskip("datasets", reason="the extra hf is not installed")
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in (said(Q, A), said(Q), said(Q, A))))
+    with pytest.raises(UserError, match=rf"hf:{tmp_path} row 1: the dialogue ends with a user turn"):
+        list(corpus.read_corpus(f"hf:{tmp_path}"))
+    reading = Reading(on_error="skip")
+    assert len(list(corpus.read_corpus(f"hf:{tmp_path}", reading))) == 2
+    assert reading.skipped == 1
