@@ -443,7 +443,7 @@ def test_a_replay_is_a_fresh_recording_bit_for_bit():
 def test_what_the_arena_holds_before_changes_nothing():
     jitted = vjit(layered, donate_argnums=0)
     clean = run_layered(jitted, 3)
-    compiled = jitted.lower(vk_kernels.device_put(layered_state(), SELECTOR), X)
+    compiled = jitted.lower(vk_kernels.device_put(layered_state(), SELECTOR), X).compile()
     assert compiled.cost().arena_bytes > 0
 
     def filled(state, x):
@@ -486,7 +486,7 @@ def test_an_arena_larger_than_an_allocation_is_in_blocks(monkeypatch):
     jitted = vjit(products)
     for x, y in zip(jitted(*inputs), expected, strict=True):
         np.testing.assert_array_equal(x, y)
-    executable = jitted.lower(*inputs).executable
+    executable = jitted.lower(*inputs).compile().executable
     assert len(executable.arena) > 1
     assert sum(block.size for block in executable.arena) == executable.program.arena_bytes
     monkeypatch.setattr(Memory, "largest", lambda self, sliced=False: (8_192, "a test") if sliced else largest(self))

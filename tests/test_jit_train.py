@@ -96,7 +96,7 @@ def test_replays_are_fresh_recordings_in_an_arena_of_nan_bit_for_bit():
     assert compiled.cost().arena_bytes > 0
 
     def fresh(state, batch):
-        executable = compiled.executable
+        executable = compiled.compile().executable
         executable._recordings.clear()
         with compiled.device.recorder() as recorder:
             for block in executable.arena:

@@ -203,9 +203,10 @@ class Executable:
         """Submits the program; gives the outputs at once, computed or not, but for those in an input's memory.
 
         arguments: by number, a buffer on the device each, or a host array, which is uploaded; of aliased inputs always
-        a buffer, or nothing at all, where it is the one of the last call. Raises ValueError where two inputs are in
-        the same memory, one of which is an output's.
+        a buffer, or nothing at all, where it is the one of the last call. Raises ValueError for an argument of another
+        size than the input has, and where two inputs are in the same memory, one of which is an output's.
         """
+        self._check_sizes(arguments)
         recording = self._choose(self._bound(arguments))
         copies = []
         for i, (slot, mapped) in recording.slots.items():
@@ -223,6 +224,13 @@ class Executable:
         if not recording.life.whole:  # a caller deleted one
             recording.renew()
         return recording.results.copy()
+
+    def _check_sizes(self, arguments: Mapping[int, Buffer | np.ndarray]) -> None:
+        """No kernel may read past the end of what it is given."""
+        for i, x in arguments.items():
+            array, found = self.program.inputs[i], x.size if isinstance(x, Buffer) else x.nbytes
+            if found != array.nbytes:
+                raise ValueError(f"input {i} of the program is {array}, {array.nbytes:,} bytes, found {found:,} bytes")
 
     def _copy(self, copies: Sequence[tuple[Buffer, Buffer]]) -> None:
         if copies:
@@ -359,6 +367,7 @@ class Executable:
 
     def time(self, arguments: Sequence[Buffer | np.ndarray]) -> list["Timing"]:
         """Device time of each command, one after another; the arguments stay as they are."""
+        self._check_sizes(dict(enumerate(arguments)))
         inputs = [self.device.buffer(x.size) if isinstance(x, Buffer) else self.device.upload(x) for x in arguments]
         self._copy([(x, copy) for x, copy in zip(arguments, inputs, strict=True) if isinstance(x, Buffer)])
         outputs = [

@@ -47,6 +47,7 @@ from vk_kernels.lowering.profile import Cost, Profile
 from vk_kernels.lowering.recompute import recompute
 from vk_kernels.lowering.schedule import make_program
 from vk_kernels.lowering.simplify import simplify
+from vk_kernels.lowering.stages import Lowered, check_arguments
 from vk_kernels.lowering.trace import UnsupportedError, make_graph
 from vk_kernels.memory import Buffer
 from vk_kernels.program import Executable, Program, held
@@ -195,11 +196,15 @@ class _Loop(NamedTuple):
 
 
 class Compiled:
-    """A function for arguments of given shapes: its graph and its program on a device."""
+    """A function for arguments of given types: its graph and its program on a device.
+
+    Called with such arguments, without static ones, it gives the results; it raises TypeError for any others.
+    """
 
     def __init__(self, traced: Any, tree: Any, device: Device):
         """tree: the structure of (args, kwargs)."""
         self.device, self.in_tree = device, tree
+        self.lock = threading.RLock()  # held by whoever runs it
         closed = traced.jaxpr
         self.graph: Graph = recompute(absorb(join(simplify(make_graph(closed)))))
         self.in_types = list(map(_array_type, closed.in_avals))
@@ -256,8 +261,18 @@ class Compiled:
         buffer = x.buffer
         return buffer if buffer.device is self.device else x.numpy()
 
-    def __call__(self, leaves: Sequence[Any]) -> Any:
-        """Runs it on the leaves of a call."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = jax.tree.leaves((args, kwargs))
+        if any(map(_is_traced, leaves)):
+            raise TypeError("compiled for arrays, called in what JAX traces: call the function of vk_kernels.jit there")
+        check_arguments(self.in_tree, self.in_types, (args, kwargs), list(map(_type_of, leaves)))
+        if self.device.closed:
+            raise RuntimeError(f"compiled for {self.device.info.name}, which was closed since: lower it again")
+        with self.lock, self.device.calls:
+            return self.run(leaves)
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """The results for the leaves of a call, which are of its types."""
         if not self._given.held:  # the state that it worked on is no more
             self.executable.forget()
             self._buffers = []
@@ -390,7 +405,7 @@ class Jitted:
                     return self._in_trace(args, kwargs)
                 self._last = tree, static, types, compiled
             with compiled.device.calls:
-                return compiled(leaves)
+                return compiled.run(leaves)
 
     def _in_trace(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call that is part of what JAX traces."""
@@ -447,8 +462,11 @@ class Jitted:
         """The shapes and the dtypes of the results for such arguments."""
         return self.trace(*args, **kwargs).out_info
 
-    def lower(self, *args: Any, **kwargs: Any) -> Compiled:
+    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """What a call with such arguments runs; arguments may be jax.ShapeDtypeStruct."""
+        return Lowered(self._lowered(args, kwargs))
+
+    def _lowered(self, args: tuple, kwargs: dict[str, Any]) -> Compiled:
         dynamic, static = self._split(args, kwargs)
         leaves, tree = jax.tree.flatten(dynamic)
         with self._lock:
@@ -465,7 +483,7 @@ class Jitted:
 
     def profile(self, *args: Any, **kwargs: Any) -> Profile:
         """Runs a call's dispatches one at a time and times them; the arguments stay, also donated ones."""
-        compiled = self.lower(*args, **kwargs)
+        compiled = self._lowered(args, kwargs)
         dynamic, _ = self._split(args, kwargs)
         return compiled.profile(jax.tree.leaves(dynamic))
 
@@ -505,7 +523,7 @@ class Jitted:
         if found is None or found.device.closed:
             found = self._compile(tree, args, kwargs)
             if found is not None:
-                self._compiled[key] = found
+                self._compiled[key], found.lock = found, self._lock
         return found
 
     def _compile(self, tree: Any, args: tuple, kwargs: dict[str, Any]) -> Compiled | None:
