@@ -13,7 +13,6 @@ into one submission as a scan over their batches, which is unrolled:
 import contextlib
 import functools
 import gc
-import inspect
 import itertools
 import sys
 import threading
@@ -48,6 +47,7 @@ from vk_kernels.lowering.recompute import recompute
 from vk_kernels.lowering.schedule import make_program
 from vk_kernels.lowering.simplify import simplify
 from vk_kernels.lowering.stages import Lowered, check_arguments
+from vk_kernels.lowering.static import check_hashable, matched
 from vk_kernels.lowering.trace import UnsupportedError, make_graph
 from vk_kernels.memory import Buffer
 from vk_kernels.program import Executable, Program, held
@@ -368,7 +368,7 @@ class Jitted:
         both = numbers is not None and names is not None  # then each is what it says
         numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers or ())
         names = (names,) if isinstance(names, str) else tuple(names or ())
-        self._static_numbers, self._static_names = (numbers, names) if both else _matched(fn, numbers, names)
+        self._static_numbers, self._static_names = (numbers, names) if both else matched(fn, numbers, names)
         donated = {name: options[name] for name in ("donate_argnums", "donate_argnames")}
         numbers, names = self._static_numbers, self._static_names
         self._jitted = jax.jit(fn, static_argnums=numbers, static_argnames=names, **donated)
@@ -512,7 +512,7 @@ class Jitted:
                 *((name, type(kwargs[name]), kwargs[name]) for name in self._static_names if name in kwargs),
             )
             for name, kind, x in static:
-                _check_hashable(name, kind, x)
+                check_hashable(name, kind, x)
             args = tuple(x for n, x in enumerate(args) if n not in numbers)
             kwargs = {name: x for name, x in kwargs.items() if name not in self._static_names}
         return (args, kwargs), (static, trace_context())  # which has the target of `use`, too
@@ -567,14 +567,6 @@ def _leaves_of(tree: Any, x: Any) -> list[Any] | None:
         return None
 
 
-def _check_hashable(name: int | str, kind: type, x: Any) -> None:
-    try:
-        hash(x)
-    except TypeError as error:
-        what = f"number {name}" if isinstance(name, int) else repr(name)
-        raise ValueError(f"static argument {what} must be hashable, found a {kind.__name__}: {error}") from None
-
-
 def _in_jax(x: Any) -> Any:
     """An array as one that JAX computes with; all else as it is."""
     return to_jax(x) if isinstance(x, Array) else jax.numpy.asarray(x) if isinstance(x, np.ndarray) else x
@@ -583,19 +575,3 @@ def _in_jax(x: Any) -> Any:
 def _described(x: Any) -> Any:
     """What JAX traces an array of ours as."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) if isinstance(x, Array) else x
-
-
-def _matched(fn: Any, numbers: tuple[int, ...], names: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Static arguments both by position and by name, as jax.jit finds the one by the other."""
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        return numbers, names
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    count = len(positional)
-    if not any(p.kind == p.VAR_POSITIONAL for p in parameters):
-        numbers = tuple(n + count if -count <= n < 0 else n for n in numbers)  # jax.jit refuses what is out of bounds
-    either = {p.name: n for n, p in enumerate(positional) if p.kind == p.POSITIONAL_OR_KEYWORD}
-    found = [name for name, n in either.items() if n in numbers]
-    places = [either[name] for name in names if name in either]
-    return tuple(dict.fromkeys((*numbers, *places))), tuple(dict.fromkeys((*names, *found)))
