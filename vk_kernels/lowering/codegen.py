@@ -25,7 +25,7 @@ import numpy as np
 from vk_kernels.lowering import emit_shape  # noqa: F401  (it registers its handlers)
 from vk_kernels.lowering.emit_graph import HANDLERS, Emitter, dtype_of, shape_of, size_of
 from vk_kernels.lowering.emit_reduce import REDUCTIONS, accumulator_dtype
-from vk_kernels.lowering.emit_scalar import ELEMENTWISE, bits_of, can_reduce_precision, kind
+from vk_kernels.lowering.emit_scalar import ELEMENTWISE, bits_of, kind
 from vk_kernels.lowering.emit_sections import (
     AT_ONCE,
     THREADS,
@@ -91,9 +91,6 @@ def check(node: Node) -> None:
         kind(dtype_of(x))
         if size_of(x) > _MOST_ELEMENTS:
             raise ValueError(f"{node.op}: an array of {size_of(x):,} elements; kernels take {_MOST_ELEMENTS:,}")
-    if node.op == "reduce_precision" and not can_reduce_precision(node.params):
-        bits = node.params["exponent_bits"], node.params["mantissa_bits"]
-        raise ValueError(f"reduce_precision to {bits} exponent and mantissa bits; 8 and any, or 5 and 10")
     if node.op == "bitcast_convert_type" and shape_of(node.inputs[0]) != node.outputs[0].shape:
         raise ValueError("bitcast_convert_type between types of different width has no kernel")
 

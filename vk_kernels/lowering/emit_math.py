@@ -93,6 +93,9 @@ class FloatMath:
     def div(self, a: Id, b: Id) -> Id:
         """a / b for every b: a driver may divide by way of 1 / b, and its own range is 2^-126 to 2^126 only."""
         m = self._m
+        known = m.known_real(b)
+        if known is not None and 2.0**-100 <= abs(known) <= 2.0**100:
+            return m.op(Op.F_DIV, a, b)
         size = self.abs(b)
         large, small = m.op(Op.F_GREATER, size, self._c(2.0**100)), self._less(size, self._c(2.0**-100))
         factor = m.select(large, self._c(2.0**-64), m.select(small, self._c(2.0**64), self._c(1)))
@@ -147,12 +150,18 @@ class FloatMath:
         return m.from_bits(m.op(Op.OR, m.bits(magnitude), sign))
 
     def max(self, a: Id, b: Id) -> Id:
-        """NaN where either is."""
-        return self._or_nan(self._m.select(self._m.op(Op.F_GREATER, a, b), a, b), a, b)
+        """NaN where either is; 0 is more than -0."""
+        m = self._m
+        alike = m.from_bits(m.op(Op.AND, m.bits(a), m.bits(b)))  # of zeros, the one that is 0
+        value = m.select(m.op(Op.F_EQUAL, a, b), alike, b)
+        return self._or_nan(m.select(m.op(Op.F_GREATER, a, b), a, value), a, b)
 
     def min(self, a: Id, b: Id) -> Id:
-        """NaN where either is."""
-        return self._or_nan(self._m.select(self._less(a, b), a, b), a, b)
+        """NaN where either is; -0 is less than 0."""
+        m = self._m
+        alike = m.from_bits(m.op(Op.OR, m.bits(a), m.bits(b)))
+        value = m.select(m.op(Op.F_EQUAL, a, b), alike, b)
+        return self._or_nan(m.select(self._less(a, b), a, value), a, b)
 
     def _or_nan(self, value: Id, *operands: Id) -> Id:
         """NaN where an operand is: a comparison and a select may become an instruction that has no NaN."""
@@ -460,7 +469,8 @@ class FloatMath:
         return m.select(back, self.neg(value), value)
 
     def sin(self, x: Id) -> Id:
-        return self._quadrant(*self._sin_cos(x))
+        """0 has its own sign."""
+        return self._m.select(self._m.op(Op.F_EQUAL, x, self._c(0)), x, self._quadrant(*self._sin_cos(x)))
 
     def cos(self, x: Id) -> Id:
         sine, cosine, n = self._sin_cos(x)

@@ -32,6 +32,10 @@ def kind(dtype: np.dtype) -> str:
     return found
 
 
+# Bits of exponent and of mantissa.
+_LAYOUTS = {"float32": (8, 23), "bfloat16": (8, 7), "float16": (5, 10)}
+
+
 def bits_of(dtype: np.dtype) -> int:
     return 8 * dtype.itemsize
 
@@ -46,15 +50,12 @@ class Scalars:
     # Between registers, constants and buffers.
 
     def constant(self, value: object, dtype: np.dtype) -> Id:
+        """A constant of the graph: no driver gets to see a zero, an infinity, a NaN or a subnormal number."""
         if kind(dtype) == "bool":
             return self.m.boolean(bool(value))
         if kind(dtype) == "float":
-            word = np.asarray(value, dtype).astype(np.float32)
-            return self.m.from_bits(self.m.constant(int(word.view(np.uint32)))) if np.isnan(word) else self._real(word)
+            return self.m.opaque(int(np.asarray(value, dtype).astype(np.float32).view(np.uint32)))
         return self.m.constant(int(value))
-
-    def _real(self, value: np.ndarray) -> Id:
-        return self.m.real(float(value))
 
     def from_word(self, word: Id, dtype: np.dtype) -> Id:
         """What a word of a buffer, zero-extended, holds."""
@@ -160,7 +161,7 @@ class Scalars:
             case "bool", "bool":
                 return x
             case "bool", "float":
-                return m.select(x, m.real(1), m.real(0))
+                return m.select(x, m.real(1), self.constant(0, target))
             case "bool", _:
                 return m.select(x, m.constant(1), m.constant(0))
             case "float", "bool":
@@ -315,20 +316,20 @@ def _shift(op: str) -> _Binary:
 
 
 def _nextafter(s: Scalars, a: Id, b: Id, dtype: np.dtype) -> Id:
-    """By the bits, in the dtype's own width."""
+    """By the bits, in the dtype's own width: comparisons of floats may take subnormal numbers for 0."""
     m = s.m
     sign_bit = 1 << bits_of(dtype) - 1
-    bits = s.to_word(a, dtype)
-    is_zero = m.op(Op.F_EQUAL, a, m.real(0))
-    up = m.op(Op.F_LESS, a, b)
-    negative = m.op(Op.I_NOT_EQUAL, m.op(Op.AND, bits, m.constant(sign_bit)), m.constant(0))
-    away = m.op(Op.LOGICAL_NOT_EQUAL, up, negative)
-    moved = m.op(Op.I_ADD, bits, m.select(away, m.constant(1), m.constant(-1)))
-    from_zero = m.select(up, m.constant(1), m.constant(sign_bit | 1))
-    value = s.from_word(m.select(is_zero, from_zero, moved), dtype)
-    value = m.select(m.op(Op.F_EQUAL, a, b), b, value)
+    here, there = s.to_word(a, dtype), s.to_word(b, dtype)
+    sign, size = (m.op(Op.AND, here, m.constant(mask)) for mask in (sign_bit, sign_bit - 1))
+    sign_there, size_there = (m.op(Op.AND, there, m.constant(mask)) for mask in (sign_bit, sign_bit - 1))
+    zero = m.op(Op.I_EQUAL, size, m.constant(0))
+    inwards = m.op(Op.LOGICAL_OR, m.op(Op.I_NOT_EQUAL, sign, sign_there), m.op(Op.U_GREATER, size, size_there))
+    moved = m.op(Op.I_ADD, here, m.select(inwards, m.constant(-1), m.constant(1)))
+    value = m.select(zero, m.op(Op.OR, sign_there, m.constant(1)), moved)
+    both_zero = m.op(Op.I_EQUAL, m.op(Op.OR, size, size_there), m.constant(0))
+    equal = m.op(Op.LOGICAL_OR, both_zero, m.op(Op.I_EQUAL, here, there))
     nan = m.op(Op.LOGICAL_OR, s.math.is_nan(a), s.math.is_nan(b))
-    return m.select(nan, m.real(float("nan")), value)
+    return m.select(nan, m.real(float("nan")), s.from_word(m.select(equal, there, value), dtype))
 
 
 _BINARY: dict[str, _Binary] = {
@@ -427,7 +428,7 @@ def _integer_pow(s, args, dtypes, out, params):
             square = m.op(times, square, square)
     if value is None:
         return s.constant(1, out)
-    return s.rounded(m.op(Op.F_DIV, m.real(1), value) if exponent < 0 else value, out)
+    return s.rounded(s.math.div(m.real(1), value) if exponent < 0 else value, out)
 
 
 def _convert(s, args, dtypes, out, params):
@@ -454,14 +455,30 @@ def _clamp(s, args, dtypes, out, params):
     return s.binary("min", s.binary("max", low, x, out), high, out)
 
 
-def can_reduce_precision(params: dict) -> bool:
-    """To any number of bits of mantissa with those of f32's exponent, or to f16."""
-    return params["exponent_bits"] == 8 or (params["exponent_bits"], params["mantissa_bits"]) == (5, 10)
-
-
 def _reduce_precision(s, args, dtypes, out, params):
-    mantissa, of_f16 = params["mantissa_bits"], params["exponent_bits"] == 5
-    return args[0] if mantissa >= 23 else s._rounded_float(args[0], mantissa, of_f16)
+    """As XLA, by the bits in the dtype's own width: the mantissa goes to the nearest even one; then what is under the
+    smallest normal number of so many exponent bits is 0, and what is over the largest is infinite. NaN stays."""
+    m, (own_exponent, own_mantissa) = s.m, _LAYOUTS[out.name]
+    exponent, mantissa = min(params["exponent_bits"], own_exponent), min(params["mantissa_bits"], own_mantissa)
+    if (exponent, mantissa) == (own_exponent, own_mantissa):
+        return args[0]
+    sign = 1 << own_exponent + own_mantissa
+    infinity = (1 << own_exponent) - 1 << own_mantissa
+    bits = s.to_word(args[0], out)
+    value, drop = bits, own_mantissa - mantissa
+    if drop:
+        last = m.op(Op.AND, m.op(Op.SHIFT_RIGHT_LOGICAL, bits, m.constant(drop), type=m.u32), m.constant(1))
+        value = m.op(Op.I_ADD, m.op(Op.I_ADD, bits, last), m.constant((1 << drop - 1) - 1))
+        value = m.op(Op.AND, value, m.constant(-1 << drop))
+    if exponent < own_exponent:
+        bias, own_bias = ((1 << n - 1) - 1 for n in (exponent, own_exponent))
+        found = m.op(Op.AND, value, m.constant(infinity))
+        zero = m.op(Op.AND, value, m.constant(sign))
+        over = m.op(Op.U_GREATER, found, m.constant(own_bias + bias << own_mantissa))
+        under = m.op(Op.U_LESS_EQUAL, found, m.constant(own_bias - bias << own_mantissa))
+        value = m.select(over, m.op(Op.OR, zero, m.constant(infinity)), value)
+        value = m.select(under, zero, value)
+    return m.select(s.math.is_nan(args[0]), args[0], s.from_word(s._masked(value, out), out))
 
 
 def _clz(s, args, dtypes, out, params):

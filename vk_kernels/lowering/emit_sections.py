@@ -402,13 +402,13 @@ class RankSection:
             place = e.place(index, shape)
             own = []
             for x in keys:
-                own.append(sortable(e.scalars, (yield x, place), dtype_of(x), descending=top))
+                own.append(sortable(e.scalars, (yield x, place), dtype_of(x), top))
 
             def count(i: Id, carried: list[Id]) -> Code:
                 there = [i if at == axis else c for at, c in enumerate(place)]
                 before, equal = m.boolean(False), m.boolean(True)
                 for x, mine in zip(keys, own, strict=True):
-                    other = sortable(e.scalars, (yield x, there), dtype_of(x), descending=top)
+                    other = sortable(e.scalars, (yield x, there), dtype_of(x), top)
                     less = m.op(Op.LOGICAL_AND, equal, m.op(Op.U_LESS, other, mine))
                     before = m.op(Op.LOGICAL_OR, before, less)
                     equal = m.op(Op.LOGICAL_AND, equal, m.op(Op.I_EQUAL, other, mine))
@@ -435,21 +435,25 @@ class RankSection:
         yield from m.branch(m.op(Op.U_LESS, index, m.constant(math.prod(shape))), element)
 
 
-def sortable(s: Scalars, x: Id, dtype: np.dtype, descending: bool = False) -> Id:
-    """An unsigned number that orders as `x` does in JAX: NaN is the greatest, and the zeros are equal."""
+def sortable(s: Scalars, x: Id, dtype: np.dtype, top: bool = False) -> Id:
+    """An unsigned number that orders as `x` does in JAX's sort: NaN is the greatest, and the zeros are equal.
+
+    top: as in its top_k, the other way round; and floats are in the order of their bits: -NaN, -inf, ..., -0, 0, ...
+    """
     m = s.m
     match kind(dtype):
         case "float":
             bits = m.bits(x)
-            bits = m.select(m.op(Op.F_EQUAL, x, m.real(0)), m.constant(0), bits)
-            bits = m.select(s.math.is_nan(x), m.constant(0x7FC00000), bits)
+            if not top:
+                bits = m.select(m.op(Op.F_EQUAL, x, m.real(0)), m.constant(0), bits)
+                bits = m.select(s.math.is_nan(x), m.constant(0x7FC00000), bits)
             negative = m.op(Op.S_LESS, bits, m.constant(0))
             word = m.op(Op.XOR, bits, m.select(negative, m.constant(-1), m.constant(0x80000000)))
         case "signed":
             word = m.op(Op.XOR, x, m.constant(0x80000000))
         case _:
             word = s.to_word(x, dtype)
-    return m.op(Op.NOT, word) if descending else word
+    return m.op(Op.NOT, word) if top else word
 
 
 Section = MapSection | ReduceSection | PartialSection | RankSection

@@ -147,6 +147,12 @@ def _window_extreme(fill: Callable[[Any], Any], combine: Callable[..., Any], equ
     return reduce
 
 
+def _window_sum(equation: JaxprEqn) -> Callable[..., Any]:
+    """0 and what is in the window, so that no sum is -0."""
+    of_windows = _window_extreme(lambda dtype: 0, lax.add, equation)
+    return lambda x: of_windows(x) + jnp.zeros((), x.dtype)
+
+
 def _least(dtype: Any) -> Any:
     """What loses to everything in a maximum."""
     if jnp.issubdtype(dtype, jnp.floating):
@@ -360,7 +366,7 @@ EXPANSIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
     "reduce_window": _reduce_window,
     "reduce_window_max": functools.partial(_window_extreme, _least, lax.max),
     "reduce_window_min": functools.partial(_window_extreme, _most, lax.min),
-    "reduce_window_sum": functools.partial(_window_extreme, lambda dtype: 0, lax.add),
+    "reduce_window_sum": _window_sum,
     "reshape": _reshape,
     "select_and_gather_add": _select_and_gather_add,
     "select_and_scatter_add": _select_and_scatter_add,

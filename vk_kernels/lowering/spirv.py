@@ -129,8 +129,10 @@ class Ext(IntEnum):
 
 
 _COMPARISONS = {op for op in Op if 164 <= op <= 190 and op != Op.SELECT}
+_FLOAT_COMPARISONS = {op for op in _COMPARISONS if op >= Op.F_EQUAL}
 _FLOATS = {Op.S_TO_F, Op.U_TO_F, Op.F_NEGATE, Op.F_ADD, Op.F_SUB, Op.F_MUL, Op.F_DIV}
 _EXACT = {Op.F_ADD, Op.F_SUB, Op.F_MUL}  # never contracted: the same bits whatever the driver's compiler does
+_ALGEBRA = _EXACT | {Op.F_DIV}  # which a driver's compiler may do by algebra where it knows an operand: see `hidden`
 _EXT_FLOATS = {Ext.ROUND_EVEN, Ext.TRUNC, Ext.F_ABS, Ext.FLOOR, Ext.CEIL, Ext.SQRT, Ext.INVERSE_SQRT, Ext.FMA}
 _COMMUTATIVE = {Op.I_ADD, Op.I_MUL, Op.F_ADD, Op.F_MUL, Op.OR, Op.XOR, Op.AND, Op.I_EQUAL, Op.I_NOT_EQUAL}
 _FOLDED: dict[Op, Callable[[int, int], int]] = {
@@ -140,6 +142,8 @@ _FOLDED: dict[Op, Callable[[int, int], int]] = {
     Op.U_DIV: lambda a, b: a // b,
     Op.U_MOD: lambda a, b: a % b,
 }
+
+_INTEGER_TO_FLOAT = {Op.S_TO_F: lambda a: a - (a >> 31 << 32), Op.U_TO_F: lambda a: a}
 
 _CAPABILITIES = {"Shader": 1, "StorageBuffer16BitAccess": 4433, "StorageBuffer8BitAccess": 4448}
 _BLOCK, _ARRAY_STRIDE, _BUILTIN, _ALIASED, _NON_WRITABLE, _BINDING, _SET, _OFFSET = (
@@ -175,6 +179,8 @@ class Module:
         self._scopes: list[dict] = [{}]
         self._types: dict[Id, Id] = {}
         self._constants: dict[Id, int] = {}  # 32-bit integers
+        self._reals: dict[Id, int] = {}  # the bits of floats
+        self._computable: set[Id] = set()  # what a compiler can compute: constants, and what is made of them alone
         self._glsl = self._new()
         self._function = self._new()
         self.bool = self._declare(Op.TYPE_BOOL)
@@ -189,6 +195,7 @@ class Module:
         group = self._pure(Op.LOAD, vector, workgroup_id)
         self.group_x = self._pure(Op.COMPOSITE_EXTRACT, self.u32, group, 0)
         self.group_y = self._pure(Op.COMPOSITE_EXTRACT, self.u32, group, 1)
+        self._zero = self._pure(Op.COMPOSITE_EXTRACT, self.u32, group, 2)  # 0 in every dispatch: see `hidden`
         self.thread = self._pure(Op.LOAD, self.u32, local_index)
 
     # Declarations.
@@ -257,7 +264,12 @@ class Module:
     def real(self, value: float) -> Id:
         """A float; rounded to 32 bits."""
         with_overflow = value if abs(value) < 3.5e38 or value != value else (1 if value > 0 else -1) * float("inf")
-        return self._constant(self.f32, struct.unpack("<I", struct.pack("<f", with_overflow))[0])
+        return self._real(struct.unpack("<I", struct.pack("<f", with_overflow))[0])
+
+    def _real(self, word: int) -> Id:
+        result = self._constant(self.f32, word)
+        self._reals[result] = word
+        return result
 
     def boolean(self, value: bool) -> Id:
         op = Op.CONSTANT_TRUE if value else Op.CONSTANT_FALSE
@@ -269,11 +281,35 @@ class Module:
             self._declared[key] = result = self._new()
             self._declarations.append(_words(op, type, result, *(() if word is None else (word,))))
             self._types[result] = type
+            self._computable.add(result)
         return self._declared[key]
 
     def known(self, value: Id) -> int | None:
         """The integer that a constant is; None for what is not one."""
         return self._constants.get(value)
+
+    def known_real(self, value: Id) -> float | None:
+        """The float that a constant is; None for what is not one."""
+        word = self._reals.get(value)
+        return None if word is None else struct.unpack("<f", struct.pack("<I", word))[0]
+
+    def hidden(self, value: Id) -> Id:
+        """A float that no compiler knows, though it may be made of constants alone.
+
+        Drivers do algebra with what they know: x * 0, 0 / x and x / inf become 0, 0 - x becomes -x, x - x becomes 0,
+        and a division by a literal 0 is dropped with the store of its result (lavapipe). Vulkan lets them, as NaN,
+        infinities and the signs of zeros count for nothing there; SignedZeroInfNanPreserve, where a device has it,
+        mends the products alone. A specialization constant is known when the pipeline is compiled. But that the z of
+        every workgroup is 0 only our dispatches say: the bits XOR z take an instruction, 0 itself takes none, and the
+        arithmetic is that of IEEE 754.
+        """
+        word = self._reals.get(value)
+        bits = self.bits(value) if word is None else self.constant(word)
+        return self.from_bits(self._zero if word == 0 else self._pure(Op.XOR, self.u32, bits, self._zero))
+
+    def opaque(self, word: int) -> Id:
+        """The float of these bits, hidden where a compiler could do algebra with it."""
+        return self._uncertain(self._real(word))
 
     def type_of(self, value: Id) -> Id:
         return self._types[value]
@@ -307,6 +343,9 @@ class Module:
         self._results[len(self._body)] = result
         self._body.append(_words(op, type, result, *operands))
         self._types[result] = type
+        values = operands[2:] if op == Op.EXT_INST else operands[:1] if op == Op.COMPOSITE_EXTRACT else operands
+        if op not in (Op.LOAD, Op.ACCESS_CHAIN) and self._computable.issuperset(values):
+            self._computable.add(result)
         if op in _EXACT:
             self._decorate(result, _NO_CONTRACTION)
         return self.remember(key, result)
@@ -319,6 +358,10 @@ class Module:
         known = [self._constants.get(operand) for operand in operands]
         if len(known) == 2 and (folded := self._fold(op, operands, known)) is not None:
             return folded
+        if op in _INTEGER_TO_FLOAT and known[0] is not None:
+            return self.real(float(_INTEGER_TO_FLOAT[op](known[0])))
+        if op in _ALGEBRA or op in _FLOAT_COMPARISONS:
+            operands = self._guarded(op, *operands)
         if type is None:
             if op in _COMPARISONS:
                 type = self.bool
@@ -329,6 +372,21 @@ class Module:
             else:
                 type = self._types[operands[-1]]
         return self._pure(op, type, *operands)
+
+    def _guarded(self, op: Op, a: Id, b: Id) -> tuple[Id, Id]:
+        """The operands of arithmetic, without anything that algebra could be done with."""
+        if a == b and op not in (Op.F_ADD, Op.F_MUL):
+            return a, self.hidden(b)
+        if op in _FLOAT_COMPARISONS:
+            return a, b
+        return self._uncertain(a), self._uncertain(b)
+
+    def _uncertain(self, value: Id) -> Id:
+        """A float that is no constant but an ordinary one: with those there is no algebra that changes a result."""
+        word = self._reals.get(value)
+        if word is None:
+            return self.hidden(value) if value in self._computable else value
+        return value if _is_ordinary(word) else self.hidden(value)
 
     def _fold(self, op: Op, operands: Sequence[Id], known: Sequence[int | None]) -> Id | None:
         (a, b), (x, y) = operands, known
@@ -347,6 +405,8 @@ class Module:
     def ext(self, instruction: Ext, *operands: Id) -> Id:
         """An instruction of GLSL.std.450."""
         type = self.f32 if instruction in _EXT_FLOATS else self.u32
+        if instruction == Ext.FMA:
+            operands = tuple(map(self._uncertain, operands))
         return self._pure(Op.EXT_INST, type, self._glsl, instruction, *operands)
 
     def select(self, condition: Id, yes: Id, no: Id) -> Id:
@@ -511,6 +571,11 @@ class Shared:
 
     def store(self, index: Id, word: Id) -> None:
         self._module._effect(Op.STORE, self._pointer(index), word)
+
+
+def _is_ordinary(word: int) -> bool:
+    """Whether the float of these bits is neither a zero nor subnormal, infinite or NaN."""
+    return 0 < word >> 23 & 0xFF < 0xFF
 
 
 def _words(op: Op, *operands: int) -> list[int]:
