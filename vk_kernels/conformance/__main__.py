@@ -4,6 +4,7 @@ import sys
 import time
 
 from vk_kernels.arguments import BAD_INPUT, ArgumentParser, run_tool
+from vk_kernels.conformance import special
 from vk_kernels.conformance.check import check
 from vk_kernels.conformance.suite import cases, names
 from vk_kernels.conformance.table import write
@@ -16,6 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="every dtype in every shape")
     parser.add_argument("--only", default="", help="primitives, by name, with commas between them")
     parser.add_argument("--readme", help="bring the table in this file up to date, and run nothing")
+    parser.add_argument(
+        "--special", action="store_true", help="with zeros, infinities, NaN, ... as literals and in arrays"
+    )
     args = parser.parse_args(argv)
     if args.readme:
         try:
@@ -23,9 +27,16 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             parser.error(f"--readme={args.readme}: {error}")
         return 0
-    wanted = args.only.split(",") if args.only else names()
-    if unknown := set(wanted) - set(names()):
-        parser.error(f"no cases of {', '.join(sorted(unknown))}; there are some of {', '.join(names())}")
+    known = special.names() if args.special else names()
+    wanted = args.only.split(",") if args.only else known
+    if unknown := set(wanted) - set(known):
+        parser.error(f"no cases of {', '.join(sorted(unknown))}; there are some of {', '.join(known)}")
+    if args.special:
+        try:
+            return special.report(tuple(wanted), args.device)
+        except NoDeviceError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return BAD_INPUT if args.device else 1
     passed = failed = 0
     for name in wanted:
         start, found = time.perf_counter(), cases(name, args.full)
