@@ -27,6 +27,8 @@ from vk_kernels.lowering.graph import Graph, Literal, Node, Operand, Value, prod
 MOST_BUFFERS = 128  # that a generated kernel binds, roughly: what one target needs stays together
 MOST_REDUCTIONS = 64  # that a generated kernel does, or products or sorts
 
+_SPARE = 2  # buffers of a kernel for what it stores, and what it does in between
+
 _BROADCAST = 32  # elements that use a value each, from which on it is stored if it took more than a few operations
 _FEW, _MANY = 4, 100  # operations: worth storing once where it is broadcast; wherever several kernels need it
 
@@ -95,8 +97,13 @@ def common_scope(scopes: Iterable[str]) -> str:
 
 
 def partition(graph: Graph, most_buffers: int = MOST_BUFFERS, most_reductions: int = MOST_REDUCTIONS) -> Partition:
-    """Cuts a graph into steps; a generated one binds `most_buffers` and has `most_reductions` at most."""
+    """Cuts a graph into steps; a generated one binds `most_buffers` and has `most_reductions` at most.
+
+    What one target needs may be more than MOST_BUFFERS, but never more than fewer `most_buffers`: a device's limit.
+    """
     graph = _with_constants(graph)
+    if most_buffers < MOST_BUFFERS:
+        graph = replace(graph, nodes=[part for node in graph.nodes for part in _in_a_tree(node, most_buffers - _SPARE)])
     return _Partitioner(graph, most_buffers, most_reductions).run()
 
 
@@ -116,6 +123,21 @@ def _with_constants(graph: Graph) -> Graph:
 
     nodes = [replace(node, inputs=tuple(map(stored, node.inputs))) if node.call else node for node in graph.nodes]
     return Graph(graph.inputs, constants, nodes, tuple(map(stored, graph.outputs)))
+
+
+def _in_a_tree(node: Node, most: int) -> Iterable[Node]:
+    """A concatenation of more arrays than `most` as one of concatenations; any other node as it is."""
+    if node.op != "concatenate" or len(node.inputs) <= most:
+        return [node]
+    axis, size = node.params["dimension"], -(-len(node.inputs) // most)
+    parts = []
+    for start in range(0, len(node.inputs), size):
+        arrays = node.inputs[start : start + size]
+        shape = list(node.outputs[0].shape)
+        shape[axis] = sum(x.shape[axis] for x in arrays)
+        parts.append(replace(node, inputs=arrays, outputs=(Value(tuple(shape), node.outputs[0].dtype),)))
+    whole = replace(node, inputs=tuple(part.outputs[0] for part in parts))
+    return [*(small for part in parts for small in _in_a_tree(part, most)), whole]
 
 
 class _Part(NamedTuple):
@@ -158,6 +180,8 @@ class _Partitioner:
         self._stored = {self._root(value) for value in graph.outputs}
         self._stored.update(self._root(x) for node in graph.nodes if node.call for x in node.inputs)
         self._cut_costly()
+        if most_buffers < MOST_BUFFERS:
+            self._cut_wide(most_buffers - _SPARE)
         self._heights = self._find_heights({})
         self._heights = self._find_heights(self._join_reductions())
 
@@ -188,6 +212,20 @@ class _Partitioner:
             for x in node.inputs:
                 if isinstance(x, Value):
                     reached.setdefault(x, set()).update(through)
+
+    def _cut_wide(self, most: int) -> None:
+        """Adds to what is loaded, until no value is made of more than `most` arrays in memory."""
+        made_of: dict[Value, frozenset[Value]] = {}
+        for node in self._graph.nodes:
+            operands = [x for x in node.inputs if isinstance(x, Value)]
+            arrays = {x: frozenset([x]) if x in self._loaded else made_of[x] for x in operands}
+            while len(whole := frozenset().union(*arrays.values())) > most:
+                widest = max(arrays, key=lambda x: len(arrays[x]))
+                if len(arrays[widest]) == 1:
+                    break  # as many operands
+                self._loaded.add(widest)
+                arrays[widest] = frozenset([widest])
+            made_of.update(dict.fromkeys(node.outputs, whole))
 
     def _is_target(self, node: Node) -> bool:
         return any(out in self._loaded or out in self._stored for out in node.outputs)

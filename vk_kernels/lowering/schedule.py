@@ -72,8 +72,9 @@ def make_program(partition: Partition, device: "Device", donated: Sequence[bool]
             ordered.append((memory.waves[index][number], command))
     commands = [command for _, command in sorted(ordered, key=lambda item: item[0])]
     copies = memory.copies
-    for start in range(0, len(copies), _COPIES):
-        commands += _copy(copies[start : start + _COPIES])
+    most = min(_COPIES, device.limits.storage_buffers // 2)
+    for start in range(0, len(copies), most):
+        commands += _copy(copies[start : start + most])
     return Program(
         tuple(commands),
         tuple(map(_array, partition.inputs)),
