@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 import vk_kernels
 from gpt_jax.config import UserError
@@ -14,6 +15,7 @@ from gpt_jax.metrics import device_facts, device_peak_bytes
 from vk_kernels.device import choose, list_devices
 from vk_kernels.errors import NoDeviceError, VulkanError
 from vk_kernels.lowering import open_device
+from vk_kernels.ops.attention import MAX_HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,14 @@ def _choose() -> tuple[str, str]:
     if info.kind == "cpu":
         return "xla", f"auto: Vulkan has but a processor, {info.name}"
     return "vulkan", "auto: a GPU that JAX itself does not serve"
+
+
+def check_heads(model: ConfigDict, backend: Backend) -> None:
+    """Raises UserError for a model whose attention heads are wider than the kernels of the backend take."""
+    width, heads = model.embed_dim, model.num_heads
+    if backend.name == "vulkan" and width // heads > MAX_HEAD_DIM:
+        raise UserError(
+            f"config.model.embed_dim={width} over config.model.num_heads={heads} makes a head {width // heads} wide, "
+            f"and the Vulkan kernels take at most {MAX_HEAD_DIM}: num_heads of {-(-width // MAX_HEAD_DIM)} or more, or "
+            f"--config.backend=xla (sampling: --backend=xla), which has no limit (the backend is {backend})"
+        )

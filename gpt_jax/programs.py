@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from gpt_jax.backend import Backend
+from gpt_jax.backend import Backend, check_heads
 from gpt_jax.config import UserError
 from gpt_jax.failures import describe, is_device_error, remedies, remedies_of_model, smaller
 from gpt_jax.model import GPT, ModelConfig
@@ -26,7 +26,6 @@ from gpt_jax.steps import (
 )
 from vk_kernels.errors import FeatureError, VulkanError
 from vk_kernels.lowering import open_device
-from vk_kernels.ops.attention import MAX_HEAD_DIM
 
 
 class Programs(NamedTuple):
@@ -78,7 +77,7 @@ def plan_programs(config: ConfigDict, backend: Backend) -> tuple[Programs, str |
     programs = make_programs(config, backend)
     if backend.name != "vulkan":
         return programs, None
-    _check_heads(config, backend)
+    check_heads(config.model, backend)
     try:
         _plan(config, programs)
     except (VulkanError, MemoryError, ValueError) as error:
@@ -89,16 +88,6 @@ def plan_programs(config: ConfigDict, backend: Backend) -> tuple[Programs, str |
             raise UserError(f"this config cannot run on the backend {backend}: {line}") from None
         return programs, line
     return programs, None
-
-
-def _check_heads(config: ConfigDict, backend: Backend) -> None:
-    width, heads = config.model.embed_dim, config.model.num_heads
-    if width // heads > MAX_HEAD_DIM:
-        raise UserError(
-            f"config.model.embed_dim={width} over config.model.num_heads={heads} makes a head {width // heads} wide, "
-            f"and the Vulkan kernels take at most {MAX_HEAD_DIM}: num_heads of {-(-width // MAX_HEAD_DIM)} or more, or "
-            f"--config.backend=xla, which has no limit (the backend is {backend})"
-        )
 
 
 def _plan(config: ConfigDict, programs: Programs) -> None:

@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,15 +20,17 @@ from absl import flags
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from gpt_jax.backend import enter_backend
+from gpt_jax.backend import check_heads, enter_backend
 from gpt_jax.checkpoint import check_parameters, restore_parameters
 from gpt_jax.config import BACKENDS, UserError, check, check_saved, text_problem
 from gpt_jax.corpus import Turn
+from gpt_jax.failures import describe, is_device_error
 from gpt_jax.metrics import CONFIG_FILE, read_config
 from gpt_jax.model import GPT, ModelConfig
 from gpt_jax.steps import init_params
 from gpt_jax.tokenizer import decode, encode_prompt, marker_ids
 from gpt_jax.tokenizer import load as load_tokenizer
+from vk_kernels.errors import VulkanError
 
 FLAGS = flags.FLAGS
 
@@ -160,9 +163,17 @@ def load_for_sampling(workdir: Path) -> tuple[ConfigDict, Any, Tokenizer, str]:
     return config, params, tokenizer, description
 
 
-def main(argv: Sequence[str]) -> None:
-    with contextlib.ExitStack() as stack:
-        chat(stack)
+def main(argv: Sequence[str]) -> int:
+    try:
+        with contextlib.ExitStack() as stack:
+            chat(stack)
+    except (RuntimeError, MemoryError) as error:
+        if not is_device_error(error):
+            raise
+        way_out = "; --backend=xla answers without Vulkan" if isinstance(error, VulkanError) else ""
+        print(f"error: {describe(error)}{way_out}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def chat(stack: contextlib.ExitStack) -> None:
@@ -174,6 +185,7 @@ def chat(stack: contextlib.ExitStack) -> None:
     temperature = config.sample.temperature if FLAGS.temperature is None else FLAGS.temperature
     top_k = config.sample.top_k if FLAGS.top_k is None else FLAGS.top_k
     backend = enter_backend(FLAGS.backend or config.backend, config.matmul_precision, stack)
+    check_heads(config.model, backend)
     sampler = make_sampler(model, temperature, top_k, backend.jit)
     params = backend.put(params)
     key = jax.random.key(time.time_ns() % 2**32 if FLAGS.seed is None else FLAGS.seed)

@@ -5,12 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from gpt_jax import sample
 from gpt_jax.corpus import Turn
 from gpt_jax.model import GPT, ModelConfig
 from gpt_jax.sample import answer, generate, make_sampler, next_token
 from gpt_jax.steps import init_params
 from gpt_jax.tokenizer import encode_prompt, marker_ids, train_tokenizer
+from vk_kernels.errors import DeviceLostError
 
 MODEL = GPT(ModelConfig(vocab_size=270, block_size=10, num_layers=1, num_heads=2, embed_dim=16))
 PARAMS = jax.jit(init_params, static_argnums=(0, 1))(MODEL, 3)
@@ -82,3 +85,19 @@ def test_answers_are_decoded_without_the_marker_that_ends_them():
 
     [sample] = answer(scripted, None, tokenizer, [[Turn("user", "a question")]], block_size=64, max_tokens=50, key=KEY)
     assert sample == ("an answer", len(reply) + 1, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (DeviceLostError("the device was lost"), "error: the device was lost; --backend=xla answers without Vulkan\n"),
+        (MemoryError(), "error: out of memory\n"),
+    ],
+)
+def test_a_device_that_fails_costs_one_line(error, line, monkeypatch, capsys):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(sample, "chat", fail)
+    assert sample.main([]) == 1
+    assert capsys.readouterr().err == line
