@@ -10,9 +10,11 @@ from gpt_jax import tokenizer
 from gpt_jax.checkpoint import CHECKPOINTS, check_donor, check_newest
 from gpt_jax.config import UserError
 from gpt_jax.corpus import check_source
+from gpt_jax.data import NEW_TOKENIZER
+from gpt_jax.finetune import tokenizer_to_keep
 from gpt_jax.metrics import read_config, read_info
 
-_TRAINED = ("", "new")  # values of data.tokenizer that name no file
+_TRAINED = (None, "", NEW_TOKENIZER)  # values that name no file
 
 
 def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> None:
@@ -30,9 +32,9 @@ def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> None:
     read_info(workdir)
     read_config(workdir)
     check_source(config.data.source)
-    check_tokenizer(config)
     if not check_newest(workdir / CHECKPOINTS, abstract_state) and config.init_from:
         check_donor(config.init_from, abstract_state.params)
+    check_tokenizer(config, tokenizer_to_keep(config, workdir))
 
 
 def check_folder(workdir: Path) -> None:
@@ -47,9 +49,12 @@ def check_folder(workdir: Path) -> None:
         raise UserError(f"cannot write to the run folder: nothing can be made in {place}; choose another --workdir")
 
 
-def check_tokenizer(config: ConfigDict) -> None:
-    """Raises UserError if the tokenizer cannot be read, or has no room in the model's vocabulary."""
-    size, file = config.model.vocab_size, config.data.tokenizer
+def check_tokenizer(config: ConfigDict, kept: Path | None = None) -> None:
+    """Raises UserError if the tokenizer cannot be read, or has no room in the model's vocabulary.
+
+    kept: what `finetune.tokenizer_to_keep` says.
+    """
+    size, file = config.model.vocab_size, config.data.tokenizer or kept
     if file in _TRAINED:
         smallest = tokenizer.SMALLEST_VOCABULARY
         if size < smallest:

@@ -18,8 +18,9 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from tokenizers import Tokenizer
 
-from gpt_jax import data, metrics, tokenizer
+from gpt_jax import data, finetune, metrics, tokenizer
 from gpt_jax.backend import Backend, enter_backend
 from gpt_jax.checkpoint import Checkpointer, merge_parameters, restore_parameters
 from gpt_jax.config import UserError, leaves, validate
@@ -103,7 +104,7 @@ def parameter_table(params: Any) -> str:
 
 
 def initial_state(
-    config: ConfigDict, model: GPT, checkpointer: Checkpointer, log: Log
+    config: ConfigDict, model: GPT, checkpointer: Checkpointer, words: Tokenizer, log: Log
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """The state to go on from, on JAX's default device, and the position saved with it: the run's own checkpoint if it
     has one, else the parameters of `init_from` with a fresh optimizer, else fresh parameters."""
@@ -116,8 +117,9 @@ def initial_state(
     params = jax.jit(fresh)()
     if config.init_from:
         donor, description = restore_parameters(Path(config.init_from))
+        donor, moved = finetune.with_words_of(donor, params, config, words)
         params, report = merge_parameters(params, donor)
-        log(f"initialised from {description}\n{report}")
+        log("\n".join(filter(None, (f"initialised from {description}", str(report), moved))))
     else:
         log(f"initialised from scratch with seed {config.seed}")
     return init_state(params, optimizer), None
@@ -439,7 +441,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             facts = {"device": backend.device, "peak_bytes": backend.peak_bytes}
             metrics.mark_failed(workdir, name=config.name, domain=config.domain, backend=str(backend), **facts)
             raise failure.ended_by(shortage)
-        corpus = data.prepare(config.data, config.model.vocab_size, log)
+        kept_tokenizer = finetune.tokenizer_to_keep(config, workdir)
+        corpus = data.prepare(config.data, config.model.vocab_size, log, kept_tokenizer)
         model = GPT(ModelConfig.from_config(config.model))
         checkpointer = stack.enter_context(
             Checkpointer(
@@ -448,7 +451,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
                 keep_every=config.checkpoint.keep_every or None,
             )
         )
-        state, position = initial_state(config, model, checkpointer, log)
+        state, position = initial_state(config, model, checkpointer, corpus.tokenizer, log)
         if position is not None and position["data_fingerprint"] != corpus.fingerprint:
             raise UserError(
                 f"the data of {workdir} has changed since its checkpoint (fingerprint {position['data_fingerprint']}, "
@@ -466,6 +469,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             peak_bytes=backend.peak_bytes,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             vocabulary=corpus.tokenizer.get_vocab_size(),
+            tokenizer=finetune.FROM_DONOR if kept_tokenizer else config.data.tokenizer or "trained",
             data=corpus.stats,
             spent_seconds=0.0 if position is None else position["elapsed_seconds"],
             **({"run_id": run_id} if is_new else {}),

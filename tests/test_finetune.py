@@ -1,0 +1,135 @@
+"""A donor's parameters keep their words: its tokenizer by default, rows by their bytes under another one."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import chat_tiny
+from gpt_jax import data
+from gpt_jax import tokenizer as tk
+from gpt_jax.checkpoint import Checkpointer
+from gpt_jax.config import UserError
+from gpt_jax.finetune import FROM_DONOR, tokenizer_to_keep, with_words_of
+from gpt_jax.model import GPT, ModelConfig
+from gpt_jax.train import initial_state
+
+WIDTH, SIZE = 8, 300
+
+
+def make_config(**changes):
+    config = chat_tiny.get_config()
+    config.model.update(vocab_size=SIZE, embed_dim=WIDTH, num_heads=2, num_layers=1, block_size=8)
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return config
+
+
+def parameters(size, seed, width=WIDTH):
+    rng = np.random.default_rng(seed)
+    return {"wte": rng.random((size, width), np.float32), "head": rng.random((width, size), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tk.train_tokenizer(["kettle lamp river bridge kettle lamp"] * 3, 280)
+
+
+@pytest.fixture(scope="module")
+def others():
+    return tk.train_tokenizer(["lamp ladder river lamp window"] * 3, 290)
+
+
+@pytest.fixture
+def donor(tmp_path, words):
+    """A run folder with one checkpoint."""
+    folder = tmp_path / "donor"
+    with Checkpointer(folder / "checkpoints", keep_last=1, keep_every=None) as checkpointer:
+        checkpointer.save(1, {"params": parameters(SIZE, 1)}, {})
+    tk.save(words, folder / "tokenizer.json")
+    return folder
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/1"])
+def test_the_donors_tokenizer_is_taken_wherever_in_the_run_is_pointed_to(donor, tmp_path, place):
+    config = make_config(init_from=str(donor / place))
+    assert tokenizer_to_keep(config, tmp_path / "new") == donor / "tokenizer.json"
+    for tokenizer in ("new", str(donor / "tokenizer.json")):
+        assert tokenizer_to_keep(make_config(init_from=str(donor), data__tokenizer=tokenizer), tmp_path) is None
+    assert tokenizer_to_keep(make_config(), tmp_path) is None
+
+
+def test_a_donor_without_a_tokenizer_is_refused(donor, tmp_path):
+    (donor / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer.json does not exist, .*data.tokenizer=PATH .*data.tokenizer=new"):
+        tokenizer_to_keep(make_config(init_from=str(donor)), tmp_path / "new")
+
+
+@pytest.mark.parametrize("init_from", ["", "elsewhere"])
+def test_a_resumed_run_keeps_the_tokenizer_of_a_donor_that_is_gone(tmp_path, init_from):
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    config = make_config(init_from=init_from)
+    assert tokenizer_to_keep(config, tmp_path) is None
+    (tmp_path / "run.json").write_text(json.dumps({"tokenizer": FROM_DONOR}))
+    assert tokenizer_to_keep(config, tmp_path) == tmp_path / "tokenizer.json"
+
+
+def test_rows_go_where_the_same_bytes_go(donor, words, others):
+    fresh, saved = parameters(310, 2), parameters(SIZE, 1)
+    moved, line = with_words_of(saved, fresh, make_config(init_from=str(donor)), others)
+    known = words.get_vocab()
+    same = 0
+    for text, new in others.get_vocab().items():
+        if text in known:
+            same += 1
+            np.testing.assert_array_equal(moved["wte"][new], saved["wte"][known[text]])
+            np.testing.assert_array_equal(moved["head"][:, new], saved["head"][:, known[text]])
+        else:
+            np.testing.assert_array_equal(moved["wte"][new], fresh["wte"][new])
+            np.testing.assert_array_equal(moved["head"][:, new], fresh["head"][:, new])
+    assert 260 <= same < others.get_vocab_size()  # bytes, markers and a few words
+    size = others.get_vocab_size()
+    assert line == f"tokens: {same} of {size} are the donor's too and take its rows, {size - same} are new"
+    np.testing.assert_array_equal(moved["wte"][size:], fresh["wte"][size:])
+
+
+def test_the_same_words_in_a_larger_vocabulary_keep_their_rows(donor, words):
+    config = make_config(init_from=str(donor))
+    saved, fresh = parameters(SIZE, 1), parameters(SIZE, 2)
+    assert with_words_of(saved, fresh, config, words) == (saved, "")
+    count = words.get_vocab_size()
+    moved, line = with_words_of(saved, parameters(SIZE + 100, 2), config, words)
+    np.testing.assert_array_equal(moved["wte"][:count], saved["wte"][:count])
+    np.testing.assert_array_equal(moved["head"][:, :count], saved["head"][:, :count])
+    assert line.startswith(f"tokens: {count} of {count} are the donor's too")
+    moved, _ = with_words_of(saved, parameters(SIZE, 2, width=16), config, words)  # of another width: not its rows
+    assert moved["wte"] is saved["wte"]
+
+
+def test_a_bare_checkpoint_is_taken_at_the_users_word(donor, words):
+    (donor / "tokenizer.json").unlink()
+    saved, fresh = parameters(SIZE, 1), parameters(SIZE, 2)
+    given = make_config(init_from=str(donor), data__tokenizer="words.json")
+    moved, line = with_words_of(saved, fresh, given, words)
+    assert moved is saved
+    assert line.endswith("words.json is taken to be the donor's tokenizer")
+    moved, line = with_words_of(saved, fresh, make_config(init_from=str(donor), data__tokenizer="new"), words)
+    assert moved == {}
+    assert "no row of a token is taken" in line
+
+
+def test_a_run_on_other_data_starts_from_the_donors_words(donor, words, tmp_path):
+    source = tmp_path / "chats.txt"
+    source.write_text("".join(f"<|user|>ladder {n}<|assistant|>window {n}<|end_of_text|>" for n in range(40)))
+    lines = []
+    for tokenizer, kept in (("", True), ("new", False)):
+        config = make_config(init_from=str(donor), data__source=str(source), data__tokenizer=tokenizer)
+        config.data.update(cache_dir=str(tmp_path / "cache"), validation_fraction=0.2)
+        corpus = data.prepare(config.data, SIZE, lines.append, tokenizer_to_keep(config, tmp_path / "run"))
+        assert (corpus.tokenizer.to_str() == words.to_str()) == kept
+    model = GPT(ModelConfig.from_config(config.model))
+    with Checkpointer(tmp_path / "run" / "checkpoints", keep_last=1, keep_every=None) as checkpointer:
+        state, _ = initial_state(config, model, checkpointer, corpus.tokenizer, lines.append)
+    assert "are the donor's too and take its rows" in lines[-1]
+    lamp, ladder = words.get_vocab(), corpus.tokenizer.get_vocab()
+    saved = parameters(SIZE, 1)["wte"]
+    np.testing.assert_array_equal(state.params["wte"][ladder["l"]], saved[lamp["l"]])
