@@ -51,10 +51,11 @@ def enter_backend(name: str, matmul_precision: str, stack: contextlib.ExitStack,
     require_devices()
     for setting in (
         jax.default_matmul_precision(matmul_precision),
-        # Variables that are exported for other programs change nothing here: all dtypes and random bits are our own.
+        # Variables that are exported for other programs change nothing here: all dtypes, random bits and transfers are our own.
         jax.enable_x64(False),
         jax.numpy_dtype_promotion("standard"),
         jax.default_prng_impl("threefry2x32"),
+        jax.transfer_guard("allow"),
     ):
         stack.enter_context(setting)
     reason = "asked for"
@@ -79,10 +80,10 @@ def require_devices(platform: str | None = None) -> None:
         jax.devices(platform)
     except (RuntimeError, AssertionError) as error:  # JAX knows the platform's name, but has nothing for it
         found = [f"{name}={os.environ[name]}" for name in _PLATFORM_VARIABLES if os.environ.get(name)]
-        why = " ".join(str(error).split()) or "it has no such platform here"
+        why = f" (JAX says: {' '.join(str(error).split())})" if str(error) else ""
         needed = "the processor, which Vulkan's backend needs beside it" if platform == "cpu" else "a device"
         cure = f"{' and '.join(found)} must be unset or name what this machine has" if found else "reinstall jax"
-        raise UserError(f"JAX does not find {needed}: {cure} (JAX says: {why})") from None
+        raise UserError(f"JAX does not find {needed}: {cure}{why}") from None
 
 
 _PLATFORM_VARIABLES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")

@@ -113,6 +113,7 @@ def test_variables_for_other_programs_change_no_dtype_and_no_random_bits():
         jax.enable_x64(True),
         jax.default_prng_impl("rbg"),
         jax.numpy_dtype_promotion("strict"),
+        jax.transfer_guard("disallow"),
         contextlib.ExitStack() as stack,
     ):
         enter_backend("xla", "highest", stack)
