@@ -192,6 +192,7 @@ class Executable:
         stages = [0, *(i for i, barrier in enumerate(self.barriers) if barrier and i)]
         self._cuts = stages if device.submit_ms else [0]  # the commands that submissions begin with
         self._timed_runs = 0 if device.submit_ms and len(stages) > 1 else None  # until it is known where to cut
+        self._sizes = [array.nbytes for array in program.inputs]
         self._aliases = [program.aliases.get(j) for j in range(len(program.outputs))]
         self._aliased = frozenset(program.aliases.values())
         self._last: list[Buffer | None] = [None] * len(program.inputs)  # that the last call was bound to
@@ -228,8 +229,9 @@ class Executable:
     def _check_sizes(self, arguments: Mapping[int, Buffer | np.ndarray]) -> None:
         """No kernel may read past the end of what it is given."""
         for i, x in arguments.items():
-            array, found = self.program.inputs[i], x.size if isinstance(x, Buffer) else x.nbytes
-            if found != array.nbytes:
+            found = x.size if isinstance(x, Buffer) else x.nbytes
+            if found != self._sizes[i]:
+                array = self.program.inputs[i]
                 raise ValueError(f"input {i} of the program is {array}, {array.nbytes:,} bytes, found {found:,} bytes")
 
     def _copy(self, copies: Sequence[tuple[Buffer, Buffer]]) -> None:
