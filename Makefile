@@ -1,4 +1,4 @@
-.PHONY: setup test night tiny shaders gpu-check format
+.PHONY: setup test night campaign tiny shaders gpu-check format
 
 setup: ## .venv with everything for training and the tests
 	bash scripts/setup.sh --dev
@@ -12,6 +12,9 @@ test: ## all tests
 
 night: ## the tests on drawn inputs, 200 of each, those that take long, and 10,000 calls watched for leaks
 	HYPOTHESIS_PROFILE=night .venv/bin/python -m pytest -n auto --dist load tests/test_vk_properties.py tests/test_jit*.py tests/test_vk_attention.py tests/test_vk_matmul.py tests/test_vk_api.py::test_mixed_calls_keep_memory_and_files_flat
+
+campaign: ## kills, signals, damage, full disks and bad inputs by the hundred; ARGS="--kills=20 --minutes=30 --seed=1"
+	.venv/bin/python tests/campaign/campaign.py $(ARGS)
 
 shaders: ## compile the shaders that changed
 	.venv/bin/python -m vk_kernels.build

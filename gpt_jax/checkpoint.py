@@ -10,6 +10,7 @@ which is experimental still and renamed its functions between 0.11 and 0.12; nei
 All is written under DIRECTORY/STEP.new, and one rename commits it.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt_jax.config import UserError
+from gpt_jax.files import StorageError, explain, os_error_of, sync_folder
 from gpt_jax.json_file import VERSION, DamagedError, check_version, read_object
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds its checkpoints
@@ -46,10 +48,13 @@ logger = logging.getLogger(__name__)
 
 
 def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+    if f"{os.sep}orbax{os.sep}" not in record.pathname:
+        return True
+    return record.levelno >= logging.WARNING and record.exc_info is None
 
 
-# Orbax writes dozens of INFO lines a save to absl's logger; what others write there is left alone.
+# Orbax writes dozens of INFO lines a save to absl's logger, and tracebacks of the threads of a save that failed, whose
+# exception is raised as well; what others write there is left alone.
 logging.getLogger("absl").addFilter(_is_not_orbax_chatter)
 
 
@@ -110,7 +115,7 @@ class Checkpointer:
         # never changes it in place, so that it can be read meanwhile.
         self._losses = _read_losses(self._directory)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: list[Future[None]] = []
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -131,7 +136,7 @@ class Checkpointer:
           validation_loss: lower is better; None or not finite: never the best.
 
         Raises:
-          UserError: this save or, if asynchronous, the one before it could not be written.
+          StorageError: this save or, if asynchronous, the one before it could not be written.
           TypeError: `position` holds something that JSON cannot.
         """
         self.wait()
@@ -143,7 +148,21 @@ class Checkpointer:
             return
         # np.array copies: on the CPU backend a plain view would share the buffer that the caller may donate.
         leaves = {name: np.array(leaf) for name, leaf in _named_leaves(state).items()}
-        self._pending = self._writer.submit(self._commit, step, leaves, position, validation_loss)
+        self._submit(self._commit, step, leaves, position, validation_loss)
+
+    def mark(self, step: int, validation_loss: float) -> None:
+        """Adds its validation loss to a step that was saved before the loss was known, in the background.
+
+        Does nothing for a step without a good checkpoint, or for a loss that is not finite.
+
+        Raises:
+          StorageError: if not asynchronous, it could not be written.
+        """
+        if math.isfinite(validation_loss):
+            self._submit(self._mark, int(step), float(validation_loss))
+
+    def _submit(self, task: Callable[..., None], *arguments: Any) -> None:
+        self._pending.append(self._writer.submit(task, *arguments))
         if not self._asynchronous:
             self.wait()
 
@@ -189,16 +208,24 @@ class Checkpointer:
         """The committed good steps, in order."""
         return sorted(self._losses)
 
+    @property
+    def newest(self) -> int | None:
+        """The newest committed good step."""
+        return max(self._losses, default=None)
+
     def best_step(self) -> int | None:
         """The committed good step with the lowest validation loss; None if none has one."""
         return _best(self._losses)
 
     def wait(self) -> None:
-        """Waits until the pending save is committed; raises its error."""
-        if self._pending is not None:
-            wait_for([self._pending])  # a KeyboardInterrupt here leaves it pending, for the next call
-            pending, self._pending = self._pending, None
-            pending.result()
+        """Waits until what is pending is committed; raises its error."""
+        wait_for(self._pending)  # a KeyboardInterrupt here leaves it pending, for the next call
+        self.check()
+
+    def check(self) -> None:
+        """Raises the error of a save that failed in the meantime, without waiting."""
+        while self._pending and self._pending[0].done():
+            self._pending.pop(0).result()
 
     def close(self) -> None:
         """Waits, then ends the writer thread. May be called again."""
@@ -211,9 +238,10 @@ class Checkpointer:
         """Commits a checkpoint, then removes those that are not kept. Runs in the writer thread."""
         path = self._directory / str(step)
         new = path.with_name(path.name + _NEW)
-        try:
+        with self._writing(path):
             if new.exists():  # what a save that failed left
                 _delete(new)
+            new.mkdir()  # not its parents: a folder that was removed is not made again
             tree = unflatten_dict(leaves, sep="/")
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
                 writer.save(new / _STATE, args=ocp.args.PyTreeSave(tree))
@@ -225,18 +253,51 @@ class Checkpointer:
                 "leaves": {name: _spec(leaf) for name, leaf in leaves.items()},
                 "files": {str(file.relative_to(new)): _crc32_of_file(file) for file in files},
             }
-            (new / _POSITION).write_text(json.dumps(record | {"crc32": _crc32_of_json(record)}))
+            _write_record(new, record)
             if path.exists():
                 _remove(path)
             new.rename(path)
-            losses = {**self._losses, step: validation_loss}
-            kept = _kept(losses, self._keep_last, self._keep_every)
-            for other, directory in _step_directories(self._directory).items():
-                if other not in kept:  # too old, or damaged
-                    _remove(directory)
-        except OSError as error:
-            raise UserError(f"could not write the checkpoint {path}: {error}") from error
-        self._losses = {good: losses[good] for good in kept}
+            sync_folder(self._directory)
+            self._keep({**self._losses, step: validation_loss})
+
+    def _mark(self, step: int, validation_loss: float) -> None:
+        """Rewrites the JSON of a checkpoint in one go. Runs in the writer thread."""
+        path = self._directory / str(step)
+        if self._losses.get(step, validation_loss) == validation_loss:  # no good checkpoint, or marked already
+            return
+        with self._writing(path):
+            try:
+                record = _read_record(path)
+            except _Damaged:
+                return  # told by whoever goes on to restore it
+            _write_record(path, record | {"validation_loss": validation_loss})
+            self._keep({**self._losses, step: validation_loss})
+
+    def _keep(self, losses: dict[int, float | None]) -> None:
+        """Removes the steps that are not kept."""
+        kept = _kept(losses, self._keep_last, self._keep_every)
+        for step, directory in _step_directories(self._directory).items():
+            if step not in kept:  # too old, or damaged
+                _remove(directory)
+        self._losses = {step: losses[step] for step in kept}
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Turns what a failing disk raises into a StorageError, and leaves no half of a checkpoint on it."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            cause = error if isinstance(error, OSError) else os_error_of(error)
+            with contextlib.suppress(OSError):
+                _delete(path.with_name(path.name + _NEW))
+            if cause is None:
+                raise
+            raise StorageError(f"could not write the checkpoint {path}: {explain(cause)}") from error
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps that have a checkpoint in a directory, damaged ones too; none if there is no such directory."""
+    return sorted(_step_directories(directory)) if directory.is_dir() else []
 
 
 def restore_parameters(path: str | os.PathLike) -> tuple[dict, str]:
@@ -481,6 +542,17 @@ def _read_record(path: Path) -> dict:
         raise _Damaged(f"its {_POSITION} fails its checksum")
     check_version(path / _POSITION, record, FORMAT_VERSION)
     return record
+
+
+def _write_record(path: Path, record: dict) -> None:
+    """Writes what `_read_record` reads: whole, or the one before stays."""
+    new = path / (_POSITION + _NEW)
+    with new.open("w") as file:
+        file.write(json.dumps(record | {"crc32": _crc32_of_json(record)}))
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path / _POSITION)
+    sync_folder(path)
 
 
 def _read_losses(directory: Path) -> dict[int, float | None]:

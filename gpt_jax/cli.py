@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from gpt_jax.config import UserError
+from gpt_jax.files import StorageError, explain
+from gpt_jax.output import flushed_output, open_streams
 
-BAD_INPUT = 2  # exit code for a mistake that the user can mend
+BAD_INPUT = UserError.exit_code
 
 
 def run_main(
@@ -17,7 +19,7 @@ def run_main(
     arguments: Sequence[str] = (),
     define: Callable[[], None] = lambda: None,
 ) -> None:
-    """`absl.app.run(main)`, with a bad flag or a `UserError` turned into one line on stderr and exit code 2.
+    """`absl.app.run(main)`, with a bad flag, a `UserError` or a failing file turned into one line on stderr.
 
     Args:
       main: takes the program's name and its arguments, returns the exit code; None is 0.
@@ -27,6 +29,7 @@ def run_main(
 
     def guarded(argv: Sequence[str]) -> int | None:
         logging.set_verbosity(logging.WARNING)  # the libraries' chatter is not the program's output
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             if len(argv) - 1 > len(arguments):
                 raise UserError(f"unexpected argument {argv[-1]!r}: every option is written --name=value")
@@ -34,15 +37,22 @@ def run_main(
                 raise UserError(f"missing argument: {arguments[len(argv) - 1]}")
             return main(argv)
         except UserError as error:
-            return _refuse(error)
-        except KeyboardInterrupt:
-            return 128 + signal.SIGINT
+            return _refuse(error, error.exit_code)
+        except KeyboardInterrupt as error:
+            print("interrupted", file=sys.stderr)
+            return 128 + getattr(error, "number", signal.SIGINT)
+        except OSError as error:
+            if error.filename is None:  # standard output's, most likely
+                raise
+            return _refuse(f"{error.filename}: {explain(error)}", StorageError.exit_code)
 
-    try:
-        define()
-    except flags.Error as error:  # a --flagfile is read already
-        sys.exit(_refuse(error))
-    app.run(guarded, flags_parser=_parse_or_exit)
+    open_streams()
+    with flushed_output():
+        try:
+            define()
+        except flags.Error as error:  # a --flagfile is read already
+            sys.exit(_refuse(error))
+        app.run(guarded, flags_parser=_parse_or_exit)
 
 
 def require_jax() -> None:
@@ -78,6 +88,7 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
         raise UserError(str(inner if isinstance(inner, UserError) else error)) from None
 
 
-def _refuse(error: object) -> int:
+def _refuse(error: object, exit_code: int = BAD_INPUT) -> int:
+    """Prints why a command ends, in one line, and returns its exit code."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return BAD_INPUT
+    return exit_code

@@ -27,7 +27,9 @@ _SMALLEST = float(np.finfo(np.float32).tiny)  # normal f32: a smaller number is 
 
 
 class UserError(ValueError):
-    """Something the user can mend; its message is one line that says how."""
+    """Something the user can mend; its message is one line that says how. A command exits with `exit_code`."""
+
+    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True)

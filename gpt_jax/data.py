@@ -11,19 +11,22 @@ when it is opened, at 2 GB/s a file. Batch n is a pure function of (seed, n): no
 saving but how many windows were seen.
 """
 
+import contextlib
 import dataclasses
+import getpass
 import hashlib
 import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import grain
 import numpy as np
@@ -31,7 +34,9 @@ from tokenizers import Tokenizer
 
 from gpt_jax import corpus, tokenizer
 from gpt_jax.config import TARGETS, UserError
+from gpt_jax.files import StorageError, explain
 from gpt_jax.json_file import VERSION, read_object
+from gpt_jax.lock import wait_for_lock
 from gpt_jax.rows import Reading
 
 # Raise it when the same source and tokenizer would give other tokens or files than before.
@@ -126,31 +131,42 @@ def prepare(
     fingerprint = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
     root = _cache_root(data_config.cache_dir)
     folder = root / fingerprint
-    if folder.exists():
-        try:
-            prepared = _open(folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log(f"warning: the token cache {folder} is damaged ({error}): building it again")
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
-        else:
-            log(f"data: using the token cache {folder}")
-            _log_facts(prepared, vocab_size, log)
-            return prepared
+    prepared = _open_if_good(folder)
+    if not isinstance(prepared, Corpus):
+        with _writing_cache(root):
+            root.mkdir(parents=True, exist_ok=True)
+            with wait_for_lock(_build_lock(folder), log):  # whoever holds it builds the same
+                prepared = _open_if_good(folder)
+                if not isinstance(prepared, Corpus):
+                    if prepared is not None:
+                        log(f"warning: the token cache {folder} is damaged ({prepared}): building it again")
+                        gone = folder.rename(root / f"{fingerprint}.{uuid.uuid4().hex}.partial")
+                        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+                    return _prepare_anew(folder, data_config.source, choices, fraction, given, vocab_size, log)
+    log(f"data: using the token cache {folder}")
+    _log_facts(prepared, vocab_size, log)
+    return prepared
 
-    log(f"data: preparing {data_config.source!r}")
+
+def _prepare_anew(
+    folder: Path,
+    source: str,
+    choices: dict[str, str],
+    fraction: float,
+    given: Tokenizer | None,
+    vocab_size: int,
+    log: Log,
+) -> Corpus:
+    log(f"data: preparing {source!r}")
     start = time.monotonic()
+    _remove_abandoned(folder.parent, folder.name)
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(root, fingerprint)
-        partial = root / f"{fingerprint}.{uuid.uuid4().hex}.partial"
         partial.mkdir()
-    except OSError as error:
-        raise UserError(f"cannot write the token cache: {error}: set data.cache_dir to a folder that can be") from None
-    try:
-        _build(partial, data_config.source, choices, fraction, given, vocab_size, log)
+        _build(partial, source, choices, fraction, given, vocab_size, log)
         try:
             partial.rename(folder)
-        except OSError:  # another run has built the same in the meantime: it is as good
+        except OSError:  # where there are no locks, another run has built the same in the meantime: it is as good
             if not folder.exists():
                 raise
     finally:
@@ -290,6 +306,25 @@ def _cache_root(cache_dir: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_jax"
 
 
+def _build_lock(folder: Path) -> Path:
+    """A lock of this user's processes on this machine: it saves work. Builds on two machines do not harm each other."""
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    place = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir()) / f"gpt_jax-{user}-{place}.lock"
+
+
+@contextlib.contextmanager
+def _writing_cache(root: Path) -> Iterator[None]:
+    """Turns an OSError of a file that is not the source's into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename and not Path(error.filename).is_relative_to(root):
+            raise
+        place = error.filename or root
+        raise StorageError(f"cannot write the token cache: {place}: {explain(error)}, or set data.cache_dir") from error
+
+
 def _remove_abandoned(root: Path, fingerprint: str) -> None:
     for partial in root.glob(f"{fingerprint}.*.partial"):
         changed = max(path.stat().st_mtime for path in [partial, *partial.iterdir()])
@@ -300,8 +335,8 @@ def _remove_abandoned(root: Path, fingerprint: str) -> None:
 class _Output:
     """A new file that knows the CRC-32 of what was written to it."""
 
-    def __init__(self, path: Path) -> None:
-        self.file, self.crc = path.open("wb"), 0
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.crc = file, 0
 
     def write(self, array: np.ndarray) -> None:
         written = array.tobytes()
@@ -319,12 +354,12 @@ def _build(
     log: Log,
 ) -> None:
     texts = _training_texts(corpus.read_corpus(source, Reading(**choices)), fraction)
-    trained = given or tokenizer.train_tokenizer(texts, vocab_size)
+    trained = given or tokenizer.train_tokenizer(texts, vocab_size, log)
     dtype = np.dtype(np.uint16 if trained.get_vocab_size() <= 2**16 else np.uint32)
     stats = {split: {"dialogues": 0, "bytes": 0, "tokens": 0} for split in _SPLITS}
-    outputs = {name: _Output(folder / name) for name in _ARRAYS}
     reading, sources = Reading(**choices), set()
-    try:
+    with contextlib.ExitStack() as stack:
+        outputs = {name: _Output(stack.enter_context((folder / name).open("wb"))) for name in _ARRAYS}
         characters = logged = 0
         for batch in _batches(corpus.read_corpus(source, reading)):
             for dialogue, (ids, said) in zip(batch, tokenizer.encode_dialogues(trained, batch), strict=True):
@@ -340,9 +375,6 @@ def _build(
             if characters - logged >= _LOG_CHARACTERS:
                 logged = characters
                 log(f"data: {characters:,} characters tokenised")
-    finally:
-        for output in outputs.values():
-            output.file.close()
     _check_splits(stats, source, fraction, reading, sources)
     tokenizer.save(trained, folder / _TOKENIZER)
     checksums = {name: output.crc for name, output in outputs.items()}
@@ -412,6 +444,16 @@ def _check_splits(
         f"data source {source!r}: none of the {train + validation} dialogues{few} falls in the {empty} split "
         f"at data.validation_fraction={fraction}: {change} it, or give more data"
     )
+
+
+def _open_if_good(folder: Path) -> Corpus | Exception | None:
+    """The cache; or why it is damaged; or None if there is none."""
+    if not folder.exists():
+        return None
+    try:
+        return _open(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return error
 
 
 def _open(folder: Path) -> Corpus:

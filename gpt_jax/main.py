@@ -1,5 +1,10 @@
 """Trains a model: `python -m gpt_jax.main --config=configs/chat.py [--workdir=RUN] [--config.x.y=VALUE ...]`."""
 
+from gpt_jax.signals import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # before the imports, which take seconds
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     if workdir == "":
         raise UserError("--workdir is empty: name a folder, or leave it out for a new one in runs/")
     validate(config)
+    exit_on_interrupt()
     require_jax()
     from gpt_jax.train import TrainingFailed, train_and_evaluate  # after the config: a typo need not wait for jax
 

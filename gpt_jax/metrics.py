@@ -32,14 +32,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gpt_jax.config import UserError, types_of_fields
+from gpt_jax.files import StorageError, sync_folder, writing
 from gpt_jax.json_file import NUMBER, VERSION, Types, read_object
 
 METRICS_FILE, SAMPLES_FILE, INFO_FILE = "metrics.jsonl", "samples.jsonl", "run.json"
-CONFIG_FILE = "config.json"
+CONFIG_FILE, TENSORBOARD = "config.json", "tensorboard"
 FORMAT_VERSION = 1  # of run.json and config.json; raise it when an older program would misread them
 _INFO_TYPES: Types = {
     **dict.fromkeys(("run_id", "name", "domain", "status", "command", "backend", "started", "ended"), str),
-    **dict.fromkeys(("elapsed_seconds", "peak_flops", "starts", "parameters", "vocabulary"), NUMBER),
+    **dict.fromkeys(("elapsed_seconds", "peak_flops", "starts", "parameters", "vocabulary", "last_checkpoint"), NUMBER),
     **dict.fromkeys(("versions", "git", "data"), dict),
     "device": {"platform": str, "kind": str, "count": int},
     "host": {"platform": str, "cpu_count": int, "memory_bytes": NUMBER},
@@ -68,24 +69,19 @@ class MetricsWriter:
 
         Raises:
           UserError: a line other than the last of an existing file is damaged.
+          StorageError: a file cannot be written.
         """
-        workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(workdir)
+        self._folder.mkdir(parents=True, exist_ok=True)
         last_kept = -1 if resume_step is None else resume_step
-        self._metrics = _open_after(workdir / METRICS_FILE, last_kept)
-        self._samples = _open_after(workdir / SAMPLES_FILE, last_kept)
-        self._tensorboard = None
+        self._metrics = _open_after(self._folder / METRICS_FILE, last_kept)
+        self._samples = _open_after(self._folder / SAMPLES_FILE, last_kept)
+        self._events = None
         if tensorboard:
-            from tensorboardX import SummaryWriter
+            from gpt_jax.tensorboard import EventFile
 
-            self._tensorboard = SummaryWriter(
-                str(workdir / "tensorboard"),
-                purge_step=last_kept + 1,
-                max_queue=1000,
-                flush_secs=30,
-                # Its own names differ by the second only: a quick restart would overwrite the file before.
-                filename_suffix=f".{time.time_ns()}",
-            )
+            with self._writing_events():
+                self._events = EventFile(self._folder / TENSORBOARD, purge_step=last_kept + 1)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -98,11 +94,12 @@ class MetricsWriter:
         now = time.time()
         values = {name: value.item() if hasattr(value, "item") else value for name, value in scalars.items()}
         _write_line(self._metrics, {"step": step, "split": split, "time": now, **values})
-        if self._tensorboard is None or (split == "train" and "step_ms" not in values):
+        if self._events is None or (split == "train" and "step_ms" not in values):
             return
-        for name, value in values.items():
-            add = self._tensorboard.add_text if name == "text" else self._tensorboard.add_scalar
-            add(f"{split}/{name}", value, step, now)
+        with self._writing_events():
+            for name, value in values.items():
+                add = self._events.add_text if name == "text" else self._events.add_scalar
+                add(f"{split}/{name}", value, step, now)
 
     def sample(
         self, step: int, prompt: str, text: str, *, tokens: int, seconds: float, ended: bool | None = None
@@ -116,25 +113,41 @@ class MetricsWriter:
         """
         sample = {"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds, "ended": ended}
         _write_line(self._samples, {"step": step, **sample})
-        if self._tensorboard is not None:
-            self._tensorboard.add_text(f"sample/{prompt}", text, step)
+        if self._events is not None:
+            with self._writing_events():
+                self._events.add_text(f"sample/{prompt}", text, step, time.time())
 
     def flush(self) -> None:
         """Has the operating system put every line written so far on the disk."""
+        self.check_in_place()
         for file in (self._metrics, self._samples):
-            os.fsync(file.fileno())
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+            with writing(file.name):
+                os.fsync(file.fileno())
+        if self._events is not None:
+            with self._writing_events():
+                self._events.flush()
+
+    def check_in_place(self) -> None:
+        """Raises StorageError if the files are no longer where they were opened: what is written then is lost."""
+        for file in (self._metrics, self._samples):
+            with writing(file.name):
+                if not os.path.samestat(os.stat(file.name), os.fstat(file.fileno())):
+                    raise StorageError(f"cannot write {file.name}: another file stands there now")
 
     def close(self) -> None:
         """Flushes and closes; a second call does nothing."""
         if self._metrics.closed:
             return
-        self.flush()
-        self._metrics.close()
-        self._samples.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with contextlib.ExitStack() as stack:  # all of it, even if one fails
+            if self._events is not None:
+                stack.enter_context(self._writing_events())
+                stack.callback(self._events.close)
+            stack.callback(_close, self._metrics)
+            stack.callback(_close, self._samples)
+            self.flush()
+
+    def _writing_events(self) -> contextlib.AbstractContextManager[None]:
+        return writing(self._folder / TENSORBOARD)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -203,7 +216,13 @@ def _write_line(file: TextIO, record: dict[str, Any]) -> None:
         line = json.dumps(record, allow_nan=False)
     except ValueError:
         line = json.dumps({name: _spell_nonfinite(value) for name, value in record.items()}, allow_nan=False)
-    file.write(line + "\n")
+    with writing(file.name):
+        file.write(line + "\n")
+
+
+def _close(file: TextIO) -> None:
+    with writing(file.name):  # what a full disk did not take yet
+        file.close()
 
 
 def _spell_nonfinite(value: Any) -> Any:
@@ -217,21 +236,25 @@ def _open_after(path: Path, last_kept: int) -> TextIO:
     if path.exists():
         with _replacing(path) as kept:
             kept.writelines(line for line, record in _whole_lines(path) if record["step"] <= last_kept)
-    return open(path, "a", buffering=1, encoding="utf-8")
+    with writing(path):
+        return open(path, "a", buffering=1, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[TextIO]:
     """A file that takes the place of `path` at the end, in one go, if all went well."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")  # a kill may leave it, and the next time takes its place
+    with writing(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):  # its folder may be gone or read-only
+                temporary.unlink(missing_ok=True)
 
 
 class RunInfo:

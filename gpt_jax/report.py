@@ -3,6 +3,11 @@
 Works on a run that is going on, was interrupted or failed; a section without data says so.
 """
 
+from gpt_jax.signals import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # before the imports, which take seconds
+
 import itertools
 import math
 import re

@@ -1,5 +1,10 @@
 """Text from a trained model, and a chat with it: `python -m gpt_jax.sample --workdir=RUN [--prompt=TEXT]`."""
 
+from gpt_jax.signals import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # before the imports, which take seconds
+
 from gpt_jax.cli import require_jax, run_main
 
 if __name__ == "__main__":

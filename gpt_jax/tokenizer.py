@@ -5,8 +5,13 @@ The markers are the first three ids of a tokenizer trained here: 0 `<|user|>`, 1
 `encode_prompt` put markers down, so no text can forge a turn.
 """
 
-import os
-from collections.abc import Iterable, Sequence
+import contextlib
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +24,16 @@ SAID, UNCOUNTED = 1, 2  # of a token: the assistant says it; it is never a targe
 SMALLEST_VOCABULARY = 256 + len(MARKERS)  # every byte, and the markers
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a BPE on `texts`, deterministically.
+# A letter run, a run of signs, a run of blanks: every word that the pre-tokenizer makes lies inside one of these.
+_LONGEST_WORD = 1000  # characters: the time to train grows with the square of a word's length
+_LONG_WORD = re.compile(
+    rf"[^\W_]{{{_LONGEST_WORD + 1},}}|(?:[^\w\s]|_){{{_LONGEST_WORD + 1},}}|\s{{{_LONGEST_WORD + 1},}}"
+)
+_SIGN_OF_LIFE = 30  # seconds between two lines while a tokenizer is trained
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, log: Callable[[str], None] = logging.info) -> Tokenizer:
+    """Trains a BPE on `texts`, deterministically. Words of more than 1,000 characters are trained on in pieces.
 
     The result has fewer than `vocab_size` ids where the texts hold too few pairs to merge that occur twice.
 
@@ -43,16 +56,58 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    _in_thread(lambda: tokenizer.train_from_iterator(_in_pieces(texts, log), trainer), log)
     tokenizer.encode_special_tokens = True  # a marker spelled in a text is text
     return tokenizer
 
 
+def _in_pieces(texts: Iterable[str], log: Callable[[str], None]) -> Iterator[str]:
+    """The texts, those with a very long word cut inside it."""
+    told = False
+    for text in texts:
+        start = 0
+        for word in _LONG_WORD.finditer(text):
+            if not told:
+                told = True
+                log(
+                    f"data: a word of {len(word[0]):,} characters ({word[0][:20]}...): the tokenizer is trained on "
+                    f"pieces of words longer than {_LONGEST_WORD:,}"
+                )
+            for cut in range(word.start() + _LONGEST_WORD, word.end(), _LONGEST_WORD):
+                yield text[start:cut]
+                start = cut
+        yield text[start:]
+
+
+def _in_thread(train: Callable[[], None], log: Callable[[str], None]) -> None:
+    """Waits for `train` in a way that a signal can end, which Rust's code alone would not; says that it goes on."""
+    # A daemon: Python does not wait for it when it ends early.
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(train())
+        except BaseException as error:
+            done.set_exception(error)
+
+    begun = time.monotonic()
+    threading.Thread(target=run, name="tokenizer", daemon=True).start()
+    while True:
+        try:
+            return done.result(timeout=_SIGN_OF_LIFE)
+        except TimeoutError:
+            log(f"data: training the tokenizer for {time.monotonic() - begun:.0f} s")
+
+
 def save(tokenizer: Tokenizer, path: str | Path) -> None:
-    """Writes tokenizer.json; a reader never sees half of it."""
-    partial = f"{path}.partial"
-    tokenizer.save(partial)
-    os.replace(partial, path)
+    """Writes tokenizer.json; a reader never sees half of it. Raises OSError."""
+    partial = Path(f"{path}.partial")
+    try:
+        partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> Tokenizer:

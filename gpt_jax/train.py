@@ -9,11 +9,12 @@ import collections
 import contextlib
 import functools
 import json
+import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,45 +23,29 @@ from tokenizers import Tokenizer
 
 from gpt_jax import data, finetune, metrics, tokenizer
 from gpt_jax.backend import Backend, enter_backend
-from gpt_jax.checkpoint import Checkpointer, merge_parameters, restore_parameters
+from gpt_jax.checkpoint import CHECKPOINTS, Checkpointer, merge_parameters, restore_parameters
 from gpt_jax.config import UserError, leaves, validate
 from gpt_jax.corpus import Turn
 from gpt_jax.failures import describe, is_device_error, remedies
+from gpt_jax.files import StorageError, writing
+from gpt_jax.folder import open_folder
+from gpt_jax.history import LAST_CHECKPOINT, NOTHING, Recorded, check_history, read_recorded
 from gpt_jax.model import GPT, ModelConfig
 from gpt_jax.optimizer import make_optimizer
+from gpt_jax.output import Log
 from gpt_jax.preflight import check_start
 from gpt_jax.programs import Programs, abstract_state, plan_programs
 from gpt_jax.report import write_report
 from gpt_jax.sample import answer
+from gpt_jax.signals import StopSignal
 from gpt_jax.steps import Batch, TrainState, init_params, init_state
 
 READ_BACK_LAG = 2  # steps whose metrics may still be on their way while the next one is dispatched
 SAMPLING = 1  # purpose of a random key; dropout needs none, its bits are keyed by seed and step
 
-Log = Callable[[str], None]
-
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on: its message is one line that says why."""
-
-
-class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: object) -> None:
-        self.received = signal.Signals(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class PhaseClock:
@@ -81,16 +66,6 @@ class PhaseClock:
         """The seconds since the last call."""
         taken, self.seconds = self.seconds, collections.defaultdict(float)
         return taken
-
-
-def make_log(file: TextIO) -> Log:
-    """A function that prints a line and appends it to the run's log."""
-
-    def log(line: str) -> None:
-        print(line, flush=True)
-        print(line, file=file, flush=True)
-
-    return log
 
 
 def parameter_table(params: Any) -> str:
@@ -139,21 +114,25 @@ class Run:
         model: GPT,
         state: TrainState,
         position: dict[str, Any] | None,
+        recorded: Recorded,
         checkpointer: Checkpointer,
         writer: metrics.MetricsWriter,
+        info: metrics.RunInfo,
         log: Log,
     ) -> None:
         self.config, self.workdir, self.corpus, self.model = config, workdir, corpus, model
-        self.checkpointer, self.writer, self.log = checkpointer, writer, log
+        self.checkpointer, self.writer, self.info, self.log = checkpointer, writer, info, log
         self.backend = backend
         leaves, self.structure = jax.tree.flatten(backend.put(state))
         self.leaves = tuple(leaves)
         self.step = int(state.step)
-        self.resumed = position is not None
         position = position or {}
         self.tokens_seen: int = position.get("tokens_seen", 0)
         best_loss = position.get("best_validation_loss")
         self.best_loss: float | None = best_loss if best_loss is not None and np.isfinite(best_loss) else None
+        self.recorded = recorded
+        if self.recorded.validation_loss is not None:
+            self.note_validation(self.recorded.validation_loss)
         self.elapsed_before: float = position.get("elapsed_seconds", 0.0)
         self.started = time.perf_counter()
         self.clock = PhaseClock()
@@ -212,55 +191,67 @@ class Run:
 
         Raises:
           TrainingFailed: too many steps in a row were skipped.
+          StorageError: a file could not be written.
         """
         config = self.config
-        housekeeping_done = self.resumed  # it was, before the checkpoint was written
         loader = data.loader(self.train_batches, prefetch=config.data.prefetch)
         with contextlib.closing(loader) as batches, self.trace:
             while True:
                 # Read once: a signal that comes while this pass does what is due ends the next one, which saves.
                 last, stopping = self.step >= config.num_steps, stop.received is not None
-                if not housekeeping_done:
-                    self.housekeeping(last=last, stopping=stopping)
+                self.housekeeping(last=last, stopping=stopping, asked=stop.take_save_request())
                 if last or stopping:
                     return stop.received
-                housekeeping_done = False
                 with self.clock.phase("data"):
                     batch = next(batches)
                 self.profile(batch)
                 self.leaves, device_metrics = self.train_step(self.leaves, batch)
                 jax.tree.map(lambda leaf: leaf.copy_to_host_async(), device_metrics)
                 self.step += 1
+                self.recorded = NOTHING
                 self.tokens_seen += batch["inputs"].size
                 self.pending.append((self.step, device_metrics))
                 self.read_back(READ_BACK_LAG)
 
-    def housekeeping(self, *, last: bool, stopping: bool) -> None:
-        """Evaluation, diagnostics, samples and checkpoint, where they are due."""
+    def housekeeping(self, *, last: bool, stopping: bool, asked: bool) -> None:
+        """Checkpoint, then evaluation, diagnostics and samples, where they are due.
+
+        The checkpoint goes first: nothing that fails, prints or takes long may cost it. What a run that stops or dies
+        then leaves out of the rest, it makes up for when it is resumed.
+        """
         config, step = self.config, self.step
+        self.checkpointer.check()
+        if self.checkpointer.newest not in (None, self.info.fields.get(LAST_CHECKPOINT)):
+            self.info.update(**{LAST_CHECKPOINT: self.checkpointer.newest})
         due = {
+            "checkpoint": (step > 0 and is_due(step, config.checkpoint.every)) or last or stopping or asked,
             "eval": is_due(step, config.eval.every, last),
             "diagnostics": is_due(step, config.log.diagnostics_every, last),
             "sample": (step > 0 or last) and is_due(step, config.sample.every, last),
-            "checkpoint": (step > 0 and is_due(step, config.checkpoint.every)) or last or stopping,
         }
         if not any(due.values()):
             return
         self.read_back(0)
         jax.block_until_ready(self.leaves)
-        validation_loss = None
-        if due["eval"]:
-            with self.clock.phase("eval"):
-                validation_loss = self.evaluate()
-        if due["diagnostics"]:
-            with self.clock.phase("diagnostics"):
-                self.diagnose()
-        if due["sample"]:
-            with self.clock.phase("sample"):
-                self.sample()
         if due["checkpoint"]:
             with self.clock.phase("checkpoint"):
-                self.save(validation_loss)
+                self.save()
+            if asked:
+                self.log(f"step {step:>6}  saved, as SIGUSR1 asked")
+        if stopping:
+            return
+        loss = self.recorded.validation_loss
+        if due["eval"] and loss is None:
+            with self.clock.phase("eval"):
+                loss = self.evaluate()
+        if loss is not None:
+            self.checkpointer.mark(step, loss)
+        if due["diagnostics"] and "diagnostics" not in self.recorded.parts:
+            with self.clock.phase("diagnostics"):
+                self.diagnose()
+        if due["sample"] and self.recorded.samples < len(config.sample.prompts):
+            with self.clock.phase("sample"):
+                self.sample()
 
     def read_back(self, lag: int) -> None:
         """Writes the metrics of all steps but the newest `lag`, and stops a run that only skips."""
@@ -275,6 +266,7 @@ class Run:
 
     def progress(self, step: int, values: dict[str, Any]) -> dict[str, float]:
         """Prints the progress line; returns what it measured since the last one."""
+        self.writer.check_in_place()
         now = time.perf_counter()
         phases = self.clock.take()
         data_seconds = phases.pop("data", 0.0)
@@ -322,12 +314,17 @@ class Run:
         sums = [self.eval_step(self.state.params, batch) for batch in self.validation_batches]
         total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
         loss = float(total / count)
-        best = bool(np.isfinite(loss)) and (self.best_loss is None or loss < self.best_loss)
-        if best:
-            self.best_loss = loss
+        best = self.note_validation(loss)
         self.writer.write(self.step, "validation", {"loss": loss, "best": best, "seconds": time.perf_counter() - start})
         self.log(f"step {self.step:>6}  validation loss {loss:.4f}{' (best so far)' if best else ''}")
         return loss
+
+    def note_validation(self, loss: float) -> bool:
+        """Whether a validation loss is the lowest so far, which it is from here on."""
+        best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        if best:
+            self.best_loss = loss
+        return best
 
     def diagnose(self) -> None:
         """Records the largest attention score and the entropy of each head, on the first validation batch."""
@@ -340,7 +337,7 @@ class Run:
         self.writer.write(self.step, "diagnostics", values)
 
     def sample(self) -> None:
-        """Answers the config's prompts, to log and file."""
+        """Answers the config's prompts, to log and file, but those whose answers are there already."""
         config = self.config.sample
         start = time.perf_counter()
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), SAMPLING), self.step)
@@ -354,13 +351,13 @@ class Run:
             key=key,
         )
         seconds = (time.perf_counter() - start) / max(len(answers), 1)
-        for prompt, sample in zip(config.prompts, answers, strict=True):
+        for prompt, sample in list(zip(config.prompts, answers, strict=True))[self.recorded.samples :]:
             self.writer.sample(
                 self.step, prompt, sample.text, tokens=sample.tokens, seconds=seconds, ended=sample.ended
             )
             self.log(f"step {self.step:>6}  {prompt}\n             -> {sample.text}")
 
-    def save(self, validation_loss: float | None = None) -> None:
+    def save(self) -> None:
         """Starts writing a checkpoint, once all that led to it is on disk."""
         self.writer.flush()
         position = {
@@ -371,7 +368,7 @@ class Run:
             "best_validation_loss": self.best_loss,
             "data_fingerprint": self.corpus.fingerprint,
         }
-        self.checkpointer.save(self.step, self.state, position, validation_loss)
+        self.checkpointer.save(self.step, self.state, position)
 
     def profile(self, batch: Batch) -> None:
         """Traces the steps that the config names: all of them by JAX's profiler, or the first by Vulkan's clock."""
@@ -426,27 +423,26 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
     run_id = metrics.new_run_id()
     workdir = Path("runs") / run_id if workdir is None else workdir
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
         backend = enter_backend(config.backend, config.matmul_precision, stack, config.vulkan.submit_ms)
         check_start(config, workdir, abstract_state(config))
         programs, shortage = plan_programs(config, backend)  # what kernels cannot do is said before any work
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            log_file = stack.enter_context((workdir / "log.txt").open("a", encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot write to the run folder: {error}; choose another --workdir") from None
-        log = make_log(log_file)
+        stop.check()
+        log = stack.enter_context(open_folder(workdir))
+        check_history(workdir, log)
         log(f"run folder {workdir}\nbackend {backend}")
-        failure = stack.enter_context(DeviceFailure(config, workdir, log_file))
+        failure = stack.enter_context(DeviceFailure(config, workdir))
         if shortage is not None:
             facts = {"device": backend.device, "peak_bytes": backend.peak_bytes}
             metrics.mark_failed(workdir, name=config.name, domain=config.domain, backend=str(backend), **facts)
             raise failure.ended_by(shortage)
         kept_tokenizer = finetune.tokenizer_to_keep(config, workdir)
         corpus = data.prepare(config.data, config.model.vocab_size, log, kept_tokenizer)
+        stop.check()
         model = GPT(ModelConfig.from_config(config.model))
         checkpointer = stack.enter_context(
             Checkpointer(
-                workdir / "checkpoints",
+                workdir / CHECKPOINTS,
                 keep_last=config.checkpoint.keep_last,
                 keep_every=config.checkpoint.keep_every or None,
             )
@@ -457,9 +453,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
                 f"the data of {workdir} has changed since its checkpoint (fingerprint {position['data_fingerprint']}, "
                 f"now {corpus.fingerprint}): give its data back, or a new --workdir with --config.init_from={workdir}"
             )
+        stop.check()
 
         # Only now is it certain that this config and data are those of the folder: from here on it is written to.
         is_new = not (workdir / metrics.INFO_FILE).exists()
+        resume_step = None if position is None else int(state.step)
         info = metrics.RunInfo(
             workdir,
             name=config.name,
@@ -472,17 +470,24 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             tokenizer=finetune.FROM_DONOR if kept_tokenizer else config.data.tokenizer or "trained",
             data=corpus.stats,
             spent_seconds=0.0 if position is None else position["elapsed_seconds"],
+            **{LAST_CHECKPOINT: resume_step},
             **({"run_id": run_id} if is_new else {}),
         )
-        stack.push(functools.partial(finish_if_failed, info))
+        stack.push(functools.partial(finish_if_failed, info, checkpointer))
         save_config(config, workdir, log)
-        tokenizer.save(corpus.tokenizer, workdir / "tokenizer.json")
+        with writing(workdir / "tokenizer.json"):
+            tokenizer.save(corpus.tokenizer, workdir / "tokenizer.json")
         log(f"parameters\n{parameter_table(state.params)}")
 
-        resume_step = None if position is None else int(state.step)
         writer = stack.enter_context(metrics.MetricsWriter(workdir, resume_step, config.log.tensorboard))
+        recorded = NOTHING
         if resume_step is not None:
-            writer.write(resume_step, "event", {"text": f"resumed from {resume_step}"})
+            recorded = read_recorded(workdir, resume_step)
+            text = f"resumed from {resume_step}"
+            if recorded.last_step < resume_step:
+                text += f"; {metrics.METRICS_FILE} ends at step {recorded.last_step}, what came between is not in it"
+                log(f"warning: {text}")
+            writer.write(resume_step, "event", {"text": text})
         run = Run(
             config,
             workdir,
@@ -492,19 +497,23 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             model=model,
             state=state,
             position=position,
+            recorded=recorded,
             checkpointer=checkpointer,
             writer=writer,
+            info=info,
             log=log,
         )
         failure.run = run
-        with StopSignal() as stop:
-            stopped_by = run.loop(stop)
-            checkpointer.wait()
-            writer.flush()
-        info.finish("interrupted" if stopped_by else "completed", peak_flops=run.peak_flops)
+        stop.defer()
+        stopped_by = run.loop(stop)
+        checkpointer.wait()
+        writer.flush()
+        status = "interrupted" if stopped_by else "completed"
+        info.finish(status, peak_flops=run.peak_flops, **{LAST_CHECKPOINT: checkpointer.newest})
         if stopped_by:
             log(f"stopped by {stopped_by.name} at step {run.step}, saved; go on with --workdir={workdir}")
-        log(f"report: {write_report(workdir)}")
+        with writing(workdir / "report.md"):
+            log(f"report: {write_report(workdir)}")
         return stopped_by
 
 
@@ -514,8 +523,8 @@ class DeviceFailure:
     Entered before all that closes files and marks the run, so that these are done when the line is made.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, log_file: TextIO) -> None:
-        self._config, self._workdir, self._log_file = config, workdir, log_file
+    def __init__(self, config: ConfigDict, workdir: Path) -> None:
+        self._config, self._workdir = config, workdir
         self.run: Run | None = None  # once there is one
 
     def __enter__(self) -> "DeviceFailure":
@@ -529,19 +538,22 @@ class DeviceFailure:
         raise self.ended_by(text if step is None else f"step {step}: {text}") from error
 
     def ended_by(self, text: str) -> TrainingFailed:
-        """The error to raise, whose line is in the run's log too."""
+        """The error to raise."""
         steps = [int(path.name) for path in (self._workdir / "checkpoints").glob("*") if path.name.isdigit()]
         line = f"{text}; no checkpoint was written yet"
         if steps:
             line = f"{text}; the last checkpoint is of step {max(steps)}, --workdir={self._workdir} goes on from it"
-        print(f"error: {line}", file=self._log_file, flush=True)
         return TrainingFailed(line)
 
 
-def finish_if_failed(info: metrics.RunInfo, error: type[BaseException] | None, *_: object) -> None:
-    """Marks a run that an exception ends."""
+def finish_if_failed(
+    info: metrics.RunInfo, checkpointer: Checkpointer, error: type[BaseException] | None, *_: object
+) -> None:
+    """Marks a run that an exception ends, where the disk still takes that."""
     if error is not None:
-        info.finish("interrupted" if error is KeyboardInterrupt else "failed")
+        with contextlib.suppress(StorageError):  # the exception that is on its way says more
+            status = "interrupted" if issubclass(error, KeyboardInterrupt) else "failed"
+            info.finish(status, **{LAST_CHECKPOINT: checkpointer.newest})
 
 
 def save_config(config: ConfigDict, workdir: Path, log: Log) -> None:

@@ -1,5 +1,7 @@
 """Byte-level BPE: exact round trips, markers that text cannot forge, files that are checked when read."""
 
+import time
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -123,3 +125,43 @@ def test_load_refuses_tokenizers_that_would_spoil_the_data(tmp_path):
     path.write_text(plain)
     with pytest.raises(UserError, match="makes a marker out of text"):
         tk.load(path)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["x" * 30_000, "ab1²" * 8_000, "真理" * 9_000, "=-_" * 9_000, " \t" * 9_000, "e\u0301" * 9_000, "\u0661x" * 9_000],
+)
+def test_a_very_long_word_is_trained_on_in_pieces_and_told_once(word):
+    """The time to train grows with the square of a word's length: 47 minutes for 2 MB."""
+    texts = ["a few words", f"before {word} between {word} after", word]
+    said = []
+    pieces = list(tk._in_pieces(texts, said.append))
+    assert "".join(pieces) == "".join(texts)
+    split = tk.pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    assert max(end - start for piece in pieces for _, (start, end) in split(piece)) <= 1001
+    assert len(said) <= 1
+    if any(end - start > 1001 for text in texts for _, (start, end) in split(text)):
+        assert "trained on pieces of words longer than 1,000" in said[0]
+
+
+def test_ordinary_texts_are_trained_on_whole():
+    texts = ["word " * 5_000, "a,b" * 2_000, "x" * 1000]
+    assert list(tk._in_pieces(texts, pytest.fail)) == texts
+
+
+def test_training_can_be_interrupted(monkeypatch):
+    """While Rust merges, Python's main thread only waits, and says that it goes on."""
+    monkeypatch.setattr(tk, "_SIGN_OF_LIFE", 0.02)
+
+    class Slow:
+        def train_from_iterator(self, *_: object) -> None:
+            time.sleep(5)
+
+    def stop(line: str) -> None:
+        assert line.startswith("data: training the tokenizer for ")
+        raise KeyboardInterrupt
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        tk._in_thread(lambda: Slow().train_from_iterator(), stop)
+    assert time.monotonic() - begun < 4

@@ -1,0 +1,67 @@
+"""Writing files: every failure names the file and the cause, and says what mends it."""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt_jax.config import UserError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of the quota there",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the whole machine has too many files open, close some",
+    errno.EACCES: "give this user the right to write there, or choose another folder",
+    errno.EPERM: "give this user the right to write there, or choose another folder",
+    errno.EROFS: "make the file system writable, or choose another folder",
+    errno.ENOENT: "the folder was removed or its disk is gone, put it back or choose another one",
+    errno.ENOTDIR: "a file stands where a folder should be, move it away",
+    errno.EISDIR: "a folder stands where the file should be, move it away",
+    errno.EIO: "the disk fails, choose a folder on another one",
+    errno.ESTALE: "the network disk is gone, mount it again",
+}
+
+
+class StorageError(UserError):
+    """A file could not be written; the message is one line with the file, the cause and what mends it."""
+
+    exit_code = 1  # the input was good
+
+
+@contextlib.contextmanager
+def writing(what: str | os.PathLike) -> Iterator[None]:
+    """Turns an OSError inside into a StorageError about `what`: the path, or words that end with it."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write {os.fspath(what)}: {explain(error)}") from error
+
+
+def explain(error: OSError) -> str:
+    """The cause of an OSError, and what mends it."""
+    cause = error.strerror or str(error) or type(error).__name__
+    remedy = _REMEDIES.get(error.errno)
+    return f"{cause}; {remedy}" if remedy else cause
+
+
+def os_error_of(error: BaseException) -> OSError | None:
+    """The OSError that an exception of tensorstore tells of; None if it tells of none.
+
+    It raises ValueErrors such as "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 32: ... [os_error_code='28']".
+    """
+    found = re.search(r"(?:OS error |os_error_code=')(\d+)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts the names in a folder on the disk, where the system can: a rename then survives a loss of power."""
+    with contextlib.suppress(OSError):  # Windows and some network disks do not open folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,52 @@
+"""A run's folder while a process trains in it."""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt_jax.config import UserError
+from gpt_jax.files import StorageError
+from gpt_jax.lock import LockedError, lock
+from gpt_jax.metrics import INFO_FILE
+from gpt_jax.output import Log, make_log, print_line
+
+LOCK_FILE, LOG_FILE = "run.lock", "log.txt"
+
+
+@contextlib.contextmanager
+def open_folder(workdir: Path) -> Iterator[Log]:
+    """A run's folder, made if it is missing, for this process alone; gives its log.
+
+    A folder that was made here goes again if the run failed before it began.
+
+    Raises:
+      UserError: another process has it, or it cannot be written.
+    """
+    made = not workdir.exists()
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(workdir / LOCK_FILE, print_line))
+            file = stack.enter_context((workdir / LOG_FILE).open("a", encoding="utf-8", errors="backslashreplace"))
+        except LockedError as error:
+            raise UserError(
+                f"{workdir} is in use by {error}: wait for it to end, or choose another --workdir"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder: {error}; choose another --workdir") from None
+        warnings = logging.StreamHandler(file)
+        logging.getLogger("gpt_jax").addHandler(warnings)
+        stack.callback(logging.getLogger("gpt_jax").removeHandler, warnings)
+        try:
+            yield make_log(file)
+        except BaseException as error:
+            text = f"error: {error}" if isinstance(error, Exception) else "interrupted"
+            with contextlib.suppress(OSError):
+                print(text, file=file, flush=True)
+            if made and not (workdir / INFO_FILE).exists():
+                shutil.rmtree(workdir, ignore_errors=True)
+            elif isinstance(error, StorageError):
+                raise StorageError(f"{error}; then go on with --workdir={workdir}") from error
+            raise

@@ -1,0 +1,74 @@
+"""What a run folder says of the run's past, before anything in it is changed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt_jax.checkpoint import CHECKPOINTS, saved_steps
+from gpt_jax.config import UserError
+from gpt_jax.metrics import INFO_FILE, METRICS_FILE, SAMPLES_FILE, read_json, read_lines
+
+LAST_CHECKPOINT = "last_checkpoint"  # field of run.json: step of the newest checkpoint that was committed, or None
+
+Log = Callable[[str], None]
+
+
+def check_history(workdir: Path, log: Log) -> None:
+    """Tells a folder whose checkpoints are gone from one that never had any.
+
+    Starting afresh drops all lines of metrics and samples: of a run that was killed before its first checkpoint
+    nothing is lost, its steps are made again.
+
+    Raises:
+      UserError: there were checkpoints, and there are none.
+    """
+    checkpoints = workdir / CHECKPOINTS
+    if saved_steps(checkpoints):
+        return
+    info = read_json(workdir / INFO_FILE)
+    saved = info.get(LAST_CHECKPOINT)
+    last = max((record["step"] for record in read_lines(workdir / METRICS_FILE)), default=0)
+    if not last and not saved:
+        return
+    if checkpoints.is_dir() and saved is None and LAST_CHECKPOINT in info:
+        log(f"{workdir} stopped at step {last}, before its first checkpoint: it starts again from step 0")
+        return
+    if checkpoints.is_symlink() and not checkpoints.exists():
+        found = f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there (is its disk mounted?)"
+    else:
+        found = f"{checkpoints} {'holds no checkpoint' if checkpoints.is_dir() else 'is not there'}"
+    raise UserError(
+        f"the run in {workdir} came to step {max(last, saved or 0)}, but {found}: put it back to go on, "
+        "or start anew in another --workdir; nothing was changed"
+    )
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the files hold of the step that a run goes on from.
+
+    That step was saved before it was evaluated and sampled, so a run that was killed may lack some of it.
+    """
+
+    validation_loss: float | None
+    parts: frozenset[str]  # eval, diagnostics, both or none
+    samples: int
+    last_step: int  # of metrics.jsonl
+
+
+NOTHING = Recorded(None, frozenset(), 0, 0)
+
+
+def read_recorded(workdir: Path, step: int) -> Recorded:
+    """Reads what was recorded at `step`."""
+    names = {"validation": "eval", "diagnostics": "diagnostics"}
+    at_step: dict[str, dict[str, Any]] = {}
+    last_step = 0
+    for record in read_lines(workdir / METRICS_FILE):
+        last_step = max(last_step, record["step"])
+        if record["step"] == step and record.get("split") in names:
+            at_step[names[record["split"]]] = record
+    samples = sum(record["step"] == step for record in read_lines(workdir / SAMPLES_FILE))
+    loss = float(at_step["eval"]["loss"]) if "eval" in at_step else None
+    return Recorded(loss, frozenset(at_step), samples, last_step)

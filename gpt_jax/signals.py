@@ -1,0 +1,79 @@
+"""What signals do to a run: Ctrl-C, SIGTERM and SIGHUP save and stop it, SIGUSR1 saves and lets it go on."""
+
+import os
+import signal
+from types import FrameType
+
+# Windows knows the first two alone.
+_STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_SAVING = [getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came before there was anything to save."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.number = number
+
+
+class StopSignal:
+    """Turns signals into requests to the training loop, while it is entered.
+
+    Until `defer`, a signal that stops raises Interrupted where the program stands, and again in `check` where a library
+    swallowed that. From `defer` on it is noted in `received`, for the loop to save and stop; a second Ctrl-C then
+    raises KeyboardInterrupt. SIGHUP stays ignored where it was, as under nohup.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._deferred = self._save_requested = False
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = {}
+        for number in (*_STOPPING, *_SAVING):
+            if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            handler = self._stop if number in _STOPPING else self._save
+            self._previous[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal came before `defer`."""
+        if self.received is not None and not self._deferred:
+            raise Interrupted(self.received)
+
+    def defer(self) -> None:
+        """From here on there is something to save."""
+        self.check()
+        self._deferred = True
+
+    def take_save_request(self) -> bool:
+        """Whether SIGUSR1 came since the last call."""
+        taken, self._save_requested = self._save_requested, False
+        return taken
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        if not self._deferred:
+            raise Interrupted(self.received)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _save(self, *_: object) -> None:
+        self._save_requested = True
+
+
+def exit_on_interrupt() -> None:
+    """Has Ctrl-C end the process at once, in one line: for the time of imports, which may swallow KeyboardInterrupt."""
+    signal.signal(signal.SIGINT, _exit)
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    try:
+        os.write(2, b"interrupted\n")
+    finally:
+        os._exit(128 + number)

@@ -1,0 +1,257 @@
+"""What a run's folder may lose, and what it may not."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from tiny_run import compiled_once, steps_saved, tiny, two_dialogues, written  # noqa: F401
+
+from gpt_jax import data
+from gpt_jax.config import UserError
+from gpt_jax.files import StorageError
+from gpt_jax.lock import lock
+from gpt_jax.metrics import read_lines
+from gpt_jax.train import Run, train_and_evaluate
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert train_and_evaluate(tiny(corpus), workdir) is None
+    return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run", symlinks=True))
+
+
+def content(workdir: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(workdir)): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+def status(workdir: Path) -> str:
+    return json.loads((workdir / "run.json").read_text())["status"]
+
+
+def lose_checkpoints(workdir: Path, how: str) -> None:
+    checkpoints = workdir / "checkpoints"
+    if how == "damaged":
+        for file in checkpoints.rglob("position.json"):
+            file.write_bytes(b"")
+        return
+    shutil.rmtree(checkpoints)
+    if how == "emptied":
+        checkpoints.mkdir()
+    if how == "unmounted":
+        checkpoints.symlink_to(workdir.parent / "disk" / "checkpoints")
+    if how == "unmounted, mount point there":
+        (workdir.parent / "disk").mkdir()
+        checkpoints.symlink_to(workdir.parent / "disk")
+    if how == "metrics too":
+        (workdir / "metrics.jsonl").unlink()
+    if how == "facts too":
+        (workdir / "run.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("removed", "checkpoints is not there"),
+        ("emptied", "holds no checkpoint"),
+        ("unmounted", "is its disk mounted"),
+        ("unmounted, mount point there", "holds no checkpoint"),
+        ("metrics too", "checkpoints is not there"),
+        ("facts too", "checkpoints is not there"),
+        ("damaged", "every checkpoint in"),
+    ],
+)
+def test_lost_checkpoints_are_no_fresh_start(copy, corpus, how, said):
+    lose_checkpoints(copy, how)
+    before = content(copy)
+    with pytest.raises(UserError, match=said) as caught:
+        train_and_evaluate(tiny(corpus), copy)
+    assert "another --workdir" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    after = content(copy)
+    assert after.pop("log.txt").startswith(before.pop("log.txt"))
+    assert after == before
+    assert not (copy.parent / "disk" / "checkpoints").exists()
+
+
+def test_before_the_first_checkpoint_there_is_nothing_to_lose(copy, finished, corpus):
+    lose_checkpoints(copy, "emptied")
+    info = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(info | {"last_checkpoint": None, "status": "running"}))
+    assert train_and_evaluate(tiny(corpus), copy) is None
+    assert "starts again from step 0" in (copy / "log.txt").read_text()
+    assert written(copy) == written(finished)
+
+
+def test_a_checkpoint_newer_than_the_metrics_is_told(copy, corpus):
+    (copy / "metrics.jsonl").unlink()
+    assert train_and_evaluate(tiny(corpus, num_steps=13), copy) is None
+    assert "metrics.jsonl ends at step 0" in (copy / "log.txt").read_text()
+    assert [line["step"] for line in read_lines(copy / "metrics.jsonl") if line["split"] == "train"] == [13]
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing after it is done."""
+
+
+@pytest.mark.parametrize("place", ["evaluate", "diagnose", "sample"])
+def test_what_is_due_is_saved_first_and_the_rest_made_up_for(finished, corpus, tmp_path, monkeypatch, place):
+    whole = getattr(Run, place)
+
+    def killed(self: Run) -> None:
+        if self.step == 8:
+            if place == "sample":  # between two samples
+                monkeypatch.setattr(self.writer, "sample", self.writer.sample)
+                first = self.writer.sample
+                monkeypatch.setattr(self.writer, "sample", lambda *a, **k: (first(*a, **k), kill()))
+                whole(self)
+            kill()
+        return whole(self)
+
+    def kill() -> None:
+        raise Killed
+
+    monkeypatch.setattr(Run, place, killed)
+    with pytest.raises(Killed):
+        train_and_evaluate(tiny(corpus), tmp_path / "run")
+    assert steps_saved(tmp_path / "run") == [4, 8]
+    assert status(tmp_path / "run") == "failed"
+    monkeypatch.undo()
+    assert train_and_evaluate(tiny(corpus), tmp_path / "run") is None
+    assert written(tmp_path / "run") == written(finished)
+    best = {json.loads((path / "position.json").read_text())["validation_loss"] for path in checkpoints(tmp_path)}
+    assert best == {
+        json.loads((path / "position.json").read_text())["validation_loss"] for path in checkpoints(finished.parent)
+    }
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "run" / "checkpoints").iterdir())
+
+
+def test_signals_save_and_stop_or_go_on(finished, corpus, tmp_path, monkeypatch):
+    sent = {2: signal.SIGUSR1, 5: signal.SIGHUP, 7: signal.SIGTERM, 9: signal.SIGINT}
+    read_back = Run.read_back
+
+    def send(self: Run, lag: int) -> None:
+        if self.step in sent:
+            os.kill(os.getpid(), sent.pop(self.step))
+        read_back(self, lag)
+
+    monkeypatch.setattr(Run, "read_back", send)
+    stopped = [train_and_evaluate(tiny(corpus, checkpoint__keep_last=9), tmp_path) for _ in range(4)]
+    assert stopped == [signal.SIGHUP, signal.SIGTERM, signal.SIGINT, None]
+    assert steps_saved(tmp_path) == [2, 4, 5, 7, 8, 9, 12]
+    assert "saved, as SIGUSR1 asked" in (tmp_path / "log.txt").read_text()
+    assert written(tmp_path) == written(finished)
+
+
+def test_a_folder_in_use_is_refused_by_the_name_of_its_holder(corpus, tmp_path):
+    with lock(tmp_path / "run.lock", print):
+        with pytest.raises(UserError, match=rf"{tmp_path} is in use by process {os.getpid()} on .* since 20"):
+            train_and_evaluate(tiny(corpus), tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+
+
+def test_what_fails_before_the_run_begins_leaves_no_folder(corpus, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        train_and_evaluate(tiny(tmp_path / "none.jsonl"), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Disks that fail
+
+
+class Disk:
+    """Lets a step of a run meet a failing disk, and mends it at the end."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.monkeypatch, self.mend = monkeypatch, []
+
+    def fail_at(self, step: int, failure) -> None:
+        housekeeping = Run.housekeeping
+
+        def hooked(run: Run, **due: bool) -> None:
+            if run.step == step:
+                run.checkpointer.wait()
+                failure()
+            housekeeping(run, **due)
+
+        self.monkeypatch.setattr(Run, "housekeeping", hooked)
+
+    def limit(self, what: int, value: int) -> None:
+        soft, hard = resource.getrlimit(what)
+        self.mend.append(lambda: resource.setrlimit(what, (soft, hard)))
+        resource.setrlimit(what, (value, hard))
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    disk = Disk(monkeypatch)
+    yield disk
+    for mend in disk.mend:
+        mend()
+
+
+def test_a_file_over_the_limit_costs_no_checkpoint_and_a_line(finished, corpus, tmp_path, disk, monkeypatch, capfd):
+    """Metrics first, then, at a checkpoint, what tensorstore writes in its threads."""
+    workdir = tmp_path / "run"
+    disk.fail_at(6, lambda: disk.limit(resource.RLIMIT_FSIZE, 2000))
+    with pytest.raises(
+        StorageError, match=r"cannot write .*metrics.jsonl: File too large; .*ulimit -f.*; then go on with"
+    ):
+        train_and_evaluate(tiny(corpus), workdir)
+    disk.mend.pop()()
+    assert steps_saved(workdir) == [4]
+    monkeypatch.undo()
+
+    disk.fail_at(8, lambda: disk.limit(resource.RLIMIT_FSIZE, 50_000))
+    with pytest.raises(StorageError, match=r"could not write the checkpoint .*/8: File too large; .*ulimit -f"):
+        train_and_evaluate(tiny(corpus), workdir)
+    disk.mend.pop()()
+    assert steps_saved(workdir) == [4]
+    assert status(workdir) == "failed"
+    assert "error: could not write the checkpoint" in (workdir / "log.txt").read_text()
+    assert "Traceback" not in capfd.readouterr().err
+    monkeypatch.undo()
+
+    assert train_and_evaluate(tiny(corpus), workdir) is None
+    assert written(workdir) == written(finished)
+
+
+def test_a_folder_removed_or_replaced_meanwhile_ends_the_run(corpus, tmp_path, disk):
+    workdir = tmp_path / "run"
+    disk.fail_at(6, lambda: shutil.rmtree(workdir))
+    with pytest.raises(
+        StorageError, match=r"cannot write .*metrics.jsonl: No such file or directory; the folder was rem"
+    ):
+        train_and_evaluate(tiny(corpus), workdir)
+    assert not workdir.exists()
+
+
+def test_too_many_open_files_is_a_line(corpus, tmp_path, disk):
+    workdir = tmp_path / "run"
+    disk.fail_at(8, lambda: disk.limit(resource.RLIMIT_NOFILE, 3))
+    with pytest.raises(StorageError, match=r"Too many open files; raise the limit of open files \(ulimit -n\)"):
+        train_and_evaluate(tiny(corpus), workdir)
+    disk.mend.pop()()
+    assert 4 in steps_saved(workdir)
+
+
+def test_a_token_cache_on_a_full_disk_is_a_line_and_nothing_is_left(corpus, tmp_path, disk):
+    disk.limit(resource.RLIMIT_FSIZE, 1000)
+    with pytest.raises(
+        StorageError, match=r"cannot write the token cache: .*File too large; .*set data.cache_dir"
+    ) as error:
+        data.prepare(tiny(corpus, data__cache_dir=str(tmp_path / "cache")).data, 270, lambda line: None)
+    assert error.value.exit_code == 1
+    assert list((tmp_path / "cache").iterdir()) == []
