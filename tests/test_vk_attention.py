@@ -490,6 +490,21 @@ def test_the_plans_of_cooperative_matrices(device, cap, bounded):
             assert names[made.operands.index(dots)] == (made.kernel == kernels[0])
 
 
+@pytest.mark.parametrize(("variant", "head_dim"), [("coop2", 32), ("coop1", 32), ("coop1", 64), ("plain", 64)])
+def test_the_gradients_of_one_array_are_made_side_by_side(device, variant, head_dim):
+    array, lse = Array((2, 100, 3, head_dim), BF16), Array((2, 3, 100), F32)
+    plan = plan_attention_backward(
+        imagined(device.info), [*[array] * 4, lse, array], [array] * 3, variant=variant, views=packed(array.shape)
+    )
+    *before, by_keys, by_queries = plan.dispatches
+    assert [made.kernel for made in before] == ([] if variant == "coop2" else ["attention_dots"])
+    for made, written in ((by_keys, [7, 8]), (by_queries, [6])):
+        record = manifest()[f"{made.kernel}.{made.variant}"]
+        writable = sorted({binding["binding"] for binding in record["bindings"] if binding["writable"]})
+        assert sorted(made.parts) == writable  # all that it writes is its own
+        assert [made.operands[i] for i in writable] == written
+
+
 @pytest.mark.parametrize("options", [NOTHING, CAP, DROPOUT, CAP | DROPOUT])
 def test_the_backward_reference_is_the_derivative(options):
     q, k, v, d_out = operands((2, 9, 2, 5))

@@ -245,10 +245,16 @@ def plan_attention_backward(
     dk, dv, dots = dq + 1, dq + 2, dq + len(outputs)
     read = (0, 1, 2, rng or 0, d_out, lse)
     rows = work.matrices * work.length
-    dkv = work.dispatch("attention_dkv", (*read, dots, dk, dv))
-    if work.family == "coop2":  # its first kernel makes the dots for the other
-        dots_and_dq = work.dispatch("attention_dq", (*read, out, dots, dq))
-        return Plan((dots_and_dq, dkv), scratch=(4 * rows,))
+    own_dots = "OWN_DOTS" in manifest()[f"attention_dkv.{work.kernels['attention_dkv'][0]}"]["defines"]
+    if work.family == "coop2" and not own_dots:  # its first kernel makes the dots for the other
+        dots_and_dq = work.dispatch("attention_dq", (*read, out, dq, dots))
+        return Plan((dots_and_dq, work.dispatch("attention_dkv", (*read, dots, dk, dv))), scratch=(4 * rows,))
+    read += (out if own_dots else dots,)
+    # Side by side, also where the three gradients are one array.
+    by_keys = dataclasses.replace(work.dispatch("attention_dkv", (*read, dk, dv)), parts=(7, 8))
+    by_queries = dataclasses.replace(work.dispatch("attention_dq", (*read, dq)), parts=(7,))
+    if own_dots:
+        return Plan((by_keys, by_queries))
     dots_constants = struct.pack("<4I", rows, work.heads, work.length, work.head_dim)
     return Plan(
         (
@@ -260,9 +266,8 @@ def plan_attention_backward(
                 ceil_divide(rows, _DOT_ROWS),
                 ALIGNED=aligned(work.head_dim),
             ),
-            # Side by side, also where the three gradients are one array.
-            dataclasses.replace(dkv, parts=(7, 8)),
-            dataclasses.replace(work.dispatch("attention_dq", (*read, dots, dq)), parts=(7,)),
+            by_keys,
+            by_queries,
         ),
         scratch=(4 * rows,),
     )

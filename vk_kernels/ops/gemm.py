@@ -131,7 +131,8 @@ NOTHING = Epilogue()
 class Tile(NamedTuple):
     """A variant of a kernel: a workgroup makes m x n of C, k at a time, in `threads` threads.
 
-    How fast is measured on an H100, or on lavapipe for the tiles of CPUs, and read from there by `choose_tile`:
+    How fast is measured on an H100, or on lavapipe for the tiles of CPUs, and read from there by `choose_tile` (coop1's
+    are fitted, so that it makes the best choices for the products of GPT-2 on an H200):
     TFLOP/s of a product that fills the device, workgroups that share a core, of how much k the time is that a workgroup
     takes beside its k, and what is left of the rate where tiles stick out of a matrix. unbounded: whether to load
     without bounds where rows start aligned and k is whole tiles. lanes: what its subgroups must have; 0: any number.
@@ -158,11 +159,11 @@ TILES = {
         Tile(32, 32, 16, 64, 31, 7, 120),
     ),
     "coop1": (
-        Tile(128, 192, 64, 256, 355, 1, 445, unbounded=True, lanes=_COOP1_LANES),
-        Tile(192, 128, 64, 256, 359, 1, 472, unbounded=True, lanes=_COOP1_LANES),
-        Tile(128, 128, 32, 128, 363, 2, 515, unbounded=True, lanes=_COOP1_LANES),
-        Tile(128, 128, 64, 256, 339, 2, 397, unbounded=True, lanes=_COOP1_LANES),
-        Tile(64, 64, 64, 128, 209, 4, 381, unbounded=True, lanes=_COOP1_LANES),
+        Tile(192, 128, 64, 256, 380, 1, 516, unbounded=True, lanes=_COOP1_LANES),
+        Tile(128, 192, 64, 256, 378, 1, 533, unbounded=True, lanes=_COOP1_LANES),
+        Tile(128, 128, 32, 128, 395, 2, 690, unbounded=True, lanes=_COOP1_LANES),
+        Tile(128, 128, 64, 256, 348, 2, 431, unbounded=True, lanes=_COOP1_LANES),
+        Tile(64, 64, 64, 128, 237, 4, 530, unbounded=True, lanes=_COOP1_LANES),
     ),
     "coop2": (
         Tile(128, 256, 64, 256, 313, 1, 310, ragged=0.51),
@@ -407,7 +408,7 @@ class _Multiply:
                 spec |= {"ALIGNED_A": a.whole(at_once), "ALIGNED_B": b.whole(at_once)}
             whole_k = work.k > 0 and work.k % tile.k == 0  # of each slice, then
             spec["WHOLE"] = tile.unbounded and whole_k and a.aligned(at_once) and b.aligned(at_once)
-            spec |= _epilogue_spec(epilogue, c.whole(4))
+            spec |= _epilogue_spec(epilogue, c.whole(at_once))
         groups = work.batch * work.splits * ceil_divide(work.m, tile.m) * ceil_divide(work.n, tile.n)
         push_constants = _push_constants(work, a, b, c, epilogue, groups)
         names = _kernel(self.variant, tile, a, c)
