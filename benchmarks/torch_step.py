@@ -1,7 +1,8 @@
 """The train step of gpt_jax in PyTorch, through torch.compile, as a rival for train_step.py.
 
-The same model, dropout, soft cap, clipping and AdamW. Attention is written out, as no fused one of PyTorch's has both a
-soft cap and dropout; bfloat16 is autocast's. Forward and backward run as CUDA graphs (mode reduce-overhead).
+The same model, dropout, soft cap, clipping and AdamW. Attention is PyTorch's fused one where there is neither a soft
+cap nor dropout, else written out, as no fused one has both; bfloat16 is autocast's. Forward and backward run as CUDA
+graphs (mode reduce-overhead).
 """
 
 import math
@@ -27,15 +28,23 @@ class Block(nn.Module):
         q, k, v = (
             y.view(b, t, self.heads, d // self.heads).transpose(1, 2) for y in self.qkv(self.ln_1(x)).split(d, dim=2)
         )
-        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(d // self.heads)  # (B, H, T, T)
-        if self.cap:
-            scores = self.cap * torch.tanh(scores / self.cap)
-        mask = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
-        weights = F.dropout(scores.masked_fill(~mask, -1e30).softmax(-1), self.rate, self.training)
-        mixed = (weights.to(v.dtype) @ v).transpose(1, 2).reshape(b, t, d)
+        if self.cap or self.rate:
+            mixed = self.attention(q, k, v)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = mixed.transpose(1, 2).reshape(b, t, d)
         x = x + F.dropout(self.projection(mixed), self.rate, self.training)
         hidden = self.mlp_out(F.gelu(self.mlp_in(self.ln_2(x)), approximate="tanh"))
         return x + F.dropout(hidden, self.rate, self.training)
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # (B, H, T, D) each
+        t, head_dim = q.shape[2:]
+        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(head_dim)  # (B, H, T, T)
+        if self.cap:
+            scores = self.cap * torch.tanh(scores / self.cap)
+        mask = torch.ones(t, t, dtype=torch.bool, device=q.device).tril()
+        weights = F.dropout(scores.masked_fill(~mask, -1e30).softmax(-1), self.rate, self.training)
+        return weights.to(v.dtype) @ v
 
 
 class GPT(nn.Module):

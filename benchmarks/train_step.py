@@ -1,13 +1,15 @@
 """Times the full train step, ours beside XLA's and torch.compile's, each in processes of its own, one after another.
 
-    python benchmarks/train_step.py [--cases chat-f32,chat-bf16,124m-b4] [--rivals xla,torch] [--steps 100]
+    python benchmarks/train_step.py [--cases chat-f32,chat-bf16,124m-b4] [--rivals xla,cudnn,torch] [--steps 100]
 
-The maths is the same on every side: dropout and soft cap on, the precision named in the table (XLA's float32 is
-`highest`: no TF32), a new batch from the host each step, the loss of every tenth step read back. ms is the median over
-the steps, in tens, after a warm-up. The first step is counted from the start of the process, imports included: cold
-with empty caches of compiled kernels and of Python's bytecode, warm in a second process that finds them (XLA: its
-compilation cache). Memory is the most that was in use on the device; MFU is of the published peak of the device, where
-it is known.
+The maths is the same on every side: dropout and soft cap as the config has them (cases named `plain` have neither), the
+precision named in the table (XLA's float32 is `highest`: no TF32), a new batch from the host each step, the loss of
+every tenth step read back. `xla` runs this repository's reference operations. In bf16, without dropout and soft cap,
+rivals have fused attention: `cudnn` is XLA with `jax.nn.dot_product_attention(implementation="cudnn")`, and
+torch.compile takes PyTorch's. ms is the median over the steps, in tens, after a warm-up. The first step is counted from
+the start of the process, imports included: cold with empty caches of compiled kernels and of Python's bytecode, warm in
+a second process that finds them (XLA: its compilation cache). Memory is the most that was in use on the device; MFU is
+of the published peak of the device, where it is known.
 
 After the table, where the time of our step goes: each kernel's device time beside its floor, the larger of its bytes
 at the bandwidth of a large copy and its FLOPs at the rate of a large product, both measured in the same process.
@@ -49,9 +51,11 @@ CASES = {
     "124m-b1": Case("gpt2_124m.py", GPT2_124M | {"batch_size": 1}),
     "124m-b4": Case("gpt2_124m.py", GPT2_124M | {"batch_size": 4}),
     "124m-b16": Case("gpt2_124m.py", GPT2_124M | {"batch_size": 16}),
+    "124m-plain-b4": Case("gpt2_124m.py", {"accumulate_steps": 1, "batch_size": 4}),
+    "124m-plain-b16": Case("gpt2_124m.py", {"accumulate_steps": 1, "batch_size": 16}),
     "tiny-f32": Case("chat_tiny.py", {}),
 }
-RIVALS = ("xla", "torch")
+RIVALS = ("xla", "cudnn", "torch")
 WARM_UP = 1.0  # seconds of steps: clocks of a device that rested while kernels were compiled are low for that long
 
 
@@ -73,7 +77,7 @@ def run_side(side: str, case: Case, steps: int, profile: bool) -> dict[str, Any]
     if side == "torch":
         from torch_step import make_side
     else:
-        make_side = {"vulkan": vulkan_side, "xla": xla_side}[side]
+        make_side = {"vulkan": vulkan_side, "xla": xla_side, "cudnn": cudnn_side}[side]
     step, finish = make_side(config)
     from program import random_batch
 
@@ -163,6 +167,25 @@ def xla_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[s
     return run, finish
 
 
+def can_fuse_attention(config: Any) -> bool:
+    """Whether the rivals have a fused attention for a config."""
+    model = config.model
+    return model.dtype == "bfloat16" and not model.soft_cap and not model.dropout_rate
+
+
+def cudnn_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[str, Any]]]:
+    import jax
+
+    from vk_kernels import ops
+
+    def fused(qkv: jax.Array, **_: Any) -> jax.Array:
+        q, k, v = (qkv[:, :, i] for i in range(3))  # each (B, T, H, D)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+    ops.packed_attention = fused  # in a process of its own
+    return xla_side(config)
+
+
 def profile_rows(jitted: Any, state: Any, batch: Any, device: Any, config: Any) -> dict[str, Any]:
     """Time, bytes and FLOPs by kernel, and the device's ceilings."""
     import numpy as np
@@ -199,11 +222,13 @@ def dispatch_flops(command: Any, config: Any) -> float:
 # All sides.
 
 
-def measure(name: str, side: str, steps: int, profile: bool, caches: str, timeout: float = 600) -> dict[str, Any]:
-    """Runs one side of a case; {"error": ...} where it fails."""
+def measure(
+    name: str, side: str, steps: int, profile: bool, caches: str, timeout: float = 600, tree: Path = HERE.parent
+) -> dict[str, Any]:
+    """Runs one side of a case, with the packages of `tree`; {"error": ...} where it fails."""
     environment = os.environ | {
         "BENCHMARK_START": str(time.time()),
-        "PYTHONPATH": f"{HERE.parent}:{HERE}:{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": f"{tree}:{HERE}:{os.environ.get('PYTHONPATH', '')}",
         "VK_KERNELS_CACHE": f"{caches}/vulkan",
         "__GL_SHADER_DISK_CACHE_PATH": f"{caches}/nvidia",
         "MESA_SHADER_CACHE_DIR": f"{caches}/mesa",
@@ -242,6 +267,8 @@ def table(names: list[str], sides: list[str], steps: int, warm: bool) -> Iterato
     for name in names:
         ours = None
         for side in sides:
+            if side == "cudnn" and not can_fuse_attention(case_of(name).load()):
+                continue
             with tempfile.TemporaryDirectory() as caches:
                 found = measure(name, side, steps, side == "vulkan", caches)
                 again = measure(name, side, 0, False, caches) if warm and "error" not in found else {}
