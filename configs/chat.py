@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 2500  # steps; 0: only at the end and when the run is stopped
     config.checkpoint.keep_last = 2
-    config.checkpoint.keep_every = 10_000  # 0: none; the best by validation loss is always kept
+    config.checkpoint.keep_every = 10_000  # 0: none; the best by validation loss is always saved and kept
 
     config.vulkan = ConfigDict()
     config.vulkan.submit_ms = 0.0  # cuts a step into submissions no longer, for GPUs with a watchdog; 0: whole

@@ -217,6 +217,12 @@ class Checkpointer:
         """The committed good step with the lowest validation loss; None if none has one."""
         return _best(self._losses)
 
+    def would_be_best(self, validation_loss: float) -> bool:
+        """Whether a checkpoint of this loss would be the best one."""
+        self.wait()  # for the loss that the newest is being marked with
+        best = self.best_step()
+        return math.isfinite(validation_loss) and (best is None or validation_loss < self._losses[best])
+
     def wait(self) -> None:
         """Waits until what is pending is committed; raises its error."""
         wait_for(self._pending)  # a KeyboardInterrupt here leaves it pending, for the next call

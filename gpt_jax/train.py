@@ -214,7 +214,8 @@ class Run:
                 self.read_back(READ_BACK_LAG)
 
     def housekeeping(self, *, last: bool, stopping: bool, asked: bool) -> None:
-        """Checkpoint, then evaluation, diagnostics and samples, where they are due.
+        """Checkpoint, then evaluation, diagnostics and samples, where they are due; and a checkpoint where the
+        evaluation, after step 0, is the best of all that have one.
 
         The checkpoint goes first: nothing that fails, prints or takes long may cost it. What a run that stops or dies
         then leaves out of the rest, it makes up for when it is resumed.
@@ -245,6 +246,9 @@ class Run:
             with self.clock.phase("eval"):
                 loss = self.evaluate()
         if loss is not None:
+            if step > 0 and not due["checkpoint"] and self.checkpointer.would_be_best(loss):
+                with self.clock.phase("checkpoint"):
+                    self.save()
             self.checkpointer.mark(step, loss)
         if due["diagnostics"] and "diagnostics" not in self.recorded.parts:
             with self.clock.phase("diagnostics"):

@@ -29,7 +29,7 @@ from whole_run import (  # noqa: F401
 )
 
 from gpt_jax import data
-from gpt_jax.checkpoint import _crc32_of_json, restore_parameters
+from gpt_jax.checkpoint import _crc32_of_json, restore_parameters, saved_steps
 from gpt_jax.config import UserError
 from gpt_jax.metrics import read_lines
 from gpt_jax.train import Run, train_and_evaluate
@@ -200,3 +200,19 @@ def test_a_profile_is_of_the_steps_in_its_window_that_a_start_makes(start, end, 
                 seen.append(run.step + 1)
     assert seen == traced
     assert not running
+
+
+def test_the_best_evaluation_has_a_checkpoint_whenever_checkpoints_are_due(corpus, tmp_path, losses):
+    """That of step 0 aside: then nothing was learnt that another folder does not hold."""
+    losses += [0.5, 3.0, 2.0, 2.5, math.nan, 2.2]
+    changes = ["--config.eval.batches=1", "--config.eval.every=1", "--config.checkpoint.every=0"]
+    train_and_evaluate(
+        configuration(corpus, *changes, "--config.num_steps=5", "--config.checkpoint.keep_last=1"), tmp_path
+    )
+    assert saved_steps(tmp_path / "checkpoints") == [2, 5]
+    assert f"{tmp_path}/checkpoints/2 (best validation loss 2.0000)" in restore_parameters(tmp_path)[1]
+    losses += [1.0]
+    train_and_evaluate(
+        configuration(corpus, *changes, "--config.num_steps=6", "--config.checkpoint.keep_last=1"), tmp_path
+    )
+    assert saved_steps(tmp_path / "checkpoints") == [6]
