@@ -154,6 +154,10 @@ def _of_conditions(d: Difference) -> np.ndarray:
     return (np.isnan(d.found) | (d.found == 0)) & (d.expected == 0) & _unfolded(d)
 
 
+def _of_nan(d: Difference) -> np.ndarray:
+    return np.isnan(d.found) & _unfolded(d) if "nan" in d.item.label else np.zeros(d.found.shape, bool)
+
+
 _EXTREMES = tuple(f"{kind}{name}" for kind in ("", "reduce_", "cum", "scatter_") for name in ("max", "min"))
 
 ALLOWED = (
@@ -165,5 +169,6 @@ ALLOWED = (
     Allowed("x + 0", _of_zeros, frozenset({"add", "add_any", "sub", "function"})),
     Allowed("division by a literal", _unfolded, frozenset({"div"})),
     Allowed("the greater of two zeros", _greater_zero, frozenset({*_EXTREMES, "clamp"})),
+    Allowed("exp of a literal NaN", _of_nan, frozenset({"function", "gradient"})),
     Allowed("a condition times x", _of_conditions, frozenset({"function", "gradient"})),
 )

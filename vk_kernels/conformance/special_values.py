@@ -55,7 +55,7 @@ def constants(dtype: np.dtype) -> tuple[np.generic, ...]:
 
 @functools.cache
 def values(dtype: np.dtype) -> np.ndarray:
-    """Those, and others on whose side they are put."""
+    """What literals are put beside: the same, and others."""
     if dtype == BOOL:
         more = ()
     elif dtype in FLOATS:
@@ -75,8 +75,13 @@ def grid(some: Callable[[np.dtype], Any], dtype: np.dtype, operands: int) -> tup
 # Elementwise primitives: name -> (function, operands, dtypes).
 
 
-_BOUND = {"eq_to": P.eq_to_p, "lt_to": P.lt_to_p, "le_to": P.le_to_p, "add_any": P.add_jaxvals_p}
-
+# Without a function in jax.lax.
+_BOUND: dict[str, Callable[..., Any]] = {
+    "eq_to": lambda x, y: P.eq_to_p.bind(x, y),
+    "lt_to": lambda x, y: P.lt_to_p.bind(x, y),
+    "le_to": lambda x, y: P.le_to_p.bind(x, y),
+    "add_any": lambda x, y: P.add_jaxvals_p.bind(x, y),
+}
 
 _UNARY = (
     *("acos", "acosh", "asin", "asinh", "atan", "atanh", "cbrt", "ceil", "cos", "cosh", "digamma", "erf", "erfc"),
@@ -102,7 +107,7 @@ ELEMENTWISE: dict[str, _Row] = {
     **{name: (getattr(lax, name), 1, INTEGERS) for name in ("clz", "population_count")},
     **{name: (getattr(lax, name), 2, NUMBERS) for name in ("add", "sub", "mul", "div", "rem")},
     **{name: (getattr(lax, name), 2, DTYPES) for name in ("max", "min", "eq", "ne", "lt", "le", "gt", "ge")},
-    **{name: (primitive.bind, 2, DTYPES if name != "add_any" else NUMBERS) for name, primitive in _BOUND.items()},
+    **{name: (fn, 2, DTYPES if name != "add_any" else NUMBERS) for name, fn in _BOUND.items()},
     **{name: (getattr(lax, name), 2, FLOATS) for name in ("pow", "atan2", "nextafter")},
     **{name: (getattr(lax, f"bitwise_{name}"), 2, (*INTEGERS, BOOL)) for name in ("and", "or", "xor")},
     "mulhi": (lax.mulhi, 2, INTEGERS),
@@ -232,7 +237,7 @@ def _combining(dtype: np.dtype) -> Iterator[Item]:
             yield Item(f"reduce_window_{name}", "of 2", call, (x,))
 
 
-# Primitives that move elements: what a literal is put beside of.
+# Primitives that move elements, with literals among them.
 
 
 def _moving(dtype: np.dtype) -> Iterator[Item]:
