@@ -10,6 +10,7 @@ import shutil
 import textwrap
 import threading
 import time
+from concurrent.futures import wait as wait_for
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import pytest
 
 from gpt_jax.checkpoint import Checkpointer, merge_parameters, restore_parameters
 from gpt_jax.config import UserError
+from gpt_jax.files import StorageError
 
 OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(1.0),
@@ -245,6 +247,58 @@ def test_an_error_of_the_writer_is_raised_by_the_next_call(tmp_path):
             checkpointer.wait()
     with pytest.raises(UserError, match=r"cannot keep checkpoints in .*checkpoints: File exists"):
         open_(directory)
+
+
+def test_an_error_of_the_writer_is_known_without_waiting(tmp_path):
+    directory = tmp_path / "checkpoints"
+    with open_(directory) as checkpointer:
+        directory.rmdir()
+        checkpointer.save(1, {"w": jnp.zeros(3)}, {})
+        wait_for(checkpointer._pending)
+        with pytest.raises(StorageError, match=r"checkpoints/1: No such file or directory; the folder was removed"):
+            checkpointer.check()
+        checkpointer.check()  # it is said once
+    assert not directory.exists()
+
+
+def test_a_loss_that_comes_after_the_save_is_marked(tmp_path):
+    target = {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    with open_(tmp_path, keep_last=1) as checkpointer:
+        for step, loss in ((1, 3.0), (2, 4.0), (3, 2.0), (4, float("nan"))):
+            checkpointer.save(step, {"w": jnp.full(3, float(step))}, {"next_batch": step})
+            checkpointer.mark(step, loss)
+            checkpointer.wait()
+        assert checkpointer.steps() == [3, 4]  # 1 was the best, until 3 was marked
+        assert checkpointer.best_step() == 3
+        assert checkpointer.newest == 4
+        checkpointer.mark(77, 1.0)  # there is none
+    with open_(tmp_path, keep_last=1) as checkpointer:
+        assert checkpointer.best_step() == 3
+        assert checkpointer.restore_latest(target).position == {"next_batch": 4}
+
+
+TENSORSTORE = (
+    'RESOURCE_EXHAUSTED: Error writing "x" in OCDBT database: Failed to write 9 bytes to file 32: No space left on '
+    "device [os_error_code='28']",
+    'RESOURCE_EXHAUSTED: Error writing "x": [OS error 28: ENOSPC No space left on device]',
+)
+
+
+@pytest.mark.parametrize("message", TENSORSTORE)
+def test_what_tensorstore_says_of_a_full_disk_is_a_line_and_leaves_room(tmp_path, monkeypatch, message):
+    def full(self: object, path: Path, **_: object) -> None:
+        path.mkdir(parents=True)
+        (path / "half").write_bytes(bytes(1000))
+        raise ValueError(message)
+
+    with open_(tmp_path) as checkpointer:
+        checkpointer.save(1, {"w": jnp.zeros(3)}, {})
+        checkpointer.wait()
+        monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", full)
+        checkpointer.save(2, {"w": jnp.zeros(3)}, {})
+        with pytest.raises(StorageError, match=r"^could not write the checkpoint .*/2: No space left on device; free"):
+            checkpointer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 def test_keep_last_below_one(tmp_path):

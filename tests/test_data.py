@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from gpt_jax import corpus, data
 from gpt_jax import tokenizer as tk
 from gpt_jax.config import UserError
+from gpt_jax.lock import lock
 
 VOCABULARY = 4000
 
@@ -264,6 +265,24 @@ def test_a_killed_run_leaves_no_half_cache(chats):
     (cache / prepared.fingerprint / "stats.json").unlink()
     prepare(chats)
     assert [path.name for path in cache.iterdir()] == [prepared.fingerprint]
+
+
+def test_a_second_run_waits_for_the_one_that_builds_and_uses_its_cache(chats):
+    folder = chats.parent / "cache" / prepare(chats).fingerprint
+    aside = folder.rename(chats.parent / "aside")
+    building = lock(data._build_lock(folder), print)
+    building.__enter__()
+    said = []
+
+    def log(line: str) -> None:
+        said.append(line)
+        if line.startswith("waiting for"):
+            aside.rename(folder)
+            building.__exit__(None, None, None)
+
+    prepare(chats, log)
+    assert f"held by process {os.getpid()} on " in said[0]
+    assert said[1] == f"data: using the token cache {folder}"
 
 
 def test_a_failed_build_leaves_nothing(chats):

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import signal
 import struct
@@ -16,6 +17,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from gpt_jax.config import UserError
+from gpt_jax.files import StorageError
 from gpt_jax.metrics import (
     MetricsWriter,
     RunInfo,
@@ -157,6 +159,32 @@ def test_tensorboard_gets_logging_steps_texts_and_the_purge(tmp_path):
     assert {tag.split("/")[0] for _, tag in scalars} == {"train", "validation", "event", "sample"}
     restarts = [event.step for event in events if event.session_log.status == SessionLog.START]
     assert 21 in restarts
+
+
+def test_a_disk_that_takes_no_events_is_named(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = MetricsWriter(tmp_path)
+    for step in range(8):
+        writer.write(step, "train", {"loss": 1.0, "grad_norm": 1.0, "step_ms": 2.0})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # enough for the lines, too little for the events
+    try:
+        with pytest.raises(StorageError, match=rf"^cannot write {tmp_path}/tensorboard: File too large; raise"):
+            writer.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        writer.close()
+
+
+def test_files_that_were_moved_away_are_noticed(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, "train", {"loss": 1.0})
+        (tmp_path / "metrics.jsonl").rename(tmp_path / "elsewhere")
+        with pytest.raises(StorageError, match=r"metrics.jsonl: No such file or directory"):
+            writer.check_in_place()
+        (tmp_path / "metrics.jsonl").write_text("another run's")
+        with pytest.raises(StorageError, match="another file stands there now"):
+            writer.flush()
+        (tmp_path / "elsewhere").rename(tmp_path / "metrics.jsonl")
 
 
 def test_run_id():
