@@ -322,8 +322,8 @@ def restore_parameters(path: str | os.PathLike) -> tuple[dict, str]:
     return _read_first_good(path, _read_parameters)
 
 
-def check_newest(directory: Path, abstract_state: Any) -> bool:
-    """Whether a directory holds a good checkpoint, known from its JSON alone.
+def check_newest(directory: Path, abstract_state: Any) -> dict | None:
+    """The position in the newest good checkpoint of a directory, known from its JSON alone; None if there is none.
 
     Raises:
       UserError: the newest good one does not fit `abstract_state`, or a newer program wrote it.
@@ -335,8 +335,8 @@ def check_newest(directory: Path, abstract_state: Any) -> bool:
         except _Damaged:
             continue  # told by whoever goes on to restore it
         _check_fits(steps[step], record, abstract_state)
-        return True
-    return False
+        return record["position"]
+    return None
 
 
 def check_donor(path: str | os.PathLike, fresh: Any) -> None:

@@ -94,7 +94,11 @@ class Corpus:
 
 
 def prepare(
-    data_config: Any, vocab_size: int, log: Log = logging.info, tokenizer_file: str | Path | None = None
+    data_config: Any,
+    vocab_size: int,
+    log: Log = logging.info,
+    tokenizer_file: str | Path | None = None,
+    expected: str | None = None,
 ) -> Corpus:
     """Tokenises a corpus, or opens the cache of an earlier call; memory stays flat however large it is.
 
@@ -106,9 +110,11 @@ def prepare(
       vocab_size: the model's; the tokenizer has as many ids or fewer.
       log: takes a line about what is done.
       tokenizer_file: a tokenizer.json to use where `tokenizer` is ''.
+      expected: the fingerprint that the data must have, of a run's checkpoint; None: any.
 
     Raises:
-      UserError: the source or the tokenizer cannot be used, a split is empty, or the cache cannot be written.
+      UserError: the source or the tokenizer cannot be used, is not what is expected, a split is empty, or the cache
+        cannot be written.
     """
     fraction = data_config.validation_fraction
     if not 0 < fraction < 1:
@@ -121,14 +127,16 @@ def prepare(
             f"is {vocab_size}: raise vocab_size"
         )
     choices = {name: data_config[name] for name in ("tool_calls", "on_error") if name in data_config}
-    identity = [
-        FORMAT_VERSION,
-        corpus.source_fingerprint(data_config.source),
-        dataclasses.asdict(Reading(**choices)),
-        fraction,
-        given.to_str() if given else vocab_size,
-    ]
-    fingerprint = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
+    source = corpus.source_fingerprint(data_config.source)
+    rest = [fraction, given.to_str() if given else vocab_size]
+    fingerprint = _digest([FORMAT_VERSION, source, dataclasses.asdict(Reading(**choices)), *rest])
+    if expected not in (None, fingerprint, _digest([1, source, *rest])):
+        raise UserError(
+            f"data source {data_config.source!r} is not what the run's checkpoint was trained on (fingerprint "
+            f"{expected}, now {fingerprint}): give its data back, or a new --workdir with --config.init_from=RUN"
+        )
+    if expected not in (None, fingerprint):
+        log("data: the checkpoint is of a version that read rows in fewer ways; source and tokenizer are the same")
     root = _cache_root(data_config.cache_dir)
     folder = root / fingerprint
     prepared = _open_if_good(folder)
@@ -298,6 +306,10 @@ def _windows_with_a_target(tokens: Tokens, block_size: int, count: int, targets:
 
 
 # ---- the cache
+
+
+def _digest(identity: list[Any]) -> str:
+    return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
 
 def _cache_root(cache_dir: str) -> Path:

@@ -17,13 +17,16 @@ from gpt_jax.metrics import read_config, read_info
 _TRAINED = (None, "", NEW_TOKENIZER)  # values that name no file
 
 
-def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> None:
+def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> dict[str, Any] | None:
     """Checks what a run starts from: its folder, the files that the config names and the checkpoints it goes on from.
 
     Args:
       config: one that `validate` took.
       workdir: the run's folder, made or not.
       abstract_state: shapes and dtypes of the train state.
+
+    Returns:
+      The position in the folder's newest checkpoint; None if it has none.
 
     Raises:
       UserError: one of them cannot be used.
@@ -32,9 +35,11 @@ def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> None:
     read_info(workdir)
     read_config(workdir)
     check_source(config.data.source)
-    if not check_newest(workdir / CHECKPOINTS, abstract_state) and config.init_from:
+    position = check_newest(workdir / CHECKPOINTS, abstract_state)
+    if position is None and config.init_from:
         check_donor(config.init_from, abstract_state.params)
     check_tokenizer(config, tokenizer_to_keep(config, workdir))
+    return position
 
 
 def check_folder(workdir: Path) -> None:

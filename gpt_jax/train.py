@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from gpt_jax import data, finetune, metrics, tokenizer
 from gpt_jax.backend import Backend, enter_backend
 from gpt_jax.checkpoint import CHECKPOINTS, Checkpointer, merge_parameters, restore_parameters
-from gpt_jax.config import UserError, leaves, validate
+from gpt_jax.config import leaves, validate
 from gpt_jax.corpus import Turn
 from gpt_jax.failures import describe, is_device_error, remedies
 from gpt_jax.files import StorageError, writing
@@ -429,7 +429,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         backend = enter_backend(config.backend, config.matmul_precision, stack, config.vulkan.submit_ms)
-        check_start(config, workdir, abstract_state(config))
+        saved = check_start(config, workdir, abstract_state(config))
         programs, shortage = plan_programs(config, backend)  # what kernels cannot do is said before any work
         stop.check()
         log = stack.enter_context(open_folder(workdir))
@@ -441,7 +441,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             metrics.mark_failed(workdir, name=config.name, domain=config.domain, backend=str(backend), **facts)
             raise failure.ended_by(shortage)
         kept_tokenizer = finetune.tokenizer_to_keep(config, workdir)
-        corpus = data.prepare(config.data, config.model.vocab_size, log, kept_tokenizer)
+        expected = None if saved is None else saved["data_fingerprint"]
+        corpus = data.prepare(config.data, config.model.vocab_size, log, kept_tokenizer, expected)
         stop.check()
         model = GPT(ModelConfig.from_config(config.model))
         checkpointer = stack.enter_context(
@@ -452,11 +453,6 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             )
         )
         state, position = initial_state(config, model, checkpointer, corpus.tokenizer, log)
-        if position is not None and position["data_fingerprint"] != corpus.fingerprint:
-            raise UserError(
-                f"the data of {workdir} has changed since its checkpoint (fingerprint {position['data_fingerprint']}, "
-                f"now {corpus.fingerprint}): give its data back, or a new --workdir with --config.init_from={workdir}"
-            )
         stop.check()
 
         # Only now is it certain that this config and data are those of the folder: from here on it is written to.

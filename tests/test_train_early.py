@@ -14,6 +14,7 @@ from gpt_jax import data
 from gpt_jax.backend import enter_backend
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.config import UserError
+from gpt_jax.corpus import source_fingerprint
 from gpt_jax.data import Tokens, loader, windows
 from gpt_jax.metrics import read_lines
 from gpt_jax.programs import abstract_state
@@ -98,6 +99,20 @@ def test_a_damaged_file_of_the_run_is_said_before_the_corpus_is_read(name, corpu
     (old_run / name).write_text("[]")
     with pytest.raises(UserError, match=f"{name} holds a list where an object must be"):
         train_and_evaluate(configuration(corpus, *TINY), old_run)
+
+
+def test_other_data_is_said_before_it_is_tokenised_and_the_fingerprint_of_older_runs_is_known(
+    corpus, old_run, monkeypatch
+):
+    config = configuration(corpus, *TINY)
+    monkeypatch.setattr(data, "_build", forbidden)
+    with pytest.raises(UserError, match=r"is not what the run's checkpoint was trained on \(fingerprint x, now"):
+        train_and_evaluate(config, old_run)
+    older = data._digest([1, source_fingerprint(str(corpus)), config.data.validation_fraction, config.model.vocab_size])
+    lines = []
+    with contextlib.suppress(AssertionError):  # of what would tokenise it
+        data.prepare(config.data, config.model.vocab_size, lines.append, expected=older)
+    assert any("is of a version that read rows in fewer ways" in line for line in lines)
 
 
 def test_a_batch_of_one_window_can_be_loaded():

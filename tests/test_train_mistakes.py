@@ -81,7 +81,7 @@ def test_mistakes_about_runs_and_data_cost_one_line(straight, corpus, tmp_path):
 
     # Every UserError ends like that one: the others need no process of their own.
     cases = [
-        ((other, straight), "the data of"),
+        ((other, straight), "is not what the run's checkpoint was trained on"),
         ((corpus, tmp_path / "a", "--config.model.block_size=100000"), "block_size is 100000 but the training"),
         ((tmp_path / "none.jsonl", tmp_path / "b"), "does not exist"),
         ((corpus, tmp_path / "c", f"--config.init_from={tmp_path}"), "is neither a run nor a checkpoint"),
