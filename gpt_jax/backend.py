@@ -51,7 +51,7 @@ def enter_backend(name: str, matmul_precision: str, stack: contextlib.ExitStack,
     require_devices()
     for setting in (
         jax.default_matmul_precision(matmul_precision),
-        # Variables exported for other programs change nothing here: dtypes, random bits and transfers are our own.
+        # Variables exported for other programs change nothing here: all dtypes, random bits and transfers are our own.
         jax.enable_x64(False),
         jax.numpy_dtype_promotion("standard"),
         jax.default_prng_impl("threefry2x32"),
