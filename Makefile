@@ -19,7 +19,7 @@ campaign: ## kills, signals, damage, full disks and bad inputs by the hundred; A
 shaders: ## compile the shaders that changed
 	.venv/bin/python -m vk_kernels.build
 
-gpu-check: ## the kernels' tests, their comparison with float64, and their times, on whatever GPU is present
+gpu-check: ## the kernels' tests, their comparison with float64, their times, and whether steps got slower, on whatever GPU is present
 	bash scripts/gpu_check.sh
 
 format: ## lay out the code

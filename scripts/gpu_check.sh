@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can tell: the kernels' contract tests with every variant it offers, the comparison with float64 at
-# real shapes, and the benchmark.
+# real shapes, the benchmark, and whether the train step got slower.
 #
 #   scripts/gpu_check.sh [python]     the interpreter; default .venv/bin/python
 set -euo pipefail
@@ -11,3 +11,4 @@ JAX_PLATFORMS=cpu "$python" -m vk_kernels.doctor --no-test
 JAX_PLATFORMS=cpu "$python" -m pytest tests/test_vk_*.py
 JAX_PLATFORMS=cpu "$python" -m vk_kernels.check --sizes tiny,megabyte,seed
 "$python" benchmarks/ops.py
+"$python" benchmarks/gate.py
