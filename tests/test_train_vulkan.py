@@ -57,7 +57,7 @@ def test_a_profile_tells_device_time_by_dispatch(vulkan):
     assert "device time of step 3" in (vulkan / "log.txt").read_text()
 
 
-def test_killed_and_resumed_is_bit_identical(vulkan, corpus, tmp_path):
+def test_killed_and_resumed_is_bit_identical_also_when_its_steps_are_cut_from_then_on(vulkan, corpus, tmp_path):
     workdir = tmp_path / "run"
     process = subprocess.Popen(
         command(corpus, workdir, "--config.backend=vulkan"),
@@ -69,7 +69,9 @@ def test_killed_and_resumed_is_bit_identical(vulkan, corpus, tmp_path):
     wait_until((workdir / "checkpoints" / "10").is_dir, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = run(corpus, workdir, "--config.backend=vulkan", VK_KERNELS_DEVICE=SELECTOR)
+    cut = "--config.vulkan.submit_ms=0.001"
+    done = run(corpus, workdir, "--config.backend=vulkan", cut, VK_KERNELS_DEVICE=SELECTOR)
     assert done.returncode == 0, done.stderr
+    assert "config.vulkan.submit_ms was 0.0, now 0.001" in done.stdout
     assert "initialised from this run's checkpoint at step" in done.stdout
     assert_same_results(vulkan, workdir)
