@@ -324,7 +324,7 @@ class RunInfo:
 
 
 def mark_failed(workdir: Path, **facts: Any) -> None:
-    """Saves that a start of a run failed before anything was done; facts: as for RunInfo, for a new folder."""
+    """Saves that a run failed, also one that never began; facts: as for RunInfo, for a folder that has none."""
     earlier = read_info(workdir)
     if earlier:
         write_json(workdir / INFO_FILE, {**earlier, "status": "failed", "ended": _now()})

@@ -435,10 +435,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
         log = stack.enter_context(open_folder(workdir))
         check_history(workdir, log)
         log(f"run folder {workdir}\nbackend {backend}")
-        failure = stack.enter_context(DeviceFailure(config, workdir))
+        failure = stack.enter_context(DeviceFailure(config, workdir, backend))
         if shortage is not None:
-            facts = {"device": backend.device, "peak_bytes": backend.peak_bytes}
-            metrics.mark_failed(workdir, name=config.name, domain=config.domain, backend=str(backend), **facts)
             raise failure.ended_by(shortage)
         kept_tokenizer = finetune.tokenizer_to_keep(config, workdir)
         expected = None if saved is None else saved["data_fingerprint"]
@@ -523,8 +521,8 @@ class DeviceFailure:
     Entered before all that closes files and marks the run, so that these are done when the line is made.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path) -> None:
-        self._config, self._workdir = config, workdir
+    def __init__(self, config: ConfigDict, workdir: Path, backend: Backend) -> None:
+        self._config, self._workdir, self._backend = config, workdir, backend
         self.run: Run | None = None  # once there is one
 
     def __enter__(self) -> "DeviceFailure":
@@ -538,7 +536,9 @@ class DeviceFailure:
         raise self.ended_by(text if step is None else f"step {step}: {text}") from error
 
     def ended_by(self, text: str) -> TrainingFailed:
-        """The error to raise."""
+        """The error to raise for a run that is marked as failed by then, whether it had begun or not."""
+        names = {"name": self._config.name, "domain": self._config.domain, "backend": str(self._backend)}
+        metrics.mark_failed(self._workdir, device=self._backend.device, peak_bytes=self._backend.peak_bytes, **names)
         steps = [int(path.name) for path in (self._workdir / "checkpoints").glob("*") if path.name.isdigit()]
         line = f"{text}; no checkpoint was written yet"
         if steps:

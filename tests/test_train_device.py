@@ -205,10 +205,12 @@ def test_what_is_named_as_enough_is_the_least_change_that_is(error, possible, wa
         assert programs._way_out(error, config, entered).startswith(f"{way_out} and is enough")
 
 
-def test_memory_that_xla_does_not_get_costs_one_line_too(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "evaluate", lambda self: jax.jit(lambda: jnp.zeros(1 << 46))())
-    with pytest.raises(
-        TrainingFailed, match=r"step 0: RESOURCE_EXHAUSTED: Out of memory .*config.batch_size"
-    ) as failed:
-        train_and_evaluate(configuration(corpus, *SHORT, "--config.backend=xla"), tmp_path)
-    assert_ended_whole(tmp_path, str(failed.value))
+@pytest.mark.parametrize(
+    ("where", "line"), [("gpt_jax.train.Run.evaluate", "step 0: "), ("gpt_jax.train.initial_state", "")]
+)
+def test_memory_that_xla_does_not_get_costs_one_line_too(where, line, corpus, tmp_path, monkeypatch):
+    """Also before the run has begun."""
+    monkeypatch.setattr(where, lambda *_: jax.jit(lambda: jnp.zeros(1 << 46))())
+    with pytest.raises(TrainingFailed, match=f"^{line}RESOURCE_EXHAUSTED: .*config.batch_size") as failed:
+        train_and_evaluate(configuration(corpus, *SHORT, "--config.backend=xla"), tmp_path / "run")
+    assert_ended_whole(tmp_path / "run", str(failed.value))
