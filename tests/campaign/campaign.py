@@ -57,8 +57,16 @@ def main() -> int:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["VK_KERNELS_DEVICE"] = os.environ.get("VK_KERNELS_DEVICE", "cpu")
     print(f"seed {options['seed']}, in {folder}", flush=True)
-    outcomes = list(run_all(folder, counts, random.Random(options["seed"]), time.monotonic() + 60 * options["minutes"]))
-    print(table(outcomes))
+    outcomes: list[tuple[str, str]] = []
+    deadline = time.monotonic() + 60 * options["minutes"]
+    try:
+        for outcome in run_all(folder, counts, random.Random(options["seed"]), deadline):
+            outcomes.append(outcome)
+            if len(outcomes) % 20 == 0:
+                print(f"{len(outcomes)} faults, last: {outcome[0]}", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted")
+    print(table(outcomes), flush=True)
     failed = [outcome for outcome in outcomes if outcome[1]]
     if not failed:
         shutil.rmtree(folder)
@@ -90,7 +98,7 @@ def run_all(folder: Path, counts: dict[str, int], rng: random.Random, deadline: 
     }
     straights: dict[str, Path] = {}
     for name, fault in faults.items():
-        if not counts[name]:
+        if not counts[name] or time.monotonic() > deadline:
             continue
         if name.startswith("full-") and unmountable:
             print(f"skipped {name}: {unmountable}", flush=True)
