@@ -397,7 +397,11 @@ class Jitted:
         if any(map(_is_traced, leaves)):
             return self._in_trace(args, kwargs)
         with self._lock:
-            types = list(map(_type_of, leaves))
+            try:
+                types = list(map(_type_of, leaves))
+            except TypeError:
+                self.trace(*args, **kwargs)  # JAX knows the argument's name
+                raise
             last = last_tree, last_static, last_types
             if compiled is None or (tree, static, types) != last:  # quicker than to hash them
                 compiled = self._find(tree, static, types, args, kwargs)
@@ -450,7 +454,7 @@ class Jitted:
         return self
 
     def __repr__(self) -> str:
-        return f"<vk_kernels.jit of {self.__wrapped__!r}>"
+        return f"<vk_kernels.jit of {self._name}>"
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """What jax.jit traces for such arguments, with the operations of `vk_kernels.ops` as they run here."""
@@ -496,7 +500,7 @@ class Jitted:
 
     @property
     def _name(self) -> str:
-        return getattr(self, "__qualname__", repr(self.__wrapped__))
+        return getattr(self, "__qualname__", type(self.__wrapped__).__name__)
 
     def _using(self) -> Any:
         return use("vulkan", device=self._device, variant=target_of("vulkan").variant)
