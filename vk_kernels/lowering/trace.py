@@ -68,7 +68,8 @@ def make_graph(closed: ClosedJaxpr) -> Graph:
     """
     info = closed.jaxpr.debug_info
     name, _, line = info.func_src_info.rpartition(" at ")
-    at = Origin(source=f"{line} ({name})" if name else "")
+    call_line = source_info_util.summarize(source_info_util.current())
+    at = Origin(source=f"{line} ({name})" if name else call_line)
     inputs = tuple(
         _described(lambda aval=aval: _new_value(aval), f"argument {argument}, {aval}", at)
         for argument, aval in zip(_names(info.arg_names, closed.in_avals), closed.in_avals, strict=True)
