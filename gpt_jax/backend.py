@@ -80,6 +80,7 @@ def require_devices(platform: str | None = None) -> None:
         jax.devices(platform)
     except (RuntimeError, AssertionError) as error:  # JAX knows the platform's name, but has nothing for it
         found = [f"{name}={os.environ[name]}" for name in _PLATFORM_VARIABLES if os.environ.get(name)]
+        found = found[:-1] if len(found) > 1 and found[-1].startswith("XLA_FLAGS=") else found  # the least likely
         why = f" (JAX says: {' '.join(str(error).split())})" if str(error) else ""
         needed = "the processor, which Vulkan's backend needs beside it" if platform == "cpu" else "a device"
         cure = f"{' and '.join(found)} must be unset or name what this machine has" if found else "reinstall jax"

@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from gpt_jax.backend import check_heads, enter_backend
+from gpt_jax.backend import check_heads, enter_backend, require_devices
 from gpt_jax.checkpoint import check_parameters, restore_parameters
 from gpt_jax.config import BACKENDS, UserError, check, check_saved, text_problem
 from gpt_jax.corpus import Turn
@@ -184,6 +184,7 @@ def main(argv: Sequence[str]) -> int:
 def chat(stack: contextlib.ExitStack) -> None:
     """Answers one prompt, or chats, as the flags say; a backend is in force until `stack` is closed."""
     check_flags()
+    require_devices()
     config, params, tokenizer, description = load_for_sampling(Path(FLAGS.workdir))
     print(f"{description}; {'one answer' if FLAGS.prompt else 'an empty line starts anew, Ctrl-D ends'}")
     model = GPT(ModelConfig.from_config(config.model))

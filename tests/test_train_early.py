@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import flags
 from whole_run import ROOT, chats, configuration, environment  # noqa: F401
 
-from gpt_jax import data
+from gpt_jax import data, sample
 from gpt_jax.backend import enter_backend
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.config import UserError
@@ -135,6 +136,17 @@ def test_variables_for_other_programs_change_no_dtype_and_no_random_bits():
         assert jnp.arange(3).dtype == jnp.int32
         assert (jnp.arange(3) + jnp.float32(1)).dtype == jnp.float32
         assert (jax.random.key_data(jax.random.key(3)) == plain).all()
+
+
+def test_sampling_asks_for_a_device_before_it_reads_a_checkpoint(monkeypatch, tmp_path):
+    values = flags.FlagValues()
+    sample.define_flags(values)
+    values(["sample", f"--workdir={tmp_path}"])
+    monkeypatch.setattr(sample, "FLAGS", values)
+    monkeypatch.setattr(jax, "devices", forbidden)  # an AssertionError, as JAX's for a platform that is not there
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match="does not find a device: JAX_PLATFORMS=cuda must be unset"):
+        sample.chat(contextlib.ExitStack())
 
 
 JAX_VARIABLES = [
