@@ -534,7 +534,8 @@ class Jitted:
         """None where the function closes over values that are being traced around it: they are no arguments."""
         with self._using(), _no_collection():
             traced = self.trace(*args, **kwargs)
-            if len(traced.jaxpr.in_avals) > len(jax.tree.leaves(traced.args_info)):
+            closed = traced.jaxpr
+            if len(closed.in_avals) > len(jax.tree.leaves(traced.args_info)) or any(map(_is_traced, closed.consts)):
                 return None
             return Compiled(traced, tree, call.open_device(target_of("vulkan").device))
 
