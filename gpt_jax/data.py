@@ -185,6 +185,12 @@ def _prepare_anew(
     return prepared
 
 
+def check_windows(prepared: Corpus, block_size: int, targets: str) -> None:
+    """Raises UserError if a split has no window of `block_size` tokens with a target that counts."""
+    for tokens, split in ((prepared.train, "training"), (prepared.validation, "validation")):
+        _windows(tokens, block_size, 1, targets, split, lambda line: None)
+
+
 def windows(
     tokens: Tokens,
     *,

@@ -441,6 +441,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
         kept_tokenizer = finetune.tokenizer_to_keep(config, workdir)
         expected = None if saved is None else saved["data_fingerprint"]
         corpus = data.prepare(config.data, config.model.vocab_size, log, kept_tokenizer, expected)
+        data.check_windows(corpus, config.model.block_size, config.data.targets)
         stop.check()
         model = GPT(ModelConfig.from_config(config.model))
         checkpointer = stack.enter_context(

@@ -116,6 +116,12 @@ def test_other_data_is_said_before_it_is_tokenised_and_the_fingerprint_of_older_
     assert any("is of a version that read rows in fewer ways" in line for line in lines)
 
 
+def test_a_block_larger_than_the_data_leaves_no_folder(corpus, tmp_path):
+    with pytest.raises(UserError, match="block_size is 100000 but the training data has"):
+        train_and_evaluate(configuration(corpus, *TINY, "--config.model.block_size=100000"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_batch_of_one_window_can_be_loaded():
     ids = jnp.arange(50, dtype=jnp.uint16)
     batches = windows(Tokens(ids, ids * 0), block_size=4, batch_size=1, seed=0)
