@@ -62,9 +62,12 @@ def test_every_group_of_refused_dtypes_is_in_the_table():
         assert any(dtype.startswith(name.strip().rstrip("*")) for row in UNSUPPORTED_DTYPES for name in row.split(","))
 
 
-def test_a_function_that_has_no_line_is_named_by_the_line_that_calls_it():
+def test_a_function_of_jax_is_named_by_the_line_that_calls_it():
     with pytest.raises(UnsupportedError, match=rf"argument .*, complex64\[3\]{HERE}"):
         vjit(jnp.logaddexp)(np.ones(3, np.complex64), np.ones(3, np.complex64))
+    turn = functools.partial(jax.lax.while_loop, lambda x: x.sum() < 9, lambda x: x + 1)
+    with pytest.raises(UnsupportedError, match=rf"while\(float32\[2,3\]\){HERE}"):
+        vjit(turn)(X)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ apart from what it recomputes by an optimization_barrier.
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,8 @@ from vk_kernels.lowering.refusals import advice
 from vk_kernels.lowering.simplify import simplify
 
 UNROLLED = 50_000  # nodes that all loops of a function together may unroll into
+
+_JAX = str(Path(jax.__file__).parent)
 
 # Inlined. Which parameter holds the body depends on the primitive, and of some on JAX's version.
 _CALLS = frozenset(
@@ -68,8 +71,10 @@ def make_graph(closed: ClosedJaxpr) -> Graph:
     """
     info = closed.jaxpr.debug_info
     name, _, line = info.func_src_info.rpartition(" at ")
-    call_line = source_info_util.summarize(source_info_util.current())
-    at = Origin(source=f"{line} ({name})" if name else call_line)
+    if name and not line.startswith(_JAX):
+        at = Origin(source=f"{line} ({name})")
+    else:  # a function of JAX itself: the line that calls it
+        at = Origin(source=source_info_util.summarize(source_info_util.current()))
     inputs = tuple(
         _described(lambda aval=aval: _new_value(aval), f"argument {argument}, {aval}", at)
         for argument, aval in zip(_names(info.arg_names, closed.in_avals), closed.in_avals, strict=True)
