@@ -302,6 +302,17 @@ def test_compare(df):
     assert table.loc["largest gradient norm", "other"] == pytest.approx(150, abs=0.1)
 
 
+def test_a_validation_loss_that_is_not_finite_is_never_the_best_of_a_comparison(df):
+    df = df.copy()
+    rows = df.index[df["split"] == "validation"]
+    df.loc[rows[:2], "loss"] = [np.nan, -np.inf]
+    df.loc[df["run"] == "other", "loss"] = np.nan
+    table = runs.compare(df, steps=(1,))
+    assert table.loc["at step", "plain"] == 600
+    assert np.isfinite(table.loc["best validation loss", "plain"])
+    assert np.isnan(table.loc["best validation loss", "other"])
+
+
 def test_validation_gap(df):
     gap = runs.validation_gap(df)
     assert gap[["run", "step"]].to_numpy().tolist()[-2:] == [["other", 100], ["other", 200]]
