@@ -250,7 +250,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             except UserError as error:
                 yield where, error
             except (ValueError, RecursionError) as error:
-                hint = "; remove the comma after it" if text.endswith("},") else ""
+                hint = "; remove the comma after it" if text.endswith(",") else ""
                 yield where, UserError(f"{where}: found {text[:40]!r}, not a JSON object: {error}{hint}")
 
 

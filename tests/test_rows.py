@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 
 import pytest
 
@@ -255,3 +256,52 @@ def test_a_bad_row_of_a_dataset_is_named_and_skipped_by_choice(tmp_path):
     reading = Reading(on_error="skip")
     assert len(list(corpus.read_corpus(f"hf:{tmp_path}", reading))) == 2
     assert reading.skipped == 1
+
+
+JUNK = [
+    None,
+    True,
+    0,
+    -1.5,
+    "",
+    " ",
+    "\ud83d",
+    [],
+    {},
+    [[]],
+    [{}],
+    ["a"],
+    {"a": 1},
+    {"type": "text"},
+    {"role": ["x"]},
+    Q,
+]
+KEYS = [*("messages", "conversation", "text", "prompt", "completion", "system", "tools", "id", "weight", "\ud800"),
+        *("tool_calls", "function_call", "refusal", "role", "content", "from", "value", "history", "type")]  # fmt: skip
+
+
+def mutated(value, rng):
+    if rng.random() < 0.05:
+        return rng.choice(JUNK)
+    if isinstance(value, dict):
+        more = {rng.choice(KEYS): rng.choice(JUNK)} if rng.random() < 0.1 else {}
+        return {key: mutated(inner, rng) for key, inner in value.items() if rng.random() > 0.05} | more
+    if isinstance(value, list):
+        return [mutated(inner, rng) for inner in value]
+    return value
+
+
+def test_whatever_a_row_is_it_is_read_or_refused_in_one_line(tmp_path):
+    rng = random.Random(0)
+    rows = [row for row, _ in [*ROWS.values(), *REFUSED.values()] if not isinstance(row, str)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(mutated(rng.choice(rows), rng)) for _ in range(3000)))
+    reading = Reading(on_error="skip")
+    for dialogue in corpus.read_corpus(str(path), reading):
+        roles = [turn.role for turn in dialogue.turns]
+        assert roles[-1] == "assistant"
+        assert all(one != other for one, other in itertools.pairwise(roles))
+        assert all(turn.text == turn.text.strip() != "" for turn in dialogue.turns)
+        "".join(turn.text for turn in dialogue.turns).encode()
+    assert 500 < reading.skipped < 2500
+    assert not any("\n" in error for error in reading.skipped_first)
