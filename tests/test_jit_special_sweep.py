@@ -30,7 +30,7 @@ def test_every_elementwise_primitive_is_swept():
 
 def test_every_difference_that_is_allowed_is_told():
     text = DOCS.read_text()
-    for row in ALLOWED[1:]:
+    for row in ALLOWED[:-1]:
         assert f"\n| {row.name} |" in text
 
 

@@ -241,7 +241,7 @@ def _combining(dtype: np.dtype) -> Iterator[Item]:
 
 
 def _moving(dtype: np.dtype) -> Iterator[Item]:
-    x, which = common(dtype), np.array([0, 99, -1, 3, -99, 1], np.int32)
+    x, which = np.resize(common(dtype), 9), np.array([0, 99, -1, 3, -99, 1], np.int32)
     for i, constant in enumerate(constants(dtype)):
         full = functools.partial(jnp.full, (3,), constant)
         functions = {
