@@ -5,6 +5,9 @@ caller reads; what is made of many elements each (a reduction, a product, a sort
 again for every place it is used at. Each of these is a target; all other nodes are computed inside the kernels of the
 targets that need them.
 
+Code has a limit too, as drivers take a time and a memory for it that grow faster than its length: of what makes one
+result too much, a part is stored (`_cut_long`), and no more results stand side by side than fit (`_Part.fits`).
+
 The height of a target is the longest way from it to the end of the program, counted in steps. Targets of one height
 need nothing of each other, and become one step together (horizontal fusion): each is computed as late as it can be.
 But inputs that are only converted to a smaller type, as a model's parameters to bfloat16, are all converted first; and
@@ -21,13 +24,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vk_kernels.lowering.code_size import CodeSize
 from vk_kernels.lowering.codegen import EXPENSIVE, in_pieces
-from vk_kernels.lowering.graph import Graph, Literal, Node, Operand, Value, producers
+from vk_kernels.lowering.graph import Graph, Literal, Node, Operand, Value, consumers, producers
 
 MOST_BUFFERS = 128  # that a generated kernel binds, roughly: what one target needs stays together
 MOST_REDUCTIONS = 64  # that a generated kernel does, or products or sorts
 
 _SPARE = 2  # buffers of a kernel for what it stores, and what it does in between
+
+MOST_CODE = 1 << 16  # bytes that make what one thread stores, roughly: compilers' time grows faster than code
+_MOST_JOINED = 4 * MOST_CODE  # of all that a generated kernel stores, side by side
+_SHARED_CODE = MOST_CODE // 4  # bytes of code that make a value which several nodes read, from which on it is stored
+
+_MOST_PARTS = 32  # of a concatenation, in one piece of code
 
 _BROADCAST = 32  # elements that use a value each, from which on it is stored if it took more than a few operations
 _FEW, _MANY = 4, 100  # operations: worth storing once where it is broadcast; wherever several kernels need it
@@ -38,6 +48,7 @@ _FREE = frozenset(
         *("convert_element_type", "bitcast_convert_type", "select_n", "unstack"),
     )
 )
+_MOVES = frozenset(("broadcast_in_dim", "reshape", "transpose", "slice", "rev", "iota", "split", "unstack"))
 _SLOW = {
     **dict.fromkeys(("div", "rem", "sqrt", "rsqrt", "exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic"), 4),
     **dict.fromkeys(("gather", "dynamic_slice", "dynamic_update_slice", "sin", "cos", "tan", "erf", "cbrt"), 8),
@@ -101,9 +112,9 @@ def partition(graph: Graph, most_buffers: int = MOST_BUFFERS, most_reductions: i
 
     What one target needs may be more than MOST_BUFFERS, but never more than fewer `most_buffers`: a device's limit.
     """
+    most = min(_MOST_PARTS, most_buffers - _SPARE)
     graph = _with_constants(graph)
-    if most_buffers < MOST_BUFFERS:
-        graph = replace(graph, nodes=[part for node in graph.nodes for part in _in_a_tree(node, most_buffers - _SPARE)])
+    graph = replace(graph, nodes=[part for node in graph.nodes for part in _in_a_tree(node, most)])
     return _Partitioner(graph, most_buffers, most_reductions).run()
 
 
@@ -141,12 +152,13 @@ def _in_a_tree(node: Node, most: int) -> Iterable[Node]:
 
 
 class _Part(NamedTuple):
-    """What one generated kernel is to do. reductions: how many, products and sorts among them."""
+    """What one generated kernel is to do. reductions: how many, products and sorts among them. code: bytes, roughly."""
 
     nodes: set[Node]
     loads: set[Value]
     stores: list[Value]
     reductions: int
+    code: int
 
     def joined(self, other: "_Part") -> "_Part":
         return _Part(
@@ -154,10 +166,12 @@ class _Part(NamedTuple):
             self.loads | other.loads,
             self.stores + other.stores,
             self.reductions + other.reductions,
+            self.code + other.code,
         )
 
     def fits(self, most_buffers: int, most_reductions: int) -> bool:
-        return len(self.loads) + len(self.stores) <= most_buffers and self.reductions <= most_reductions
+        buffers = len(self.loads) + len(self.stores)
+        return buffers <= most_buffers and self.reductions <= most_reductions and self.code <= _MOST_JOINED
 
 
 class _Partitioner:
@@ -182,6 +196,7 @@ class _Partitioner:
         self._cut_costly()
         if most_buffers < MOST_BUFFERS:
             self._cut_wide(most_buffers - _SPARE)
+        self._cut_long()
         self._heights = self._find_heights({})
         self._heights = self._find_heights(self._join_reductions())
 
@@ -226,6 +241,49 @@ class _Partitioner:
                 self._loaded.add(widest)
                 arrays[widest] = frozenset([widest])
             made_of.update(dict.fromkeys(node.outputs, whole))
+
+    def _cut_long(self) -> None:
+        """Adds to what is loaded what takes much code, so that no kernel has more than is good for a compiler."""
+        largest = max((x.nbytes for x in (*self._loaded, *self._stored)), default=0)
+        self._size = size = CodeSize()
+        readers = consumers(self._graph)
+
+        def cut(value: Value) -> None:
+            self._loaded.add(value)
+            size.store(value)
+
+        for node in self._graph.nodes:
+            if node.call:
+                continue
+            size.add(node)
+            for x in sorted(node.inputs, key=size.__getitem__, reverse=True):
+                if size[node.outputs[0]] <= MOST_CODE:
+                    break
+                source, moves = self._source(x)
+                if self._can_cut(source, largest):
+                    cut(source)
+                    for move in (*moves, node):
+                        size.add(move)
+            for out in node.outputs:
+                if out in self._loaded:
+                    size.store(out)
+                elif size[out] > _SHARED_CODE and len(readers.get(out, ())) > 1 and self._can_cut(out, largest):
+                    cut(out)
+
+    def _source(self, x: Operand) -> tuple[Operand, list[Node]]:
+        """What an operand is only moved from, and the moves, in order."""
+        moves: list[Node] = []
+        while (node := self._producers.get(x)) and node.op in _MOVES and node.inputs and x not in self._loaded:
+            moves.insert(0, node)
+            x = node.inputs[0]
+        return x, moves
+
+    def _can_cut(self, x: Operand, largest: int) -> bool:
+        """Whether to store a value would take no more memory than any other array does, and save more than a move."""
+        node = self._producers.get(x)
+        if node is None or x in self._loaded or x.nbytes > largest:
+            return False
+        return node.op not in _MOVES
 
     def _is_target(self, node: Node) -> bool:
         return any(out in self._loaded or out in self._stored for out in node.outputs)
@@ -369,7 +427,7 @@ class _Partitioner:
                 nodes.add(producer)
                 stack += producer.inputs
         stores = [out for out in target.outputs if out in self._loaded or out in self._stored]
-        return _Part(nodes, loads, stores, int(target.op in EXPENSIVE))
+        return _Part(nodes, loads, stores, int(target.op in EXPENSIVE), self._size.of(nodes))
 
 
 def _sharing(parts: Sequence[_Part]) -> list[list[_Part]]:

@@ -57,6 +57,8 @@ def fold(graph: Graph) -> Graph:
         node = substitute(old, known)
         if _is_reshape(node):
             node = _reshape(node, made)
+        elif node.op == "slice":
+            node = _slice(node, made)
         same = _same(node)
         if same is None:
             same = _computed(node)
@@ -88,6 +90,26 @@ def _reshape(node: Node, made: dict[Value, Node]) -> Node:
         x = made[x].inputs[0]
     params = {"new_sizes": node.outputs[0].shape, "dimensions": None}
     return replace(node, op="reshape", inputs=(x,), params=params)
+
+
+def _slice(node: Node, made: dict[Value, Node]) -> Node:
+    """Of the one array that it is from, where those are put together: of a loop's rows, of which another takes each."""
+    while node.inputs[0] in made and made[node.inputs[0]].op == "concatenate":
+        whole = made[node.inputs[0]]
+        axis, start, limit = whole.params["dimension"], node.params["start_indices"], node.params["limit_indices"]
+        first = 0
+        for x in whole.inputs:
+            if first <= start[axis] and limit[axis] <= first + x.shape[axis]:
+                break
+            first += x.shape[axis]
+        else:
+            break
+        moved = {
+            "start_indices": (*start[:axis], start[axis] - first, *start[axis + 1 :]),
+            "limit_indices": (*limit[:axis], limit[axis] - first, *limit[axis + 1 :]),
+        }
+        node = replace(node, inputs=(x,), params=node.params | moved)
+    return node
 
 
 def _same(node: Node) -> Operand | None:

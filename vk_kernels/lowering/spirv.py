@@ -144,6 +144,12 @@ _FOLDED: dict[Op, Callable[[int, int], int]] = {
 }
 
 _INTEGER_TO_FLOAT = {Op.S_TO_F: lambda a: a - (a >> 31 << 32), Op.U_TO_F: lambda a: a}
+_TESTED: dict[Op, Callable[[int, int], bool]] = {
+    Op.I_EQUAL: lambda a, b: a == b,
+    Op.I_NOT_EQUAL: lambda a, b: a != b,
+    Op.U_LESS: lambda a, b: a < b,
+    Op.U_LESS_EQUAL: lambda a, b: a <= b,
+}
 
 _CAPABILITIES = {"Shader": 1, "StorageBuffer16BitAccess": 4433, "StorageBuffer8BitAccess": 4448}
 _BLOCK, _ARRAY_STRIDE, _BUILTIN, _ALIASED, _NON_WRITABLE, _BINDING, _SET, _OFFSET = (
@@ -392,6 +398,10 @@ class Module:
         (a, b), (x, y) = operands, known
         if x is not None and y is not None and op in _FOLDED and not (op in (Op.U_DIV, Op.U_MOD) and y == 0):
             return self.constant(_FOLDED[op](x, y))
+        if x is not None and y is not None and op in _TESTED:
+            return self.boolean(_TESTED[op](x, y))
+        if op == Op.LOGICAL_AND and self.boolean(True) in operands:
+            return a if b == self.boolean(True) else b
         if op == Op.I_ADD and 0 in (x, y):
             return b if x == 0 else a
         if op == Op.I_MUL and 1 in (x, y):
@@ -444,7 +454,13 @@ class Module:
         self._effect(Op.CONTROL_BARRIER, scope, scope, self.constant(_WORKGROUP_SEMANTICS))
 
     def branch(self, condition: Id, then: Callable[[], Code], otherwise: Callable[[], Code] | None = None) -> Code:
-        """Runs one of two pieces of code, each giving a list of ids (none, without `otherwise`); gives the one's."""
+        """Runs one of two pieces of code, each giving a list of ids (none, without `otherwise`); gives the one's.
+
+        Where it is known which one, there is no code of the other.
+        """
+        if condition in (self.boolean(True), self.boolean(False)):
+            code = then if condition == self.boolean(True) else otherwise
+            return (yield from code()) if code else []
         labels = [self._new() for _ in range(3 if otherwise else 2)]
         merge = labels[-1]
         self._effect(Op.SELECTION_MERGE, merge, 0)
@@ -487,6 +503,11 @@ class Module:
         return carried
 
     # The binary.
+
+    @property
+    def code_bytes(self) -> int:
+        """Of the instructions so far, those that nothing will use among them."""
+        return 4 * sum(map(len, self._body))
 
     def assemble(self) -> bytes:
         """The module, closed. Called once."""
