@@ -37,7 +37,10 @@ def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> dict[
     check_source(config.data.source)
     position = check_newest(workdir / CHECKPOINTS, abstract_state)
     if position is None and config.init_from:
-        check_donor(config.init_from, abstract_state.params)
+        try:
+            check_donor(config.init_from, abstract_state.params)
+        except UserError as error:
+            raise UserError(f"config.init_from={config.init_from}: {error}") from None
     check_tokenizer(config, tokenizer_to_keep(config, workdir))
     return position
 

@@ -60,9 +60,9 @@ def too_small(folder: Path) -> Path:
 
 
 EARLY = [
-    ("--config.init_from=gpt2", "gpt2 is not a directory; give that of a run or of a checkpoint"),
+    ("--config.init_from=gpt2", "/gpt2 is not a directory; give that of a run or of a checkpoint"),
     ("--config.init_from={tmp}", "is neither a run nor a checkpoint"),
-    ("--config.init_from={old} --config.model.embed_dim=32", "no parameter of the checkpoint fits the model"),
+    ("--config.init_from={old} --config.model.embed_dim=32", "old: no parameter of the checkpoint fits the model"),
     ("--config.data.source={tmp}/missing.jsonl", "missing.jsonl' does not exist: give a file"),
     ("--config.data.source={tmp}", "is a folder, not a file"),
     ("--config.data.source=", "config.data.source is empty"),
