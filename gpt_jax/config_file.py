@@ -14,34 +14,10 @@ from ml_collections import ConfigDict, config_flags
 from gpt_jax.config import UserError, check_name, check_names
 
 _CONFIGS = Path("configs")  # where a name that is not found is looked for
-_PARSERS = (
-    (int, flags.IntegerParser(), "a whole number"),
-    (float, flags.FloatParser(), "a number"),
-    (bool, flags.BooleanParser(), "true or false"),
-)
 _LONGEST = 300  # characters of another library's message
 
 
-def define_config_flag(
-    flag_values: flags.FlagValues = flags.FLAGS, arguments: Sequence[str] | None = None
-) -> flags.FlagHolder[ConfigDict]:
-    """Defines `--config=FILE`, and `--config.x.y=VALUE` for each of its settings.
-
-    Args:
-      flag_values: where it is defined.
-      arguments: the command line, the program's name first; None: that of this process.
-    """
-    for kind, parser, wanted in _PARSERS:
-        config_flags.register_flag_parser_for_type(kind, _ValueParser(parser, wanted))
-    argv = sys.argv if arguments is None else list(arguments)
-    holder = config_flags.DEFINE_config_file(
-        "config", help_string="A file of configs/.", flag_values=flag_values, sys_argv=argv
-    )
-    flag_values["config"].parser = _ConfigParser(lambda: flag_values.read_flags_from_files(argv[1:], force_gnu=False))
-    return holder
-
-
-class _ValueParser(flags.ArgumentParser):
+class ValueParser(flags.ArgumentParser):
     """Another parser, which says in plain words what it wanted."""
 
     def __init__(self, parser: flags.ArgumentParser, wanted: str) -> None:
@@ -55,6 +31,30 @@ class _ValueParser(flags.ArgumentParser):
 
     def flag_type(self) -> str:
         return self._parser.flag_type()
+
+
+WHOLE = ValueParser(flags.IntegerParser(), "a whole number")
+NUMBER = ValueParser(flags.FloatParser(), "a number")
+FLAG = ValueParser(flags.BooleanParser(), "true or false")
+
+
+def define_config_flag(
+    flag_values: flags.FlagValues = flags.FLAGS, arguments: Sequence[str] | None = None
+) -> flags.FlagHolder[ConfigDict]:
+    """Defines `--config=FILE`, and `--config.x.y=VALUE` for each of its settings.
+
+    Args:
+      flag_values: where it is defined.
+      arguments: the command line, the program's name first; None: that of this process.
+    """
+    for kind, parser in ((int, WHOLE), (float, NUMBER), (bool, FLAG)):
+        config_flags.register_flag_parser_for_type(kind, parser)
+    argv = sys.argv if arguments is None else list(arguments)
+    holder = config_flags.DEFINE_config_file(
+        "config", help_string="A file of configs/.", flag_values=flag_values, sys_argv=argv
+    )
+    flag_values["config"].parser = _ConfigParser(lambda: flag_values.read_flags_from_files(argv[1:], force_gnu=False))
+    return holder
 
 
 class _ConfigParser(flags.ArgumentParser):

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from gpt_jax.backend import check_heads, enter_backend, require_devices
 from gpt_jax.checkpoint import check_parameters, restore_parameters
 from gpt_jax.config import BACKENDS, UserError, check, check_saved, text_problem
+from gpt_jax.config_file import NUMBER, WHOLE
 from gpt_jax.corpus import Turn
 from gpt_jax.failures import describe, is_device_error
 from gpt_jax.metrics import CONFIG_FILE, read_config
@@ -234,11 +235,11 @@ def define_flags(flag_values: flags.FlagValues = FLAGS) -> None:
     here = {"flag_values": flag_values}
     flags.DEFINE_string("workdir", None, "Run folder.", required=True, **here)
     flags.DEFINE_string("prompt", "", "A question to answer; without it, a chat.", **here)
-    flags.DEFINE_float("temperature", None, "Instead of the config's.", **here)
-    flags.DEFINE_integer("top_k", None, "Instead of the config's; 0: all.", **here)
-    flags.DEFINE_integer("max_tokens", None, "Instead of the config's.", **here)
+    flags.DEFINE(NUMBER, "temperature", None, "Instead of the config's.", **here)
+    flags.DEFINE(WHOLE, "top_k", None, "Instead of the config's; 0: all.", **here)
+    flags.DEFINE(WHOLE, "max_tokens", None, "Instead of the config's.", **here)
     flags.DEFINE_enum("backend", None, BACKENDS, "Instead of the config's.", **here)
-    flags.DEFINE_integer("seed", None, "Of the draw; without it, another one each time.", **here)
+    flags.DEFINE(WHOLE, "seed", None, "Of the draw; without it, another one each time.", **here)
 
 
 def check_flags() -> None:

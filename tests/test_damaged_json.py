@@ -189,7 +189,7 @@ def test_a_config_without_what_sampling_needs_is_refused_and_other_settings_may_
 SAMPLE_FLAGS = [
     ("--seed=99999999999999999999999", "--seed must be a whole number from 0 to 4294967295, found 9999"),
     ("--seed=-1", "--seed must be a whole number from 0 to 4294967295, found -1"),
-    ("--seed=x", "flag --seed=x"),
+    ("--seed=x", "flag --seed=x: must be a whole number"),
     ("--temperature=nan", "--temperature must be a number in [0, inf), found nan"),
     ("--temperature=inf", "--temperature must be a number in [0, inf), found inf"),
     ("--temperature=-1", "--temperature must be a number in [0, inf), found -1"),
@@ -197,7 +197,7 @@ SAMPLE_FLAGS = [
     ("--temperature=1e39", "which is inf in float32"),
     ("--top_k=-1", "--top_k must be a whole number from 0 to"),
     ("--max_tokens=0", "--max_tokens must be a whole number from 1 to"),
-    ("--max_tokens=1.5", "flag --max_tokens=1.5"),
+    ("--max_tokens=1.5", "flag --max_tokens=1.5: must be a whole number"),
     ("--backend=cuda", "value should be one of <auto|xla|vulkan>"),
     ("--prompt=\udcff", r"--prompt must be text in UTF-8, found '\udcff' in it"),
     ("--workdir=", "--workdir is empty"),
