@@ -14,12 +14,13 @@ import numpy as np
 from vk_kernels.lowering.emit_scalar import kind
 
 _WIDE = frozenset(("int64", "uint64", "float64", "complex128"))
+_ARRAYS = jax.core.ShapedArray, jax.ShapeDtypeStruct
 FLOAT0 = jax.dtypes.float0
 
 
 def is_array(aval: Any) -> bool:
     """Whether an abstract value is of arrays, of keys too; a ref or a token is none."""
-    return isinstance(aval, jax.core.ShapedArray | jax.ShapeDtypeStruct)
+    return isinstance(aval, _ARRAYS)
 
 
 def is_key(aval: Any) -> bool:

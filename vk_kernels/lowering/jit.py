@@ -132,9 +132,14 @@ def _host(x: Any) -> np.ndarray:
     return to_device(x, _type_of(x))
 
 
+_TRACED = jax.core.Tracer, jax.ShapeDtypeStruct
+_OWNED = Array, jax.Array  # what donation deletes
+
+
 def _is_traced(x: Any) -> bool:
     """Whether an argument stands for an array."""
-    return isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+    kind = type(x)  # to ask for Tracer is slow
+    return kind is not Array and kind is not np.ndarray and isinstance(x, _TRACED)
 
 
 def _is_leaf_of(x: Any, kind: ArrayType) -> bool:
@@ -281,7 +286,7 @@ class Compiled:
         made = self._run([leaves[i] for i in self._rest], dict(zip(self._carried, buffers, strict=True)))
         self._buffers = buffers  # not before: what raises leaves a loop over another state as it was
         for i in self.donated:
-            if isinstance(leaves[i], Array | jax.Array):
+            if isinstance(leaves[i], _OWNED):
                 leaves[i].delete()
         self._before = None
         return self._results(made)
@@ -292,7 +297,7 @@ class Compiled:
         self._given.life.ended = True
         for i in self._dropped:
             x = rest[self._rest.index(i)]
-            if isinstance(x, Array | jax.Array):
+            if isinstance(x, _OWNED):
                 x.delete()
         before, self._before = self._before, self._given
         return self._results(made, before)
