@@ -17,12 +17,15 @@ import math
 import os
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
+from threading import current_thread, main_thread
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +59,16 @@ def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
 # Orbax writes dozens of INFO lines a save to absl's logger, and tracebacks of the threads of a save that failed, whose
 # exception is raised as well; what others write there is left alone.
 logging.getLogger("absl").addFilter(_is_not_orbax_chatter)
+
+
+def _print_unless_late(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    # When one file of a save fails, orbax raises that and ends its event loop; tensorstore's threads then print a
+    # traceback for each other file that they come to tell the loop of.
+    if not (kind is RuntimeError and str(error) == "Event loop is closed" and current_thread() is not main_thread()):
+        _print_exception(kind, error, trace)
+
+
+_print_exception, sys.excepthook = sys.excepthook, _print_unless_late
 
 
 class Restored(NamedTuple):

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import random
 import shutil
+import sys
 import textwrap
 import threading
 import time
@@ -275,6 +276,24 @@ def test_a_loss_that_comes_after_the_save_is_marked(tmp_path):
     with open_(tmp_path, keep_last=1) as checkpointer:
         assert checkpointer.best_step() == 3
         assert checkpointer.restore_latest(target).position == {"next_batch": 4}
+
+
+def test_a_late_word_to_a_closed_event_loop_is_not_printed(capsys):
+    """tensorstore's threads print it by sys.excepthook, after a save of several files in which one failed."""
+
+    def tell(message: str) -> None:
+        try:
+            raise RuntimeError(message)
+        except RuntimeError as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+
+    for message in ("Event loop is closed", "something else"):
+        thread = threading.Thread(target=tell, args=(message,))
+        thread.start()
+        thread.join()
+    printed = capsys.readouterr().err
+    assert "Event loop is closed" not in printed
+    assert printed.count("RuntimeError: something else") == 1
 
 
 TENSORSTORE = (

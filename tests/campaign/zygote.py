@@ -37,8 +37,10 @@ class Ended:
 
     def problem(self, *codes: int) -> str:
         """What is wrong with an end that should have one of these codes; a failure must be one line."""
-        if TRACEBACK in self.err or TRACEBACK in self.out:
-            return f"a traceback: {self.err.strip().splitlines()[-1][:200]}"
+        printed = self.err + self.out
+        if TRACEBACK in printed:
+            place = printed.index(TRACEBACK)
+            return f"a traceback: {printed[max(place - 300, 0) : place + 3000]}"
         if self.code not in codes:
             return f"exit code {self.code}, not {codes}: {self.err.strip()[-300:]}"
         if self.code in (1, 2) and len(self.errors) != 1:
