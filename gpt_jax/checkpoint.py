@@ -24,8 +24,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
-from threading import current_thread, main_thread
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -61,14 +59,14 @@ def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
 logging.getLogger("absl").addFilter(_is_not_orbax_chatter)
 
 
-def _print_unless_late(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    # When one file of a save fails, orbax raises that and ends its event loop; tensorstore's threads then print a
-    # traceback for each other file that they come to tell the loop of.
-    if not (kind is RuntimeError and str(error) == "Event loop is closed" and current_thread() is not main_thread()):
-        _print_exception(kind, error, trace)
+def _print_unless_late(ignored: "sys.UnraisableHookArgs") -> None:
+    # When one file of a save fails, orbax raises that and ends its event loop; tensorstore's threads then have a
+    # traceback printed for each other file that they come to tell the loop of.
+    if ignored.exc_type is not RuntimeError or str(ignored.exc_value) != "Event loop is closed":
+        _print_unraisable(ignored)
 
 
-_print_exception, sys.excepthook = sys.excepthook, _print_unless_late
+_print_unraisable, sys.unraisablehook = sys.unraisablehook, _print_unless_late
 
 
 class Restored(NamedTuple):

@@ -47,10 +47,16 @@ def _closed_pipe() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, 1)
+    _open_stdout()
 
 
 def _full() -> None:
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    _open_stdout()
+
+
+def _open_stdout() -> None:
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 as Python does when it starts
 
 
 def _closed() -> None:
@@ -75,7 +81,7 @@ def outputs(tiny: Tiny, straight: Path, folder: Path, rng: random.Random, count:
         workdir = folder / f"output-{i}"
         ended = tiny.start(workdir, prepare=prepare).wait()
         problem = ended.problem(0) or difference(straight, workdir)
-        log = (workdir / "log.txt").read_text(encoding="utf-8")
+        log = "" if problem else (workdir / "log.txt").read_text(encoding="utf-8")
         if not problem and ("step     60/60" not in log or not lines(workdir, "samples.jsonl")):
             problem = "log.txt lacks lines"
         yield f"output: {name}", problem
