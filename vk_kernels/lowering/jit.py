@@ -30,6 +30,7 @@ from jax._src.config import (
     disable_jit,
     trace_context,  # all of JAX's configuration that changes what is traced
 )
+from jax.extend import source_info_util
 from jax.tree_util import treedef_tuple
 
 from vk_kernels.array import Array, ArrayType, Life, array_type
@@ -123,7 +124,10 @@ def _type_of(x: Any) -> ArrayType:
 def _array_type(aval: Any) -> ArrayType:
     """Raises UnsupportedError for what is no array: a ref, a token."""
     if not is_array(aval):
-        raise UnsupportedError(f"a function on Vulkan takes and gives arrays, not {aval}: pass what it holds")
+        line = source_info_util.summarize(source_info_util.current())
+        raise UnsupportedError(
+            f"a function on Vulkan takes and gives arrays, not {aval}: pass what it holds, at {line}"
+        )
     return array_type(aval.shape, aval.dtype, aval.weak_type)
 
 
