@@ -2,9 +2,9 @@
 
     python benchmarks/compile_time.py [--device cpu] [--most 64] [--plot benchmarks/compile_time.png]
 
-Each point is a process of its own, with an empty cache, 4 GB of memory and --limit seconds. compile: to trace, to
-generate code and to make a program of it; first call: all that and the first results, which on a processor is when its
-driver compiles.
+Each point is a process of its own, with empty caches, 4 GB of memory and --limit seconds. Seconds are of processor
+time, over all threads, so that what else a machine does counts little. compile: to trace, to generate code and to make
+a program of it; first call: all that and the first results, which on a processor is when its driver compiles.
 """
 
 import argparse
@@ -78,11 +78,11 @@ def measure(name: str, turns: int, device: str | None) -> dict[str, float]:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
     jitted = vk_kernels.jit(fn, device=device)
-    start = time.perf_counter()
+    start = time.process_time()
     program = jitted.lower(*args).program
-    compiled = time.perf_counter() - start
+    compiled = time.process_time() - start
     jax.block_until_ready(jitted(*args))
-    called = time.perf_counter() - start
+    called = time.process_time() - start
     code = [len(command.kernel) for command in program.commands if isinstance(command.kernel, bytes)]
     return {"compile": compiled, "call": called, "bytes": sum(code), "largest": max(code), "kernels": len(code)}
 
@@ -91,7 +91,11 @@ def measure_apart(name: str, turns: int, device: str | None, limit: float) -> di
     """`measure` in a process of its own; None where that takes longer, or more memory."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, __file__, "--one", name, str(turns), *(("--device", device) if device else ())]
-        environment = os.environ | {"VK_KERNELS_CACHE": cache, "JAX_PLATFORMS": "cpu"}
+        environment = os.environ | {
+            "VK_KERNELS_CACHE": cache,
+            "MESA_SHADER_CACHE_DISABLE": "true",
+            "JAX_PLATFORMS": "cpu",
+        }
         try:
             done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit, check=False)
         except subprocess.TimeoutExpired:
@@ -107,7 +111,7 @@ def plot(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    labels = ("call", "seconds to the first result"), ("bytes", "bytes of SPIR-V")
+    labels = ("call", "processor seconds to the first result"), ("bytes", "bytes of SPIR-V")
     for axis, (key, label) in zip(axes, labels, strict=True):
         for name, points in found.items():
             axis.loglog(points.keys(), [one[key] for one in points.values()], marker="o", label=name.replace("_", " "))
