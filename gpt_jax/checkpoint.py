@@ -11,6 +11,7 @@ All is written under DIRECTORY/STEP.new, and one rename commits it.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -114,6 +115,7 @@ class Checkpointer:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot keep checkpoints in {self._directory}: {error.strerror}") from error
+        self._opened = os.stat(self._directory)
         self._keep_last, self._keep_every = keep_last, keep_every
         self._asynchronous = asynchronous
         for path in sorted(self._directory.iterdir()):
@@ -262,6 +264,8 @@ class Checkpointer:
             tree = unflatten_dict(leaves, sep="/")
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
                 writer.save(new / _STATE, args=ocp.args.PyTreeSave(tree))
+            if not self._is_in_place():  # orbax makes the parents of what it writes
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._directory))
             files = sorted(file for file in new.rglob("*") if file.is_file())
             record = {
                 VERSION: FORMAT_VERSION,
@@ -290,6 +294,10 @@ class Checkpointer:
             _write_record(path, record | {"validation_loss": validation_loss})
             self._keep({**self._losses, step: validation_loss})
 
+    def _is_in_place(self) -> bool:
+        """Whether the directory is the one that was opened, and not one made in its place."""
+        return os.path.samestat(os.stat(self._directory), self._opened)
+
     def _keep(self, losses: dict[int, float | None]) -> None:
         """Removes the steps that are not kept."""
         kept = _kept(losses, self._keep_last, self._keep_every)
@@ -307,6 +315,10 @@ class Checkpointer:
             cause = error if isinstance(error, OSError) else os_error_of(error)
             with contextlib.suppress(OSError):
                 _delete(path.with_name(path.name + _NEW))
+            with contextlib.suppress(OSError):
+                if not self._is_in_place():
+                    self._directory.rmdir()
+                    self._directory.parent.rmdir()
             if cause is None:
                 raise
             raise StorageError(f"could not write the checkpoint {path}: {explain(cause)}") from error

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from gpt_jax import checkpoint
@@ -261,6 +262,21 @@ def test_an_error_of_the_writer_is_known_without_waiting(tmp_path):
             checkpointer.check()
         checkpointer.check()  # it is said once
     assert not directory.exists()
+
+
+def test_a_folder_that_goes_in_the_middle_of_a_save_is_not_made_again(tmp_path, monkeypatch):
+    save, run = ocp.Checkpointer.save, tmp_path / "run"
+
+    def moved_meanwhile(self: ocp.Checkpointer, path: Path, **options: Any) -> None:
+        run.rename(tmp_path / "moved")
+        save(self, path, **options)
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", moved_meanwhile)
+    with open_(run / "checkpoints") as checkpointer:
+        checkpointer.save(1, {"w": jnp.zeros(3)}, {})
+        with pytest.raises(StorageError, match=r"checkpoints/1: No such file or directory"):
+            checkpointer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 
 
 def test_a_loss_that_comes_after_the_save_is_marked(tmp_path):
