@@ -30,6 +30,7 @@ LEFT_OUT_OF_ONE_DEVICE = {  # of the class that jax.numpy gives
     "platform": "of a PJRT buffer",
     "traceback": "of a PJRT buffer",
     "unsafe_buffer_pointer": "an address that the host reads: ours are the device's",
+    "unsafe_raw_buffer": "of a PJRT buffer",
 }
 
 

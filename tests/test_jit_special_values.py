@@ -38,6 +38,8 @@ ALGEBRA = {
     "1 / (0 - y)": lambda y: 1.0 / (0.0 - y),
     "y - y": lambda y: y - y,
     "y / y": lambda y: y / y,
+    "y / 2 y": lambda y: y / (y * 2.0),
+    "3 y / y": lambda y: (y * 3.0) / y,
     "inf - y": lambda y: np.inf - y,
     "y * inf": lambda y: y * np.inf,
     "where": lambda y: jnp.where(y > 0, y / 0.0, 1.0),

@@ -284,6 +284,7 @@ def _functions(c: np.generic) -> dict[str, Callable[..., Any]]:
         "one at most": lambda x, y: jnp.minimum(jnp.maximum(x, c), 1),
         "twice": lambda x, y: (x + c) - (x + c),
         "over itself": lambda x, y: (x * c) / (x * c),
+        "over its multiple": lambda x, y: x / (x * c),
         "plus its negative": lambda x, y: x * c + -(x * c),
         "of literals": lambda x, y: (jnp.ones_like(x) * c - jnp.ones_like(x) * c) * x,
         "is it NaN": lambda x, y: jnp.isnan(x * c) | jnp.isinf(x + c),

@@ -91,11 +91,16 @@ class FloatMath:
         return self._m.op(Op.F_MUL, a, b)
 
     def div(self, a: Id, b: Id) -> Id:
-        """a / b for every b: a driver may divide by way of 1 / b, and its own range is 2^-126 to 2^126 only."""
+        """a / b for every b: a driver may divide by way of 1 / b, and its own range is 2^-126 to 2^126 only.
+
+        It may cancel what a and b have in common, too, and x / x is then 1 for 0, infinity and NaN (NVIDIA's, driver
+        580.159.04, through the factor): so it does not know what b is made of.
+        """
         m = self._m
         known = m.known_real(b)
         if known is not None and 2.0**-100 <= abs(known) <= 2.0**100:
             return m.op(Op.F_DIV, a, b)
+        b = m.hidden(b)
         size = self.abs(b)
         large, small = m.op(Op.F_GREATER, size, self._c(2.0**100)), self._less(size, self._c(2.0**-100))
         factor = m.select(large, self._c(2.0**-64), m.select(small, self._c(2.0**64), self._c(1)))
@@ -587,4 +592,5 @@ class FloatMath:
         reflected = self._sub(value, self.div(self._mul(c(math.pi), self.cos(fraction)), self.sin(fraction)))
         value = m.select(self._less(x, c(0.5)), reflected, value)
         pole = m.op(Op.LOGICAL_AND, m.op(Op.F_LESS_EQUAL, x, c(0)), m.op(Op.F_EQUAL, self.floor(x), x))
-        return m.select(pole, c(math.nan), value)
+        at_zero = m.op(Op.F_EQUAL, x, c(0))
+        return m.select(at_zero, c(-math.inf), m.select(pole, c(math.nan), value))  # at 0 as XLA from jax 0.11 on
