@@ -193,7 +193,7 @@ ALLOWED = (
     Allowed("x + 0", _of_zeros, frozenset({"add", "add_any", "sub", "function"})),
     Allowed("division by a literal", _unfolded, frozenset({"div"})),
     Allowed("the greater of two zeros", _greater_zero, frozenset({*_EXTREMES, "clamp"})),
-    Allowed("exp of a literal NaN", _of_nan, frozenset({"function", "gradient"})),
+    Allowed("NaN as a literal", _of_nan, frozenset({"function", "gradient"})),
     Allowed("a condition times x", _of_conditions, frozenset({"function", "gradient"})),
     Allowed("no less accurate than XLA", _accurate),
 )
