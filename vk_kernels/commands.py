@@ -367,13 +367,14 @@ class Chain:
 
     def submit(self) -> Submission:
         """Hands them to the device, one submission each; gives the last one."""
-        waiting = iter(self._recorders)
+        before = [recorder.last_use for recorder in self._recorders]
         try:
-            for recorder in waiting:
+            for recorder in self._recorders:
                 submission = self._submit(recorder)
         except KeyboardInterrupt:  # the rest, too: half of a program would leave an array half written
-            for recorder in waiting:
-                recorder.submit()
+            for recorder, last_use in zip(self._recorders, before, strict=True):
+                if recorder.last_use == last_use:
+                    recorder.submit()
             raise
         return submission
 
