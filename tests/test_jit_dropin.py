@@ -485,6 +485,16 @@ def test_debug_nans_names_the_operation():
     assert np.isnan(step({"a": put(X - 9)}, X)["log"].numpy()).all()
 
 
+def test_debug_nans_calls_again_with_arrays_of_jax_that_were_donated():
+    step, rest = vjit(logarithm, donate_argnums=0), vjit(lambda x, key: x[1:], donate_argnums=0)
+    state, given = {"a": jnp.asarray(X) - 9}, (jnp.array([np.nan, 1]), jax.random.key(0))
+    with jax.debug_nans(True):
+        with pytest.raises(FloatingPointError, match=r"invalid value \(nan\) encountered in log"):
+            step(state, X)
+        same(rest(*given), jnp.ones(1))  # only results count
+    assert state["a"].is_deleted()
+
+
 def test_debug_infs_and_values_that_no_operation_made():
     with jax.debug_infs(True):
         with pytest.raises(FloatingPointError, match=r"\(inf\) encountered in div"):

@@ -429,8 +429,8 @@ class Jitted:
         """A call under jax_debug_nans or jax_debug_infs. Where a result has one, the function runs a second time, one
         operation after another through JAX, which raises FloatingPointError at the one that made it."""
         nans, infs = debug_nans.value, debug_infs.value
-        kept = jax.tree.map(_in_jax, (args, kwargs))  # before the call: some may be donated
         with jax.debug_nans(False), jax.debug_infs(False):
+            kept = jax.tree.map(_kept, (args, kwargs))  # before the call: some may be donated
             results = self(*args, **kwargs)
             found = _special_value(results, nans, infs)
         if found:
@@ -581,9 +581,13 @@ def _leaves_of(tree: Any, x: Any) -> list[Any] | None:
         return None
 
 
-def _in_jax(x: Any) -> Any:
-    """An array as one that JAX computes with; all else as it is."""
-    return to_jax(x) if isinstance(x, Array) else jax.numpy.asarray(x) if isinstance(x, np.ndarray) else x
+def _kept(x: Any) -> Any:
+    """An array that JAX can compute with when a call has taken the one that it was given; all else as it is."""
+    if isinstance(x, Array):
+        return to_jax(x)
+    if _is_traced(x) or not isinstance(x, np.ndarray | jax.Array) or on_host(x):
+        return x
+    return jax.numpy.array(x)
 
 
 def _described(x: Any) -> Any:
