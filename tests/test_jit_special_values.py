@@ -60,6 +60,11 @@ ALGEBRA = {
     "equal to itself": lambda y: (y == y).astype(y.dtype),
     "at most infinite": lambda y: (y <= np.inf).astype(y.dtype),
     "inverse": lambda y: lax.integer_pow(y, -1),
+    "y / -0, negated here": lambda y: y / -jnp.zeros_like(y),
+    "y / 0, the greater": lambda y: y / jnp.maximum(jnp.zeros_like(y), jnp.zeros_like(y)),
+    "y / 0, selected": lambda y: y / jnp.where(y[::-1] > 1, jnp.zeros_like(y), jnp.zeros_like(y)),
+    "0 / 0": lambda y: jnp.zeros_like(y) / jnp.zeros_like(y),
+    "inf - inf": lambda y: jnp.full_like(y, np.inf) - jnp.full_like(y, np.inf),
     "of literals": lambda y: (lax.log(0.0 * jnp.ones_like(y)), lax.rsqrt(jnp.zeros_like(y)), -1.0 / jnp.zeros_like(y)),
 }
 

@@ -187,7 +187,6 @@ class Module:
         self._constants: dict[Id, int] = {}  # 32-bit integers
         self._reals: dict[Id, int] = {}  # the bits of floats
         self._computable: set[Id] = set()  # what a compiler can compute: constants, and what is made of them alone
-        self._hidden: set[Id] = set()  # what `hidden` gave
         self._glsl = self._new()
         self._function = self._new()
         self.bool = self._declare(Op.TYPE_BOOL)
@@ -308,15 +307,15 @@ class Module:
         infinities and the signs of zeros count for nothing there; SignedZeroInfNanPreserve, where a device has it,
         mends the products alone. A specialization constant is known when the pipeline is compiled. But that the z of
         every workgroup is 0 only our dispatches say: the bits XOR z take an instruction, 0 itself takes none, and the
-        arithmetic is that of IEEE 754. Hidden twice it would be known again, by z XOR z.
+        arithmetic is that of IEEE 754. To what is computed z is added: there may be such a z in it, as in -0 made of a
+        hidden 0, and z XOR z would be known again.
         """
-        if value in self._hidden:
-            return value
         word = self._reals.get(value)
-        bits = self.bits(value) if word is None else self.constant(word)
-        result = self.from_bits(self._zero if word == 0 else self._pure(Op.XOR, self.u32, bits, self._zero))
-        self._hidden.add(result)
-        return result
+        if word == 0:
+            return self.from_bits(self._zero)
+        if word is None:
+            return self.from_bits(self._pure(Op.I_ADD, self.u32, self.bits(value), self._zero))
+        return self.from_bits(self._pure(Op.XOR, self.u32, self.constant(word), self._zero))
 
     def opaque(self, word: int) -> Id:
         """The float of these bits, hidden where a compiler could do algebra with it."""
