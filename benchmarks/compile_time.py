@@ -71,7 +71,7 @@ PROGRAMS = {fn.__name__: fn for fn in (scan_gradient, elementwise_chain, associa
 
 
 def measure(name: str, turns: int, device: str | None) -> dict[str, float]:
-    """Of one function, in this process, which has compiled nothing before."""
+    """Measures one function in this process, which has compiled nothing before."""
     fn, args = PROGRAMS[name](turns)
     opened = vk_kernels.jit(lambda x: x, device=device).lower(1.0).device
     assert isinstance(opened, Device)

@@ -58,7 +58,7 @@ def times(name: str, trees: tuple[Path, Path], turns: int, steps: int) -> tuple[
 
 
 def verdict(ratio: float, expected: float | None) -> str:
-    """What a case's ratio of times says, beside the one in the table."""
+    """Says what a case's ratio of times means beside the one in the table."""
     if expected is None:
         return "not in the table"
     return "" if ratio <= expected * SLACK else f"slower by {100 * (ratio / expected - 1):.0f} %"

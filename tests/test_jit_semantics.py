@@ -1,4 +1,4 @@
-"""What a primitive means beyond its name: its parameters, the functions it carries, indices out of bounds, padding."""
+"""Primitives mean more than their names: parameters, the functions it carries, indices out of bounds, padding."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ RULES = {"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "transpose_thun
 
 
 def equations(jaxpr):
-    """Of a jaxpr and of all that it calls."""
+    """The equations of a jaxpr and of all that it calls."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):

@@ -1,4 +1,4 @@
-"""What `lower` and `compile` give: as in `jax.stages`, and nothing reads past the end of what it is given."""
+"""`lower` and `compile` are as in `jax.stages`, and nothing reads past the end of what it is given."""
 
 import threading
 

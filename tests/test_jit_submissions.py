@@ -43,7 +43,7 @@ def start():
 
 
 def run(submit_ms: float) -> tuple[list[bytes], list[int], int]:
-    """What every call of a training loop gave, how many submissions it was, and how many stages the function has."""
+    """The results of every call of a training loop, the submissions that each was, and the stages of the function."""
     device = open_device(SELECTOR)
     before, device.submit_ms = device.submit_ms, submit_ms
     try:

@@ -110,7 +110,7 @@ class Array(Operators):
 
     @property
     def sharding(self) -> Any:
-        """Where JAX has the copies that it takes: its default device, uncommitted."""
+        """The sharding of the copies that JAX takes: its default device, uncommitted."""
         from vk_kernels.lowering import interop
 
         return interop.sharding()

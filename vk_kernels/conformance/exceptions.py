@@ -1,4 +1,4 @@
-"""Where `vk_kernels.jit` may differ from XLA at special values, and nowhere else."""
+"""The differences between `vk_kernels.jit` and XLA that are allowed at special values; there are no others."""
 
 import functools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ TOLERANCE = {F32: 1e-5, BF16: 2.0**-7, F16: 2.0**-9}
 
 
 def alike(x: np.ndarray, y: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Where two arrays agree: NaN and infinities in the same places, zeros of the same sign, the rest nearly."""
+    """Compares two arrays: NaN and infinities in the same places, zeros of the same sign, the rest nearly alike."""
     if dtype not in FLOATS:
         return x == y
     x, y = x.astype(np.float64), y.astype(np.float64)
@@ -30,7 +30,7 @@ def alike(x: np.ndarray, y: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """What we found and what XLA has, for one output of an item."""
+    """Our values and XLA's, for one output of an item."""
 
     item: Item
     output: int
@@ -47,7 +47,7 @@ class Difference:
 
     @functools.cached_property
     def unfolded(self) -> np.ndarray:
-        """What XLA gives for one primitive after another, with literals as arguments."""
+        """XLA's values for one primitive after another, with literals as arguments."""
         return self._eagerly(lambda x: x)
 
     @functools.cached_property
@@ -155,7 +155,7 @@ def _near_a_zero(d: Difference) -> np.ndarray:
 
 
 def _unfolded(d: Difference) -> np.ndarray:
-    """What XLA itself has where literals are arguments."""
+    """Values that XLA itself has where literals are arguments."""
     return alike(d.found, d.unfolded, d.dtype)
 
 

@@ -23,13 +23,13 @@ _LONG = ("pow", "rem", "atan2", "lgamma", "digamma", "sin", "cos", "tan", "erf_i
 
 
 def names() -> list[str]:
-    """What can be asked for: elementwise primitives, and the other subjects."""
+    """The names that can be asked for: elementwise primitives, and the other subjects."""
     return [*dict.fromkeys(name.split()[0] for name in ELEMENTWISE), *SUBJECTS]
 
 
 @dataclass
 class Tally:
-    """Of one primitive: items, differences by the name of what allows them, and what is wrong."""
+    """Counts for one primitive: items, differences by the name of what allows them, and what is wrong."""
 
     items: int = 0
     allowed: Counter[str] = field(default_factory=Counter)

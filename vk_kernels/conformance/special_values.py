@@ -55,7 +55,7 @@ def constants(dtype: np.dtype) -> tuple[np.generic, ...]:
 
 @functools.cache
 def values(dtype: np.dtype) -> np.ndarray:
-    """What literals are put beside: the same, and others."""
+    """The array that literals are put beside: the same values, and others."""
     if dtype == BOOL:
         more = ()
     elif dtype in FLOATS:
@@ -351,7 +351,7 @@ def has_subnormal_literal(item: Item) -> bool:
 
 
 def items(primitive: str, dtype: np.dtype) -> list[Item]:
-    """Of an elementwise primitive; or of one of the other subjects."""
+    """The items of an elementwise primitive, or of one of the other subjects."""
     if primitive in SUBJECTS:
         make, dtypes = SUBJECTS[primitive]
         return list(make(dtype)) if dtype in dtypes else []

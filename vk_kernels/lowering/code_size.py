@@ -23,7 +23,7 @@ _BRANCHES = frozenset(("concatenate", "stack", "pad", "gather", "dynamic_update_
 
 
 class CodeSize:
-    """Of the values of a graph, whose nodes are added in order."""
+    """The bytes that make each value of a graph, whose nodes are added in order."""
 
     def __init__(self) -> None:
         self._own: dict[Node, int] = {}
@@ -31,11 +31,11 @@ class CodeSize:
         self._bytes: dict[Value, int] = {}
 
     def __getitem__(self, x: object) -> int:
-        """Of the code that makes an element; of an array in memory, that loads it."""
+        """The bytes that make an element; of an array in memory, that load it."""
         return self._bytes.get(x, _LOAD) if isinstance(x, Value) else 0
 
     def of(self, nodes: Iterable[Node]) -> int:
-        """Of nodes each of which is computed at one place."""
+        """The bytes of nodes each of which is computed at one place."""
         return sum(map(self._own.__getitem__, nodes))
 
     def store(self, value: Value) -> None:
@@ -77,7 +77,7 @@ def _own(node: Node) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _elementwise(op: str, dtypes: tuple[np.dtype, ...], out: np.dtype, params: tuple) -> int:
-    """What is written for one element."""
+    """The bytes that are written for one element."""
     module = Module(1)
     scalars = Scalars(module)
     args = [scalars.from_word(module.shared(1 + i).load(module.thread), t) for i, t in enumerate(dtypes)]

@@ -104,7 +104,7 @@ class Emitter:
         self.m.remember((value, self._canonical(value, coords)), found)
 
     def applied(self, function: Function, numbers: Sequence[Id]) -> Code:
-        """What a function of a node's parameters gives for some numbers."""
+        """The result of a function of a node's parameters for some numbers."""
         graph = function.graph
         self._producers |= {out: (node, k) for node in graph.nodes for k, out in enumerate(node.outputs)}
         with self.m.scope():  # it may be asked for again, for others

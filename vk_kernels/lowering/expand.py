@@ -327,7 +327,7 @@ def _log2(equation: JaxprEqn) -> Callable[..., Any]:
 
 
 def _over_positions(reduce: Callable[..., Any], equation: JaxprEqn) -> Callable[..., Any] | None:
-    """What jax.vmap makes of a collective over its own axis: a reduction."""
+    """A reduction: jax.vmap makes one of a collective over its own axis."""
     axes, groups = equation.params["axes"], equation.params.get("axis_index_groups")
     if groups is not None or not all(isinstance(axis, int) for axis in axes):
         return None

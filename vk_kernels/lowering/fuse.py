@@ -152,7 +152,7 @@ def _in_a_tree(node: Node, most: int) -> Iterable[Node]:
 
 
 class _Part(NamedTuple):
-    """What one generated kernel is to do. reductions: how many, products and sorts among them. code: bytes, roughly."""
+    """The work of one generated kernel. reductions: how many, products and sorts among them. code: bytes, roughly."""
 
     nodes: set[Node]
     loads: set[Value]
@@ -271,7 +271,7 @@ class _Partitioner:
                     cut(out)
 
     def _source(self, x: Operand) -> tuple[Operand, list[Node]]:
-        """What an operand is only moved from, and the moves, in order."""
+        """The operand that another is only moved from, and the moves, in order."""
         moves: list[Node] = []
         while (node := self._producers.get(x)) and node.op in _MOVES and node.inputs and x not in self._loaded:
             moves.insert(0, node)

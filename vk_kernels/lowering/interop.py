@@ -28,7 +28,7 @@ def to_jax(x: Array) -> jax.Array:
 
 
 def sharding() -> jax.sharding.Sharding:
-    """Where such copies lie."""
+    """The sharding of such copies."""
     return jnp.zeros(()).sharding
 
 

@@ -466,7 +466,7 @@ class Jitted:
         return f"<vk_kernels.jit of {self._name}>"
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
-        """What jax.jit traces for such arguments, with the operations of `vk_kernels.ops` as they run here."""
+        """Traces as jax.jit does for such arguments, with the operations of `vk_kernels.ops` as they run here."""
         args, kwargs = jax.tree.map(_described, (args, kwargs))
         with self._using():
             return self._jitted.trace(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What a compiled function costs, as planned and as timed."""
+"""The cost of a compiled function, as planned and as timed."""
 
 import json
 from collections import Counter
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call. flops: useful floating-point operations, roughly; bytes: that the dispatches read and write."""
+    """The cost of a call. flops: useful floating-point operations, roughly; bytes: that dispatches read and write."""
 
     flops: int
     bytes: int

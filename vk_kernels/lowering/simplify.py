@@ -93,7 +93,7 @@ def _reshape(node: Node, made: dict[Value, Node]) -> Node:
 
 
 def _slice(node: Node, made: dict[Value, Node]) -> Node:
-    """Of the one array that it is from, where those are put together: of a loop's rows, of which another takes each."""
+    """Slices the one array of a concatenation that has it all: one loop's rows, which another takes one by one."""
     while node.inputs[0] in made and made[node.inputs[0]].op == "concatenate":
         whole = made[node.inputs[0]]
         axis, start, limit = whole.params["dimension"], node.params["start_indices"], node.params["limit_indices"]

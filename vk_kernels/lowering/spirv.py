@@ -510,7 +510,7 @@ class Module:
 
     @property
     def code_bytes(self) -> int:
-        """Of the instructions so far, those that nothing will use among them."""
+        """The bytes of the instructions so far, those that nothing will use among them."""
         return 4 * sum(map(len, self._body))
 
     def assemble(self) -> bytes:

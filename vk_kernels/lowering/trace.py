@@ -89,12 +89,12 @@ def make_graph(closed: ClosedJaxpr) -> Graph:
 
 
 def _names(found: Sequence[str] | None, avals: Sequence[Any]) -> Sequence[str]:
-    """What JAX calls the arguments or the results of a function; their numbers where it does not know."""
+    """JAX's names of the arguments or the results of a function; their numbers where it has none."""
     return found if found is not None and len(found) == len(avals) else [f"number {i}" for i in range(len(avals))]
 
 
 def _described(make: Callable[[], Any], what: str, at: Origin) -> Any:
-    """What is made, where its ValueError says of what it is, and the line."""
+    """Makes something; a ValueError of it then says of what it is, and the line."""
     try:
         return make()
     except ValueError as error:
