@@ -495,6 +495,16 @@ def test_debug_nans_calls_again_with_arrays_of_jax_that_were_donated():
     assert state["a"].is_deleted()
 
 
+def test_debug_nans_where_jax_itself_looks():
+    log, minus = vjit(jnp.log), np.float32(-1)
+    message = r"\(nan\) encountered in log"
+    with jax.debug_nans(True):
+        with pytest.raises(FloatingPointError, match=message):
+            jax.grad(log)(minus)
+        with jax.disable_jit(), pytest.raises(FloatingPointError, match=message):
+            log(minus)
+
+
 def test_debug_infs_and_values_that_no_operation_made():
     with jax.debug_infs(True):
         with pytest.raises(FloatingPointError, match=r"\(inf\) encountered in div"):

@@ -387,7 +387,7 @@ class Jitted:
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if debug_nans.value or debug_infs.value:
+        if (debug_nans.value or debug_infs.value) and not disable_jit.value:
             return self._without_special_values(args, kwargs)
         dynamic, static = self._split(args, kwargs)
         with self._lock:
@@ -428,6 +428,8 @@ class Jitted:
     def _without_special_values(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call under jax_debug_nans or jax_debug_infs. Where a result has one, the function runs a second time, one
         operation after another through JAX, which raises FloatingPointError at the one that made it."""
+        if any(map(_is_traced, jax.tree.leaves((args, kwargs)))):
+            return self._in_trace(args, kwargs)  # whoever traces looks
         nans, infs = debug_nans.value, debug_infs.value
         with jax.debug_nans(False), jax.debug_infs(False):
             kept = jax.tree.map(_kept, (args, kwargs))  # before the call: some may be donated
