@@ -132,11 +132,12 @@ def prepare(
     fingerprint = _digest([FORMAT_VERSION, source, dataclasses.asdict(Reading(**choices)), *rest])
     if expected not in (None, fingerprint, _digest([1, source, *rest])):
         raise UserError(
-            f"data source {data_config.source!r} is not what the run's checkpoint was trained on (fingerprint "
-            f"{expected}, now {fingerprint}): give its data back, or a new --workdir with --config.init_from=RUN"
+            f"data source {data_config.source!r}, or how config.data has it read and split, is not what the run's "
+            f"checkpoint was trained on (fingerprint {expected}, now {fingerprint}): put both back, or give a new "
+            "--workdir with --config.init_from=RUN"
         )
     if expected not in (None, fingerprint):
-        log("data: the checkpoint is of a version that read rows in fewer ways; source and tokenizer are the same")
+        log("data: the checkpoint is of a version that read rows in fewer ways; the source is the same")
     root = _cache_root(data_config.cache_dir)
     folder = root / fingerprint
     prepared = _open_if_good(folder)

@@ -1,4 +1,4 @@
-"""What a donor's parameters mean: the tokenizer that they were trained with, and their rows under another one.
+"""Keeps what a donor's parameters mean: the tokenizer that they were trained with, and their rows under another one.
 
 Row i of the embedding is the token that the donor's tokenizer calls i. Under another tokenizer i is another text, so
 a row goes where the same bytes went, and never where the same number is.
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from gpt_jax import tokenizer
-from gpt_jax.checkpoint import CHECKPOINTS
+from gpt_jax.checkpoint import CHECKPOINTS, saved_steps
 from gpt_jax.config import UserError
 from gpt_jax.data import NEW_TOKENIZER
 from gpt_jax.metrics import read_info
@@ -41,8 +41,7 @@ def tokenizer_to_keep(config: ConfigDict, workdir: Path) -> Path | None:
     """
     if config.data.tokenizer:
         return None
-    checkpoints = workdir / CHECKPOINTS
-    if checkpoints.is_dir() and any(path.name.isdecimal() for path in checkpoints.iterdir()):
+    if saved_steps(workdir / CHECKPOINTS):
         return workdir / _TOKENIZER if read_info(workdir).get("tokenizer") == FROM_DONOR else None
     if not config.init_from:
         return None
@@ -53,6 +52,20 @@ def tokenizer_to_keep(config: ConfigDict, workdir: Path) -> Path | None:
             f"give data.tokenizer=PATH if you have it, or data.tokenizer={NEW_TOKENIZER} to train another"
         )
     return file
+
+
+def check_words(workdir: Path, words: Tokenizer) -> None:
+    """Raises UserError if a run that goes on would read its embeddings by another tokenizer than it was trained with.
+
+    The data's fingerprint does not tell: one trained anew on the same source by another version may be another.
+    """
+    file = workdir / _TOKENIZER
+    if file.is_file() and tokenizer.load(file).to_str() != words.to_str():
+        raise UserError(
+            f"the tokenizer made from the data is not the one that the run was trained with, {file}: go on with the "
+            f"version of the program that began the run, or in a new --workdir with --config.init_from={workdir}; "
+            "if the file was changed since, put it back, or remove it to have it written again"
+        )
 
 
 def with_words_of(

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from gpt_jax import data, finetune, metrics, tokenizer
 from gpt_jax.backend import Backend, enter_backend
-from gpt_jax.checkpoint import CHECKPOINTS, Checkpointer, merge_parameters, restore_parameters
+from gpt_jax.checkpoint import CHECKPOINTS, Checkpointer, merge_parameters, restore_parameters, saved_steps
 from gpt_jax.config import leaves, validate
 from gpt_jax.corpus import Turn
 from gpt_jax.failures import describe, is_device_error, remedies
@@ -441,6 +441,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
         kept_tokenizer = finetune.tokenizer_to_keep(config, workdir)
         expected = None if saved is None else saved["data_fingerprint"]
         corpus = data.prepare(config.data, config.model.vocab_size, log, kept_tokenizer, expected)
+        if saved is not None:
+            finetune.check_words(workdir, corpus.tokenizer)
         data.check_windows(corpus, config.model.block_size, config.data.targets)
         stop.check()
         model = GPT(ModelConfig.from_config(config.model))
@@ -540,7 +542,7 @@ class DeviceFailure:
         """The error to raise for a run that is marked as failed by then, whether it had begun or not."""
         names = {"name": self._config.name, "domain": self._config.domain, "backend": str(self._backend)}
         metrics.mark_failed(self._workdir, device=self._backend.device, peak_bytes=self._backend.peak_bytes, **names)
-        steps = [int(path.name) for path in (self._workdir / "checkpoints").glob("*") if path.name.isdigit()]
+        steps = saved_steps(self._workdir / CHECKPOINTS)
         line = f"{text}; no checkpoint was written yet"
         if steps:
             line = f"{text}; the last checkpoint is of step {max(steps)}, --workdir={self._workdir} goes on from it"

@@ -10,7 +10,7 @@ from gpt_jax import data
 from gpt_jax import tokenizer as tk
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.config import UserError
-from gpt_jax.finetune import FROM_DONOR, tokenizer_to_keep, with_words_of
+from gpt_jax.finetune import FROM_DONOR, check_words, tokenizer_to_keep, with_words_of
 from gpt_jax.model import GPT, ModelConfig
 from gpt_jax.train import initial_state
 
@@ -71,6 +71,14 @@ def test_a_resumed_run_keeps_the_tokenizer_of_a_donor_that_is_gone(tmp_path, ini
     assert tokenizer_to_keep(config, tmp_path) is None
     (tmp_path / "run.json").write_text(json.dumps({"tokenizer": FROM_DONOR}))
     assert tokenizer_to_keep(config, tmp_path) == tmp_path / "tokenizer.json"
+
+
+def test_a_run_that_goes_on_reads_its_rows_by_its_own_words(donor, words, others):
+    check_words(donor, words)
+    with pytest.raises(UserError, match="is not the one that the run was trained with"):
+        check_words(donor, others)
+    (donor / "tokenizer.json").unlink()
+    check_words(donor, others)
 
 
 def test_rows_go_where_the_same_bytes_go(donor, words, others):

@@ -15,6 +15,7 @@ from gpt_jax.config import UserError
 from gpt_jax.files import StorageError
 from gpt_jax.lock import lock
 from gpt_jax.metrics import read_lines
+from gpt_jax.tokenizer import save, train_tokenizer
 from gpt_jax.train import Run, train_and_evaluate
 
 
@@ -97,6 +98,16 @@ def test_a_checkpoint_newer_than_the_metrics_is_told(copy, corpus):
     assert train_and_evaluate(tiny(corpus, num_steps=13), copy) is None
     assert "metrics.jsonl ends at step 0" in (copy / "log.txt").read_text()
     assert [line["step"] for line in read_lines(copy / "metrics.jsonl") if line["split"] == "train"] == [13]
+
+
+def test_a_run_goes_on_by_no_other_tokenizer(copy, corpus):
+    save(train_tokenizer(["other words than those"], 262), copy / "tokenizer.json")
+    before = content(copy)
+    with pytest.raises(UserError, match=r"not the one that the run was trained with, .*--config.init_from="):
+        train_and_evaluate(tiny(corpus), copy)
+    after = content(copy)
+    assert after.pop("log.txt").startswith(before.pop("log.txt"))
+    assert after == before
 
 
 class Killed(Exception):
