@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from gpt_jax.config import UserError
 from gpt_jax.files import StorageError
@@ -29,7 +30,8 @@ def open_folder(workdir: Path) -> Iterator[Log]:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock(workdir / LOCK_FILE, print_line))
-            file = stack.enter_context((workdir / LOG_FILE).open("a", encoding="utf-8", errors="backslashreplace"))
+            file = (workdir / LOG_FILE).open("a", encoding="utf-8", errors="backslashreplace")
+            stack.callback(_close, file)
         except LockedError as error:
             raise UserError(
                 f"{workdir} is in use by {error}: wait for it to end, or choose another --workdir"
@@ -50,3 +52,9 @@ def open_folder(workdir: Path) -> Iterator[Log]:
             elif isinstance(error, StorageError):
                 raise StorageError(f"{error}; then go on with --workdir={workdir}") from error
             raise
+
+
+def _close(file: TextIO) -> None:
+    """Closes the log. A line that the disk did not take is tried once more, and was told of when it was written."""
+    with contextlib.suppress(OSError):
+        file.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpt_jax.files import StorageError
+from gpt_jax.folder import open_folder
 from gpt_jax.output import make_log, print_line, silence
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +101,12 @@ def test_a_log_that_cannot_be_written_is_named():
         log("a line")
     silence(file)  # or its close fails as well
     file.close()
+
+
+def test_a_run_whose_log_cannot_be_written_ends_by_what_it_says(tmp_path):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"cannot write .*log.txt: No space left"), open_folder(tmp_path) as log:
+        log("a line")
 
 
 def test_a_pipe_that_nobody_reads_is_no_error(monkeypatch):
