@@ -1,4 +1,4 @@
-"""What a run folder says of the run's past, before anything in it is changed."""
+"""Reads what a run folder says of the run's past, before anything in it is changed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,5 +70,10 @@ def read_recorded(workdir: Path, step: int) -> Recorded:
         if record["step"] == step and record.get("split") in names:
             at_step[names[record["split"]]] = record
     samples = sum(record["step"] == step for record in read_lines(workdir / SAMPLES_FILE))
-    loss = float(at_step["eval"]["loss"]) if "eval" in at_step else None
+    try:
+        loss = float(at_step["eval"]["loss"]) if "eval" in at_step else None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{workdir / METRICS_FILE}: the validation of step {step} has no number as its loss: remove its line"
+        ) from None
     return Recorded(loss, frozenset(at_step), samples, last_step)

@@ -204,7 +204,9 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 record = json.loads(line)
                 record["step"] = int(record["step"])
-            except (ValueError, TypeError, KeyError):
+                if not 0 <= record["step"] < 2**63:
+                    raise ValueError
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 damaged = number
                 continue
             if line.endswith("\n"):

@@ -111,9 +111,10 @@ def test_a_cut_last_line_is_left_out_and_removed_on_resume(tmp_path, tail):
     assert steps_of(path) == [1, 2]
 
 
-def test_damage_elsewhere_names_the_line(tmp_path):
+@pytest.mark.parametrize("line", ["oops", '{"step": Infinity}', '{"step": 1e300}', '{"step": -1}', "[" * 100_000])
+def test_damage_elsewhere_names_the_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\noops\n{"step": 3}\n')
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     with pytest.raises(UserError, match="line 2 is no JSON object; remove the line"):
         list(read_lines(path))
 

@@ -110,6 +110,15 @@ def test_a_run_goes_on_by_no_other_tokenizer(copy, corpus):
     assert after == before
 
 
+def test_a_validation_without_its_loss_is_a_line(copy, corpus):
+    lines = [
+        line | ({"loss": "?"} if line["split"] == "validation" else {}) for line in read_lines(copy / "metrics.jsonl")
+    ]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"metrics.jsonl: the validation of step 12 has no number as its loss"):
+        train_and_evaluate(tiny(corpus), copy)
+
+
 class Killed(Exception):
     """Stands for a kill: nothing after it is done."""
 
