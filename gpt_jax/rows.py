@@ -50,13 +50,19 @@ _ROLES = {
 }
 _COUNTED = {"weight": (0, 1), "train": (False, True), "loss": (False, True)}  # by key: no target, target
 _READ = {"role", "content", "from", "value", "tool_calls", "function_call", "refusal", *_COUNTED}
-_LINKS = {"id", "tool_call_id"}  # which answer belongs to which call: their order says it
+_READ_OF_PARTS = {  # by type
+    **{kind: {"text"} for kind in ("text", "input_text", "output_text")},
+    "refusal": {"refusal"},
+    "tool_use": {"name", "input"},
+    "tool_result": {"content"},
+}
+_LINKS = {"id", "tool_call_id", "tool_use_id"}  # which answer belongs to which call: their order says it
 _CHATML = re.compile(r"\s*<\|im_start\|>([^\n<]*)\n(.*?)<\|im_end\|>(?:\s*<\|endoftext\|>\s*\Z)?", re.DOTALL)
 
 
 @dataclasses.dataclass
 class Reading:
-    """How a source is read, and what was found in it.
+    """Choices of how a source is read, and what was found in it.
 
     tool_calls: 'text' reads calls of tools and their answers as text, 'refuse' does not. on_error: 'stop' at a bad row
     or dialogue, or 'skip' it.
@@ -144,7 +150,7 @@ def read_row(row: Any, where: str, reading: Reading, marked: Marked) -> Iterator
             raise UserError(f"{where}: {shape!r} is {_kind(messages)}, not a list of turns")
     else:
         messages, used = _pair(row, used, where)
-    system = [_content(row[key], f"{where}: {key}") for key in ("system", "system_prompt") if key in row]
+    system = [_content(row[key], f"{where}: {key}", reading) for key in ("system", "system_prompt") if key in row]
     for key in ("tools", "functions"):
         if tools := row.get(key):
             tools = tools if isinstance(tools, str) else _json(tools)
@@ -287,7 +293,7 @@ def _said(message: Any, where: str, reading: Reading) -> _Said:
     calls = calls + ([message["function_call"]] if message.get("function_call") else [])
     for call in calls:
         _note_tool(f"{where}: found a tool call", reading)
-        texts.append(_call(call, where))
+        texts.append(_call(call, where, reading))
     if text_key not in message and not texts:
         raise UserError(f"{where}: found nothing where {text_key!r} must hold text")
     if role in ("call", "answer"):
@@ -312,7 +318,10 @@ def _parts(content: Any, where: str, key: str, reading: Reading) -> tuple[list[s
         here = f"{where}, {key}[{number}]"
         if not isinstance(part, dict):
             raise UserError(f"{here}: found {_kind(part)} where a part must be an object with 'type'")
+        part = {key: value for key, value in part.items() if value is not None}
         kind = part.get("type")
+        if isinstance(kind, str) and kind in _READ_OF_PARTS:
+            _note_unread(part, {"type", *_READ_OF_PARTS[kind], *_LINKS}, "of parts", reading)
         if kind in ("text", "input_text", "output_text"):
             texts.append(_text(part.get("text"), "text", here))
         elif kind == "refusal":
@@ -321,7 +330,7 @@ def _parts(content: Any, where: str, key: str, reading: Reading) -> tuple[list[s
             tool = True
             _note_tool(f"{here}: found {kind!r}", reading)
             if kind == "tool_use":
-                texts.append(_call({"name": part.get("name"), "arguments": part.get("input")}, here))
+                texts.append(_call({"name": part.get("name"), "arguments": part.get("input")}, here, reading))
             else:
                 inner, _ = _parts(part.get("content") or "", here, "content", reading)
                 texts.append(_tagged("tool_response", "\n".join(inner)))
@@ -330,10 +339,12 @@ def _parts(content: Any, where: str, key: str, reading: Reading) -> tuple[list[s
     return texts, tool
 
 
-def _call(call: Any, where: str) -> str:
+def _call(call: Any, where: str, reading: Reading) -> str:
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UserError(f"{where}: found a tool call without the name of a function")
+    found = {key: value for key, value in {**call, **function}.items() if value is not None}
+    _note_unread(found, {"function", "name", "arguments", "type", "index", *_LINKS}, "of tool calls", reading)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError):  # no JSON: what the model wrote stays
@@ -354,9 +365,9 @@ def _no_target(message: Mapping[str, Any], key: str, where: str) -> bool:
     return not message[key]
 
 
-def _content(value: Any, where: str) -> str:
+def _content(value: Any, where: str, reading: Reading) -> str:
     """The text of a top-level system prompt."""
-    texts, _ = _parts(value, where, "content", Reading(tool_calls="refuse"))
+    texts, _ = _parts(value, where, "content", dataclasses.replace(reading, tool_calls="refuse"))  # shares the counter
     return "\n".join(texts)
 
 

@@ -176,6 +176,12 @@ def test_what_is_read_otherwise_or_not_at_all_is_said(tmp_path):
         "keys that were not read: 'score' of rows (2), 'name' of messages (1)",
     ]
     assert read(tmp_path / "rows.jsonl", said(Q, A, id=1))[1] == []
+    parts = [{"type": "text", "text": "q", "cache_control": None}, {"type": "text", "text": "r", "citations": ["c"]}]
+    answer = [{"type": "tool_result", "tool_use_id": "c1", "content": "on", "is_error": True}]
+    row = said(Q | {"content": parts}, A | {"tool_calls": [LAMP | {"result": 1}]}, Q | {"content": answer}, A)
+    assert read(tmp_path / "rows.jsonl", row | {"system": parts[1:]})[1][1:] == [
+        "keys that were not read: 'citations' of parts (2), 'result' of tool calls (1), 'is_error' of parts (1)"
+    ]
 
 
 def test_bad_rows_are_skipped_counted_and_listed_by_choice(tmp_path):
