@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import numpy as np
@@ -92,11 +92,9 @@ def _in_thread(train: Callable[[], None], log: Callable[[str], None]) -> None:
 
     begun = time.monotonic()
     threading.Thread(target=run, name="tokenizer", daemon=True).start()
-    while True:
-        try:
-            return done.result(timeout=_SIGN_OF_LIFE)
-        except TimeoutError:
-            log(f"data: training the tokenizer for {time.monotonic() - begun:.0f} s")
+    while not wait([done], timeout=_SIGN_OF_LIFE).done:  # not result(): a source may raise a TimeoutError of its own
+        log(f"data: training the tokenizer for {time.monotonic() - begun:.0f} s")
+    done.result()
 
 
 def save(tokenizer: Tokenizer, path: str | Path) -> None:

@@ -149,6 +149,14 @@ def test_ordinary_texts_are_trained_on_whole():
     assert list(tk._in_pieces(texts, pytest.fail)) == texts
 
 
+def test_a_source_that_times_out_ends_the_training():
+    def away() -> None:
+        raise TimeoutError("the disk is away")
+
+    with pytest.raises(TimeoutError, match="the disk is away"):
+        tk._in_thread(away, pytest.fail)
+
+
 def test_training_can_be_interrupted(monkeypatch):
     """While Rust merges, Python's main thread only waits, and says that it goes on."""
     monkeypatch.setattr(tk, "_SIGN_OF_LIFE", 0.02)
