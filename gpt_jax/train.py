@@ -381,10 +381,11 @@ class Run:
         in_window = 0 < first <= step < first + count
         if self.backend.name == "vulkan":
             if step == first:
-                folder.mkdir(exist_ok=True)
                 profile = self.train_step.profile(self.leaves, batch)  # runs it one dispatch at a time, on copies
-                profile.write_trace(folder / "trace.json")
-                (folder / "dispatches.txt").write_text(f"{profile}\n")
+                with writing(folder):
+                    folder.mkdir(exist_ok=True)
+                    profile.write_trace(folder / "trace.json")
+                    (folder / "dispatches.txt").write_text(f"{profile}\n")
                 self.log(f"device time of step {first}, {1e3 * profile.seconds:.3f} ms, by dispatch: {folder}")
         elif in_window != self.tracing:
             jax.block_until_ready(self.leaves)
