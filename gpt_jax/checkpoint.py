@@ -381,7 +381,7 @@ def check_donor(path: str | os.PathLike, fresh: Any) -> None:
 
 
 def _read_first_good(path: str | os.PathLike, read: Callable[[Path], Any]) -> tuple[Any, str]:
-    """What `read` gives of the checkpoint that `path` stands for, and which that is; see `restore_parameters`."""
+    """Reads the checkpoint that `path` stands for by `read`, and says which that is; see `restore_parameters`."""
     path = Path(path).resolve()
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; give that of a run or of a checkpoint")

@@ -280,7 +280,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def types_of_fields() -> dict[str, Any]:
-    """What JSON makes of the kinds of all settings, nested as a config is."""
+    """The types that JSON makes of the kinds of all settings, nested as a config is."""
     in_json = {int: (int, float), float: (int, float), bool: bool, str: str, tuple: list}
     types: dict[str, Any] = {group: {} for group in GROUPS}
     for name, field in FIELDS.items():

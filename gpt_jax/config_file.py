@@ -78,7 +78,7 @@ class _ConfigParser(flags.ArgumentParser):
 
 
 def load_config(path: str) -> ConfigDict:
-    """What `get_config()` of a Python file returns; of FILE:TEXT, `get_config(TEXT)`.
+    """Calls `get_config()` of a Python file; of FILE:TEXT, `get_config(TEXT)`.
 
     Raises:
       UserError: there is no such file, it cannot be run, or it gives no config with all settings.

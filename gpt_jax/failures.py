@@ -1,4 +1,4 @@
-"""What is said when a device or its memory fails: one line with what happened and which values of the config help."""
+"""Explains a device or its memory that fails: one line with what happened and which values of the config help."""
 
 from typing import Any
 
@@ -20,12 +20,12 @@ def is_device_error(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """What happened, in one line."""
+    """Says what happened, in one line."""
     return " ".join(str(error).split()) or "out of memory"  # a bare MemoryError says nothing
 
 
 def remedies(error: BaseException, config: ConfigDict, step_seconds: float | None = None) -> str:
-    """Which values of a config would help. step_seconds: that a step took until now; None: none was measured."""
+    """Names the values of a config that would help. step_seconds: that a step took until now; None: not measured."""
     sizes = config.batch_size, config.model.block_size
     batch = "a smaller config.batch_size (now {}) or config.model.block_size ({})".format(*sizes)
     if isinstance(error, DeviceLostError):
@@ -49,7 +49,7 @@ def remedies(error: BaseException, config: ConfigDict, step_seconds: float | Non
 
 
 def remedies_of_model(error: BaseException, config: ConfigDict) -> str:
-    """Which values would help where no batch and no dtype does."""
+    """Names the values that would help where no batch and no dtype does."""
     xla = "--config.backend=xla, which trains without Vulkan"
     if isinstance(error, FeatureError):
         return xla

@@ -1,4 +1,4 @@
-"""What a command prints: no terminal, pipe or full disk behind standard output may end a run.
+"""Printing for commands: no terminal, pipe or full disk behind standard output may end a run.
 
 Characters that the output cannot show are replaced. A reader that is gone ends `report` and `sample` as SIGPIPE would,
 and training goes on without it: `log.txt` has every line.

@@ -1,4 +1,4 @@
-"""What signals do to a run: Ctrl-C, SIGTERM and SIGHUP save and stop it, SIGUSR1 saves and lets it go on."""
+"""Signals to a run: Ctrl-C, SIGTERM and SIGHUP save and stop it, SIGUSR1 saves and lets it go on."""
 
 import os
 import signal
