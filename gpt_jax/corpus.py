@@ -22,7 +22,7 @@ from typing import Any
 
 from gpt_jax.config import UserError
 from gpt_jax.dialogue import ASSISTANT, END, MARKERS, USER, Context, Dialogue, Turn, add_turn, finish
-from gpt_jax.rows import Reading, read_row
+from gpt_jax.rows import Reading, read_row, single_rows
 
 MAX_DIALOGUE = 16 * 2**20  # characters (bytes for a line of JSON): what bounds the memory of a reader
 HASHED_WHOLE = 2**30  # bytes: a larger file is known by its path, size and time of change instead
@@ -203,12 +203,12 @@ def _marked_row(text: str, where: str, source: str | None) -> Iterator[Dialogue]
 
 
 def _rows(values: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[Dialogue]:
-    """The dialogues of rows, (where, value) each. A value that is a UserError is a row that could not be read."""
-    for where, value in values:
+    """The dialogues of values, (where, value) each. A value that is a UserError is a row that could not be read."""
+    for where, row in itertools.chain.from_iterable(single_rows(value, where) for where, value in values):
         try:
-            if isinstance(value, UserError):
-                raise value
-            dialogues = list(read_row(value, where, reading, _marked_row))
+            if isinstance(row, UserError):
+                raise row
+            dialogues = list(read_row(row, where, reading, _marked_row))
         except UserError as error:
             if not reading.skips(error):
                 raise

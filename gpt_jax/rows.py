@@ -106,6 +106,24 @@ class Reading:
         return lines
 
 
+def single_rows(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a list of rows, (where, row) each, however deep they lie; any other value as the one row it is."""
+    waiting = [(where, value)]  # the next one last
+    while waiting:
+        where, value = waiting.pop()
+        is_list = isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
+        if is_list and not _is_messages(value):
+            waiting += [(f"{where}[{number}]", item) for number, item in enumerate(value)][::-1]
+        else:
+            yield where, value
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and ("role" in item or "from" in item) for item in value
+    )
+
+
 def read_row(row: Any, where: str, reading: Reading, marked: Marked) -> Iterator[Dialogue]:
     """The dialogues of a row.
 
@@ -118,13 +136,8 @@ def read_row(row: Any, where: str, reading: Reading, marked: Marked) -> Iterator
     Raises:
       UserError: the row is malformed, or of no format that is known.
     """
-    if isinstance(row, list) and (not row or any(isinstance(item, dict | list) for item in row)):
-        if all(isinstance(item, dict) and ("role" in item or "from" in item) for item in row):
-            row = {"messages": row}
-        else:
-            for number, item in enumerate(row):
-                yield from read_row(item, f"{where}[{number}]", reading, marked)
-            return
+    if _is_messages(row):
+        row = {"messages": row}
     if not isinstance(row, dict):
         raise UserError(f"{where}: found {_kind(row)} where a row must be an object with 'messages'")
     # A dataset of many shapes gives every row all columns, null where they do not apply.

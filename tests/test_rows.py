@@ -196,6 +196,10 @@ def test_bad_rows_are_skipped_counted_and_listed_by_choice(tmp_path):
     turns, notes = read(path, *[said(Q)] * 25, said(Q, A), on_error="skip")
     assert (len(turns), len(notes), notes[-1]) == (1, 22, "  and 5 more")
 
+    turns, notes = read(path, json.dumps([said(Q, A), said(Q), [said(Q, A), said(A, A)]]), on_error="skip")
+    assert turns == [chat("q", "a")] * 2  # of a list in one line, as json.dump writes it, the bad rows alone
+    assert [line.split(": ")[0] for line in notes[1:]] == [f"  {path}:1[1]", f"  {path}:1[2][1], messages[1]"]
+
     path = tmp_path / "chats.txt"
     good = "<|user|>q<|assistant|>a<|end_of_text|>\n"
     path.write_text(
