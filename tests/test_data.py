@@ -510,7 +510,7 @@ def test_windows_without_a_counted_target_are_left_out_and_said():
     targets = np.concatenate([batch["targets"].ravel() for batch in evaluation])
     assert sorted(targets[targets != data.MASKED]) == [7, 42, 50, 51]
     assert lines[1] == "data: 7 of 10 validation windows have no counted target; they are left out"
-    with pytest.raises(UserError, match="in none of the 10 windows of the training data does the assistant say any"):
+    with pytest.raises(UserError, match="none of the 10 windows of the training data has a target that"):
         data.windows(stream(101), seed=5, **options)
     with pytest.raises(UserError, match=r"none of the 10 windows of the validation data .* raise data.validation_frac"):
         data.evaluation_batches(stream(101), batches=9, **options)
