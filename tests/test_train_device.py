@@ -133,11 +133,12 @@ def test_what_is_too_large_for_a_buffer_is_answered_with_values_that_were_tried(
     assert_ended_whole(tmp_path, str(failed.value))
     assert "was tried and is enough" in str(failed.value)
     suggested = int(str(failed.value).split("--config.batch_size=")[1].split()[0])
-    assert suggested == 2
-    config.batch_size = suggested
+    assert suggested in (1, 2)  # by how much scratch the device's products take
     with contextlib.ExitStack() as stack:
         entered = backend.enter_backend("vulkan", "highest", stack)
-        assert programs.plan_programs(config, entered)[1] is None
+        for batch_size in (1, 2, 4):  # the largest that is enough, and no other than was said
+            config.batch_size = batch_size
+            assert (programs.plan_programs(config, entered)[1] is None) == (batch_size <= suggested)
 
 
 def test_more_parts_are_tried_before_a_smaller_batch(corpus):
