@@ -34,7 +34,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt_jax.config import UserError
-from gpt_jax.files import StorageError, explain, os_error_of, sync_folder
+from gpt_jax.files import StorageError, explain, is_absent, os_error_of, sync_folder, unreadable
 from gpt_jax.json_file import VERSION, DamagedError, check_version, read_object
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds its checkpoints
@@ -79,7 +79,11 @@ class Restored(NamedTuple):
 
 
 class _Damaged(Exception):
-    """A checkpoint that cannot be used; the message says why in one line."""
+    """A checkpoint whose content is not what was saved; the message says why in one line.
+
+    A disk that does not let it be read just now is another thing, a StorageError: the checkpoint may be whole, so no
+    older one takes its place and nothing is removed.
+    """
 
 
 class Checkpointer:
@@ -98,6 +102,7 @@ class Checkpointer:
 
     Raises:
       UserError: keep_last below 1, or the directory cannot be made.
+      StorageError: a checkpoint in it cannot be read.
     """
 
     def __init__(
@@ -118,15 +123,15 @@ class Checkpointer:
         self._opened = os.stat(self._directory)
         self._keep_last, self._keep_every = keep_last, keep_every
         self._asynchronous = asynchronous
+        # Validation losses of the steps not known to be damaged. The writer thread replaces the dict and
+        # never changes it in place, so that it can be read meanwhile.
+        self._losses = _read_losses(self._directory)  # first: where one cannot be read, nothing is removed
         for path in sorted(self._directory.iterdir()):
             if _LEFTOVER.fullmatch(path.name):
                 logger.warning("removed %s: an interrupted run left it unfinished", path)
                 _delete(path)
             elif not _STEP.fullmatch(path.name) and not path.name.startswith("."):
                 logger.warning("ignored %s: its name is not a step number", path)
-        # Validation losses of the steps not known to be damaged. The writer thread replaces the dict and
-        # never changes it in place, so that it can be read meanwhile.
-        self._losses = _read_losses(self._directory)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
 
@@ -192,6 +197,7 @@ class Checkpointer:
         Raises:
           UserError: every checkpoint is damaged, or the newest good one differs from `abstract_state` in its
             leaves, their shapes or their dtypes.
+          StorageError: the newest that may be good cannot be read.
         """
         self.wait()
         steps = _step_directories(self._directory)
@@ -341,6 +347,7 @@ def restore_parameters(path: str | os.PathLike) -> tuple[dict, str]:
 
     Raises:
       UserError: `path` is none of these, or holds no good checkpoint.
+      StorageError: a checkpoint cannot be read.
     """
     return _read_first_good(path, _read_parameters)
 
@@ -561,11 +568,11 @@ def _remove(path: Path) -> None:
 
 def _read_record(path: Path) -> dict:
     """The JSON of a checkpoint: position, validation_loss, leaves {name: spec}, files {name: CRC-32}."""
-    if not (path / _POSITION).exists():
-        raise _Damaged(f"it has no {_POSITION}")
     try:
         record = read_object(path / _POSITION, known=None)
     except DamagedError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            raise _Damaged(f"it has no {_POSITION}") from error
         raise _Damaged(f"its {str(error).removeprefix(f'{path}{os.sep}')}") from error
     if record.pop("crc32", None) != _crc32_of_json(record):  # first: a flipped bit must not pass for a newer version
         raise _Damaged(f"its {_POSITION} fails its checksum")
@@ -600,6 +607,8 @@ def _read_leaves(path: Path, record: dict) -> dict[str, np.ndarray]:
         try:
             good = _crc32_of_file(path / name) == crc
         except OSError as error:
+            if not is_absent(error):
+                raise unreadable(path / name, error) from error
             raise _Damaged(f"its {name} cannot be read ({error.strerror})") from error
         if not good:
             raise _Damaged(f"its {name} fails its checksum")
@@ -608,7 +617,13 @@ def _read_leaves(path: Path, record: dict) -> dict[str, np.ndarray]:
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
         ThreadPoolExecutor(max_workers=1) as thread,
     ):
-        return flatten_dict(thread.submit(reader.restore, path / _STATE).result(), sep="/")
+        try:
+            return flatten_dict(thread.submit(reader.restore, path / _STATE).result(), sep="/")
+        except (OSError, ValueError) as error:
+            cause = error if isinstance(error, OSError) else os_error_of(error)
+            if cause is None:
+                raise
+            raise unreadable(path / _STATE, cause) from error
 
 
 def _read_parameters(path: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Writing files: every failure names the file and the cause, and says what mends it."""
+"""Writing and reading files: every failure names the file and the cause, and says what mends it."""
 
 import contextlib
 import errno
@@ -27,7 +27,7 @@ _REMEDIES = {
 
 
 class StorageError(UserError):
-    """A file could not be written; the message is one line with the file, the cause and what mends it."""
+    """A file could not be written or read; the message is one line with the file, the cause and what mends it."""
 
     exit_code = 1  # the input was good
 
@@ -39,6 +39,20 @@ def writing(what: str | os.PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"cannot write {os.fspath(what)}: {explain(error)}") from error
+
+
+def is_absent(error: OSError) -> bool:
+    """Whether no such file is there, in contrast to one that is there and could not be read just now."""
+    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+
+
+def unreadable(path: Path, error: OSError) -> StorageError:
+    """The error for a file that is there and cannot be read just now, which is no damage."""
+    cause = error.strerror or str(error) or type(error).__name__
+    return StorageError(
+        f"{path} cannot be read: {cause}; mend that and start again, or remove it if it is lost: it may be whole, so "
+        "nothing was changed"
+    )
 
 
 def explain(error: OSError) -> str:

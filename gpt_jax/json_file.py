@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.config import UserError
+from gpt_jax.files import is_absent, unreadable
 
 VERSION = "format_version"
 NUMBER = (int, float)
@@ -34,12 +35,15 @@ def read_object(path: Path, known: int | None, types: Types | None = None) -> di
 
     Raises:
       DamagedError: it is no such object.
+      StorageError: the file is there and cannot be read.
       NewerError: its version is above `known`.
     """
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
+        if not is_absent(error):
+            raise unreadable(path, error) from error
+        raise DamagedError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is not valid JSON ({error}): put back a good copy") from None
     if not isinstance(value, dict):

@@ -1,15 +1,18 @@
 """Checkpoints: round trips, what is kept, damage of every kind, kill -9, and parameters for finetuning."""
 
 import asyncio
+import errno
 import itertools
 import json
 import logging
 import multiprocessing
+import os
 import random
 import shutil
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import wait as wait_for
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -365,6 +368,60 @@ def test_every_kind_of_damage_to_every_file_of_the_newest(copy, two_steps, caplo
                 shutil.copy(two_steps / "200" / name, path)
         assert checkpointer.restore_latest(target).step == 200
     assert capfd.readouterr().err == ""  # nothing but the warnings
+
+
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [
+        ("position", errno.EACCES),
+        ("position", errno.EIO),
+        ("position", errno.EMFILE),
+        ("leaves", errno.ESTALE),
+        ("orbax", errno.EMFILE),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_damaged(copy, monkeypatch, what, code):
+    (copy / "300.new").mkdir()
+    before, target = files(copy), abstract(make_state(0))
+    unread = {"position": copy / "200" / "position.json", "leaves": largest(copy / "200"), "orbax": copy / "200/state"}
+
+    def failing(whole: Callable) -> Callable:
+        def read(path: Path, *arguments: Any, **more: Any) -> Any:
+            if path == unread[what]:
+                raise OSError(code, os.strerror(code), str(path))
+            return whole(path, *arguments, **more)
+
+        return read
+
+    def restore(*_: Any) -> None:
+        raise ValueError(f"UNAVAILABLE: Error opening file [os_error_code='{code}']")
+
+    def train() -> None:
+        with open_(copy, keep_last=1) as checkpointer:
+            checkpointer.restore_latest(target)
+            checkpointer.save(150, make_state(150), {})
+
+    if what == "orbax":
+        monkeypatch.setattr("orbax.checkpoint.Checkpointer.restore", restore)
+    for name in ("open", "read_bytes"):
+        monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
+    for call in (train, lambda: restore_parameters(copy), lambda: restore_parameters(copy / "200")):
+        with pytest.raises(StorageError) as caught:
+            call()
+        assert str(caught.value).startswith(f"{unread[what]} cannot be read: {os.strerror(code)}; mend that")
+        assert "\n" not in str(caught.value)
+    if what == "position":
+        with pytest.raises(StorageError, match="cannot be read"):
+            checkpoint.check_newest(copy, target)
+        assert (copy / "300.new").exists()
+    assert files(copy) == before
+    monkeypatch.undo()
+    assert restored_step(copy, target) == 200
+
+
+def restored_step(directory: Path, target: Any) -> int:
+    with open_(directory) as checkpointer:
+        return checkpointer.restore_latest(target).step
 
 
 def test_a_changed_position_is_noticed(copy):
