@@ -13,7 +13,7 @@ import vk_kernels
 from gpt_jax.config import UserError
 from gpt_jax.metrics import device_facts, device_peak_bytes
 from vk_kernels.device import choose, list_devices
-from vk_kernels.errors import NoDeviceError, VulkanError
+from vk_kernels.errors import NoDeviceError, SettingError, VulkanError
 from vk_kernels.lowering import open_device
 from vk_kernels.ops.attention import MAX_HEAD_DIM
 
@@ -46,7 +46,7 @@ def enter_backend(name: str, matmul_precision: str, stack: contextlib.ExitStack,
       submit_ms: how long one submission to a Vulkan device may take, see `vk_kernels.device.Device`; 0: no limit.
 
     Raises:
-      UserError: there is no Vulkan device, or it cannot be opened.
+      UserError: there is no Vulkan device, it cannot be opened, or a variable of `vk_kernels` means nothing.
     """
     require_devices()
     for setting in (
@@ -96,6 +96,8 @@ def _choose() -> tuple[str, str]:
         return "xla", "auto: JAX has an accelerator of its own"
     try:
         info = choose(list_devices())
+    except SettingError as error:  # a mistake to mend, not a machine without Vulkan
+        raise UserError(f"config.backend=auto: {error}") from None
     except NoDeviceError as error:
         return "xla", f"auto: {error}"
     except VulkanError as error:

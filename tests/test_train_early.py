@@ -144,6 +144,17 @@ def test_variables_for_other_programs_change_no_dtype_and_no_random_bits():
         assert (jax.random.key_data(jax.random.key(3)) == plain).all()
 
 
+@pytest.mark.parametrize("name", ["vulkan", "auto"])
+def test_a_variable_that_means_nothing_is_no_reason_for_another_backend(name, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setenv("VK_KERNELS_VALIDATION", "nonsense")
+    with (
+        contextlib.ExitStack() as stack,
+        pytest.raises(UserError, match=rf"^config.backend={name}: .*VK_KERNELS_VALIDATION.*'nonsense'$"),
+    ):
+        enter_backend(name, "highest", stack)
+
+
 def test_sampling_asks_for_a_device_before_it_reads_a_checkpoint(monkeypatch, tmp_path):
     values = flags.FlagValues()
     sample.define_flags(values)
