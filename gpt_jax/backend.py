@@ -14,6 +14,7 @@ from gpt_jax.config import UserError
 from gpt_jax.metrics import device_facts, device_peak_bytes
 from vk_kernels.device import choose, list_devices
 from vk_kernels.errors import NoDeviceError, SettingError, VulkanError
+from vk_kernels.instance import validation_mode
 from vk_kernels.lowering import open_device
 from vk_kernels.ops.attention import MAX_HEAD_DIM
 
@@ -95,6 +96,7 @@ def _choose() -> tuple[str, str]:
     if jax.default_backend() != "cpu":
         return "xla", "auto: JAX has an accelerator of its own"
     try:
+        validation_mode(None)  # which only an opened device reads
         info = choose(list_devices())
     except SettingError as error:  # a mistake to mend, not a machine without Vulkan
         raise UserError(f"config.backend=auto: {error}") from None
