@@ -40,7 +40,7 @@ from gpt_jax.lock import wait_for_lock
 from gpt_jax.rows import Reading
 
 # Raise it when the same source and tokenizer would give other tokens or files than before.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 NEW_TOKENIZER = "new"  # in place of a tokenizer's path: trains one, where else the donor's would be taken
 MASKED = -1  # the target that no loss counts
@@ -129,8 +129,9 @@ def prepare(
     choices = {name: data_config[name] for name in ("tool_calls", "on_error") if name in data_config}
     source = corpus.source_fingerprint(data_config.source)
     rest = [fraction, given.to_str() if given else vocab_size]
-    fingerprint = _digest([FORMAT_VERSION, source, dataclasses.asdict(Reading(**choices)), *rest])
-    if expected not in (None, fingerprint, _digest([1, source, *rest])):
+    how = dataclasses.asdict(Reading(**choices))
+    fingerprint = _digest([FORMAT_VERSION, source, how, *rest])
+    if expected not in (None, fingerprint, _digest([2, source, how, *rest]), _digest([1, source, *rest])):
         raise UserError(
             f"data source {data_config.source!r}, or how config.data has it read and split, is not what the run's "
             f"checkpoint was trained on (fingerprint {expected}, now {fingerprint}): put both back, or give a new "

@@ -31,7 +31,8 @@ _PAIRS = (  # keys of a question, of what belongs to it, and of the answer
     ("input", None, "output"),
 )
 _PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
-_NOT_TEXT = ("image", "images", "audio", "audios", "video", "videos", "file", "files", "attachments")
+_NOT_TEXT = ("image", "images", "audio", "audios", "video", "videos")  # keys of rows and of messages
+_ATTACHED = ("file", "files", "attachments")  # keys of messages; those of a row may say where it is from
 _ROLES = {
     "system": "system",
     "developer": "system",
@@ -56,6 +57,7 @@ _READ_OF_PARTS = {  # by type
     "tool_use": {"name", "input"},
     "tool_result": {"content"},
 }
+_READ_OF_ROWS = {"id", "system", "system_prompt", "tools", "functions"}  # beside those of the row's shape
 _LINKS = {"id", "tool_call_id", "tool_use_id"}  # which answer belongs to which call: their order says it
 _CHATML = re.compile(r"\s*<\|im_start\|>([^\n<]*)\n(.*?)<\|im_end\|>(?:\s*<\|endoftext\|>\s*\Z)?", re.DOTALL)
 
@@ -153,8 +155,10 @@ def read_row(row: Any, where: str, reading: Reading, marked: Marked) -> Iterator
     if shape == "text":
         text = _text(row["text"], "text", where)
         if not text.lstrip().startswith("<|im_start|>"):
-            _note_unread(row, {"id", "text"}, "of rows", reading)
-            yield from marked(text, where, identity)
+            opening = _opening(_system(row, where, reading))
+            _note_unread(row, _READ_OF_ROWS | used, "of rows", reading)
+            for dialogue in marked(text, where, identity):
+                yield _opened(dialogue, opening, where, identity)
             return
         messages = _chatml(text, where)
     elif shape in _LISTS:
@@ -163,6 +167,13 @@ def read_row(row: Any, where: str, reading: Reading, marked: Marked) -> Iterator
             raise UserError(f"{where}: {shape!r} is {_kind(messages)}, not a list of turns")
     else:
         messages, used = _pair(row, used, where)
+    system = _system(row, where, reading)
+    _note_unread(row, _READ_OF_ROWS | used, "of rows", reading)
+    yield finish(_turns(messages, system, where, shape if shape in _LISTS else "turn", reading), where, identity)
+
+
+def _system(row: Mapping[str, Any], where: str, reading: Reading) -> list[str]:
+    """The texts that a row puts before its first turn: its system prompt and its list of tools."""
     system = [_content(row[key], f"{where}: {key}", reading) for key in ("system", "system_prompt") if key in row]
     for key in ("tools", "functions"):
         if tools := row.get(key):
@@ -170,8 +181,19 @@ def read_row(row: Any, where: str, reading: Reading, marked: Marked) -> Iterator
             if tools.strip() not in ("", "[]"):
                 _note_tool(f"{where}: found {key!r}", reading)
                 system.append(f"<tools>\n{tools}\n</tools>")
-    _note_unread(row, {"id", "system", "system_prompt", "tools", "functions", *used}, "of rows", reading)
-    yield finish(_turns(messages, system, where, shape if shape in _LISTS else "turn", reading), where, identity)
+    return system
+
+
+def _opening(system: Iterable[str]) -> str:
+    return "\n\n".join(text.strip() for text in system if text.strip())
+
+
+def _opened(dialogue: Dialogue, opening: str, where: str, identity: str | None) -> Dialogue:
+    """A dialogue of marked text, which begins with the user's turn, with the system's text before it."""
+    if not opening:
+        return dialogue
+    first, *rest = dialogue.turns
+    return finish([first._replace(text=f"{opening}\n\n{first.text}"), *rest], where, identity)
 
 
 def _refuse_what_no_turn_can_say(row: Mapping[str, Any], where: str) -> None:
@@ -272,7 +294,7 @@ def _turns(messages: list[Any], system: list[str], where: str, shape: str, readi
         else:
             said.append(one)
     turns: list[Turn] = []
-    if opening := "\n\n".join(text.strip() for text in system if text.strip()):
+    if opening := _opening(system):
         if said and said[0].side == "user":
             said[0].text = f"{opening}\n\n{said[0].text.strip()}" if said[0].text.strip() else ""
         elif said:
@@ -292,7 +314,7 @@ def _said(message: Any, where: str, reading: Reading) -> _Said:
     role = _ROLES.get(str(message.get(role_key)))
     if role is None:
         raise UserError(f"{where}: {role_key!r} is {message.get(role_key)!r}, not one of {', '.join(_ROLES)}")
-    for key in _NOT_TEXT:
+    for key in (*_NOT_TEXT, *_ATTACHED):
         if message.get(key):
             raise UserError(f"{where}: found {key!r}, which is not text")
     _note_unread(message, _READ | _LINKS, "of messages", reading)

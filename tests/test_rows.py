@@ -104,6 +104,11 @@ ROWS = {
                  "<|im_start|>assistant\na\nb<|im_end|>\n"},
         chat("S\n\nq", "a\nb"),
     ),
+    "marked text with a system and tools": (
+        {"text": "<|user|>q<|assistant|>a<|user|>r<|assistant|>b<|end_of_text|>", "system": "S",
+         "tools": [{"name": "lamp"}]},
+        chat(f"S\n\n{TOOLS}\n\nq", "a", "r", "b"),
+    ),
     "a column for everything": (
         {"messages": [Q | {"tool_calls": None, "weight": None, "name": None}, A], "text": None, "prompt": None},
         chat("q", "a"),
@@ -129,6 +134,14 @@ REFUSED = {
         r"messages\[0\], content\[0\]: found a part of type 'image_url', which is not text",
     ),
     "audio": (said(Q, A | {"audio": {"id": "x"}}), r"messages\[1\]: found 'audio', which is not text"),
+    "a file of a message": (
+        said(Q | {"attachments": ["x.pdf"]}, A),
+        r"messages\[0\]: found 'attachments', which",
+    ),
+    "a file in a part": (
+        said(Q | {"content": [{"type": "file", "file": {"file_id": "x"}}]}, A),
+        "found a part of type 'file', which is not text",
+    ),
     "images of the row": (said(Q, A, images=["x.png"]), "found 'images', which is not text"),
     "thought": (
         said(Q, {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"}]}),
@@ -161,6 +174,19 @@ def test_what_no_turn_can_say_is_refused_with_its_place(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
+def test_the_system_of_a_row_is_read_in_each_dialogue_of_its_text(tmp_path):
+    text = "<|user|>q<|assistant|>a<|end_of_text|>"
+    turns, notes = read(
+        tmp_path / "rows.jsonl", {"text": text * 2, "system_prompt": "S"}, {"text": text, "system": " "}
+    )
+    assert turns == [chat("S\n\nq", "a")] * 2 + [chat("q", "a")]
+    assert notes == []
+    with pytest.raises(UserError, match=r"rows.jsonl:1: system: found a number where"):
+        read(tmp_path / "rows.jsonl", {"text": text, "system": 3})
+    with pytest.raises(UserError, match=r"found 'tools': set data.tool_calls=text"):
+        read(tmp_path / "rows.jsonl", {"text": text, "tools": "[1]"}, tool_calls="refuse")
+
+
 def test_tool_calls_are_refused_by_choice(tmp_path):
     for name in ("call beside text", "ShareGPT's calls", "Anthropic's blocks", "list of tools"):
         with pytest.raises(UserError, match=r"rows.jsonl:1.*: found .*: set data.tool_calls=text to have it read"):
@@ -176,6 +202,11 @@ def test_what_is_read_otherwise_or_not_at_all_is_said(tmp_path):
         "keys that were not read: 'score' of rows (2), 'name' of messages (1)",
     ]
     assert read(tmp_path / "rows.jsonl", said(Q, A, id=1))[1] == []
+    about = {"file": "part-1.json", "files": ["a"], "attachments": [{"name": "b"}]}  # where the row is from, it may be
+    assert read(tmp_path / "rows.jsonl", said(Q, A, **about)) == (
+        [chat("q", "a")],
+        ["keys that were not read: 'file' of rows (1), 'files' of rows (1), 'attachments' of rows (1)"],
+    )
     parts = [{"type": "text", "text": "q", "cache_control": None}, {"type": "text", "text": "r", "citations": ["c"]}]
     answer = [{"type": "tool_result", "tool_use_id": "c1", "content": "on", "is_error": True}]
     row = said(Q | {"content": parts}, A | {"tool_calls": [LAMP | {"result": 1}]}, Q | {"content": answer}, A)

@@ -1,6 +1,7 @@
 """What is said, or left out, before a run begins."""
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from gpt_jax.corpus import source_fingerprint
 from gpt_jax.data import Tokens, loader, windows
 from gpt_jax.metrics import read_lines
 from gpt_jax.programs import abstract_state
+from gpt_jax.rows import Reading
 from gpt_jax.train import train_and_evaluate
 
 TINY = [
@@ -109,11 +111,14 @@ def test_other_data_is_said_before_it_is_tokenised_and_the_fingerprint_of_older_
     monkeypatch.setattr(data, "_build", forbidden)
     with pytest.raises(UserError, match=r"is not what the run's checkpoint was trained on \(fingerprint x, now"):
         train_and_evaluate(config, old_run)
-    older = data._digest([1, source_fingerprint(str(corpus)), config.data.validation_fraction, config.model.vocab_size])
-    lines = []
-    with contextlib.suppress(AssertionError):  # of what would tokenise it
-        data.prepare(config.data, config.model.vocab_size, lines.append, expected=older)
-    assert any("is of a version that read rows in fewer ways" in line for line in lines)
+    choices = {name: config.data[name] for name in ("tool_calls", "on_error")}
+    how = dataclasses.asdict(Reading(**choices))
+    for first in ([1, source_fingerprint(str(corpus))], [2, source_fingerprint(str(corpus)), how]):
+        older = data._digest([*first, config.data.validation_fraction, config.model.vocab_size])
+        lines = []
+        with contextlib.suppress(AssertionError):  # of what would tokenise it
+            data.prepare(config.data, config.model.vocab_size, lines.append, expected=older)
+        assert any("is of a version that read rows in fewer ways" in line for line in lines)
 
 
 def test_a_block_larger_than_the_data_leaves_no_folder(corpus, tmp_path):
