@@ -7,7 +7,7 @@ from typing import Any
 
 from gpt_jax.checkpoint import CHECKPOINTS, saved_steps
 from gpt_jax.config import UserError
-from gpt_jax.metrics import INFO_FILE, METRICS_FILE, SAMPLES_FILE, read_json, read_lines
+from gpt_jax.metrics import INFO_FILE, METRICS_FILE, SAMPLES_FILE, read_config, read_json, read_lines
 
 LAST_CHECKPOINT = "last_checkpoint"  # field of run.json: step of the newest checkpoint that was committed, or None
 
@@ -21,7 +21,8 @@ def check_history(workdir: Path, log: Log) -> None:
     nothing is lost, its steps are made again.
 
     Raises:
-      UserError: there were checkpoints, and there are none.
+      UserError: there were checkpoints, and there are none; or an older version, which did not note whether there
+        were, was killed before the first one.
     """
     checkpoints = workdir / CHECKPOINTS
     if saved_steps(checkpoints):
@@ -34,6 +35,13 @@ def check_history(workdir: Path, log: Log) -> None:
     if checkpoints.is_dir() and saved is None and LAST_CHECKPOINT in info:
         log(f"{workdir} stopped at step {last}, before its first checkpoint: it starts again from step 0")
         return
+    first = _first_due(read_config(workdir))
+    killed = info.get("status") in ("running", "failed")  # what stops or ends in order saves
+    if checkpoints.is_dir() and LAST_CHECKPOINT not in info and killed and first is not None and last < first:
+        raise UserError(
+            f"the run in {workdir} stopped at step {last}, before its first checkpoint, which was due at step {first}: "
+            "there is nothing to go on from, so start anew in another --workdir; nothing was changed"
+        )
     if checkpoints.is_symlink() and not checkpoints.exists():
         found = f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there (is its disk mounted?)"
     else:
@@ -42,6 +50,14 @@ def check_history(workdir: Path, log: Log) -> None:
         f"the run in {workdir} came to step {max(last, saved or 0)}, but {found}: put it back to go on, "
         "or start anew in another --workdir; nothing was changed"
     )
+
+
+def _first_due(config: dict[str, Any]) -> int | None:
+    """The step of a run's first checkpoint: one that is due, of an evaluation or at the end; None: not known."""
+    if not config.get("num_steps"):
+        return None
+    every = ((config.get(part) or {}).get("every") for part in ("checkpoint", "eval"))
+    return min([config["num_steps"], *filter(None, every)])
 
 
 @dataclass(frozen=True)

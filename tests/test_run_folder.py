@@ -93,6 +93,32 @@ def test_before_the_first_checkpoint_there_is_nothing_to_lose(copy, finished, co
     assert written(copy) == written(finished)
 
 
+@pytest.mark.parametrize(("every", "first"), [((4, 0), 4), ((20, 5), 5), ((0, 0), 12)])
+def test_a_run_of_an_older_version_that_never_had_a_checkpoint_is_told_so(copy, corpus, every, first):
+    """Its run.json does not say whether there ever was one: the steps that it made do."""
+    lose_checkpoints(copy, "emptied")
+    info = json.loads((copy / "run.json").read_text())
+    del info["last_checkpoint"]
+    (copy / "run.json").write_text(json.dumps(info | {"status": "running"}))
+    saved = json.loads((copy / "config.json").read_text())
+    saved["checkpoint"]["every"], saved["eval"]["every"] = every
+    (copy / "config.json").write_text(json.dumps(saved))
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= 3]
+    (copy / "metrics.jsonl").write_text("".join(kept))
+    before = content(copy)
+    with pytest.raises(UserError) as caught:
+        train_and_evaluate(tiny(corpus), copy)
+    assert str(caught.value) == (
+        f"the run in {copy} stopped at step 3, before its first checkpoint, which was due at step {first}: there is "
+        "nothing to go on from, so start anew in another --workdir; nothing was changed"
+    )
+    assert {**content(copy), "log.txt": b""} == {**before, "log.txt": b""}
+    (copy / "metrics.jsonl").write_text("".join(lines))  # to step 12
+    with pytest.raises(UserError, match="holds no checkpoint: put it back to go on"):
+        train_and_evaluate(tiny(corpus), copy)
+
+
 def test_a_checkpoint_newer_than_the_metrics_is_told(copy, corpus):
     (copy / "metrics.jsonl").unlink()
     assert train_and_evaluate(tiny(corpus, num_steps=13), copy) is None
