@@ -42,9 +42,12 @@ def run_main(
             print("interrupted", file=sys.stderr)
             return 128 + getattr(error, "number", signal.SIGINT)
         except OSError as error:
-            if error.filename is None:  # standard output's, most likely
+            if isinstance(error, BrokenPipeError):  # standard output's
                 raise
-            return _refuse(f"{error.filename}: {explain(error)}", StorageError.exit_code)
+            if error.filename is None:
+                sys.stdout.flush()  # if it fails, standard output did; what it dropped is not known
+            where = error.filename or "standard output or a file without a name cannot be written or read"
+            return _refuse(f"{where}: {explain(error)}", StorageError.exit_code)
 
     open_streams()
     with flushed_output():

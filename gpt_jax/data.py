@@ -143,7 +143,7 @@ def prepare(
     folder = root / fingerprint
     prepared = _open_if_good(folder)
     if not isinstance(prepared, Corpus):
-        with _writing_cache(root):
+        with _writing_cache(root, data_config.source):
             root.mkdir(parents=True, exist_ok=True)
             with wait_for_lock(_build_lock(folder), log):  # whoever holds it builds the same
                 prepared = _open_if_good(folder)
@@ -334,15 +334,17 @@ def _build_lock(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _writing_cache(root: Path) -> Iterator[None]:
+def _writing_cache(root: Path, source: str) -> Iterator[None]:
     """Turns an OSError of a file that is not the source's into one line."""
     try:
         yield
     except OSError as error:
         if error.filename and not Path(error.filename).is_relative_to(root):
             raise
-        place = error.filename or root
-        raise StorageError(f"cannot write the token cache: {place}: {explain(error)}, or set data.cache_dir") from error
+        failed = f"cannot write the token cache: {error.filename}"
+        if not error.filename:  # a read or a write of an open file has no name
+            failed = f"cannot read the data source {source!r} or write the token cache {root}"
+        raise StorageError(f"{failed}: {explain(error)}, or set data.cache_dir") from error
 
 
 def _remove_abandoned(root: Path, fingerprint: str) -> None:

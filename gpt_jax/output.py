@@ -56,7 +56,7 @@ def flushed_output() -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise
-        code = StorageError.exit_code  # whatever writes a file names it, so this was printed
+        code = StorageError.exit_code  # `run_main` takes those of other files
         silence(sys.stdout)
         with contextlib.suppress(OSError):
             print(f"error: cannot write to standard output: {explain(error)}", file=sys.stderr)

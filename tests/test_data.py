@@ -1,5 +1,6 @@
 """The token cache and the batches: by source, deterministic, resumable, exact."""
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from gpt_jax import corpus, data
 from gpt_jax import tokenizer as tk
 from gpt_jax.config import UserError
+from gpt_jax.files import StorageError
 from gpt_jax.lock import lock
 
 VOCABULARY = 4000
@@ -307,6 +309,17 @@ def test_cache_folder_that_cannot_be_written(chats):
     (chats.parent / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write the token cache: .*set data.cache_dir"):
         prepare(chats, cache_dir=str(chats.parent / "file" / "cache"))
+
+
+def test_a_disk_that_fails_without_a_name_may_be_that_of_the_source(chats, monkeypatch):
+    def failing(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(data.corpus, "read_corpus", failing)
+    with pytest.raises(StorageError) as caught:
+        prepare(chats)
+    assert str(caught.value).startswith(f"cannot read the data source {str(chats)!r} or write the token cache ")
+    assert ": Input/output error; " in str(caught.value)
 
 
 def test_more_than_65536_ids_take_four_bytes(chats):

@@ -45,9 +45,10 @@ def command(shell: str, **variables: str) -> subprocess.CompletedProcess:
     [
         ("run | head -1 >/dev/null; exit ${PIPESTATUS[0]}", 141, ""),
         (
-            "run > /dev/full",
+            "PYTHONUNBUFFERED=1 run > /dev/full",
             1,
-            "error: cannot write to standard output: No space left on device; free some space there\n",
+            "error: standard output or a file without a name cannot be written or read: No space left on device; "
+            "free some space there\n",
         ),
         ("run >&-", 0, ""),
         ("run > /dev/null 2> /dev/full", 0, ""),
@@ -56,6 +57,27 @@ def command(shell: str, **variables: str) -> subprocess.CompletedProcess:
 def test_commands_end_in_a_line_or_none(shell, code, error):
     done = command(shell)
     assert (done.returncode, done.stderr) == (code, error)
+
+
+def test_a_failing_file_without_a_name_is_not_taken_for_the_output():
+    code = """
+from gpt_jax.cli import run_main
+def main(argv):
+    print("a line")
+    raise OSError(5, "Input/output error")
+run_main(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "a line\n")
+    expected = "error: standard output or a file without a name cannot be written or read: Input/output error; "
+    assert done.stderr.startswith(expected)
+    assert done.stderr.count("\n") == 1
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # the line is still to be written when the file fails
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=buffered, stdout=full, stderr=-1, text=True, check=False
+        )
+    assert done.stderr.startswith("error: cannot write to standard output: No space left on device; ")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

@@ -296,7 +296,7 @@ def test_too_many_open_files_is_a_line(corpus, tmp_path, disk):
 def test_a_token_cache_on_a_full_disk_is_a_line_and_nothing_is_left(corpus, tmp_path, disk):
     disk.limit(resource.RLIMIT_FSIZE, 1000)
     with pytest.raises(
-        StorageError, match=r"cannot write the token cache: .*File too large; .*set data.cache_dir"
+        StorageError, match=r"^cannot read .* or write the token cache .*File too large; .*set data.cache_dir$"
     ) as error:
         data.prepare(tiny(corpus, data__cache_dir=str(tmp_path / "cache")).data, 270, lambda line: None)
     assert error.value.exit_code == 1
