@@ -249,7 +249,7 @@ def disk(monkeypatch):
 
 
 def test_a_file_over_the_limit_costs_no_checkpoint_and_a_line(finished, corpus, tmp_path, disk, monkeypatch, capfd):
-    """Metrics first, then, at a checkpoint, what tensorstore writes in its threads."""
+    """Metrics first; then, at a checkpoint, what tensorstore writes in its threads: over 100 KB in files of any size."""
     workdir = tmp_path / "run"
     disk.fail_at(6, lambda: disk.limit(resource.RLIMIT_FSIZE, 2000))
     with pytest.raises(
@@ -260,7 +260,7 @@ def test_a_file_over_the_limit_costs_no_checkpoint_and_a_line(finished, corpus, 
     assert steps_saved(workdir) == [4]
     monkeypatch.undo()
 
-    disk.fail_at(8, lambda: disk.limit(resource.RLIMIT_FSIZE, 50_000))
+    disk.fail_at(8, lambda: disk.limit(resource.RLIMIT_FSIZE, 20_000))
     with pytest.raises(StorageError, match=r"could not write the checkpoint .*/8: File too large; .*ulimit -f"):
         train_and_evaluate(tiny(corpus), workdir)
     disk.mend.pop()()
