@@ -249,7 +249,7 @@ def disk(monkeypatch):
 
 
 def test_a_file_over_the_limit_costs_no_checkpoint_and_a_line(finished, corpus, tmp_path, disk, monkeypatch, capfd):
-    """Metrics first; then, at a checkpoint, what tensorstore writes in its threads: over 100 KB in files of any size."""
+    """Metrics first; then, at a checkpoint, what tensorstore writes in its threads: 100 KB in files of any size."""
     workdir = tmp_path / "run"
     disk.fail_at(6, lambda: disk.limit(resource.RLIMIT_FSIZE, 2000))
     with pytest.raises(
