@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PART = ["--kills=6", "--inputs=60", "--damage=2", "--full-disk=1", "--minutes=4"]
+PART = ["--kills=6", "--inputs=60", "--damage=2", "--full-disk=1", "--minutes=2"]
 
 
 def test_a_small_part_of_the_campaign_is_survived():
