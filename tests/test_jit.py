@@ -528,8 +528,9 @@ def test_states_that_are_no_more_leave_the_memory():
     for _ in range(4):
         state = vk_kernels.device_put(np.zeros((1024, 256), np.float32), SELECTOR)
         for _ in range(2):
-            state, _ = step(state, np.float32(1))
-        del state
+            state, total = step(state, np.float32(1))
+        total.block_until_ready()  # what a submission uses stays until it is done
+        del state, total
         gc.collect()
         device.collect()
         used.append(device.memory_stats().used)
