@@ -17,7 +17,7 @@ campaign: ## kills, signals, damage, full disks and bad inputs by the hundred; A
 	.venv/bin/python tests/campaign/campaign.py $(ARGS)
 
 shaders: ## compile the shaders that changed
-	.venv/bin/python -m vk_kernels.build
+	.venv/bin/python -m vk_kernels.tools.build_shaders
 
 gpu-check: ## the kernels' tests, their comparison with float64, their times, and whether steps got slower, on whatever GPU is present
 	bash scripts/gpu_check.sh

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vk_kernels
-from vk_kernels.device import Device
+from vk_kernels.runtime.device import Device
 
 _MEMORY = 4 << 30  # bytes of address space beside what a process has at the start
 

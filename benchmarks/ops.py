@@ -20,14 +20,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from vk_kernels import lowering
-from vk_kernels.cases import BF16, CASES, F32, SIZES, Case, Sizes
-from vk_kernels.check import VARIANTS
-from vk_kernels.commands import Recorder
-from vk_kernels.device import Device
+from vk_kernels.bridge import custom_call
+from vk_kernels.bridge.custom_call import open_device
+from vk_kernels.bridge.use import use
 from vk_kernels.errors import FeatureError
-from vk_kernels.lowering import call
-from vk_kernels.plan import Array, Plan, record
+from vk_kernels.runtime.command_buffer import Recorder
+from vk_kernels.runtime.device import Device
+from vk_kernels.runtime.dispatch_plan import Array, Plan, record
+from vk_kernels.tools.check_ops import VARIANTS
+from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, Case, Sizes
 
 ROW = "{:<30} {:<9} {:<5} {:<9} {:<6} {:>10} {:>9} {:>9} {:>10} {:>6}"
 
@@ -50,10 +51,10 @@ def one_pass(case: Case, backward: bool) -> Callable[..., Any]:
     return gradients
 
 
-def kernel_calls(case: Case, operands: Sequence[np.ndarray], target: call.Target) -> Iterator[tuple[str, Any]]:
+def kernel_calls(case: Case, operands: Sequence[np.ndarray], target: custom_call.Target) -> Iterator[tuple[str, Any]]:
     """(name, equation) of each primitive that the forward and the backward pass of a case are made of."""
     function = one_pass(case, backward=bool(case.differentiable))
-    with lowering.use("vulkan", device=target.device, variant=target.variant):
+    with use("vulkan", device=target.device, variant=target.variant):
         jaxpr = jax.make_jaxpr(function)(*operands)
     yield from _primitives(jaxpr.jaxpr)
 
@@ -76,8 +77,8 @@ def plan_of(device: Device, name: str, equation: Any) -> tuple[Plan, list[Array]
         [Array(tuple(v.aval.shape), np.dtype(v.aval.dtype)) for v in variables]
         for variables in (equation.invars, equation.outvars)
     )
-    what = call.encode(name, parameters, target).encode()
-    return call.make_plan(device, what, tuple(reads), tuple(writes)), reads, writes
+    what = custom_call.encode(name, parameters, target).encode()
+    return custom_call.make_plan(device, what, tuple(reads), tuple(writes)), reads, writes
 
 
 def random_array(array: Array, largest: int) -> np.ndarray:
@@ -132,7 +133,7 @@ def xla_seconds(case: Case, operands: Sequence[np.ndarray], backward: bool, repe
     """Wall time of one call of the reference on the best JAX device."""
     device = jax.devices()[0]
     placed = [jax.device_put(x, device) for x in operands]
-    with lowering.use("xla"), jax.default_matmul_precision("highest"):
+    with use("xla"), jax.default_matmul_precision("highest"):
         function = jax.jit(one_pass(case, backward))
         jax.block_until_ready(function(*placed))
         start = time.perf_counter()
@@ -162,7 +163,7 @@ def product_rate(device: Device, dtype: np.dtype, variant: str | None, repeats: 
     n = 256 if device.info.kind == "cpu" else 4096
     case = next(case for case in CASES if case.label == "matmul (product)")
     operands = [random_array(Array((n, n), dtype), 1) for _ in range(2)]
-    name, equation = next(kernel_calls(case, operands, call.Target(str(device.info.index), variant)))
+    name, equation = next(kernel_calls(case, operands, custom_call.Target(str(device.info.index), variant)))
     plan, reads, writes = plan_of(device, name, equation)
     return 2 * n**3 / device_seconds(device, plan, reads, writes, 1, repeats, warm)
 
@@ -190,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ops", default="", help="comma-separated; default: all")
     parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args(arguments)
-    device = lowering.open_device(options.device)
+    device = open_device(options.device)
     print(f"Vulkan: {device.info}\nXLA: {jax.devices()[0].device_kind} ({jax.devices()[0].platform})\n")
     print_ceilings(device, options.repeats)
     print(
@@ -215,7 +216,7 @@ def measure(device: Device, selector: str, case: Case, size: str, dtype: np.dtyp
     for variant in VARIANTS:
         rows = []
         try:
-            for name, equation in kernel_calls(case, operands, call.Target(selector, variant)):
+            for name, equation in kernel_calls(case, operands, custom_call.Target(selector, variant)):
                 plan, reads, writes = plan_of(device, name, equation)
                 rested = time.perf_counter() > ended + 0.3  # while operands were made, or XLA worked on a processor
                 warm = 1.0 if rested else 0.1

@@ -31,7 +31,7 @@ import vk_kernels
 from gpt_jax.model import GPT, ModelConfig
 from gpt_jax.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.steps import init_params, init_state, on_leaves, train_step
-from vk_kernels.lowering import open_device
+from vk_kernels.bridge.custom_call import open_device
 
 
 def load_config(path: str) -> Any:

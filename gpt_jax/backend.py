@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 import vk_kernels
 from gpt_jax.config import UserError
 from gpt_jax.metrics import device_facts, device_peak_bytes
-from vk_kernels.device import choose, list_devices
+from vk_kernels.bridge.custom_call import open_device
 from vk_kernels.errors import NoDeviceError, SettingError, VulkanError
-from vk_kernels.instance import validation_mode
-from vk_kernels.lowering import open_device
 from vk_kernels.ops.attention import MAX_HEAD_DIM
+from vk_kernels.runtime.device import choose, list_devices
+from vk_kernels.runtime.instance import validation_mode
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def enter_backend(name: str, matmul_precision: str, stack: contextlib.ExitStack,
     Args:
       name: xla, vulkan, or auto: Vulkan where there is a real GPU for it and XLA has none, else XLA.
       matmul_precision: of XLA's products, see `jax.default_matmul_precision`.
-      submit_ms: how long one submission to a Vulkan device may take, see `vk_kernels.device.Device`; 0: no limit.
+      submit_ms: how long one submission to a Vulkan device may take, see `Device.submit_ms`; 0: no limit.
 
     Raises:
       UserError: there is no Vulkan device, it cannot be opened, or a variable of `vk_kernels` means nothing.

@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-.venv/bin/python}
 export VK_KERNELS_DEVICE=${VK_KERNELS_DEVICE:-gpu} PYTHONPATH=.
-JAX_PLATFORMS=cpu "$python" -m vk_kernels.doctor --no-test
+JAX_PLATFORMS=cpu "$python" -m vk_kernels.tools.doctor --no-test
 JAX_PLATFORMS=cpu "$python" -m pytest tests/test_vk_*.py
-JAX_PLATFORMS=cpu "$python" -m vk_kernels.check --sizes tiny,megabyte,seed
+JAX_PLATFORMS=cpu "$python" -m vk_kernels.tools.check_ops --sizes tiny,megabyte,seed
 "$python" benchmarks/ops.py
 "$python" benchmarks/gate.py

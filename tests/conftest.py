@@ -14,9 +14,9 @@ if os.environ.get("HYPOTHESIS_PROFILE") != "night":
 import jax
 import pytest
 
-from vk_kernels import device
 from vk_kernels.errors import NoDeviceError
-from vk_kernels.instance import layer_installed
+from vk_kernels.runtime import device
+from vk_kernels.runtime.instance import layer_installed
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 from vk_fixtures import needs_vulkan, vulkan_device  # noqa: F401
 
-from vk_kernels.build import find_tool
-from vk_kernels.device import Device
-from vk_kernels.lowering.codegen import Generated, generate
-from vk_kernels.lowering.graph import Graph, Literal, Node, Value
+from vk_kernels.compiler.codegen.kernels import Generated, generate
+from vk_kernels.compiler.ir import Graph, Literal, Node, Value
+from vk_kernels.runtime.device import Device
+from vk_kernels.tools.build_shaders import find_tool
 
 F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 FLOATS = [F32, BF16, F16]

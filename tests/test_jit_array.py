@@ -12,7 +12,7 @@ from jit_run import normal
 from vk_fixtures import SELECTOR, needs_vulkan
 
 import vk_kernels
-from vk_kernels.array import Array
+from vk_kernels.runtime.array import Array
 
 pytestmark = needs_vulkan
 

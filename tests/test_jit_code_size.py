@@ -8,11 +8,11 @@ from test_jit_graph import graph_of
 from vk_fixtures import SELECTOR, needs_vulkan
 
 import vk_kernels
-from vk_kernels.lowering import codegen
-from vk_kernels.lowering.code_size import CodeSize
-from vk_kernels.lowering.fuse import MOST_CODE, partition
-from vk_kernels.lowering.graph import Graph
-from vk_kernels.lowering.simplify import simplify
+from vk_kernels.compiler.codegen import kernels
+from vk_kernels.compiler.codegen.code_size import CodeSize
+from vk_kernels.compiler.ir import Graph
+from vk_kernels.compiler.partition import MOST_CODE, partition
+from vk_kernels.compiler.passes.simplify import simplify
 
 
 def scan_gradient(turns):
@@ -69,7 +69,7 @@ def kernels_of(program, turns) -> list[tuple[int, int]]:
     """Bytes of each kernel, and how many results its graph has, which may stand side by side in it."""
     fn, args = program(turns)
     graphs = [step.graph for step in partition(simplify(graph_of(fn, *args))).steps if step.graph]
-    return [(len(kernel.spirv), len(graph.outputs)) for graph in graphs for kernel in codegen.generate(graph).kernels]
+    return [(len(kernel.spirv), len(graph.outputs)) for graph in graphs for kernel in kernels.generate(graph).kernels]
 
 
 def code_of(program, turns) -> list[int]:
@@ -116,7 +116,7 @@ def test_code_is_as_long_as_expected(fn):
     size = CodeSize()
     for node in graph.nodes:
         size.add(node)
-    (kernel,) = codegen.generate(Graph((*graph.inputs, *graph.constants), {}, graph.nodes, graph.outputs)).kernels
+    (kernel,) = kernels.generate(Graph((*graph.inputs, *graph.constants), {}, graph.nodes, graph.outputs)).kernels
     actual = len(kernel.spirv) - 1500  # declarations, and to find a thread's element
     assert 0.5 * actual < size[graph.outputs[0]] < 2 * actual + 1000
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vk_kernels.lowering import codegen, codegen_cache
-from vk_kernels.lowering.graph import Graph, Literal, Node, Value
+from vk_kernels.compiler.codegen import cache as codegen_cache
+from vk_kernels.compiler.codegen import kernels
+from vk_kernels.compiler.ir import Graph, Literal, Node, Value
 
 F32, BF16 = np.dtype(np.float32), np.dtype("bfloat16")
 
@@ -20,8 +21,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def generated(monkeypatch):
     """The graphs that kernels were generated for."""
-    graphs, original = [], codegen.generate
-    monkeypatch.setattr(codegen, "generate", lambda graph: graphs.append(graph) or original(graph))
+    graphs, original = [], kernels.generate
+    monkeypatch.setattr(kernels, "generate", lambda graph: graphs.append(graph) or original(graph))
     return graphs
 
 
@@ -42,7 +43,7 @@ def chain(length=20, shape=(3, 5), dtype=F32, factor=0.5, axes=(1,), scope="", s
 
 def test_what_is_read_is_what_was_made(generated, cache):
     made = codegen_cache.generate(chain())
-    assert made == codegen.generate(chain())
+    assert made == kernels.generate(chain())
     generated.clear()
     assert codegen_cache.generate(chain()) == made
     assert codegen_cache.generate(chain(scope="elsewhere")) == made
@@ -68,7 +69,7 @@ def test_graphs_that_differ_do_not_share(generated, other):
     codegen_cache.generate(chain())
     found = codegen_cache.generate(chain(**other))
     assert len(generated) == 2
-    assert found == codegen.generate(chain(**other))
+    assert found == kernels.generate(chain(**other))
 
 
 def test_zeros_of_both_signs_do_not_share(generated):

@@ -12,11 +12,11 @@ from vk_fixtures import SELECTOR, needs_vulkan
 from vk_profiles import NIGHT
 
 import vk_kernels
-from vk_kernels.conformance import table
-from vk_kernels.conformance.check import check, results
-from vk_kernels.conformance.suite import Case, cases, names
-from vk_kernels.conformance.unsupported import UNSUPPORTED
-from vk_kernels.lowering.trace import UnsupportedError
+from vk_kernels.compiler.from_jaxpr import UnsupportedError
+from vk_kernels.tools.conformance import table
+from vk_kernels.tools.conformance.compare import check, results
+from vk_kernels.tools.conformance.suite import Case, cases, names
+from vk_kernels.tools.conformance.unsupported import UNSUPPORTED
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -90,7 +90,7 @@ def test_what_is_unsupported_is_an_error_in_words(fn):
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the table counts the primitives of Python 3.11's jax")
 def test_the_table_in_the_readme_is_up_to_date():
     readme = README.read_text()
-    assert readme == table.written(readme), "run python -m vk_kernels.conformance --readme README.md"
+    assert readme == table.written(readme), "run python -m vk_kernels.tools.conformance --readme README.md"
 
 
 def test_a_readme_without_marks_is_an_error():

@@ -14,8 +14,8 @@ from vk_fixtures import SELECTOR, needs_vulkan
 
 import vk_kernels
 from vk_kernels import ops
-from vk_kernels.lowering import trace
-from vk_kernels.lowering.trace import UnsupportedError
+from vk_kernels.compiler import from_jaxpr
+from vk_kernels.compiler.from_jaxpr import UnsupportedError
 
 pytestmark = needs_vulkan
 
@@ -379,7 +379,7 @@ def test_a_loop_as_long_as_data_say_is_an_error_in_words(fn):
 
 
 def test_a_loop_without_end_is_an_error_in_words(monkeypatch):
-    monkeypatch.setattr(trace, "UNROLLED", 100)
+    monkeypatch.setattr(from_jaxpr, "UNROLLED", 100)
     with pytest.raises(UnsupportedError, match="shorten this one"):
         vjit(lambda x: jax.lax.while_loop(lambda c: c[0] >= 0, lambda c: (c[0] * 1, c[1] * 2), (0, x)))(X)
 

@@ -10,9 +10,9 @@ from vk_fixtures import SELECTOR, needs_vulkan
 
 import vk_kernels
 from vk_kernels import ops
-from vk_kernels.lowering.graph import producers
-from vk_kernels.lowering.join import join
-from vk_kernels.lowering.simplify import simplify
+from vk_kernels.compiler.ir import producers
+from vk_kernels.compiler.passes.fuse_forward_backward import join
+from vk_kernels.compiler.passes.simplify import simplify
 
 pytestmark = needs_vulkan
 

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from test_jit_graph import graph_of
 
 from vk_kernels import ops
-from vk_kernels.lowering.absorb import absorb
-from vk_kernels.lowering.arena import ALIGNMENT, Lifetime, place
-from vk_kernels.lowering.call import Target
-from vk_kernels.lowering.fuse import Partition, common_scope, partition
-from vk_kernels.lowering.graph import Value
-from vk_kernels.lowering.simplify import simplify
-from vk_kernels.lowering.waves import Access, find_waves
-from vk_kernels.program import Place, find_barriers
+from vk_kernels.bridge.custom_call import Target
+from vk_kernels.compiler.arena import ALIGNMENT, Lifetime, place
+from vk_kernels.compiler.ir import Value
+from vk_kernels.compiler.list_schedule import Access, find_waves
+from vk_kernels.compiler.partition import Partition, common_scope, partition
+from vk_kernels.compiler.passes.fuse_epilogue import absorb
+from vk_kernels.compiler.passes.simplify import simplify
+from vk_kernels.runtime.program import Place, find_barriers
 
 X = np.ones((64, 48), np.float32)
 

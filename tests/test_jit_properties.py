@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from vk_fixtures import SELECTOR, needs_vulkan
 from vk_profiles import NIGHT
 
-from vk_kernels.conformance.cases import Case, draw
-from vk_kernels.conformance.check import check
+from vk_kernels.tools.conformance.compare import check
+from vk_kernels.tools.conformance.registry import Case, draw
 
 pytestmark = needs_vulkan
 

@@ -10,10 +10,10 @@ from vk_fixtures import SELECTOR, needs_vulkan
 
 import vk_kernels
 from vk_kernels import ops
-from vk_kernels.lowering import recompute as recompute_module
-from vk_kernels.lowering.graph import producers
-from vk_kernels.lowering.recompute import LEAST_BYTES, recompute
-from vk_kernels.lowering.simplify import simplify
+from vk_kernels.compiler.ir import producers
+from vk_kernels.compiler.passes import rematerialize as recompute_module
+from vk_kernels.compiler.passes.rematerialize import LEAST_BYTES, recompute
+from vk_kernels.compiler.passes.simplify import simplify
 from vk_kernels.ops.layer_norm import (
     layer_norm_forward_reference,
     layer_norm_rule,

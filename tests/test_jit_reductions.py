@@ -22,7 +22,7 @@ from jit_run import (
 from vk_fixtures import needs_vulkan, vulkan_device  # noqa: F401
 from vk_profiles import NIGHT
 
-from vk_kernels.lowering.codegen import generate
+from vk_kernels.compiler.codegen.kernels import generate
 
 pytestmark = needs_vulkan
 

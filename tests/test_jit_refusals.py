@@ -14,9 +14,9 @@ from jit_run import normal
 from vk_fixtures import SELECTOR, needs_vulkan
 
 import vk_kernels
-from vk_kernels.conformance.unsupported import UNSUPPORTED, UNSUPPORTED_DTYPES
-from vk_kernels.lowering import refusals
-from vk_kernels.lowering.trace import UnsupportedError
+from vk_kernels.compiler import refusals
+from vk_kernels.compiler.from_jaxpr import UnsupportedError
+from vk_kernels.tools.conformance.unsupported import UNSUPPORTED, UNSUPPORTED_DTYPES
 
 pytestmark = needs_vulkan
 

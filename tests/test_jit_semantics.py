@@ -8,9 +8,9 @@ from jax import lax
 from vk_fixtures import SELECTOR, needs_vulkan
 
 import vk_kernels
-from vk_kernels.conformance.suite import cases, names
-from vk_kernels.lowering import parameters
-from vk_kernels.lowering.trace import UnsupportedError
+from vk_kernels.compiler import parameters
+from vk_kernels.compiler.from_jaxpr import UnsupportedError
+from vk_kernels.tools.conformance.suite import cases, names
 
 F32, I32 = np.float32, np.int32
 X = np.linspace(-1, 1.5, 6, dtype=F32)

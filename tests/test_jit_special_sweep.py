@@ -7,11 +7,11 @@ import pytest
 from jax import lax
 from vk_fixtures import SELECTOR, needs_vulkan
 
-from vk_kernels.conformance import special
-from vk_kernels.conformance.cases import BF16, F32, INTEGERS
-from vk_kernels.conformance.exceptions import ALLOWED
-from vk_kernels.conformance.special_values import ELEMENTWISE, Item, constants, items, values
-from vk_kernels.lowering import emit_scalar
+from vk_kernels.compiler.codegen import scalars
+from vk_kernels.tools.conformance import special
+from vk_kernels.tools.conformance.exceptions import ALLOWED
+from vk_kernels.tools.conformance.registry import BF16, F32, INTEGERS
+from vk_kernels.tools.conformance.special_values import ELEMENTWISE, Item, constants, items, values
 
 DOCS = Path(__file__).parents[1] / "docs" / "numbers.md"
 # Of no computation, or of JAX versions that have other primitives for it.
@@ -20,7 +20,7 @@ IDENTITIES = {"copy_p", "name", "pcast", "pvary"}
 
 def test_every_elementwise_primitive_is_swept():
     swept = {name.split()[0] for name in ELEMENTWISE}
-    assert emit_scalar.ELEMENTWISE - IDENTITIES - swept == set()
+    assert scalars.ELEMENTWISE - IDENTITIES - swept == set()
     for name in ("div", "lt", "clamp"):
         arity = ELEMENTWISE[name][1]
         assert len(items(name, F32)) == 1 + arity * len(constants(F32))

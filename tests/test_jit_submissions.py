@@ -7,9 +7,9 @@ import pytest
 from vk_fixtures import SELECTOR, needs_vulkan
 
 import vk_kernels
-from vk_kernels import commands
-from vk_kernels.lowering import open_device
-from vk_kernels.program import group_stages
+from vk_kernels.bridge.custom_call import open_device
+from vk_kernels.runtime import command_buffer
+from vk_kernels.runtime.program import group_stages
 
 LONG, SHORT = 1e9, 1e-6  # milliseconds that no stage takes, and that every one does
 STEPS = 6
@@ -88,7 +88,7 @@ def test_an_interrupt_between_two_submissions_leaves_no_array_half_written(monke
     for _ in range(3):
         state, _ = step(state, x)
     buffers = [array.buffer for array in state]
-    submit, calls = commands.Recorder.submit, []
+    submit, calls = command_buffer.Recorder.submit, []
 
     def interrupted(self):
         calls.append(self)
@@ -97,7 +97,7 @@ def test_an_interrupt_between_two_submissions_leaves_no_array_half_written(monke
             raise KeyboardInterrupt
         return submission
 
-    monkeypatch.setattr(commands.Recorder, "submit", interrupted)
+    monkeypatch.setattr(command_buffer.Recorder, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         step(state, x)
     assert len(set(calls)) == step.cost(*start()).barriers + 1

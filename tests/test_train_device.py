@@ -9,16 +9,17 @@ import pytest
 from vk_fixtures import SELECTOR, needs_vulkan
 from whole_run import chats, configuration  # noqa: F401
 
-import vk_kernels.device
+import vk_kernels.runtime.device
 from gpt_jax import backend, programs
 from gpt_jax.config import UserError
 from gpt_jax.failures import remedies, smaller
 from gpt_jax.metrics import read_lines
 from gpt_jax.train import Run, TrainingFailed, train_and_evaluate
-from vk_kernels.device import Device
+from vk_kernels.bridge import jit
+from vk_kernels.bridge.custom_call import open_device
 from vk_kernels.errors import BufferSizeError, DeviceLostError, FeatureError, OutOfMemoryError
-from vk_kernels.lowering import jit, open_device
-from vk_kernels.memory import Memory
+from vk_kernels.runtime.device import Device
+from vk_kernels.runtime.memory import Memory
 
 SHORT = ["--config.num_steps=30", "--config.sample.every=20"]  # kernels are those of tests/test_train_vulkan.py
 
@@ -58,8 +59,8 @@ def vulkan(monkeypatch):
     open_device().close()
     yield [*SHORT, "--config.backend=vulkan"]
     monkeypatch.undo()
-    if vk_kernels.device._default is not None:
-        vk_kernels.device._default.close()
+    if vk_kernels.runtime.device._default is not None:
+        vk_kernels.runtime.device._default.close()
 
 
 @needs_vulkan
@@ -120,13 +121,13 @@ def test_a_device_that_fills_up_later_ends_the_run(vulkan, corpus, tmp_path, mon
 
 @needs_vulkan
 def test_what_is_too_large_for_a_buffer_is_answered_with_values_that_were_tried(vulkan, corpus, monkeypatch, tmp_path):
-    query = vk_kernels.device.query_limits
+    query = vk_kernels.runtime.device.query_limits
 
     def narrow(*args):
         found = query(*args)
         return type(found)(**{**vars(found), "storage_buffer_range": 60_000})
 
-    monkeypatch.setattr(vk_kernels.device, "query_limits", narrow)
+    monkeypatch.setattr(vk_kernels.runtime.device, "query_limits", narrow)
     config = configuration(corpus, *vulkan)
     with pytest.raises(TrainingFailed, match=r"takes at most 60,000|a buffer there at most 60,000") as failed:
         train_and_evaluate(config, tmp_path)

@@ -14,10 +14,11 @@ from vk_fixtures import SELECTOR, needs_vulkan
 from vk_profiles import NIGHT
 
 import vk_kernels
-from vk_kernels import lowering, ops
-from vk_kernels.cases import BF16, CASES, F32, RNG, SIZES, numbers
-from vk_kernels.check import check, outputs_and_gradients
+from vk_kernels import ops
+from vk_kernels.bridge.custom_call import counts, open_device
 from vk_kernels.errors import NoDeviceError
+from vk_kernels.tools.check_ops import check, outputs_and_gradients
+from vk_kernels.tools.op_cases import BF16, CASES, F32, RNG, SIZES, numbers
 
 pytestmark = [needs_vulkan, pytest.mark.timeout(300)]
 
@@ -36,10 +37,10 @@ def on_vulkan():
 def on_both(function, *operands):
     """What a function of the operations gives on XLA, and on Vulkan, under jit; and that kernels ran for the second."""
     expected = jax.jit(function)(*operands)
-    before = lowering.counts()
+    before = counts()
     with vk_kernels.use("vulkan", device=SELECTOR):
         found = jax.block_until_ready(jax.jit(function)(*operands))
-    assert lowering.counts() != before
+    assert counts() != before
     return found, expected
 
 
@@ -201,7 +202,7 @@ def test_two_runs_are_bit_equal():
 @pytest.mark.timeout(1800)
 def test_mixed_calls_keep_memory_and_files_flat(on_vulkan):
     """Forward and backward passes of every case, in turn."""
-    device, calls = lowering.open_device(SELECTOR), []
+    device, calls = open_device(SELECTOR), []
     for case in CASES:
         operands = [jnp.asarray(x) for x in case.operands(SIZES["tiny"], F32)]
         calls.append((jax.jit(functools.partial(outputs_and_gradients, case.run, case.differentiable)), operands))
@@ -238,20 +239,20 @@ def test_nan_passes_through():
 
 
 def test_eagerly(on_vulkan):
-    before = lowering.counts().get("gelu_forward.f32", 0)
+    before = counts().get("gelu_forward.f32", 0)
     ops.gelu(row(0, 3, 4))
-    assert lowering.counts()["gelu_forward.f32"] == before + 1
+    assert counts()["gelu_forward.f32"] == before + 1
 
 
 def test_by_argument():
     x = row(0, 3, 4)
-    before = lowering.counts()
+    before = counts()
     ops.gelu(x, implementation="xla")
     ops.gelu(x)
-    assert lowering.counts() == before
+    assert counts() == before
     with vk_kernels.use("vulkan", device=SELECTOR):
         ops.gelu(x, implementation="xla")
-        assert lowering.counts() == before
+        assert counts() == before
     with pytest.raises(ValueError, match="implementation is None, 'xla' or 'vulkan', not 'cuda'"):
         ops.gelu(x, implementation="cuda")
 
@@ -260,8 +261,8 @@ def test_by_name_without_a_device_raises(monkeypatch):
     def none(*_):
         raise NoDeviceError("no Vulkan driver on this machine")
 
-    monkeypatch.setattr("vk_kernels.lowering.call.default_device", none)
-    monkeypatch.setattr("vk_kernels.lowering.call._devices", {})
+    monkeypatch.setattr("vk_kernels.bridge.custom_call.default_device", none)
+    monkeypatch.setattr("vk_kernels.bridge.custom_call._devices", {})
     with pytest.raises(NoDeviceError, match="no Vulkan driver"):
         ops.gelu(row(0, 3), implementation="vulkan")
 

@@ -11,11 +11,7 @@ from vk_fixtures import needs_vulkan, vulkan_device  # noqa: F401
 from vk_profiles import night
 from vk_run import BF16, F32, assert_accurate, normal, run, same_bits
 
-from vk_kernels.cases import random_bits
-from vk_kernels.device import list_devices
 from vk_kernels.errors import FeatureError
-from vk_kernels.features import CooperativeMatrix, Features
-from vk_kernels.kernel import manifest
 from vk_kernels.ops import launch
 from vk_kernels.ops.attention import (
     VARIANTS,
@@ -28,7 +24,11 @@ from vk_kernels.ops.attention import (
     plan_attention_forward,
 )
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
-from vk_kernels.plan import Array, execute
+from vk_kernels.runtime.device import list_devices
+from vk_kernels.runtime.dispatch_plan import Array, execute
+from vk_kernels.runtime.features import CooperativeMatrix, Features
+from vk_kernels.runtime.kernel import manifest
+from vk_kernels.tools.op_cases import random_bits
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 

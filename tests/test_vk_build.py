@@ -7,12 +7,21 @@ import struct
 
 import pytest
 
-from vk_kernels import build as build_module
-from vk_kernels import features
-from vk_kernels.build import PACKAGE, BuildError, build, find_targets, find_tool, main, out_of_date, read_manifest
-from vk_kernels.features import CAPABILITIES
-from vk_kernels.lowering import spirv
-from vk_kernels.reflect import Reflection, reflect
+from vk_kernels.runtime import features
+from vk_kernels.runtime.features import CAPABILITIES
+from vk_kernels.spirv import builder
+from vk_kernels.spirv.reflect import Reflection, reflect
+from vk_kernels.tools import build_shaders as build_module
+from vk_kernels.tools.build_shaders import (
+    PACKAGE,
+    BuildError,
+    build,
+    find_targets,
+    find_tool,
+    main,
+    out_of_date,
+    read_manifest,
+)
 
 
 def compiler_missing() -> str:
@@ -30,30 +39,32 @@ needs_compiler = pytest.mark.skipif(bool(compiler_missing()), reason=compiler_mi
 @pytest.fixture
 def package(tmp_path):
     """A copy of two shaders and their binaries, to change at will."""
-    for folder, names in (("shaders", ("fill", "copy")), ("spirv", ("fill", "copy.f16", "copy.f32"))):
+    for folder, names in (("shaders", ("fill", "copy")), ("shaders/binaries", ("fill", "copy.f16", "copy.f32"))):
         (tmp_path / folder).mkdir()
         suffix = ".slang" if folder == "shaders" else ".spv"
         for name in names:
             shutil.copy(PACKAGE / folder / f"{name}{suffix}", tmp_path / folder)
-    kernels = {name: record for name, record in read_manifest(PACKAGE / "spirv").items() if name in names}
-    (tmp_path / "spirv" / "manifest.json").write_text(json.dumps({"kernels": kernels}))
+    kernels = {
+        name: record for name, record in read_manifest(PACKAGE / "shaders" / "binaries").items() if name in names
+    }
+    (tmp_path / "shaders" / "binaries" / "manifest.json").write_text(json.dumps({"kernels": kernels}))
     return tmp_path
 
 
 def test_what_ships_matches_its_sources():
-    assert out_of_date(PACKAGE / "shaders", PACKAGE / "spirv") == {}
+    assert out_of_date(PACKAGE / "shaders", PACKAGE / "shaders" / "binaries") == {}
 
 
 def test_the_manifest_says_what_the_binaries_are():
-    for name, record in read_manifest(PACKAGE / "spirv").items():
-        reflection = reflect((PACKAGE / "spirv" / f"{name}.spv").read_bytes())
+    for name, record in read_manifest(PACKAGE / "shaders" / "binaries").items():
+        reflection = reflect((PACKAGE / "shaders" / "binaries" / f"{name}.spv").read_bytes())
         assert Reflection.from_json(record) == reflection
         assert set(reflection.capabilities) <= set(CAPABILITIES)
 
 
 def test_every_feature_that_is_enabled_is_used():
-    kernels = {c for record in read_manifest(PACKAGE / "spirv").values() for c in record["capabilities"]}
-    used = {CAPABILITIES[c] for c in (*kernels, *spirv._CAPABILITIES)} - {None, *features._SUBGROUP_OPERATIONS}
+    kernels = {c for record in read_manifest(PACKAGE / "shaders" / "binaries").values() for c in record["capabilities"]}
+    used = {CAPABILITIES[c] for c in (*kernels, *builder._CAPABILITIES)} - {None, *features._SUBGROUP_OPERATIONS}
     used |= {"timelineSemaphore", "maintenance4", "subgroupSizeControl", "computeFullSubgroups"}  # by the runtime
     used |= {"cooperativeMatrixWorkgroupScope", "cooperativeMatrixFlexibleDimensions"}  # have no capability
     enabled = features.ALL_FEATURES - {*features._PLAIN_EXTENSIONS, *features._SUBGROUP_OPERATIONS}
@@ -85,7 +96,7 @@ def test_a_changed_import_fails_the_check(package):
 
 
 def test_a_changed_missing_or_left_over_binary_fails_the_check(package):
-    spirv = package / "spirv"
+    spirv = package / "shaders" / "binaries"
     (spirv / "fill.spv").write_bytes((spirv / "fill.spv").read_bytes() + b"\0\0\0\0")
     (spirv / "copy.f16.spv").unlink()
     (spirv / "old.spv").write_bytes(b"")
@@ -98,7 +109,7 @@ def test_a_changed_missing_or_left_over_binary_fails_the_check(package):
 
 def test_flags_are_part_of_the_hash(package, monkeypatch):
     monkeypatch.setattr(build_module, "OPT_FLAGS", ("-Os",))
-    assert set(out_of_date(package / "shaders", package / "spirv")) == {"fill", "copy.f16", "copy.f32"}
+    assert set(out_of_date(package / "shaders", package / "shaders" / "binaries")) == {"fill", "copy.f16", "copy.f32"}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +124,7 @@ def test_a_declaration_that_makes_no_sense_is_named(package, text, message):
     source = package / "shaders" / "fill.slang"
     source.write_text(text + "\n" + source.read_text())
     with pytest.raises(BuildError, match=message):
-        out_of_date(package / "shaders", package / "spirv")
+        out_of_date(package / "shaders", package / "shaders" / "binaries")
 
 
 def test_one_name_for_two_kernels_is_refused(package):
@@ -134,7 +145,7 @@ def test_what_is_not_spirv_is_refused():
     with pytest.raises(ValueError, match=r"not SPIR-V"):
         reflect(b"hello, world, this is text")
     with pytest.raises(ValueError, match=r"0 compute entry points called 'other'"):
-        reflect((PACKAGE / "spirv" / "fill.spv").read_bytes(), "other")
+        reflect((PACKAGE / "shaders" / "binaries" / "fill.spv").read_bytes(), "other")
 
 
 def test_an_unknown_name_lists_what_there_is(package, capsys):
@@ -144,10 +155,14 @@ def test_an_unknown_name_lists_what_there_is(package, capsys):
 
 @needs_compiler
 def test_a_build_reproduces_the_binaries_to_the_bit(package):
-    before = {file.name: file.read_bytes() for file in (package / "spirv").glob("*.spv")}
-    assert build(package / "shaders", package / "spirv") == []
-    assert build(package / "shaders", package / "spirv", ["fill", "copy"]) == ["copy.f32", "copy.f16", "fill"]
-    assert {file.name: file.read_bytes() for file in (package / "spirv").glob("*.spv")} == before
+    before = {file.name: file.read_bytes() for file in (package / "shaders" / "binaries").glob("*.spv")}
+    assert build(package / "shaders", package / "shaders" / "binaries") == []
+    assert build(package / "shaders", package / "shaders" / "binaries", ["fill", "copy"]) == [
+        "copy.f32",
+        "copy.f16",
+        "fill",
+    ]
+    assert {file.name: file.read_bytes() for file in (package / "shaders" / "binaries").glob("*.spv")} == before
 
 
 @needs_compiler
@@ -155,11 +170,11 @@ def test_a_build_mends_what_the_check_finds(package):
     source = package / "shaders" / "fill.slang"
     source.write_text(source.read_text().replace("256", "128"))
     (package / "shaders" / "copy.slang").unlink()
-    assert build(package / "shaders", package / "spirv") == ["fill"]
-    assert out_of_date(package / "shaders", package / "spirv") == {}
-    assert sorted(read_manifest(package / "spirv")) == ["fill"]
-    assert [file.name for file in (package / "spirv").glob("*.spv")] == ["fill.spv"]
-    assert read_manifest(package / "spirv")["fill"]["spec_constants"][0]["default"] == 128
+    assert build(package / "shaders", package / "shaders" / "binaries") == ["fill"]
+    assert out_of_date(package / "shaders", package / "shaders" / "binaries") == {}
+    assert sorted(read_manifest(package / "shaders" / "binaries")) == ["fill"]
+    assert [file.name for file in (package / "shaders" / "binaries").glob("*.spv")] == ["fill.spv"]
+    assert read_manifest(package / "shaders" / "binaries")["fill"]["spec_constants"][0]["default"] == 128
 
 
 @needs_compiler
@@ -200,8 +215,8 @@ void sizes(uint3 id : SV_DispatchThreadID, uint3 local : SV_GroupThreadID)
 @needs_compiler
 def test_reflection_reads_sizes_constants_and_bindings(package):
     (package / "shaders" / "sizes.slang").write_text(SIZES)
-    build(package / "shaders", package / "spirv", ["sizes"])
-    code = (package / "spirv" / "sizes.spv").read_bytes()
+    build(package / "shaders", package / "shaders" / "binaries", ["sizes"])
+    code = (package / "shaders" / "binaries" / "sizes.spv").read_bytes()
     found = reflect(code)
     assert found.workgroup == ("TILE", 2, 1)
     assert [(c.id, c.name, c.type, c.default) for c in found.spec_constants] == [
@@ -214,7 +229,7 @@ def test_reflection_reads_sizes_constants_and_bindings(package):
     assert found.push_constant_bytes == 28  # 4, 4 of padding, 8, 8, 4
     assert found.shared_bytes == 32 * 33 * 4 + 4
     assert {"Int64", "GroupNonUniformArithmetic"} <= set(found.capabilities)
-    assert read_manifest(package / "spirv")["sizes"]["spirv_sha256"] == hashlib.sha256(code).hexdigest()
+    assert read_manifest(package / "shaders" / "binaries")["sizes"]["spirv_sha256"] == hashlib.sha256(code).hexdigest()
 
 
 @needs_compiler
@@ -225,11 +240,11 @@ def test_a_kernel_may_take_nothing_but_storage_buffers(package):
         "{ output[id.x] = image[id.xy]; }\n"
     )
     with pytest.raises(BuildError, match=r"look: 'image' is no storage buffer"):
-        build(package / "shaders", package / "spirv", ["look"])
+        build(package / "shaders", package / "shaders" / "binaries", ["look"])
 
 
 def test_spirv_of_no_known_capability_is_refused():
-    code = bytearray((PACKAGE / "spirv" / "fill.spv").read_bytes())
+    code = bytearray((PACKAGE / "shaders" / "binaries" / "fill.spv").read_bytes())
     words = list(struct.unpack(f"<{len(code) // 4}I", code))
     assert words[5] == 2 << 16 | 17  # OpCapability
     words[6] = 999999

@@ -19,7 +19,7 @@ from vk_kernels.ops.cross_entropy import (
     plan_linear_cross_entropy_forward,
 )
 from vk_kernels.ops.gemm import VARIANTS, choose_variant
-from vk_kernels.plan import Array
+from vk_kernels.runtime.dispatch_plan import Array
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from vk_fixtures import SELECTOR, needs_vulkan, vulkan_device  # noqa: F401
 
-from vk_kernels import api
-from vk_kernels import device as device_module
-from vk_kernels.device import Device, DeviceInfo, choose, default_device, list_devices
 from vk_kernels.errors import DeviceLostError, NoDeviceError, SettingError, VulkanError
-from vk_kernels.features import CooperativeMatrix, Features, Limits, _cooperative_matrices2
-from vk_kernels.instance import validation_mode
+from vk_kernels.runtime import device as device_module
+from vk_kernels.runtime import vulkan
+from vk_kernels.runtime.device import Device, DeviceInfo, choose, default_device, list_devices
+from vk_kernels.runtime.features import CooperativeMatrix, Features, Limits, _cooperative_matrices2
+from vk_kernels.runtime.instance import validation_mode
 
 LIMITS = Limits(*[0] * 18)
 
@@ -64,14 +64,15 @@ def test_a_device_that_cannot_be_used_is_passed_over_and_named_when_asked_for():
 
 
 def test_no_loader_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(api, "vk", None)
+    monkeypatch.setattr(vulkan, "vk", None)
     with pytest.raises(NoDeviceError, match=r"no Vulkan loader.*install_vulkan.sh"):
         list_devices()
 
 
 @needs_vulkan
 def test_no_driver_says_what_to_install(tmp_path):
-    code = "from vk_kernels.device import Device\ntry: Device.open()\nexcept Exception as e: print(type(e).__name__, e)"
+    code = "from vk_kernels.runtime.device import Device\n"
+    code += "try: Device.open()\nexcept Exception as e: print(type(e).__name__, e)"
     nothing = str(tmp_path / "none.json")
     environment = {**os.environ, "VK_ICD_FILENAMES": nothing, "VK_DRIVER_FILES": nothing}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
@@ -104,14 +105,14 @@ def test_missing_features_are_named():
 
 @needs_vulkan
 def test_structs_that_the_package_lacks_are_laid_out_as_c_does():
-    core = api.struct("VkPhysicalDeviceMaintenance4Features", maintenance4=True)
-    raw = api.RawStruct(1000141000, ("first", "second", "third"))
+    core = vulkan.struct("VkPhysicalDeviceMaintenance4Features", maintenance4=True)
+    raw = vulkan.RawStruct(1000141000, ("first", "second", "third"))
     raw.pNext = core
     raw.second = True
     assert (raw.first, raw.second, raw.third) == (0, 1, 0)
-    words = api.ffi.cast("uint32_t*", raw.pointer)
+    words = vulkan.ffi.cast("uint32_t*", raw.pointer)
     assert [words[i] for i in (0, 4, 5, 6)] == [1000141000, 0, 1, 0]
-    behind = api.ffi.cast("VkPhysicalDeviceMaintenance4Features*", raw.pointer.pNext)
+    behind = vulkan.ffi.cast("VkPhysicalDeviceMaintenance4Features*", raw.pointer.pNext)
     assert behind.maintenance4 == 1
 
 
@@ -123,19 +124,19 @@ def test_flexible_cooperative_matrices_are_read():
         (16, 8, 16, 0, 0, 1, 1, 0, 3, 0),
     ]
 
-    @api.ffi.callback("VkResult(VkPhysicalDevice, uint32_t*, void*)")
+    @vulkan.ffi.callback("VkResult(VkPhysicalDevice, uint32_t*, void*)")
     def driver(physical, count, properties):
         count[0] = len(rows)
-        if properties != api.ffi.NULL:
-            words = api.ffi.cast("uint32_t*", properties)  # 14 words each: sType, padding, pNext, 10 members
+        if properties != vulkan.ffi.NULL:
+            words = vulkan.ffi.cast("uint32_t*", properties)  # 14 words each: sType, padding, pNext, 10 members
             for i, row in enumerate(rows):
                 assert words[14 * i] == 1000593001
                 for j, value in enumerate(row):
                     words[14 * i + 4 + j] = value
         return 0
 
-    functions = api.Functions(lambda name: api.ffi.cast("void*", driver))
-    assert _cooperative_matrices2(functions, api.ffi.NULL) == (
+    functions = vulkan.Functions(lambda name: vulkan.ffi.cast("void*", driver))
+    assert _cooperative_matrices2(functions, vulkan.ffi.NULL) == (
         CooperativeMatrix(16, 16, 16, "bf16", "bf16", "f32", "f32", "workgroup", 256),
         CooperativeMatrix(16, 8, 16, "f16", "f16", "f32", "f32", "subgroup", 0),
     )
@@ -188,7 +189,7 @@ def test_the_default_device_is_shared_and_opened_again_after_a_close(monkeypatch
 @needs_vulkan
 def test_a_process_that_never_closes_its_device_ends_cleanly():
     code = (
-        f"from vk_kernels.device import Device\nd = Device.open({SELECTOR!r})\n"
+        f"from vk_kernels.runtime.device import Device\nd = Device.open({SELECTOR!r})\n"
         "b = d.buffer(4000); d.kernel('fill'); r = d.record(); print('end')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -202,7 +203,7 @@ def test_a_forked_process_lets_go_of_its_parents_device():
     code = textwrap.dedent(
         f"""
         import os, sys
-        from vk_kernels.device import Device
+        from vk_kernels.runtime.device import Device
 
         device = Device.open({SELECTOR!r})
         buffer = device.buffer(4)
@@ -233,7 +234,7 @@ def test_no_object_is_left_of_a_device_that_could_not_be_opened(monkeypatch):
         Device.open(SELECTOR)
     (device,) = devices
     assert not device._made
-    assert device.instance.handle == api.ffi.NULL
+    assert device.instance.handle == vulkan.ffi.NULL
     with pytest.raises(VulkanError, match=r"is closed"):
         device.completed()
 
@@ -261,12 +262,12 @@ def test_an_unknown_validation_mode_is_refused(monkeypatch):
 
 @needs_vulkan
 def test_validation_without_the_layer_is_an_error(monkeypatch):
-    monkeypatch.setattr("vk_kernels.instance.layer_installed", lambda: False)
+    monkeypatch.setattr("vk_kernels.runtime.instance.layer_installed", lambda: False)
     with pytest.raises(VulkanError, match=r"VK_LAYER_KHRONOS_validation is not installed"):
         device_module.Device.open(SELECTOR, validation=True)
 
 
 def test_the_runtime_does_not_know_jax():
-    code = "import sys, vk_kernels.device, vk_kernels.build\nprint('jax' in sys.modules)"
+    code = "import sys, vk_kernels.runtime.device, vk_kernels.tools.build_shaders\nprint('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "False\n", done.stderr

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from vk_fixtures import SELECTOR, needs_vulkan
 
-from vk_kernels import build, check, doctor, ops
-from vk_kernels.arguments import run_tool
-from vk_kernels.cases import CASES, F32, SIZES
-from vk_kernels.conformance.__main__ import main as conformance
-from vk_kernels.device import list_devices
+from vk_kernels import ops
+from vk_kernels.bridge.use import target_of
 from vk_kernels.errors import FeatureError, NoDeviceError, SettingError
-from vk_kernels.instance import NO_DRIVER
-from vk_kernels.lowering import target_of
+from vk_kernels.runtime.device import list_devices
+from vk_kernels.runtime.instance import NO_DRIVER
+from vk_kernels.tools import build_shaders, check_ops, doctor
+from vk_kernels.tools.arguments import run_tool
+from vk_kernels.tools.conformance.__main__ import main as conformance
+from vk_kernels.tools.op_cases import CASES, F32, SIZES
 
 GELU = next(case for case in CASES if case.op == "gelu")
 
@@ -77,7 +78,7 @@ def test_doctor_fails_if_a_kernel_is_wrong(capsys, monkeypatch):
 def test_a_wrong_truth_does_not_pass():
     """Its distance from XLA must not become what the kernels are allowed."""
     wrong = dataclasses.replace(GELU, truth=lambda x: (GELU.truth(x)[0] * 1.001,))
-    assert not any(result.passed for result in check.check(wrong, "tiny", F32, SELECTOR))
+    assert not any(result.passed for result in check_ops.check(wrong, "tiny", F32, SELECTOR))
 
 
 def test_doctor_without_a_driver_says_what_to_install(capsys, monkeypatch):
@@ -142,7 +143,7 @@ def test_a_group_without_a_name_has_its_number(tmp_path, monkeypatch):
 
 @needs_vulkan
 def test_check_prints_a_row_for_each_output_and_gradient(capsys):
-    assert check.main(["--ops", "gelu", "--sizes", "tiny", "--device", SELECTOR]) == 0
+    assert check_ops.main(["--ops", "gelu", "--sizes", "tiny", "--device", SELECTOR]) == 0
     out = capsys.readouterr().out
     assert out.count(" pass\n") == 4  # output and gradient, in f32 and bf16
     assert "all 4 passed" in out
@@ -151,7 +152,7 @@ def test_check_prints_a_row_for_each_output_and_gradient(capsys):
 @needs_vulkan
 def test_check_goes_on_after_an_error(capsys, monkeypatch):
     broken = dataclasses.replace(GELU, operands=lambda sizes, dtype: (np.zeros(3, np.float16),))
-    assert not check.report([broken, GELU], ("tiny",), SELECTOR)
+    assert not check_ops.report([broken, GELU], ("tiny",), SELECTOR)
     out = capsys.readouterr().out
     assert "found float16[3]" in out
     assert "4 of 6 passed" in out
@@ -161,22 +162,22 @@ def test_check_goes_on_after_an_error(capsys, monkeypatch):
 def test_check_notices_when_no_kernel_ran(monkeypatch):
     monkeypatch.setattr(ops, "gelu", lambda x, implementation=None: jax.nn.gelu(x))
     with pytest.raises(RuntimeError, match="no kernel ran"):
-        list(check.check(GELU, "tiny", F32, SELECTOR))
+        list(check_ops.check(GELU, "tiny", F32, SELECTOR))
 
 
 def test_check_refuses_unknown_names(capsys):
     with pytest.raises(SystemExit):
-        check.main(["--ops", "gelu,matmull"])
+        check_ops.main(["--ops", "gelu,matmull"])
     assert "unknown: matmull" in capsys.readouterr().err
 
 
 ARGUMENTS = [
     (doctor.main, ["--nope"]),
     (doctor.main, ["x"]),
-    (check.main, ["--sizes"]),
-    (check.main, ["--sizes=huge"]),
-    (build.main, ["--chek=1"]),
-    (build.main, ["no_such_kernel"]),
+    (check_ops.main, ["--sizes"]),
+    (check_ops.main, ["--sizes=huge"]),
+    (build_shaders.main, ["--chek=1"]),
+    (build_shaders.main, ["no_such_kernel"]),
     (conformance, ["--only=no_such_primitive"]),
     (conformance, ["--readme=/none/such"]),
     (conformance, ["--readme=LICENSE"]),
@@ -203,14 +204,14 @@ def test_what_stops_a_tool_costs_one_line(error, code, capsys):
 
 
 def test_nan_never_passes():
-    result = check.Result(GELU, "tiny", "float32", "plain", "output 0", float("nan"), 0.0, 1e-5)
+    result = check_ops.Result(GELU, "tiny", "float32", "plain", "output 0", float("nan"), 0.0, 1e-5)
     assert not result.passed
-    assert check._error(np.array([1.0, np.nan]), np.array([1.0, 2.0])) != 0
+    assert check_ops._error(np.array([1.0, np.nan]), np.array([1.0, 2.0])) != 0
 
 
 def test_errors_are_in_units_of_the_largest_element():
-    assert check._error(np.array([0.0, 11.0]), np.array([0.0, 10.0])) == pytest.approx(0.1)
-    assert check._error(np.zeros(0), np.zeros(0)) == 0.0
+    assert check_ops._error(np.array([0.0, 11.0]), np.array([0.0, 10.0])) == pytest.approx(0.1)
+    assert check_ops._error(np.zeros(0), np.zeros(0)) == 0.0
 
 
 def test_cases_cover_every_operation():

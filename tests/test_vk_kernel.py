@@ -14,10 +14,6 @@ import numpy as np
 import pytest
 from vk_fixtures import SELECTOR, needs_layer, needs_vulkan, vulkan_device  # noqa: F401
 
-from vk_kernels import api, disk_cache
-from vk_kernels import kernel as kernel_module
-from vk_kernels.api import vk
-from vk_kernels.device import Device
 from vk_kernels.errors import (
     DeviceLostError,
     DeviceTimeoutError,
@@ -26,7 +22,11 @@ from vk_kernels.errors import (
     ValidationError,
     VulkanError,
 )
-from vk_kernels.features import Features
+from vk_kernels.runtime import disk_cache, vulkan
+from vk_kernels.runtime import kernel as kernel_module
+from vk_kernels.runtime.device import Device
+from vk_kernels.runtime.features import Features
+from vk_kernels.runtime.vulkan import vk
 
 SIZES = [1, 3, 255, 256, 257, 1000, 65_537]
 
@@ -403,7 +403,7 @@ def test_a_full_disk_leaves_no_part_of_a_file(cache, monkeypatch):
 
 def test_processes_share_the_cache(cache):
     code = (
-        "from vk_kernels.device import Device\n"
+        "from vk_kernels.runtime.device import Device\n"
         f"with Device.open({SELECTOR!r}) as device:\n"
         "    for size in range(16, 129, 8):\n"
         "        device.kernel('fill', spec={'WORKGROUP': size})\n"
@@ -476,7 +476,7 @@ def test_validation_catches_a_missing_barrier():
 def test_validation_catches_a_missing_barrier_between_submissions():
     with Device.open(SELECTOR, validation=True) as device:
         a, b = device.buffer(4000), device.buffer(4000)
-        device.final_barrier = api.struct("VkMemoryBarrier")  # makes nothing visible
+        device.final_barrier = vulkan.struct("VkMemoryBarrier")  # makes nothing visible
         with device.recorder() as recorder:
             fill(recorder, a, 1000, 1)
             recorder.submit()

@@ -17,11 +17,14 @@ from jax.sharding import AxisType, PartitionSpec
 from vk_fixtures import SELECTOR, skip_reason
 
 import vk_kernels
-from vk_kernels import lowering
-from vk_kernels.api import vk
+from vk_kernels.bridge import custom_call
+from vk_kernels.bridge.custom_call import Target, counts, open_device
+from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.primitive import make_primitive
+from vk_kernels.bridge.use import target_of
 from vk_kernels.errors import BufferSizeError, NoDeviceError
-from vk_kernels.lowering import Target, call
-from vk_kernels.plan import Array, Dispatch, Plan
+from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
+from vk_kernels.runtime.vulkan import vk
 
 pytestmark = [
     pytest.mark.skipif(bool(skip_reason()), reason=skip_reason()),
@@ -50,11 +53,11 @@ def copies(*operands, kernel="copy"):
     return tuple(x + 0 for x in operands)
 
 
-COPY = lowering.make_primitive("test_copy", copies, plan_copies, folding=lambda kernel: (True,))
-COPY_IN_TURN = lowering.make_primitive("test_copy_in_turn", copies, plan_copies)
-PAIR = lowering.make_primitive("test_pair", copies, plan_copies)
-PAIR_BACKWARD = lowering.make_primitive("test_pair_backward", copies, plan_copies)
-pair_operation = lowering.make_operation(
+COPY = make_primitive("test_copy", copies, plan_copies, folding=lambda kernel: (True,))
+COPY_IN_TURN = make_primitive("test_copy_in_turn", copies, plan_copies)
+PAIR = make_primitive("test_pair", copies, plan_copies)
+PAIR_BACKWARD = make_primitive("test_pair_backward", copies, plan_copies)
+pair_operation = make_operation(
     PAIR,
     lambda target, operands, results, cotangents, **parameters: PAIR_BACKWARD.bind(
         *cotangents, target=target, **parameters
@@ -73,9 +76,9 @@ def pair(x, w):
 
 def ran(function, *arguments):
     """(what it returns, how many copies ran on the device for it)."""
-    before = lowering.counts().get("copy.f32", 0)
+    before = counts().get("copy.f32", 0)
     result = jax.block_until_ready(function(*arguments))
-    return result, lowering.counts().get("copy.f32", 0) - before
+    return result, counts().get("copy.f32", 0) - before
 
 
 def numbers(*shape):
@@ -102,7 +105,7 @@ def test_over_a_megabyte(shape):
 
 
 def test_memory_that_the_driver_will_not_import_is_copied(monkeypatch):
-    device = lowering.open_device(SELECTOR)
+    device = open_device(SELECTOR)
     refuse = lambda *_: vk.VK_ERROR_INVALID_EXTERNAL_HANDLE  # noqa: E731
     monkeypatch.setattr(device.fn, "vkGetMemoryHostPointerPropertiesEXT", refuse, raising=False)
     x = numbers(1024, 1024)
@@ -114,16 +117,16 @@ def test_memory_that_the_driver_will_not_import_is_copied(monkeypatch):
 def test_what_is_too_large_to_be_planned_says_so():
     huge = jax.ShapeDtypeStruct((1 << 16, 1 << 16), jnp.bfloat16)
     with pytest.raises(BufferSizeError, match=r"gelu\(bfloat16\[4294967296\]\).* 8,589,934,592 bytes"):
-        call.make_plan(
-            lowering.open_device(SELECTOR),
-            call.encode("gelu", {}, call.Target()).encode(),
+        custom_call.make_plan(
+            open_device(SELECTOR),
+            custom_call.encode("gelu", {}, custom_call.Target()).encode(),
             (Array((huge.size,), np.dtype(jnp.bfloat16)),),
             (Array((huge.size,), np.dtype(jnp.bfloat16)),),
         )
 
 
 def test_many_calls_keep_memory_flat():
-    device = lowering.open_device(SELECTOR)
+    device = open_device(SELECTOR)
     x = jnp.asarray(numbers(1024, 300))
     run = jax.jit(copy)
     run(x).block_until_ready()
@@ -236,7 +239,7 @@ def test_what_the_planner_refuses_is_an_error_of_the_trace():
 
 
 def test_a_buffer_over_the_limit_is_an_error_of_the_trace():
-    limit = lowering.open_device(SELECTOR).limits.storage_buffer_range
+    limit = open_device(SELECTOR).limits.storage_buffer_range
     shape = jax.ShapeDtypeStruct((limit // 4 + 1,), np.float32)
     with pytest.raises(BufferSizeError, match="maxStorageBufferRange"):
         jax.jit(copy).lower(shape)
@@ -290,7 +293,7 @@ def test_concurrent_calls_of_one_program():
 
 def identity(x, implementation=None):
     """An operation as `vk_kernels.ops` has them."""
-    target = lowering.target_of(implementation)
+    target = target_of(implementation)
     return x + 0 if target is None else copy(x, target)
 
 
@@ -323,21 +326,21 @@ def test_use_under_remat_and_custom_derivatives():
 
 def test_backward_runs_as_forward_did():
     with vk_kernels.use("vulkan", device=SELECTOR):
-        target = lowering.target_of(None)
+        target = target_of(None)
         _, pullback = jax.vjp(lambda x: pair_operation(target, x, x, kernel="copy")[0], numbers(3))
     assert ran(pullback, numbers(3))[1] == 2
 
 
 def test_an_argument_overrides_use():
-    assert lowering.target_of(None) is None
+    assert target_of(None) is None
     with vk_kernels.use("vulkan", device=SELECTOR):
-        assert lowering.target_of("xla") is None
-        assert lowering.target_of("vulkan") == TARGET
+        assert target_of("xla") is None
+        assert target_of("vulkan") == TARGET
         with vk_kernels.use("xla"):
-            assert lowering.target_of(None) is None
+            assert target_of(None) is None
         with vk_kernels.use("vulkan"):
-            assert lowering.target_of(None) == TARGET
-    assert lowering.target_of("vulkan") == Target()
+            assert target_of(None) == TARGET
+    assert target_of("vulkan") == Target()
 
 
 def test_use_is_of_this_thread_and_ends_with_an_error():
@@ -345,7 +348,7 @@ def test_use_is_of_this_thread_and_ends_with_an_error():
 
     def fail():
         with vk_kernels.use("vulkan", device=SELECTOR):
-            thread = threading.Thread(target=lambda: seen.append(lowering.target_of(None)))
+            thread = threading.Thread(target=lambda: seen.append(target_of(None)))
             thread.start()
             thread.join()
             raise KeyError
@@ -353,7 +356,7 @@ def test_use_is_of_this_thread_and_ends_with_an_error():
     with pytest.raises(KeyError):
         fail()
     assert seen == [None]
-    assert lowering.target_of(None) is None
+    assert target_of(None) is None
 
 
 def test_use_refuses_what_it_does_not_know():
@@ -417,7 +420,7 @@ def test_the_process_ends_while_calls_run(result):
 
 def test_no_gpu_says_what_to_do():
     code = """
-        from vk_kernels.device import list_devices
+        from vk_kernels.runtime.device import list_devices
         if any(info.kind != "cpu" for info in list_devices()):
             sys.exit("a GPU is here")
         try:
@@ -434,7 +437,9 @@ def test_no_gpu_says_what_to_do():
 
 def test_parameters_survive_the_call_string():
     parameters = {"rate": 0.1, "shape": (2, (3, 4)), "name": "a", "none": None, "flag": True, "huge": 1e30}
-    operation, decoded, target = call._decode(call.encode("op", parameters, Target("cpu", "plain")).encode())
+    operation, decoded, target = custom_call._decode(
+        custom_call.encode("op", parameters, Target("cpu", "plain")).encode()
+    )
     assert (operation, decoded, target) == ("op", parameters, Target("cpu", "plain"))
 
 

@@ -34,7 +34,7 @@ from vk_kernels.ops.matmul import (
     plan_matmul_backward,
     plan_matmul_forward,
 )
-from vk_kernels.plan import Plan, execute
+from vk_kernels.runtime.dispatch_plan import Plan, execute
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 

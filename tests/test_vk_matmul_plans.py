@@ -20,7 +20,7 @@ from vk_kernels.ops.gemm import (
     plan_gemm,
 )
 from vk_kernels.ops.matmul import plan_matmul_forward
-from vk_kernels.plan import Array
+from vk_kernels.runtime.dispatch_plan import Array
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from vk_fixtures import SELECTOR, needs_vulkan, vulkan_device  # noqa: F401
 
-from vk_kernels import memory
-from vk_kernels.api import vk
-from vk_kernels.device import Device
 from vk_kernels.errors import BufferSizeError, FeatureError, OutOfMemoryError, VulkanError
-from vk_kernels.memory import Block
+from vk_kernels.runtime import memory
+from vk_kernels.runtime.device import Device
+from vk_kernels.runtime.memory import Block
+from vk_kernels.runtime.vulkan import vk
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["mapped", "staged"])

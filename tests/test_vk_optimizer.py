@@ -10,7 +10,7 @@ from vk_run import BF16, DTYPES, F32, normal, run, same_bits
 
 from vk_kernels.ops.adamw import adamw_reference, plan_adamw
 from vk_kernels.ops.global_norm import global_norm_reference, plan_global_norm
-from vk_kernels.plan import Array, record
+from vk_kernels.runtime.dispatch_plan import Array, record
 
 pytestmark = needs_vulkan
 

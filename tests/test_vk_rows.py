@@ -45,7 +45,7 @@ from vk_kernels.ops.layer_norm import (
     residual_layer_norm_backward_reference,
     residual_layer_norm_forward_reference,
 )
-from vk_kernels.plan import Array
+from vk_kernels.runtime.dispatch_plan import Array
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 

@@ -14,7 +14,8 @@ from configs import chat_tiny
 from gpt_jax.model import GPT, ModelConfig
 from gpt_jax.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.steps import init_params, init_state, train_step
-from vk_kernels import lowering, ops
+from vk_kernels import ops
+from vk_kernels.bridge.custom_call import counts
 
 pytestmark = [needs_vulkan, pytest.mark.timeout(300)]
 
@@ -63,13 +64,13 @@ STEP = jax.jit(
 
 def train(implementation: str) -> Run:
     state = jax.jit(lambda: init_state(init_params(MODEL, CONFIG.seed), OPTIMIZER))()
-    before, losses = collections.Counter(lowering.counts()), []
+    before, losses = collections.Counter(counts()), []
     with use(implementation):
         for i in range(STEPS):
             state, metrics = STEP(state, batch_of(i))
             losses.append(metrics["loss"])
     params = jax.tree.map(np.asarray, state.params)
-    return Run(np.array(losses), params, dict(collections.Counter(lowering.counts()) - before))
+    return Run(np.array(losses), params, dict(collections.Counter(counts()) - before))
 
 
 def use(implementation: str):

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from vk_kernels.device import Device, choose, list_devices
 from vk_kernels.errors import NoDeviceError
-from vk_kernels.instance import layer_installed
+from vk_kernels.runtime.device import Device, choose, list_devices
+from vk_kernels.runtime.instance import layer_installed
 
 SELECTOR = os.environ.get("VK_KERNELS_DEVICE") or "cpu"
 

@@ -7,8 +7,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from vk_kernels.device import Device
-from vk_kernels.plan import Array, Plan, record
+from vk_kernels.runtime.device import Device
+from vk_kernels.runtime.dispatch_plan import Array, Plan, record
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)

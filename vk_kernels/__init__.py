@@ -7,11 +7,11 @@ __all__ = ["Array", "device_get", "device_put", "jit", "use"]
 
 
 _MODULES = {
-    "Array": "vk_kernels.array",
-    "device_get": "vk_kernels.lowering.jit",
-    "device_put": "vk_kernels.lowering.jit",
-    "jit": "vk_kernels.lowering.jit",
-    "use": "vk_kernels.lowering",
+    "Array": "vk_kernels.runtime.array",
+    "device_get": "vk_kernels.bridge.jit",
+    "device_put": "vk_kernels.bridge.jit",
+    "jit": "vk_kernels.bridge.jit",
+    "use": "vk_kernels.bridge.use",
 }
 
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from vk_kernels.ops.global_norm import global_norm_reference, plan_norm_of
 from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, require_plain
-from vk_kernels.plan import Array, Plan
+from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.device import DeviceInfo
+    from vk_kernels.runtime.device import DeviceInfo
 
 _SCALARS_BYTES = 20  # of shaders/adamw_common.slang's Scalars
 

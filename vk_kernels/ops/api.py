@@ -1,7 +1,7 @@
 """The public operations: each runs as its reference, compiled by XLA with all around it, or as its Vulkan kernels.
 
-On Vulkan an operation is a primitive for its forward and one for its backward pass (`lowering.make_primitive`), tied by
-`lowering.make_operation`; optional operands stand last, and are left out where absent. What is done here is what
+On Vulkan an operation is a primitive for its forward and one for its backward pass (`bridge.make_primitive`), tied by
+`bridge.make_operation`; optional operands stand last, and are left out where absent. What is done here is what
 kernels leave to their caller: to check shapes and dtypes, and to bring the operands into the form that kernels take.
 """
 
@@ -14,15 +14,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from vk_kernels.lowering import (
-    changed,
-    make_operation,
-    make_primitive,
-    register_joint,
-    register_rule,
-    target_of,
-    vary_alike,
-)
+from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.primitive import make_primitive, vary_alike
+from vk_kernels.bridge.use import target_of
+from vk_kernels.compiler.passes.fuse_epilogue import changed, register_rule
+from vk_kernels.compiler.passes.fuse_forward_backward import register_joint
 from vk_kernels.ops import adamw as _adamw
 from vk_kernels.ops import attention as _attention
 from vk_kernels.ops import cross_entropy as _cross_entropy

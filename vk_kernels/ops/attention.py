@@ -15,13 +15,13 @@ import ml_dtypes
 import numpy as np
 
 from vk_kernels.errors import FeatureError
-from vk_kernels.kernel import manifest
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
 from vk_kernels.ops.launch import aligned, ceil_divide, dispatch, element, has_lanes
-from vk_kernels.plan import Array, Dispatch, Plan
+from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
+from vk_kernels.runtime.kernel import manifest
 
 if TYPE_CHECKING:
-    from vk_kernels.device import DeviceInfo
+    from vk_kernels.runtime.device import DeviceInfo
 
 MASKED = -1e30  # a score that softmax turns into 0; finite, so that no inf - inf can arise
 MAX_HEAD_DIM = 128  # of the kernels: a query's sums must fit in registers

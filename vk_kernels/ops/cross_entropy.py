@@ -21,10 +21,10 @@ from vk_kernels.ops.gemm import (
     plan_gemm,
 )
 from vk_kernels.ops.launch import ceil_divide, dispatch, element
-from vk_kernels.plan import Array, Dispatch, Plan
+from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.device import DeviceInfo
+    from vk_kernels.runtime.device import DeviceInfo
 
 IGNORED = -1  # a target that counts for nothing
 

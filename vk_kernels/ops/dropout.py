@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, require_plain
 from vk_kernels.ops.philox import BITS_PER_DRAW, random_uint16
-from vk_kernels.plan import Array, Plan
+from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.device import DeviceInfo
+    from vk_kernels.runtime.device import DeviceInfo
 
 
 def dropout_threshold(rate: float) -> int:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vk_kernels.ops.launch import MAX_GROUPS, THREADS, aligned, ceil_divide, dispatch, element, require_plain
-from vk_kernels.plan import Array, Dispatch, Plan
+from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.device import DeviceInfo
+    from vk_kernels.runtime.device import DeviceInfo
 
 _DIGIT_BITS = 8  # of a pass of the sort
 _DIGITS = 1 << _DIGIT_BITS

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, require_plain
-from vk_kernels.plan import Array, Plan
+from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.device import DeviceInfo
+    from vk_kernels.runtime.device import DeviceInfo
 
 _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, require_plain
-from vk_kernels.plan import Array, Dispatch, Plan
+from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.device import DeviceInfo
+    from vk_kernels.runtime.device import DeviceInfo
 
 _ARRAYS = 8  # that the kernel takes at once
 _CHUNK = 16 * THREADS  # elements that a workgroup sums at a time

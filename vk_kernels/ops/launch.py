@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 
-from vk_kernels.plan import Array, Dispatch
+from vk_kernels.runtime.dispatch_plan import Array, Dispatch
 
 if TYPE_CHECKING:
-    from vk_kernels.device import DeviceInfo
+    from vk_kernels.runtime.device import DeviceInfo
 
 THREADS = 256  # of a workgroup
 MAX_GROUPS = 65535  # along either axis; every device takes that many

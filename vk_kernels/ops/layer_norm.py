@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from vk_kernels.ops.dropout import dropout, dropout_constants
 from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, require_plain
-from vk_kernels.plan import Array, Dispatch, Plan
+from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.device import DeviceInfo
+    from vk_kernels.runtime.device import DeviceInfo
 
 EPSILON = 1e-5  # GPT-2's
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from vk_kernels.ops.dropout import dropout, dropout_scale, dropout_threshold
 from vk_kernels.ops.gelu import gelu, gelu_backward_reference
 from vk_kernels.ops.gemm import Epilogue, Matrix, matrix, plan_column_sums, plan_epilogue, plan_gemm
-from vk_kernels.plan import Array, Plan
+from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.device import DeviceInfo
+    from vk_kernels.runtime.device import DeviceInfo
 
 ACTIVATIONS = (None, "gelu")
 

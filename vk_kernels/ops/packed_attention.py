@@ -17,10 +17,10 @@ from vk_kernels.ops.attention import (
     plan_attention_backward,
     plan_attention_forward,
 )
-from vk_kernels.plan import Array, Plan
+from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.device import DeviceInfo
+    from vk_kernels.runtime.device import DeviceInfo
 
 
 def packed_attention(

@@ -1,0 +1,1 @@
+"""The compiler: from a jaxpr to a program of dispatches for the Vulkan runtime."""

@@ -1,0 +1,1 @@
+"""Code generation: from a graph to SPIR-V kernels."""

@@ -1,0 +1,1 @@
+"""The Vulkan runtime: devices, memory, kernels, command buffers, and programs of them. It knows no JAX."""

@@ -1,0 +1,214 @@
+"""Arrays that live on a Vulkan device. Knows no JAX; `vk_kernels.jit` takes and gives them."""
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from vk_kernels.runtime.memory import Buffer
+from vk_kernels.runtime.operators import Operators
+
+if TYPE_CHECKING:
+    from vk_kernels.runtime.device import Device
+
+
+class ArrayType(NamedTuple):
+    """What is known of an array before it is computed. weak_type: as JAX has it, of Python numbers."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    weak_type: bool
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
+
+
+# One object for all arrays of a type: that a call's arguments are those of the last call is seen at a glance.
+array_type = functools.lru_cache(maxsize=65_536)(ArrayType)
+
+
+class Life:
+    """Of arrays that one call gave in the memory that it was donated. It ends for all of them at once when they are
+    donated again. whole: whether none of them was deleted by itself."""
+
+    __slots__ = ("ended", "whole")
+
+    def __init__(self, ended: bool = False):
+        self.ended, self.whole = ended, True
+
+
+_OWN = Life()  # of arrays that only end by themselves
+
+
+class Array(Operators):
+    """A dense array in device memory, row-major. It is never changed; a donated one is gone.
+
+    A leaf of pytrees. numpy and JAX take it as they take any array, by a copy to the host, which waits for what
+    computes it. It is no `jax.Array`, and `isinstance` says so, but has that class's operators and methods, which
+    compute on the host. To JAX it lies where such copies do: that is its `sharding`; its `device` is the Vulkan device.
+    Pickled, it is its contents, which are uploaded again to the device of `vk_kernels.use`, or else the process's.
+    """
+
+    __slots__ = ("__weakref__", "_buffer", "_life", "type")
+
+    def __init__(self, buffer: Buffer, type: ArrayType, life: Life = _OWN):
+        self._buffer: Buffer | None = buffer
+        self.type = type
+        self._life = life
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.type.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.type.dtype
+
+    __numpy_dtype__ = dtype
+
+    @property
+    def weak_type(self) -> bool:
+        return self.type.weak_type
+
+    @property
+    def aval(self) -> Any:
+        """What JAX takes it for."""
+        import jax  # only who calls this has it
+
+        return jax.typeof(self)
+
+    @property
+    def buffer(self) -> Buffer:
+        """Its memory. Raises RuntimeError where it was donated or deleted."""
+        if self._buffer is None or self._life.ended:
+            raise RuntimeError(f"this array, {self.type}, was donated or deleted: use what the function gave back")
+        return self._buffer
+
+    @property
+    def device(self) -> "Device":
+        return self.buffer.device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def on_device_size_in_bytes(self) -> int:
+        return self.buffer.size
+
+    @property
+    def sharding(self) -> Any:
+        """The sharding of the copies that JAX takes: its default device, uncommitted."""
+        from vk_kernels.bridge import array_methods
+
+        return array_methods.sharding()
+
+    def devices(self) -> set[Any]:
+        """The JAX devices of `sharding`."""
+        return self.sharding.device_set
+
+    committed = False
+    is_fully_addressable = True
+    is_fully_replicated = True
+
+    def numpy(self) -> np.ndarray:
+        """A copy on the host, once it is computed."""
+        while True:  # a call in another thread may move it meanwhile, and take its memory
+            buffer = self.buffer
+            found = buffer.read(self.dtype, self.shape)
+            if self._buffer is buffer:
+                return found
+
+    def block_until_ready(self) -> "Array":
+        """Returns when it is computed."""
+        self.device.wait(self.buffer.owner.last_use)
+        return self
+
+    def is_ready(self) -> bool:
+        """Whether it is computed."""
+        return self.buffer.owner.last_use <= self.device.completed()
+
+    def copy_to_host_async(self) -> None:
+        """Nothing to begin: small results lie in memory that the host reads where it is. For loops written for JAX."""
+
+    def is_deleted(self) -> bool:
+        """Whether it was donated or deleted."""
+        return self._buffer is None or self._life.ended
+
+    def delete(self) -> None:
+        """Gives its memory back."""
+        self._buffer = None
+        self._life.whole = False
+
+    def move_to(self, buffer: Buffer) -> None:
+        """From here on its memory is `buffer`, where its content has been copied."""
+        self._buffer = buffer
+
+    def item(self) -> Any:
+        """The only element, as a Python number."""
+        return self.numpy().item()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("an array on a Vulkan device is copied to the host: copy=False cannot be met")
+        found = self.numpy()
+        return found if dtype is None else found.astype(dtype)
+
+    def __jax_array__(self) -> Any:
+        from vk_kernels.bridge import array_methods  # only who calls this has JAX
+
+        return array_methods.to_jax(self)
+
+    def _scalar(self) -> Any:
+        if self.shape:
+            raise TypeError(f"only an array without axes is a Python number; this is {self.type}")
+        return self.item()
+
+    def __float__(self) -> float:
+        return float(self._scalar())
+
+    def __int__(self) -> int:
+        return int(self._scalar())
+
+    def __index__(self) -> int:
+        return self.numpy().__index__()
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of a scalar array")
+        return self.shape[0]
+
+    def copy(self) -> "Array":
+        """In memory of its own."""
+        return Array(self.device.upload(self.numpy()), self.type)
+
+    def __copy__(self) -> "Array":
+        return self.copy()
+
+    def __deepcopy__(self, memo: Any) -> "Array":
+        return self.copy()
+
+    def __reduce__(self) -> Any:
+        from vk_kernels.bridge import array_methods
+
+        return array_methods.from_host, (self.numpy(), self.weak_type)
+
+    def __repr__(self) -> str:
+        if self.is_deleted():
+            return f"Array({self.type}, deleted)"
+        return f"Array({self.numpy()}, {self.type})"

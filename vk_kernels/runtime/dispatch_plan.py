@@ -1,0 +1,93 @@
+"""Plans: what an operation does on a device, as plain data.
+
+A planner is a pure function `plan_<op>(info, inputs, outputs, *, <static parameters>, variant=None) -> Plan`. It
+picks the kernels by what `info` (a DeviceInfo) can do, or takes the `variant` it is told, raising FeatureError where
+the device lacks it. A plan does no host work and holds no buffers, so that the same one serves a single call and a
+recording of a whole program.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from vk_kernels.runtime.kernel import Spec
+from vk_kernels.runtime.memory import Buffer
+
+if TYPE_CHECKING:
+    from vk_kernels.runtime.command_buffer import Recorder
+    from vk_kernels.runtime.device import Device
+    from vk_kernels.runtime.kernel import Kernel
+
+
+class Array(NamedTuple):
+    """A dense array in row-major order. bf16 is `ml_dtypes.bfloat16`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """One run of a kernel that ships; `operands` index into (*inputs, *outputs, *scratch), in binding order.
+
+    parts: bindings of which it writes a part, and accesses nothing that others, to which they are parts too, write.
+    """
+
+    kernel: str
+    variant: str
+    spec: Spec
+    operands: tuple[int, ...]
+    push_constants: bytes
+    groups: tuple[int, int, int]
+    subgroup_size: int | None = None
+    parts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Dispatches in order, each after the ones whose results it reads; `scratch` holds bytes a buffer.
+
+    Scratch starts undefined. No dispatches: the outputs have no elements.
+    """
+
+    dispatches: tuple[Dispatch, ...]
+    scratch: tuple[int, ...] = ()
+
+
+def kernel_of(device: "Device", dispatch: Dispatch) -> "Kernel":
+    """The kernel that a dispatch runs; made once a device. Raises ValueError or FeatureError as `Device.kernel`."""
+    return device.kernel(dispatch.kernel, dispatch.variant, dict(dispatch.spec), subgroup_size=dispatch.subgroup_size)
+
+
+def record(recorder: "Recorder", plan: Plan, buffers: Sequence[Buffer], label: str = "") -> None:
+    """Adds a plan's dispatches to a recording; `buffers` are (*inputs, *outputs, *scratch).
+
+    `label` says what the plan is for (the operation and its shapes) in errors and timings.
+    """
+    for dispatch in plan.dispatches:
+        kernel = kernel_of(recorder.device, dispatch)
+        operands = [buffers[i] for i in dispatch.operands]
+        name = f"{kernel.label} of {label}" if label else None
+        recorder.dispatch(kernel, operands, dispatch.push_constants, dispatch.groups, name)
+
+
+def execute(device: "Device", plan: Plan, inputs: Sequence[Buffer], outputs: Sequence[Buffer], label: str = "") -> None:
+    """Runs a plan and waits for it. Safe from several threads at once."""
+    scratch = [device.buffer(nbytes) for nbytes in plan.scratch]
+    with device.recorder() as recorder:
+        record(recorder, plan, [*inputs, *outputs, *scratch], label)
+        recorder.submit().wait()

@@ -1,0 +1,1 @@
+"""SPIR-V: the module builder, and reflection."""

@@ -1,0 +1,317 @@
+"""What a compute shader needs from its host, read from the SPIR-V itself.
+
+Source: the SPIR-V specification 1.6 (binary form, section 2.3; instructions, section 3).
+"""
+
+import operator
+import struct
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any
+
+_MAGIC = 0x07230203
+
+
+class _Op(IntEnum):
+    NAME = 5
+    ENTRY_POINT = 15
+    EXECUTION_MODE = 16
+    CAPABILITY = 17
+    TYPE_BOOL = 20
+    TYPE_INT = 21
+    TYPE_FLOAT = 22
+    TYPE_VECTOR = 23
+    TYPE_MATRIX = 24
+    TYPE_ARRAY = 28
+    TYPE_STRUCT = 30
+    TYPE_POINTER = 32
+    CONSTANT_TRUE = 41
+    CONSTANT_FALSE = 42
+    CONSTANT = 43
+    SPEC_CONSTANT_TRUE = 48
+    SPEC_CONSTANT_FALSE = 49
+    SPEC_CONSTANT = 50
+    SPEC_CONSTANT_OP = 52
+    FUNCTION = 54
+    VARIABLE = 59
+    DECORATE = 71
+    MEMBER_DECORATE = 72
+    EXECUTION_MODE_ID = 331
+
+
+_TYPES = range(19, 40)  # OpTypeVoid ... OpTypeForwardPointer
+_COMPUTE_MODEL = 5
+_LOCAL_SIZE, _LOCAL_SIZE_ID = 17, 38  # execution modes
+_SPEC_ID, _ARRAY_STRIDE, _NON_WRITABLE, _BINDING, _DESCRIPTOR_SET, _OFFSET = 1, 6, 24, 33, 34, 35  # decorations
+_UNIFORM_CONSTANT, _UNIFORM, _WORKGROUP, _PUSH_CONSTANT, _STORAGE_BUFFER = 0, 2, 4, 9, 12  # storage classes
+
+_CAPABILITY_NAMES = {
+    1: "Shader",
+    9: "Float16",
+    11: "Int64",
+    22: "Int16",
+    61: "GroupNonUniform",
+    62: "GroupNonUniformVote",
+    63: "GroupNonUniformArithmetic",
+    64: "GroupNonUniformBallot",
+    65: "GroupNonUniformShuffle",
+    66: "GroupNonUniformShuffleRelative",
+    67: "GroupNonUniformClustered",
+    68: "GroupNonUniformQuad",
+    4433: "StorageBuffer16BitAccess",
+    4448: "StorageBuffer8BitAccess",
+    5116: "BFloat16TypeKHR",
+    5118: "BFloat16CooperativeMatrixKHR",
+    5345: "VulkanMemoryModel",
+    5346: "VulkanMemoryModelDeviceScope",
+    5430: "CooperativeMatrixReductionsNV",
+    5431: "CooperativeMatrixConversionsNV",
+    5432: "CooperativeMatrixPerElementOperationsNV",
+    5433: "CooperativeMatrixTensorAddressingNV",
+    5439: "TensorAddressingNV",
+    6022: "CooperativeMatrixKHR",
+}
+
+# The arithmetic that OpSpecConstantOp may hold and array lengths use.
+_SPEC_OPERATIONS = {
+    113: lambda a: a,  # OpUConvert
+    114: lambda a: a,  # OpSConvert
+    124: lambda a: a,  # OpBitcast
+    128: operator.add,
+    130: operator.sub,
+    132: operator.mul,
+    134: operator.floordiv,  # OpUDiv
+    137: operator.mod,  # OpUMod
+    169: lambda condition, a, b: a if condition else b,  # OpSelect
+    170: operator.eq,
+    171: operator.ne,
+    172: operator.gt,  # OpUGreaterThan
+    174: operator.ge,
+    176: operator.lt,
+    178: operator.le,
+    194: operator.rshift,
+    196: operator.lshift,
+    197: operator.or_,
+    198: operator.xor,
+    199: operator.and_,
+}
+
+
+@dataclass(frozen=True)
+class SpecConstant:
+    id: int
+    name: str
+    type: str  # uint32, int32, float32, bool, ...
+    default: int | float | bool
+
+
+@dataclass(frozen=True)
+class Binding:
+    binding: int
+    name: str
+    writable: bool
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """One compute entry point. `workgroup` holds a number, or the name of a specialization constant, per axis."""
+
+    entry: str
+    spirv_version: str
+    workgroup: tuple[int | str, ...]
+    spec_constants: tuple[SpecConstant, ...]
+    bindings: tuple[Binding, ...]
+    push_constant_bytes: int
+    shared_bytes: int
+    capabilities: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Reflection":
+        return cls(
+            **{name: record[name] for name in ("entry", "spirv_version", "push_constant_bytes", "shared_bytes")},
+            workgroup=tuple(record["workgroup"]),
+            spec_constants=tuple(SpecConstant(**constant) for constant in record["spec_constants"]),
+            bindings=tuple(Binding(**binding) for binding in record["bindings"]),
+            capabilities=tuple(record["capabilities"]),
+        )
+
+    @property
+    def local_size_id(self) -> bool:
+        """Whether the workgroup size depends on specialization constants (needs the feature maintenance4)."""
+        return any(isinstance(size, str) for size in self.workgroup)
+
+
+class _Module:
+    """The declarations of a module, by result id."""
+
+    def __init__(self, code: bytes, spec: dict[str, int | float | bool]):
+        words = struct.unpack(f"<{len(code) // 4}I", code[: len(code) // 4 * 4])
+        if len(words) < 5 or words[0] != _MAGIC:
+            raise ValueError("not SPIR-V: the first word is not the magic number")
+        self.version = f"{words[1] >> 16 & 0xFF}.{words[1] >> 8 & 0xFF}"
+        self.names: dict[int, str] = {}
+        self.decorations: dict[int, dict[int, int]] = {}
+        self.member_decorations: dict[int, dict[int, dict[int, int]]] = {}
+        self.types: dict[int, tuple] = {}
+        self.constants: dict[int, Any] = {}
+        self.spec_constants: dict[int, SpecConstant] = {}
+        self.variables: list[tuple[int, int, int]] = []  # (id, pointer type, storage class)
+        self.entry_points: dict[int, str] = {}
+        self.local_sizes: dict[int, tuple[bool, tuple[int, ...]]] = {}
+        self.capabilities: set[int] = set()
+        self._spec = spec
+        position = 5
+        while position < len(words):
+            count, opcode = words[position] >> 16, words[position] & 0xFFFF
+            if count == 0:
+                raise ValueError(f"not SPIR-V: an instruction of no words at word {position}")
+            if opcode == _Op.FUNCTION:
+                break  # every declaration stands before the first function
+            self._read(opcode, words[position + 1 : position + count])
+            position += count
+
+    def _read(self, opcode: int, operands: tuple[int, ...]) -> None:
+        match opcode:
+            case _Op.CAPABILITY:
+                self.capabilities.add(operands[0])
+            case _Op.NAME:
+                self.names[operands[0]] = _string(operands[1:])
+            case _Op.ENTRY_POINT:
+                if operands[0] == _COMPUTE_MODEL:
+                    self.entry_points[operands[1]] = _string(operands[2:])
+            case _Op.EXECUTION_MODE | _Op.EXECUTION_MODE_ID:
+                if operands[1] in (_LOCAL_SIZE, _LOCAL_SIZE_ID):
+                    self.local_sizes[operands[0]] = (operands[1] == _LOCAL_SIZE_ID, operands[2:5])
+            case _Op.DECORATE:
+                self.decorations.setdefault(operands[0], {})[operands[1]] = operands[2] if len(operands) > 2 else 1
+            case _Op.MEMBER_DECORATE:
+                members = self.member_decorations.setdefault(operands[0], {})
+                members.setdefault(operands[1], {})[operands[2]] = operands[3] if len(operands) > 3 else 1
+            case _ if opcode in _TYPES:
+                self.types[operands[0]] = (opcode, *operands[1:])
+            case _Op.CONSTANT_TRUE | _Op.CONSTANT_FALSE:
+                self.constants[operands[1]] = opcode == _Op.CONSTANT_TRUE
+            case _Op.CONSTANT:
+                self.constants[operands[1]] = self._literal(operands[0], operands[2:])
+            case _Op.SPEC_CONSTANT_TRUE | _Op.SPEC_CONSTANT_FALSE:
+                self._spec_constant(operands[1], operands[0], opcode == _Op.SPEC_CONSTANT_TRUE)
+            case _Op.SPEC_CONSTANT:
+                self._spec_constant(operands[1], operands[0], self._literal(operands[0], operands[2:]))
+            case _Op.SPEC_CONSTANT_OP:
+                arguments = [self.constants.get(operand) for operand in operands[3:]]
+                operation = _SPEC_OPERATIONS.get(operands[2])
+                if operation is not None and None not in arguments:
+                    self.constants[operands[1]] = operation(*arguments)
+            case _Op.VARIABLE:
+                self.variables.append((operands[1], operands[0], operands[2]))
+
+    def _spec_constant(self, result: int, type_id: int, default) -> None:
+        spec_id = self.decorations[result][_SPEC_ID]
+        constant = SpecConstant(spec_id, self.names.get(result, f"spec{spec_id}"), self._type_name(type_id), default)
+        self.spec_constants[result] = constant
+        self.constants[result] = self._spec.get(constant.name, default)
+
+    def _type_name(self, type_id: int) -> str:
+        opcode, *rest = self.types[type_id]
+        if opcode == _Op.TYPE_BOOL:
+            return "bool"
+        if opcode == _Op.TYPE_INT:  # width, signedness
+            return f"{'int' if rest[1] else 'uint'}{rest[0]}"
+        return f"float{rest[0]}"
+
+    def _literal(self, type_id: int, words: tuple[int, ...]):
+        data = struct.pack(f"<{len(words)}I", *words)
+        opcode, width, *rest = self.types[type_id]
+        if opcode == _Op.TYPE_INT:
+            return int.from_bytes(data[: max(width // 8, 1)], "little", signed=bool(rest[0]))
+        return struct.unpack({16: "<e", 32: "<f", 64: "<d"}[width], data[: width // 8])[0]
+
+    def size(self, type_id: int, strided: bool = True) -> int:
+        """Bytes of a type: by its offsets and strides, or (not `strided`: shared memory) packed."""
+        opcode, *rest = self.types[type_id]
+        match opcode:
+            case _Op.TYPE_BOOL:
+                return 4
+            case _Op.TYPE_INT | _Op.TYPE_FLOAT:
+                return rest[0] // 8
+            case _Op.TYPE_VECTOR | _Op.TYPE_MATRIX:
+                return rest[1] * self.size(rest[0], strided)
+            case _Op.TYPE_ARRAY:
+                stride = self.decorations.get(type_id, {}).get(_ARRAY_STRIDE) if strided else None
+                return self.constants[rest[1]] * (stride or self.size(rest[0], strided))
+            case _Op.TYPE_STRUCT:
+                if not strided:
+                    return sum(self.size(member, strided) for member in rest)
+                offsets = self.member_decorations.get(type_id, {})
+                return max((offsets[i][_OFFSET] + self.size(m) for i, m in enumerate(rest)), default=0)
+            case _Op.TYPE_POINTER:
+                return 8
+        raise ValueError(f"no size is known for SPIR-V type opcode {opcode}")
+
+    def pointee(self, pointer_type: int) -> int:
+        return self.types[pointer_type][2]
+
+
+def reflect(code: bytes, entry: str | None = None, spec: dict[str, int | float | bool] | None = None) -> Reflection:
+    """Reads the compute entry point of `code`; `spec` sets specialization constants by name.
+
+    Raises ValueError for what the runtime cannot serve: another descriptor than a storage buffer in set 0, a
+    capability that no known feature allows, or not exactly one entry point (called `entry`, if given).
+    """
+    module = _Module(code, spec or {})
+    points = {name: result for result, name in module.entry_points.items() if entry in (None, name)}
+    if len(points) != 1:
+        raise ValueError(f"{len(points)} compute entry points{f' called {entry!r}' if entry else ''}, not 1")
+    ((name, point),) = points.items()
+
+    unknown = sorted(c for c in module.capabilities if c not in _CAPABILITY_NAMES)
+    if unknown:
+        raise ValueError(
+            f"{name}: unknown SPIR-V capabilities {unknown}; add them to vk_kernels/spirv/reflect.py and features.py"
+        )
+
+    bindings, push_constant_bytes, shared_bytes = [], 0, 0
+    for variable, pointer, storage_class in module.variables:
+        if storage_class == _STORAGE_BUFFER:
+            bindings.append(_binding(module, variable, pointer, name))
+        elif storage_class == _PUSH_CONSTANT:
+            push_constant_bytes = (module.size(module.pointee(pointer)) + 3) // 4 * 4
+        elif storage_class == _WORKGROUP:
+            shared_bytes += module.size(module.pointee(pointer), strided=False)
+        elif storage_class in (_UNIFORM, _UNIFORM_CONSTANT):
+            raise ValueError(f"{name}: {module.names.get(variable)!r} is no storage buffer; kernels take nothing else")
+    by_id, sizes = module.local_sizes[point]
+    workgroup = tuple(_axis(module, size) if by_id else size for size in sizes)
+    return Reflection(
+        entry=name,
+        spirv_version=module.version,
+        workgroup=workgroup,
+        spec_constants=tuple(sorted(module.spec_constants.values(), key=lambda constant: constant.id)),
+        bindings=tuple(sorted(bindings, key=lambda binding: binding.binding)),
+        push_constant_bytes=push_constant_bytes,
+        shared_bytes=shared_bytes,
+        capabilities=tuple(sorted(_CAPABILITY_NAMES[c] for c in module.capabilities)),
+    )
+
+
+def _binding(module: _Module, variable: int, pointer: int, entry: str) -> Binding:
+    decorations = module.decorations[variable]
+    name = module.names.get(variable, "")
+    if decorations[_DESCRIPTOR_SET] != 0:
+        raise ValueError(f"{entry}: buffer {name!r} is in descriptor set {decorations[_DESCRIPTOR_SET]}; use set 0")
+    block = module.pointee(pointer)
+    members = module.member_decorations.get(block, {})
+    read_only = _NON_WRITABLE in decorations or (members and all(_NON_WRITABLE in m for m in members.values()))
+    return Binding(decorations[_BINDING], name, not read_only)
+
+
+def _axis(module: _Module, size_id: int) -> int | str:
+    constant = module.spec_constants.get(size_id)
+    return constant.name if constant else module.constants[size_id]
+
+
+def _string(words: tuple[int, ...]) -> str:
+    return struct.pack(f"<{len(words)}I", *words).split(b"\0", 1)[0].decode()

@@ -1,0 +1,14 @@
+"""All cases, by what their primitives do."""
+
+from vk_kernels.tools.conformance import combining, elementwise, functions, moving
+from vk_kernels.tools.conformance.registry import Case, cases, names
+
+__all__ = ["SUBJECTS", "Case", "cases", "names"]
+
+_MODULES = {
+    "elementwise": elementwise,
+    "moving elements": moving,
+    "combining elements": combining,
+    "functions, loops, branches, random bits": functions,
+}
+SUBJECTS = {subject: names(module.__name__) for subject, module in _MODULES.items()}
