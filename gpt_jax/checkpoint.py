@@ -34,8 +34,8 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt_jax.config import UserError
-from gpt_jax.files import StorageError, explain, is_absent, os_error_of, sync_folder, unreadable
-from gpt_jax.json_file import VERSION, DamagedError, check_version, read_object
+from gpt_jax.storage.files import StorageError, explain, is_absent, os_error_of, sync_folder, unreadable
+from gpt_jax.storage.json_file import VERSION, DamagedError, check_version, read_object
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds its checkpoints
 

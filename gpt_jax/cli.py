@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from gpt_jax.config import UserError
-from gpt_jax.files import StorageError, explain
 from gpt_jax.output import flushed_output, open_streams
+from gpt_jax.storage.files import StorageError, explain
 
 BAD_INPUT = UserError.exit_code
 

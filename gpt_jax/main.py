@@ -32,7 +32,10 @@ def main(argv: Sequence[str]) -> int:
     validate(config)
     exit_on_interrupt()
     require_jax()
-    from gpt_jax.train import TrainingFailed, train_and_evaluate  # after the config: a typo need not wait for jax
+    from gpt_jax.training.trainer import (  # after the config: a typo need not wait for jax
+        TrainingFailed,
+        train_and_evaluate,
+    )
 
     try:
         stopped_by = train_and_evaluate(config, None if workdir is None else Path(workdir))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from gpt_jax.files import StorageError, explain, writing
+from gpt_jax.storage.files import StorageError, explain, writing
 
 CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # exit code
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from gpt_jax.cli import run_main
 from gpt_jax.config import FIELDS, leaves
-from gpt_jax.runs import NORM, SPIKE, Run, forward_order, load_run
+from gpt_jax.runs.load import NORM, SPIKE, Run, forward_order, load_run
 
 RANGE_ENDS = (500, 1000, 2500, 5000, 10_000, 25_000, 50_000)
 MILESTONES = (8, 7, 6.5, 6, 5.5, 5, 4.5, 4, 3.5, 3, 2.5, 2, 1.5, 1)

@@ -29,13 +29,13 @@ from gpt_jax.backend import check_heads, enter_backend, require_devices
 from gpt_jax.checkpoint import check_parameters, restore_parameters
 from gpt_jax.config import BACKENDS, UserError, check, check_saved, text_problem
 from gpt_jax.config_file import NUMBER, WHOLE
-from gpt_jax.corpus import Turn
-from gpt_jax.failures import describe, is_device_error
-from gpt_jax.metrics import CONFIG_FILE, read_config
-from gpt_jax.model import GPT, ModelConfig
-from gpt_jax.steps import init_params
-from gpt_jax.tokenizer import decode, encode_prompt, marker_ids
-from gpt_jax.tokenizer import load as load_tokenizer
+from gpt_jax.data.corpus import Turn
+from gpt_jax.data.tokenizer import decode, encode_prompt, marker_ids
+from gpt_jax.data.tokenizer import load as load_tokenizer
+from gpt_jax.model.gpt import GPT, ModelConfig
+from gpt_jax.runs.metrics import CONFIG_FILE, read_config
+from gpt_jax.training.failures import describe, is_device_error
+from gpt_jax.training.steps import init_params
 from vk_kernels.errors import VulkanError
 
 FLAGS = flags.FLAGS

@@ -31,7 +31,7 @@ import pytest
 from gpt_jax import checkpoint
 from gpt_jax.checkpoint import Checkpointer, merge_parameters, restore_parameters
 from gpt_jax.config import UserError
-from gpt_jax.files import StorageError
+from gpt_jax.storage.files import StorageError
 
 OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(1.0),

@@ -11,9 +11,9 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from gpt_jax import corpus
 from gpt_jax.config import UserError
-from gpt_jax.corpus import Dialogue, Turn
+from gpt_jax.data import corpus
+from gpt_jax.data.corpus import Dialogue, Turn
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_fingerprint_of_a_dataset_follows_its_files(tmp_path, dataset):
 
 MEASURE = """
 import re, sys
-from gpt_jax import corpus
+from gpt_jax.data import corpus
 def peak():  # KiB
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
 before = peak()

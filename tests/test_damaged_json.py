@@ -12,18 +12,19 @@ from absl import flags
 from synthetic_run import write_run
 
 from configs import chat_tiny
-from gpt_jax import checkpoint, metrics, sample
+from gpt_jax import checkpoint, sample
 from gpt_jax.checkpoint import Checkpointer, restore_parameters
 from gpt_jax.cli import parse_flags
 from gpt_jax.config import UserError
-from gpt_jax.metrics import CONFIG_FILE, INFO_FILE, RunInfo, read_json, write_json
-from gpt_jax.model import GPT, ModelConfig
+from gpt_jax.data.tokenizer import save, train_tokenizer
+from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.report import make_report
-from gpt_jax.runs import load_run
+from gpt_jax.runs import metrics
+from gpt_jax.runs.load import load_run
+from gpt_jax.runs.metrics import CONFIG_FILE, INFO_FILE, RunInfo, read_json, write_json
 from gpt_jax.sample import load_for_sampling
-from gpt_jax.steps import init_params
-from gpt_jax.tokenizer import save, train_tokenizer
-from gpt_jax.train import save_config
+from gpt_jax.training.steps import init_params
+from gpt_jax.training.trainer import save_config
 
 GOOD = {INFO_FILE: {"run_id": "1", "status": "completed"}, CONFIG_FILE: {"num_steps": 5, "model": {"vocab_size": 9}}}
 DAMAGE = [

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from gpt_jax import corpus, data
-from gpt_jax import tokenizer as tk
 from gpt_jax.config import UserError
-from gpt_jax.files import StorageError
-from gpt_jax.lock import lock
+from gpt_jax.data import corpus, token_cache
+from gpt_jax.data import tokenizer as tk
+from gpt_jax.storage.files import StorageError
+from gpt_jax.storage.lock import lock
 
 VOCABULARY = 4000
 
@@ -34,7 +34,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(cache):
     """The whole default corpus, prepared once."""
-    return data.prepare(config(cache), VOCABULARY, log=lambda line: None)
+    return token_cache.prepare(config(cache), VOCABULARY, log=lambda line: None)
 
 
 @pytest.fixture
@@ -47,13 +47,13 @@ def chats(tmp_path):
 
 def prepare(chats, log=lambda line: None, vocab_size=300, **changes):
     fields = {"source": str(chats), "validation_fraction": 0.2} | changes
-    return data.prepare(config(chats.parent / "cache", **fields), vocab_size, log)
+    return token_cache.prepare(config(chats.parent / "cache", **fields), vocab_size, log)
 
 
 def stream(count, assistant=None):
     """Tokens 0, 1, 2, ..., so that a batch shows where it comes from."""
     assistant = np.zeros(count) if assistant is None else assistant
-    return data.Tokens(np.arange(count, dtype=np.uint16), np.asarray(assistant, np.uint8))
+    return token_cache.Tokens(np.arange(count, dtype=np.uint16), np.asarray(assistant, np.uint8))
 
 
 def assert_same(one, two):
@@ -110,16 +110,16 @@ def excerpt(tmp_path_factory):
 BUILD = """
 import sys
 from ml_collections import ConfigDict
-from gpt_jax import data
+from gpt_jax.data import token_cache
 fields = {"source": sys.argv[1], "validation_fraction": 0.2, "tokenizer": "", "cache_dir": sys.argv[2]}
-data.prepare(ConfigDict(fields), 1500, log=lambda line: None)
+token_cache.prepare(ConfigDict(fields), 1500, log=lambda line: None)
 """
 
 
 def test_two_fresh_builds_are_identical(excerpt, tmp_path):
     """The second in another process, with other hash seeds and one thread."""
     fields = {"source": str(excerpt), "validation_fraction": 0.2}
-    prepared = data.prepare(config(tmp_path / "one", **fields), 1500, log=lambda line: None)
+    prepared = token_cache.prepare(config(tmp_path / "one", **fields), 1500, log=lambda line: None)
     environment = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
     command = [sys.executable, "-c", BUILD, str(excerpt), str(tmp_path / "two")]
     subprocess.run(command, env=environment, check=True, timeout=120)
@@ -135,7 +135,7 @@ def test_two_fresh_builds_are_identical(excerpt, tmp_path):
 
 def test_tokenizer_is_trained_on_the_training_split_alone(excerpt, tmp_path):
     fields = {"source": str(excerpt), "validation_fraction": 0.2}
-    prepared = data.prepare(config(tmp_path, **fields), 1500, log=lambda line: None)
+    prepared = token_cache.prepare(config(tmp_path, **fields), 1500, log=lambda line: None)
     texts = [
         turn.text
         for dialogue in corpus.read_corpus(str(excerpt))
@@ -148,7 +148,7 @@ def test_tokenizer_is_trained_on_the_training_split_alone(excerpt, tmp_path):
 def test_second_call_uses_the_cache_at_once(prepared, cache):
     lines = []
     start = time.monotonic()
-    again = data.prepare(config(cache), VOCABULARY, lines.append)
+    again = token_cache.prepare(config(cache), VOCABULARY, lines.append)
     assert time.monotonic() - start < 2
     assert f"using the token cache {cache / prepared.fingerprint}" in lines[0]
     np.testing.assert_array_equal(again.train.ids, prepared.train.ids)
@@ -170,7 +170,7 @@ def test_fingerprint_follows_source_tokenizer_and_split(chats):
 
 def test_format_version_is_part_of_the_fingerprint(chats, monkeypatch):
     first = prepare(chats)
-    monkeypatch.setattr(data, "FORMAT_VERSION", data.FORMAT_VERSION + 1)
+    monkeypatch.setattr(token_cache, "FORMAT_VERSION", token_cache.FORMAT_VERSION + 1)
     assert prepare(chats).fingerprint != first.fingerprint
 
 
@@ -235,7 +235,7 @@ def test_changed_facts_of_the_cache_are_noticed(chats):
 KILLED = """
 import os, signal, sys
 from ml_collections import ConfigDict
-from gpt_jax import corpus, data
+from gpt_jax.data import corpus, token_cache
 read, passes = corpus.read_corpus, []
 def killing(source, reading):  # the first pass trains the tokenizer, the second writes the tokens
     passes.append(source)
@@ -244,9 +244,9 @@ def killing(source, reading):  # the first pass trains the tokenizer, the second
             os.kill(os.getpid(), signal.SIGKILL)
         yield dialogue
 corpus.read_corpus = killing
-data._BATCH_CHARACTERS = 100
+token_cache._BATCH_CHARACTERS = 100
 fields = {"source": sys.argv[1], "validation_fraction": 0.2, "tokenizer": "", "cache_dir": sys.argv[2]}
-data.prepare(ConfigDict(fields), 300, log=lambda line: None)
+token_cache.prepare(ConfigDict(fields), 300, log=lambda line: None)
 """
 
 
@@ -272,7 +272,7 @@ def test_a_killed_run_leaves_no_half_cache(chats):
 def test_a_second_run_waits_for_the_one_that_builds_and_uses_its_cache(chats):
     folder = chats.parent / "cache" / prepare(chats).fingerprint
     aside = folder.rename(chats.parent / "aside")
-    building = lock(data._build_lock(folder), print)
+    building = lock(token_cache._build_lock(folder), print)
     building.__enter__()
     said = []
 
@@ -315,7 +315,7 @@ def test_a_disk_that_fails_without_a_name_may_be_that_of_the_source(chats, monke
     def failing(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(data.corpus, "read_corpus", failing)
+    monkeypatch.setattr(token_cache.corpus, "read_corpus", failing)
     with pytest.raises(StorageError) as caught:
         prepare(chats)
     assert str(caught.value).startswith(f"cannot read the data source {str(chats)!r} or write the token cache ")
@@ -384,15 +384,15 @@ def test_what_was_read_otherwise_is_said_at_every_start(tmp_path):
         prepare(jsonl(tmp_path / "bad.jsonl", [{"messages": []}]), on_error="skip")
 
 
-@pytest.mark.parametrize("targets", data.TARGETS)
+@pytest.mark.parametrize("targets", token_cache.TARGETS)
 def test_turns_of_weight_0_are_never_targets(tmp_path, targets):
     """Whatever else counts: their text, and the marker that closes them."""
     wrong = {"role": "assistant", "content": "WRONG", "weight": 0}
     rows = [{"messages": [{"role": "user", "content": "q"}, wrong, *messages(n)["messages"]]} for n in range(20)]
     prepared = prepare(jsonl(tmp_path / "rows.jsonl", rows))
-    batches = data.windows(prepared.train, block_size=8, batch_size=4, seed=0, targets=targets)
+    batches = token_cache.windows(prepared.train, block_size=8, batch_size=4, seed=0, targets=targets)
     counted = np.concatenate([batches[n]["targets"].ravel() for n in range(20)])
-    text = tk.decode(prepared.tokenizer, counted[counted != data.MASKED])
+    text = tk.decode(prepared.tokenizer, counted[counted != token_cache.MASKED])
     assert "answer" in text
     assert "WRONG" not in text
     assert ("word" in text) == (targets == "all")
@@ -403,14 +403,14 @@ def test_turns_of_weight_0_are_never_targets(tmp_path, targets):
 PEAK = """
 import re, sys
 from ml_collections import ConfigDict
-from gpt_jax import data
-data._BATCH_CHARACTERS = 100_000
+from gpt_jax.data import token_cache
+token_cache._BATCH_CHARACTERS = 100_000
 def peak():  # KiB
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
 peaks = []
 for source in sys.argv[2:]:
     fields = {"source": source, "validation_fraction": 0.2, "tokenizer": "", "cache_dir": sys.argv[1]}
-    data.prepare(ConfigDict(fields), 259, log=lambda line: None)  # a token a character
+    token_cache.prepare(ConfigDict(fields), 259, log=lambda line: None)  # a token a character
     peaks.append(peak())
 print(*peaks)
 """
@@ -438,7 +438,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
 
 
 def test_windows_cover_every_target_once_an_epoch():
-    batches = data.windows(stream(1 + 7 * 10 + 4), block_size=10, batch_size=7, seed=3)
+    batches = token_cache.windows(stream(1 + 7 * 10 + 4), block_size=10, batch_size=7, seed=3)
     batch = batches[0]
     assert batch["inputs"].shape == batch["targets"].shape == (7, 10)
     assert batch["inputs"].dtype == batch["targets"].dtype == np.int32
@@ -447,7 +447,7 @@ def test_windows_cover_every_target_once_an_epoch():
 
 
 def test_every_epoch_has_its_own_order_and_batches_span_epochs():
-    batches = data.windows(stream(101), block_size=10, batch_size=4, seed=3)  # 10 windows: 2.5 batches an epoch
+    batches = token_cache.windows(stream(101), block_size=10, batch_size=4, seed=3)  # 10 windows: 2.5 batches an epoch
     starts = np.concatenate([batches[n]["inputs"][:, 0] for n in range(50)]).reshape(20, 10)
     assert len({tuple(epoch) for epoch in starts}) == 20
     np.testing.assert_array_equal(np.sort(starts, axis=1), np.tile(np.arange(0, 100, 10), (20, 1)))
@@ -455,18 +455,18 @@ def test_every_epoch_has_its_own_order_and_batches_span_epochs():
 
 def test_a_batch_is_a_pure_function_of_seed_and_number():
     shape = {"block_size": 10, "batch_size": 4}
-    one, two = (data.windows(stream(5001), seed=3, **shape) for _ in range(2))
+    one, two = (token_cache.windows(stream(5001), seed=3, **shape) for _ in range(2))
     for number in (1000, 0, 7, 10**9):
         assert_same(one[number], two[number])
-    other = data.windows(stream(5001), seed=4, **shape)
+    other = token_cache.windows(stream(5001), seed=4, **shape)
     assert (one[0]["inputs"] != other[0]["inputs"]).any()
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 8])
 def test_loader_starts_anywhere_and_agrees_with_random_access(prepared, prefetch):
-    batches = data.windows(prepared.train, block_size=64, batch_size=3, seed=42)
+    batches = token_cache.windows(prepared.train, block_size=64, batch_size=3, seed=42)
     for start in (0, 5, 10**8):
-        iterator = data.loader(batches, start=start, prefetch=prefetch)
+        iterator = token_cache.loader(batches, start=start, prefetch=prefetch)
         for number in range(start, start + 4):
             assert_same(next(iterator), batches[number])
         iterator.close()
@@ -474,7 +474,7 @@ def test_loader_starts_anywhere_and_agrees_with_random_access(prepared, prefetch
 
 def test_closed_loader_leaves_no_thread_and_no_process():
     before = set(threading.enumerate())
-    iterator = data.loader(data.windows(stream(5001), block_size=10, batch_size=4, seed=0), prefetch=4)
+    iterator = token_cache.loader(token_cache.windows(stream(5001), block_size=10, batch_size=4, seed=0), prefetch=4)
     next(iterator)
     (thread,) = set(threading.enumerate()) - before
     iterator.close()
@@ -485,11 +485,11 @@ def test_closed_loader_leaves_no_thread_and_no_process():
 def test_assistant_targets_are_masked_by_hand():
     #             u  q  a  r  s  E  u  q  q  a  r     tokens 1..10 are targets
     said = np.array([0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1])
-    batches = data.windows(stream(11, said), block_size=5, batch_size=2, seed=0, targets="assistant")
+    batches = token_cache.windows(stream(11, said), block_size=5, batch_size=2, seed=0, targets="assistant")
     batch = {int(inputs[0]): targets for inputs, targets in zip(*batches[0].values(), strict=True)}
     assert batch[0].tolist() == [-1, -1, 3, 4, 5]
     assert batch[5].tolist() == [-1, -1, -1, -1, 10]
-    everything = data.windows(stream(11, said), block_size=5, batch_size=2, seed=0)[0]
+    everything = token_cache.windows(stream(11, said), block_size=5, batch_size=2, seed=0)[0]
     np.testing.assert_array_equal(everything["inputs"], batches[0]["inputs"])
 
 
@@ -497,13 +497,13 @@ def test_assistant_targets_are_exact_in_windows_that_start_mid_turn(prepared):
     shape = {"block_size": 32, "batch_size": 8, "seed": 1}
     all_ids = np.asarray(prepared.validation.ids).astype(np.int32)
     # Positions instead of ids, so that each target is found again in the stream.
-    positions = data.Tokens(np.arange(len(all_ids), dtype=np.uint32), prepared.validation.assistant)
-    where = data.windows(positions, targets="assistant", **shape)
-    masked = data.windows(prepared.validation, targets="assistant", **shape)
+    positions = token_cache.Tokens(np.arange(len(all_ids), dtype=np.uint32), prepared.validation.assistant)
+    where = token_cache.windows(positions, targets="assistant", **shape)
+    masked = token_cache.windows(prepared.validation, targets="assistant", **shape)
     starts_inside = 0
     for number in range(50):
         position = where[number]["inputs"] + 1
-        expected = np.where(prepared.validation.assistant[position], all_ids[position], data.MASKED)
+        expected = np.where(prepared.validation.assistant[position], all_ids[position], token_cache.MASKED)
         np.testing.assert_array_equal(masked[number]["targets"], expected)
         starts_inside += (prepared.validation.assistant[position[:, 0]] & (all_ids[position[:, 0]] > 2)).sum()
     assert starts_inside > 100
@@ -514,49 +514,49 @@ def test_windows_without_a_counted_target_are_left_out_and_said():
     said[[7, 42, 50, 51]] = 1  # as targets: of the windows from 0, 40 and 50 on; 50 is the last of the fifth
     lines = []
     options = {"block_size": 10, "batch_size": 2, "targets": "assistant", "log": lines.append}
-    batches = data.windows(stream(101, said), seed=5, **options)
+    batches = token_cache.windows(stream(101, said), seed=5, **options)
     epoch = np.concatenate([batches[n]["inputs"][:, 0] for n in range(3)])  # two epochs of three windows
     assert sorted(epoch[:3]) == sorted(epoch[3:]) == [0, 40, 50]
-    assert all((batches[n]["targets"] != data.MASKED).any() for n in range(30))
+    assert all((batches[n]["targets"] != token_cache.MASKED).any() for n in range(30))
     assert lines == ["data: 7 of 10 training windows have no counted target; they are left out"]
-    evaluation = data.evaluation_batches(stream(101, said), batches=9, **options)
+    evaluation = token_cache.evaluation_batches(stream(101, said), batches=9, **options)
     targets = np.concatenate([batch["targets"].ravel() for batch in evaluation])
-    assert sorted(targets[targets != data.MASKED]) == [7, 42, 50, 51]
+    assert sorted(targets[targets != token_cache.MASKED]) == [7, 42, 50, 51]
     assert lines[1] == "data: 7 of 10 validation windows have no counted target; they are left out"
     with pytest.raises(UserError, match="none of the 10 windows of the training data has a target that"):
-        data.windows(stream(101), seed=5, **options)
+        token_cache.windows(stream(101), seed=5, **options)
     with pytest.raises(UserError, match=r"none of the 10 windows of the validation data .* raise data.validation_frac"):
-        data.evaluation_batches(stream(101), batches=9, **options)
+        token_cache.evaluation_batches(stream(101), batches=9, **options)
 
 
 def test_every_window_once_an_epoch_whatever_the_sizes_of_the_batches():
     tokens, seen, starts = stream(1 + 10 * 30), 0, []
     for size, steps in ((4, 5), (8, 4), (1, 3), (7, 2), (3, 7)):  # 90 windows: three epochs
-        batches = data.windows(tokens, block_size=10, batch_size=size, seed=3, seen=seen)
+        batches = token_cache.windows(tokens, block_size=10, batch_size=size, seed=3, seen=seen)
         starts += [batches[n]["inputs"][:, 0] for n in range(steps)]
         seen += size * steps
     epochs = np.concatenate(starts).reshape(3, 30)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(0, 300, 10), (3, 1)))
-    straight = data.windows(tokens, block_size=10, batch_size=90, seed=3)
+    straight = token_cache.windows(tokens, block_size=10, batch_size=90, seed=3)
     np.testing.assert_array_equal(epochs.ravel(), straight[0]["inputs"][:, 0])
 
 
 def test_evaluation_sees_each_window_once_and_pads_with_masked_targets():
-    batches = data.evaluation_batches(stream(1 + 10 * 10), block_size=10, batch_size=4, batches=99)
+    batches = token_cache.evaluation_batches(stream(1 + 10 * 10), block_size=10, batch_size=4, batches=99)
     assert len(batches) == 3
     assert {batch["inputs"].shape for batch in batches} == {(4, 10)}
     targets = np.concatenate([batch["targets"].ravel() for batch in batches])
-    np.testing.assert_array_equal(np.sort(targets[targets != data.MASKED]), np.arange(1, 101))
-    assert (targets == data.MASKED).sum() == 20
+    np.testing.assert_array_equal(np.sort(targets[targets != token_cache.MASKED]), np.arange(1, 101))
+    assert (targets == token_cache.MASKED).sum() == 20
 
 
 def test_evaluation_is_the_same_every_time_and_drawn_from_everywhere(prepared):
     shape = {"block_size": 64, "batch_size": 4, "batches": 5}
-    one, two = (data.evaluation_batches(prepared.validation, **shape) for _ in range(2))
+    one, two = (token_cache.evaluation_batches(prepared.validation, **shape) for _ in range(2))
     assert len(one) == 5
     for first, second in zip(one, two, strict=True):
         assert_same(first, second)
-    first = data.evaluation_batches(stream(6401), **shape)
+    first = token_cache.evaluation_batches(stream(6401), **shape)
     starts = np.concatenate([batch["inputs"][:, 0] for batch in first])
     assert starts.min() < 1600
     assert starts.max() > 4800
@@ -565,12 +565,14 @@ def test_evaluation_is_the_same_every_time_and_drawn_from_everywhere(prepared):
 def test_block_longer_than_the_data():
     message = "block_size is 10 but the training data has 10 tokens, and a window needs 11: lower block_size"
     with pytest.raises(UserError, match=message):
-        data.windows(stream(10), block_size=10, batch_size=1, seed=0)
+        token_cache.windows(stream(10), block_size=10, batch_size=1, seed=0)
     with pytest.raises(UserError, match=r"the validation data has 3 tokens.*raise data.validation_fraction"):
-        data.evaluation_batches(stream(3), block_size=10, batch_size=1, batches=1)
-    assert data.windows(stream(11), block_size=10, batch_size=2, seed=0)[5]["inputs"].tolist() == [[*range(10)]] * 2
+        token_cache.evaluation_batches(stream(3), block_size=10, batch_size=1, batches=1)
+    assert (
+        token_cache.windows(stream(11), block_size=10, batch_size=2, seed=0)[5]["inputs"].tolist() == [[*range(10)]] * 2
+    )
 
 
 def test_unknown_targets():
     with pytest.raises(UserError, match=r"data.targets is 'user': it must be 'all' or 'assistant'"):
-        data.windows(stream(11), block_size=10, batch_size=1, seed=0, targets="user")
+        token_cache.windows(stream(11), block_size=10, batch_size=1, seed=0, targets="user")

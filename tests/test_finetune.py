@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from configs import chat_tiny
-from gpt_jax import data
-from gpt_jax import tokenizer as tk
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.config import UserError
-from gpt_jax.finetune import FROM_DONOR, check_words, tokenizer_to_keep, with_words_of
-from gpt_jax.model import GPT, ModelConfig
-from gpt_jax.train import initial_state
+from gpt_jax.data import token_cache
+from gpt_jax.data import tokenizer as tk
+from gpt_jax.model.gpt import GPT, ModelConfig
+from gpt_jax.training.finetune import FROM_DONOR, check_words, tokenizer_to_keep, with_words_of
+from gpt_jax.training.trainer import initial_state
 
 WIDTH, SIZE = 8, 300
 
@@ -132,7 +132,7 @@ def test_a_run_on_other_data_starts_from_the_donors_words(donor, words, tmp_path
     for tokenizer, kept in (("", True), ("new", False)):
         config = make_config(init_from=str(donor), data__source=str(source), data__tokenizer=tokenizer)
         config.data.update(cache_dir=str(tmp_path / "cache"), validation_fraction=0.2)
-        corpus = data.prepare(config.data, SIZE, lines.append, tokenizer_to_keep(config, tmp_path / "run"))
+        corpus = token_cache.prepare(config.data, SIZE, lines.append, tokenizer_to_keep(config, tmp_path / "run"))
         assert (corpus.tokenizer.to_str() == words.to_str()) == kept
     model = GPT(ModelConfig.from_config(config.model))
     with Checkpointer(tmp_path / "run" / "checkpoints", keep_last=1, keep_every=None) as checkpointer:

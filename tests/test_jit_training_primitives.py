@@ -11,9 +11,9 @@ from vk_fixtures import SELECTOR, needs_vulkan
 from vk_profiles import night
 
 import vk_kernels
-from gpt_jax.model import GPT, ModelConfig
+from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.sample import next_token
-from gpt_jax.steps import diagnostics_step, eval_step, nonfinite_places
+from gpt_jax.training.steps import diagnostics_step, eval_step, nonfinite_places
 from vk_kernels.bridge import custom_call
 from vk_kernels.tools.conformance.suite import names
 

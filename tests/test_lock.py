@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from gpt_jax.lock import LockedError, lock, wait_for_lock
+from gpt_jax.storage.lock import LockedError, lock, wait_for_lock
 
 ROOT = Path(__file__).parent.parent
 HOLDER = textwrap.dedent("""
     import sys, time
     from pathlib import Path
-    from gpt_jax.lock import lock
+    from gpt_jax.storage.lock import lock
     with lock(Path(sys.argv[1]), print):
         print("held", flush=True)
         sys.stdin.readline()

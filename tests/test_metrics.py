@@ -17,8 +17,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from gpt_jax.config import UserError
-from gpt_jax.files import StorageError
-from gpt_jax.metrics import (
+from gpt_jax.runs.metrics import (
     MetricsWriter,
     RunInfo,
     device_peak_flops,
@@ -29,6 +28,7 @@ from gpt_jax.metrics import (
     read_lines,
     write_json,
 )
+from gpt_jax.storage.files import StorageError
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,7 +121,7 @@ def test_damage_elsewhere_names_the_line(tmp_path, line):
 
 def test_lines_of_a_killed_process_are_on_disk(tmp_path):
     script = (
-        "import os, signal, sys; from gpt_jax.metrics import MetricsWriter\n"
+        "import os, signal, sys; from gpt_jax.runs.metrics import MetricsWriter\n"
         "writer = MetricsWriter(sys.argv[1], tensorboard=False)\n"
         "for step in range(100): writer.write(step, 'train', {'loss': step})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt_jax.files import StorageError
-from gpt_jax.folder import open_folder
 from gpt_jax.output import make_log, print_line, silence
+from gpt_jax.runs.folder import open_folder
+from gpt_jax.storage.files import StorageError
 
 ROOT = Path(__file__).parent.parent
 COMMAND = """

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from synthetic_run import CONFIG, SPIKE_LAYER, SPIKE_STEP, loss_at, write_run
 
-from gpt_jax import report, runs
+from gpt_jax import report
 from gpt_jax.config import UserError
-from gpt_jax.metrics import MetricsWriter, write_json
+from gpt_jax.runs import load
+from gpt_jax.runs.metrics import MetricsWriter, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,12 +24,12 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(workdir):
-    return runs.load_run(workdir)
+    return load.load_run(workdir)
 
 
 @pytest.fixture(scope="module")
 def df(workdir, tmp_path_factory):
-    return runs.load_metrics(workdir, write_run(tmp_path_factory.mktemp("runs") / "other", steps=200, seed=1))
+    return load.load_metrics(workdir, write_run(tmp_path_factory.mktemp("runs") / "other", steps=200, seed=1))
 
 
 def rows(section):
@@ -39,7 +40,7 @@ def rows(section):
 
 def empty_run(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
-    return runs.load_run(tmp_path)
+    return load.load_run(tmp_path)
 
 
 def test_a_report_has_every_section(workdir):
@@ -63,7 +64,7 @@ def test_a_run_without_data_says_so_in_each_section(tmp_path):
 def test_a_run_is_reported_at_any_moment(workdir, tmp_path, lines):
     text = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(text[:lines]) + text[lines][:40])
-    assert f"- steps: {report.load_run(tmp_path).last_step}" in report.make_report(runs.load_run(tmp_path))
+    assert f"- steps: {report.load_run(tmp_path).last_step}" in report.make_report(load.load_run(tmp_path))
 
 
 def test_loss_by_range(run):
@@ -115,9 +116,9 @@ def test_learning_rate_and_phases(run):
 def test_peak_and_utilisation(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.write(1, "train", {"loss": 8.0, "tokens_per_second": 5.0, "mfu": 0.25})
-    assert "- peak of the device: not known" in report.throughput(runs.load_run(tmp_path))
+    assert "- peak of the device: not known" in report.throughput(load.load_run(tmp_path))
     write_json(tmp_path / "run.json", {"peak_flops": 989.4e12})
-    text = report.throughput(runs.load_run(tmp_path))
+    text = report.throughput(load.load_run(tmp_path))
     assert "- peak of the device: 989.4 TFLOP/s\n- model FLOPs utilisation (MFU), median: 25.0%" in text
 
 
@@ -131,7 +132,7 @@ def test_sample_statistics():
 def test_sample_text_cannot_leave_its_fence(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.sample(1, "a | b\nc", "```\n# Title", tokens=3, seconds=0.1)
-    text = report.samples(runs.load_run(tmp_path))
+    text = report.samples(load.load_run(tmp_path))
     assert text == "**Step 1**, a \\| b c\n\n````text\n```\n# Title\n````"
 
 
@@ -163,7 +164,7 @@ def test_notes_of_a_sick_run(tmp_path):
             if step % 100 == 0:
                 writer.write(step, "validation", {"loss": 2 + step / 50})
         writer.write(300, "diagnostics", {"attention_max/h_0/head_0": 45.0, "attention_max/h_1/head_3": 50.0})
-    notes = report.notes(runs.load_run(tmp_path))
+    notes = report.notes(load.load_run(tmp_path))
     for phrase in (
         "did not reach its end: failed",
         "The first loss is 2.010; guessing over 4,000 tokens has 8.294: far from it",
@@ -185,7 +186,7 @@ def test_command_line(workdir, tmp_path):
 
     printed = command(workdir)
     assert (printed.returncode, printed.stderr) == (0, "")
-    assert printed.stdout == report.make_report(runs.load_run(workdir))
+    assert printed.stdout == report.make_report(load.load_run(workdir))
     failed = command(tmp_path / "absent")
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr == f"error: no run at {tmp_path / 'absent'}: there is no such folder\n"
@@ -195,10 +196,10 @@ def test_command_line(workdir, tmp_path):
 
 def test_what_is_no_run(tmp_path):
     with pytest.raises(UserError, match=r"has neither run.json nor metrics.jsonl"):
-        runs.load_run(tmp_path)
+        load.load_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": "high"}\n')
     with pytest.raises(UserError, match="step 1: loss is no number: 'high'"):
-        runs.load_run(tmp_path)
+        load.load_run(tmp_path)
 
 
 def test_absent_values_and_nonfinite_ones(tmp_path):
@@ -206,7 +207,7 @@ def test_absent_values_and_nonfinite_ones(tmp_path):
         writer.write(1, "train", {"loss": 1.0})
         writer.write(2, "train", {"loss": float("inf"), "step_ms": 3.0})
         writer.write(3, "train", {"loss": 2.0, "finite": True})
-    run = runs.load_run(tmp_path)
+    run = load.load_run(tmp_path)
     np.testing.assert_equal(run.tables["train"]["loss"], [1, np.inf, 2])
     np.testing.assert_equal(run.tables["train"]["step_ms"], [np.nan, 3, np.nan])
     np.testing.assert_equal(run.series("train", "loss"), ([1, 3], [1, 2]))
@@ -217,25 +218,25 @@ def test_unfinished_checkpoints_are_not_listed(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     for name in ("100", "step_000200", "300.orbax-checkpoint-tmp-17", "notes"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert [c.step for c in runs.load_run(tmp_path).checkpoints] == [100, 200]
+    assert [c.step for c in load.load_run(tmp_path).checkpoints] == [100, 200]
 
 
 def test_layers_stand_in_forward_order():
     ordered = ["wte", "wpe", "h_0", "h_2", "h_10", "ln_f", "head"]
-    assert runs.forward_order([*sorted(ordered), "h_2"]) == ordered
+    assert load.forward_order([*sorted(ordered), "h_2"]) == ordered
 
 
 def test_find_runs(tmp_path, monkeypatch):
     monkeypatch.delenv("GPT_JAX_RUNS", raising=False)
     with pytest.raises(UserError, match="train one first, or set GPT_JAX_RUNS"):
-        runs.find_runs(tmp_path)
+        load.find_runs(tmp_path)
     for age, name in enumerate("abc"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").touch()
         os.utime(tmp_path / name / "metrics.jsonl", (1000 - age, 1000 - age))
-    assert runs.find_runs(tmp_path, newest=2) == [tmp_path / "b", tmp_path / "a"]
+    assert load.find_runs(tmp_path, newest=2) == [tmp_path / "b", tmp_path / "a"]
     monkeypatch.setenv("GPT_JAX_RUNS", os.pathsep.join(["x", "y/z"]))
-    assert runs.find_runs(tmp_path) == [Path("x"), Path("y/z")]
+    assert load.find_runs(tmp_path) == [Path("x"), Path("y/z")]
 
 
 def test_metrics_frame(df, run):
@@ -254,27 +255,27 @@ def test_metrics_frame(df, run):
 
 def test_runs_of_one_name_are_told_apart(workdir, tmp_path):
     twin = write_run(tmp_path / "plain", steps=100)
-    assert set(runs.load_metrics(workdir, twin)["run"]) == {str(workdir), str(twin)}
-    assert len(runs.load_samples(workdir, twin)) == 7
+    assert set(load.load_metrics(workdir, twin)["run"]) == {str(workdir), str(twin)}
+    assert len(load.load_samples(workdir, twin)) == 7
 
 
 def test_smoothing_halves_a_value_in_a_half_life():
     pd = pytest.importorskip("pandas")
     step = pd.Series([0.0] * 500 + [1.0] * 10)
-    assert runs.smooth(step, half_life=10).iloc[-1] == pytest.approx(0.5, abs=1e-6)
-    constant = runs.smooth(pd.Series([3.0, np.nan, np.inf, 3.0]), half_life=2)
+    assert load.smooth(step, half_life=10).iloc[-1] == pytest.approx(0.5, abs=1e-6)
+    constant = load.smooth(pd.Series([3.0, np.nan, np.inf, 3.0]), half_life=2)
     np.testing.assert_allclose(constant, 3.0)
-    assert runs.smooth(step, half_life=0) is step
+    assert load.smooth(step, half_life=0) is step
 
 
 def test_spikes(df):
-    found = runs.spikes(df, threshold=10)
+    found = load.spikes(df, threshold=10)
     assert found["run"].tolist() == ["plain", "other"]
     assert set(found["step"]) == {SPIKE_STEP}
     assert set(found["layer"]) == {SPIKE_LAYER}
-    assert runs.spikes(df, threshold=1e4).empty
+    assert load.spikes(df, threshold=1e4).empty
     df.loc[5, "grad_norm"] = np.nan
-    worst = runs.spikes(df).iloc[0]
+    worst = load.spikes(df).iloc[0]
     df.loc[5, "grad_norm"] = 1.0
     assert worst["step"] == 6
 
@@ -286,7 +287,7 @@ def test_a_spike_is_in_a_layer_that_its_run_has(workdir, tmp_path):
         for step, norm in ((1, 0.5), (2, 80.0), (3, math.nan)):
             layers = {"grad_norm/wte": 0.1, "grad_norm/h_0": norm}
             writer.write(step, "train", {"loss": 1.0, "grad_norm": norm, **layers})
-    found = runs.spikes(runs.load_metrics(workdir, shallow))
+    found = load.spikes(load.load_metrics(workdir, shallow))
     mine = found[found["run"] == "shallow"]
     assert mine["step"].tolist() == [3, 2]
     assert mine["layer"].tolist() == ["h_0", "h_0"]
@@ -294,7 +295,7 @@ def test_a_spike_is_in_a_layer_that_its_run_has(workdir, tmp_path):
 
 
 def test_compare(df):
-    table = runs.compare(df, steps=(1, 500))
+    table = load.compare(df, steps=(1, 500))
     assert list(table.columns) == ["plain", "other"]
     assert table.loc["loss at 1", "plain"] == pytest.approx(loss_at(1))
     assert np.isnan(table.loc["loss at 500", "other"])
@@ -307,14 +308,14 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best_of_a_comparison(
     rows = df.index[df["split"] == "validation"]
     df.loc[rows[:2], "loss"] = [np.nan, -np.inf]
     df.loc[df["run"] == "other", "loss"] = np.nan
-    table = runs.compare(df, steps=(1,))
+    table = load.compare(df, steps=(1,))
     assert table.loc["at step", "plain"] == 600
     assert np.isfinite(table.loc["best validation loss", "plain"])
     assert np.isnan(table.loc["best validation loss", "other"])
 
 
 def test_validation_gap(df):
-    gap = runs.validation_gap(df)
+    gap = load.validation_gap(df)
     assert gap[["run", "step"]].to_numpy().tolist()[-2:] == [["other", 100], ["other", 200]]
     np.testing.assert_allclose(gap["gap"], gap["validation"] - gap["train"])
 
@@ -322,12 +323,12 @@ def test_validation_gap(df):
 @pytest.mark.parametrize(
     "plot",
     [
-        runs.plot_loss,
-        runs.plot_validation_gap,
-        runs.plot_learning_rate,
-        runs.plot_grad_norm,
-        runs.plot_layer_grad_norms,
-        runs.plot_attention,
+        load.plot_loss,
+        load.plot_validation_gap,
+        load.plot_learning_rate,
+        load.plot_grad_norm,
+        load.plot_layer_grad_norms,
+        load.plot_attention,
     ],
 )
 def test_every_figure_draws(df, plot, tmp_path):
@@ -339,26 +340,26 @@ def test_every_figure_draws(df, plot, tmp_path):
 
 
 def test_layer_map_shows_the_spike(df):
-    image = runs.plot_layer_grad_norms(df, bins=100).axes[0].images[0].get_array()
+    image = load.plot_layer_grad_norms(df, bins=100).axes[0].images[0].get_array()
     layer, stretch = np.unravel_index(image.argmax(), image.shape)
     assert (layer, stretch) == (3, (SPIKE_STEP - 1) * 100 // 600)
 
 
 def test_a_figure_without_its_data_says_so(df):
     with pytest.raises(UserError, match="run 'absent' has no diagnostics metrics; there are plain, other"):
-        runs.plot_attention(df, run="absent")
+        load.plot_attention(df, run="absent")
 
 
 def test_a_missing_notebook_package_names_the_extra(workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UserError, match="uv sync --extra notebook"):
-        runs.load_metrics(workdir)
+        load.load_metrics(workdir)
 
 
 def test_a_growing_run_can_be_read(workdir, tmp_path):
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(MetricsWriter(tmp_path, tensorboard=False))
         writer.write(1, "train", {"loss": 8.0, "grad_norm": 1.0})
-        assert len(runs.load_metrics(tmp_path)) == 1
+        assert len(load.load_metrics(tmp_path)) == 1
         writer.write(2, "train", {"loss": 7.0, "grad_norm": 1.0})
-        assert len(runs.load_metrics(tmp_path)) == 2
+        assert len(load.load_metrics(tmp_path)) == 2

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from tiny_run import compiled_once, steps_saved, tiny, two_dialogues, written  # noqa: F401
 
-from gpt_jax import data
 from gpt_jax.config import UserError
-from gpt_jax.files import StorageError
-from gpt_jax.lock import lock
-from gpt_jax.metrics import read_lines
-from gpt_jax.tokenizer import save, train_tokenizer
-from gpt_jax.train import Run, train_and_evaluate
+from gpt_jax.data import token_cache
+from gpt_jax.data.tokenizer import save, train_tokenizer
+from gpt_jax.runs.metrics import read_lines
+from gpt_jax.storage.files import StorageError
+from gpt_jax.storage.lock import lock
+from gpt_jax.training.trainer import Run, train_and_evaluate
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +298,6 @@ def test_a_token_cache_on_a_full_disk_is_a_line_and_nothing_is_left(corpus, tmp_
     with pytest.raises(
         StorageError, match=r"^cannot read .* or write the token cache .*File too large; .*set data.cache_dir$"
     ) as error:
-        data.prepare(tiny(corpus, data__cache_dir=str(tmp_path / "cache")).data, 270, lambda line: None)
+        token_cache.prepare(tiny(corpus, data__cache_dir=str(tmp_path / "cache")).data, 270, lambda line: None)
     assert error.value.exit_code == 1
     assert list((tmp_path / "cache").iterdir()) == []

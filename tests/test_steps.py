@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from configs import chat
-from gpt_jax.model import GPT, ModelConfig
-from gpt_jax.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.steps import (
+from gpt_jax.model.gpt import GPT, ModelConfig
+from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from gpt_jax.training.steps import (
     eval_step,
     init_params,
     init_state,

@@ -28,11 +28,11 @@ from whole_run import (  # noqa: F401
     wait_until,
 )
 
-from gpt_jax import data
 from gpt_jax.checkpoint import _crc32_of_json, restore_parameters, saved_steps
 from gpt_jax.config import UserError
-from gpt_jax.metrics import read_lines
-from gpt_jax.train import Run, train_and_evaluate
+from gpt_jax.data import token_cache
+from gpt_jax.runs.metrics import read_lines
+from gpt_jax.training.trainer import Run, train_and_evaluate
 
 
 def test_a_run_leaves_all_that_it_should(straight):
@@ -144,8 +144,8 @@ def losses(monkeypatch):
 
 
 def test_another_batch_size_goes_on_with_the_next_window(corpus, tmp_path, monkeypatch, losses):
-    taken, load = [], data.loader
-    monkeypatch.setattr(data, "loader", lambda *args, **options: Recorded(load(*args, **options), taken))
+    taken, load = [], token_cache.loader
+    monkeypatch.setattr(token_cache, "loader", lambda *args, **options: Recorded(load(*args, **options), taken))
     for number, (size, steps) in enumerate(((4, 3), (8, 5), (2, 6))):
         changes = [f"--config.batch_size={size}", f"--config.num_steps={steps}", "--config.model.num_layers=1"]
         train_and_evaluate(configuration(corpus, *changes), tmp_path)
@@ -156,8 +156,8 @@ def test_another_batch_size_goes_on_with_the_next_window(corpus, tmp_path, monke
             position_file.write_text(json.dumps(record | {"crc32": _crc32_of_json(record)}))
     assert [len(batch["inputs"]) for batch in taken] == [4, 4, 4, 8, 8, 2]
     config = configuration(corpus)
-    tokens = data.prepare(config.data, 300, log=lambda line: None).train
-    [straight] = data.windows(tokens, block_size=24, batch_size=30, seed=config.seed).slice(slice(0, 1))
+    tokens = token_cache.prepare(config.data, 300, log=lambda line: None).train
+    [straight] = token_cache.windows(tokens, block_size=24, batch_size=30, seed=config.seed).slice(slice(0, 1))
     np.testing.assert_array_equal(np.concatenate([batch["inputs"] for batch in taken]), straight["inputs"])
 
     train_and_evaluate(configuration(corpus, *changes, "--config.num_steps=7", "--config.seed=1"), tmp_path)

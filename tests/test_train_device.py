@@ -10,11 +10,12 @@ from vk_fixtures import SELECTOR, needs_vulkan
 from whole_run import chats, configuration  # noqa: F401
 
 import vk_kernels.runtime.device
-from gpt_jax import backend, programs
+from gpt_jax import backend
 from gpt_jax.config import UserError
-from gpt_jax.failures import remedies, smaller
-from gpt_jax.metrics import read_lines
-from gpt_jax.train import Run, TrainingFailed, train_and_evaluate
+from gpt_jax.runs.metrics import read_lines
+from gpt_jax.training import programs
+from gpt_jax.training.failures import remedies, smaller
+from gpt_jax.training.trainer import Run, TrainingFailed, train_and_evaluate
 from vk_kernels.bridge import jit
 from vk_kernels.bridge.custom_call import open_device
 from vk_kernels.errors import BufferSizeError, DeviceLostError, FeatureError, OutOfMemoryError
@@ -96,7 +97,7 @@ def test_a_device_that_is_lost_costs_one_line_whatever_it_was_doing(phase, vulka
 
 @needs_vulkan
 def test_a_full_device_is_found_out_before_the_data(vulkan, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt_jax.data.prepare", None)
+    monkeypatch.setattr("gpt_jax.data.token_cache.prepare", None)
     monkeypatch.setattr(Memory, "_allocated", after(0, None, OutOfMemoryError("no room for a buffer")))
     with pytest.raises(TrainingFailed, match="no room for a buffer") as failed:
         train_and_evaluate(configuration(corpus, *vulkan), tmp_path)
@@ -208,7 +209,8 @@ def test_what_is_named_as_enough_is_the_least_change_that_is(error, possible, wa
 
 
 @pytest.mark.parametrize(
-    ("where", "line"), [("gpt_jax.train.Run.evaluate", "step 0: "), ("gpt_jax.train.initial_state", "")]
+    ("where", "line"),
+    [("gpt_jax.training.trainer.Run.evaluate", "step 0: "), ("gpt_jax.training.trainer.initial_state", "")],
 )
 def test_memory_that_xla_does_not_get_costs_one_line_too(where, line, corpus, tmp_path, monkeypatch):
     """Also before the run has begun."""

@@ -12,16 +12,17 @@ import pytest
 from absl import flags
 from whole_run import ROOT, chats, configuration, environment  # noqa: F401
 
-from gpt_jax import data, sample
+from gpt_jax import sample
 from gpt_jax.backend import enter_backend
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.config import UserError
-from gpt_jax.corpus import source_fingerprint
-from gpt_jax.data import Tokens, loader, windows
-from gpt_jax.metrics import read_lines
-from gpt_jax.programs import abstract_state
-from gpt_jax.rows import Reading
-from gpt_jax.train import train_and_evaluate
+from gpt_jax.data import token_cache
+from gpt_jax.data.corpus import source_fingerprint
+from gpt_jax.data.rows import Reading
+from gpt_jax.data.token_cache import Tokens, loader, windows
+from gpt_jax.runs.metrics import read_lines
+from gpt_jax.training.programs import abstract_state
+from gpt_jax.training.trainer import train_and_evaluate
 
 TINY = [
     *("--config.num_steps=2", "--config.model.num_layers=1", "--config.model.embed_dim=16"),
@@ -83,7 +84,7 @@ EARLY = [
 
 @pytest.mark.parametrize(("arguments", "message"), EARLY, ids=[arguments[:60] for arguments, _ in EARLY])
 def test_a_mistake_is_said_before_the_corpus_is_read(arguments, message, corpus, tmp_path, old_run, monkeypatch):
-    monkeypatch.setattr(data, "prepare", forbidden)
+    monkeypatch.setattr(token_cache, "prepare", forbidden)
     names = {"tmp": tmp_path, "old": old_run, "damaged": too_small(tmp_path)}
     given = arguments.format(**names).split(" ")
     folders = [text.removeprefix("--workdir=") for text in given if text.startswith("--workdir=")]
@@ -98,7 +99,7 @@ def test_a_mistake_is_said_before_the_corpus_is_read(arguments, message, corpus,
 
 @pytest.mark.parametrize("name", ["run.json", "config.json"])
 def test_a_damaged_file_of_the_run_is_said_before_the_corpus_is_read(name, corpus, old_run, monkeypatch):
-    monkeypatch.setattr(data, "prepare", forbidden)
+    monkeypatch.setattr(token_cache, "prepare", forbidden)
     (old_run / name).write_text("[]")
     with pytest.raises(UserError, match=f"{name} holds a list where an object must be"):
         train_and_evaluate(configuration(corpus, *TINY), old_run)
@@ -108,16 +109,16 @@ def test_other_data_is_said_before_it_is_tokenised_and_the_fingerprint_of_older_
     corpus, old_run, monkeypatch
 ):
     config = configuration(corpus, *TINY)
-    monkeypatch.setattr(data, "_build", forbidden)
+    monkeypatch.setattr(token_cache, "_build", forbidden)
     with pytest.raises(UserError, match=r"is not what the run's checkpoint was trained on \(fingerprint x, now"):
         train_and_evaluate(config, old_run)
     choices = {name: config.data[name] for name in ("tool_calls", "on_error")}
     how = dataclasses.asdict(Reading(**choices))
     for first in ([1, source_fingerprint(str(corpus))], [2, source_fingerprint(str(corpus)), how]):
-        older = data._digest([*first, config.data.validation_fraction, config.model.vocab_size])
+        older = token_cache._digest([*first, config.data.validation_fraction, config.model.vocab_size])
         lines = []
         with contextlib.suppress(AssertionError):  # of what would tokenise it
-            data.prepare(config.data, config.model.vocab_size, lines.append, expected=older)
+            token_cache.prepare(config.data, config.model.vocab_size, lines.append, expected=older)
         assert any("is of a version that read rows in fewer ways" in line for line in lines)
 
 

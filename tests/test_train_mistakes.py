@@ -18,9 +18,9 @@ from whole_run import (  # noqa: F401
 )
 
 from gpt_jax.config import UserError
-from gpt_jax.metrics import read_lines
+from gpt_jax.runs.metrics import read_lines
 from gpt_jax.sample import load_for_sampling
-from gpt_jax.train import train_and_evaluate
+from gpt_jax.training.trainer import train_and_evaluate
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_and_named(straight, corpus, tmp_path):

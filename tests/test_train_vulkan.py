@@ -19,7 +19,7 @@ from whole_run import (  # noqa: F401
     wait_until,
 )
 
-from gpt_jax.metrics import read_lines
+from gpt_jax.runs.metrics import read_lines
 
 pytestmark = needs_vulkan
 

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import chat_tiny
-from gpt_jax.metrics import read_lines
+from gpt_jax.runs.metrics import read_lines
 
 STEPS, EVERY = 12, 4
 

@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gpt_jax.checkpoint import restore_parameters
-from gpt_jax.metrics import read_lines
+from gpt_jax.runs.metrics import read_lines
 
 ROOT = Path(__file__).parent.parent
 COMPILED = tempfile.mkdtemp(prefix="compiled-")

@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gpt_jax.config import UserError
-from gpt_jax.dialogue import ASSISTANT, END, MARKERS, USER, Context, Dialogue, Turn
+from gpt_jax.data.dialogue import ASSISTANT, END, MARKERS, USER, Context, Dialogue, Turn
 
 SAID, UNCOUNTED = 1, 2  # of a token: the assistant says it; it is never a target
 SMALLEST_VOCABULARY = 256 + len(MARKERS)  # every byte, and the markers

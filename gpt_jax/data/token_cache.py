@@ -32,12 +32,12 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer
 
-from gpt_jax import corpus, tokenizer
 from gpt_jax.config import TARGETS, UserError
-from gpt_jax.files import StorageError, explain
-from gpt_jax.json_file import VERSION, read_object
-from gpt_jax.lock import wait_for_lock
-from gpt_jax.rows import Reading
+from gpt_jax.data import corpus, tokenizer
+from gpt_jax.data.rows import Reading
+from gpt_jax.storage.files import StorageError, explain
+from gpt_jax.storage.json_file import VERSION, read_object
+from gpt_jax.storage.lock import wait_for_lock
 
 # Raise it when the same source and tokenizer would give other tokens or files than before.
 FORMAT_VERSION = 3

@@ -21,24 +21,26 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from gpt_jax import data, finetune, metrics, tokenizer
 from gpt_jax.backend import Backend, enter_backend
 from gpt_jax.checkpoint import CHECKPOINTS, Checkpointer, merge_parameters, restore_parameters, saved_steps
 from gpt_jax.config import leaves, validate
-from gpt_jax.corpus import Turn
-from gpt_jax.failures import describe, is_device_error, remedies
-from gpt_jax.files import StorageError, writing
-from gpt_jax.folder import open_folder
-from gpt_jax.history import LAST_CHECKPOINT, NOTHING, Recorded, check_history, read_recorded
-from gpt_jax.model import GPT, ModelConfig
-from gpt_jax.optimizer import make_optimizer
+from gpt_jax.data import token_cache, tokenizer
+from gpt_jax.data.corpus import Turn
+from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.output import Log
-from gpt_jax.preflight import check_start
-from gpt_jax.programs import Programs, abstract_state, plan_programs
 from gpt_jax.report import write_report
+from gpt_jax.runs import metrics
+from gpt_jax.runs.folder import open_folder
 from gpt_jax.sample import answer
 from gpt_jax.signals import StopSignal
-from gpt_jax.steps import Batch, TrainState, init_params, init_state
+from gpt_jax.storage.files import StorageError, writing
+from gpt_jax.training import finetune
+from gpt_jax.training.failures import describe, is_device_error, remedies
+from gpt_jax.training.history import LAST_CHECKPOINT, NOTHING, Recorded, check_history, read_recorded
+from gpt_jax.training.optimizer import make_optimizer
+from gpt_jax.training.preflight import check_start
+from gpt_jax.training.programs import Programs, abstract_state, plan_programs
+from gpt_jax.training.steps import Batch, TrainState, init_params, init_state
 
 READ_BACK_LAG = 2  # steps whose metrics may still be on their way while the next one is dispatched
 SAMPLING = 1  # purpose of a random key; dropout needs none, its bits are keyed by seed and step
@@ -110,7 +112,7 @@ class Run:
         *,
         backend: Backend,
         programs: Programs,
-        corpus: data.Corpus,
+        corpus: token_cache.Corpus,
         model: GPT,
         state: TrainState,
         position: dict[str, Any] | None,
@@ -150,8 +152,10 @@ class Run:
         }
         self.order = {"seed": config.seed, "targets": config.data.targets}  # what the order of the windows follows from
         self.first_step, self.first_window = self.step, self._windows_seen(position)
-        self.train_batches = data.windows(corpus.train, seed=config.seed, seen=self.first_window, **shape)
-        self.validation_batches = data.evaluation_batches(corpus.validation, batches=config.eval.batches, **shape)
+        self.train_batches = token_cache.windows(corpus.train, seed=config.seed, seen=self.first_window, **shape)
+        self.validation_batches = token_cache.evaluation_batches(
+            corpus.validation, batches=config.eval.batches, **shape
+        )
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         embeddings = sum(state.params[name].size for name in ("wte", "wpe"))
         if config.model.tie_head:
@@ -194,7 +198,7 @@ class Run:
           StorageError: a file could not be written.
         """
         config = self.config
-        loader = data.loader(self.train_batches, prefetch=config.data.prefetch)
+        loader = token_cache.loader(self.train_batches, prefetch=config.data.prefetch)
         with contextlib.closing(loader) as batches, self.trace:
             while True:
                 # Read once: a signal that comes while this pass does what is due ends the next one, which saves.
@@ -441,10 +445,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             raise failure.ended_by(shortage)
         kept_tokenizer = finetune.tokenizer_to_keep(config, workdir)
         expected = None if saved is None else saved["data_fingerprint"]
-        corpus = data.prepare(config.data, config.model.vocab_size, log, kept_tokenizer, expected)
+        corpus = token_cache.prepare(config.data, config.model.vocab_size, log, kept_tokenizer, expected)
         if saved is not None:
             finetune.check_words(workdir, corpus.tokenizer)
-        data.check_windows(corpus, config.model.block_size, config.data.targets)
+        token_cache.check_windows(corpus, config.model.block_size, config.data.targets)
         stop.check()
         model = GPT(ModelConfig.from_config(config.model))
         checkpointer = stack.enter_context(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from gpt_jax.config import UserError
-from gpt_jax.dialogue import Context, Dialogue, Turn, add_turn, finish
+from gpt_jax.data.dialogue import Context, Dialogue, Turn, add_turn, finish
 
 LISTED = 20  # skipped rows that are named one by one
 

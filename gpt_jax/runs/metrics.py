@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gpt_jax.config import UserError, types_of_fields
-from gpt_jax.files import StorageError, sync_folder, writing
-from gpt_jax.json_file import NUMBER, VERSION, Types, read_object
+from gpt_jax.storage.files import StorageError, sync_folder, writing
+from gpt_jax.storage.json_file import NUMBER, VERSION, Types, read_object
 
 METRICS_FILE, SAMPLES_FILE, INFO_FILE = "metrics.jsonl", "samples.jsonl", "run.json"
 CONFIG_FILE, TENSORBOARD = "config.json", "tensorboard"
@@ -78,7 +78,7 @@ class MetricsWriter:
         self._samples = _open_after(self._folder / SAMPLES_FILE, last_kept)
         self._events = None
         if tensorboard:
-            from gpt_jax.tensorboard import EventFile
+            from gpt_jax.runs.tensorboard import EventFile
 
             with self._writing_events():
                 self._events = EventFile(self._folder / TENSORBOARD, purge_step=last_kept + 1)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TextIO
 
 from gpt_jax.config import UserError
-from gpt_jax.files import StorageError
-from gpt_jax.lock import LockedError, lock
-from gpt_jax.metrics import INFO_FILE
 from gpt_jax.output import Log, make_log, print_line
+from gpt_jax.runs.metrics import INFO_FILE
+from gpt_jax.storage.files import StorageError
+from gpt_jax.storage.lock import LockedError, lock
 
 LOCK_FILE, LOG_FILE = "run.lock", "log.txt"
 

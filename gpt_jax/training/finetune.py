@@ -12,11 +12,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from gpt_jax import tokenizer
 from gpt_jax.checkpoint import CHECKPOINTS, saved_steps
 from gpt_jax.config import UserError
-from gpt_jax.data import NEW_TOKENIZER
-from gpt_jax.metrics import read_info
+from gpt_jax.data import tokenizer
+from gpt_jax.data.token_cache import NEW_TOKENIZER
+from gpt_jax.runs.metrics import read_info
 
 FROM_DONOR = "from the donor"  # in run.json: where the run's tokenizer is from
 _TOKENIZER = "tokenizer.json"

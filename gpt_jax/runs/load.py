@@ -1,6 +1,6 @@
 """Finished or running training runs, read back from their folders: as arrays, data frames and figures.
 
-    import gpt_jax.runs as runs
+    from gpt_jax import runs
     df = runs.load_metrics("../runs/chat", "../runs/chat_bf16")
     runs.plot_loss(df)
 
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpt_jax.config import UserError
-from gpt_jax.metrics import INFO_FILE, METRICS_FILE, SAMPLES_FILE, read_config, read_info, read_lines
+from gpt_jax.runs.metrics import INFO_FILE, METRICS_FILE, SAMPLES_FILE, read_config, read_info, read_lines
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt_jax.model import DIAGNOSTICS, GPT
+from gpt_jax.model.gpt import DIAGNOSTICS, GPT
 
 Batch = dict[str, jax.Array]  # 'inputs' and 'targets', int32 (B, T); a negative target counts for nothing
 Metrics = dict[str, jax.Array]

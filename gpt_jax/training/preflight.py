@@ -6,13 +6,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gpt_jax import tokenizer
 from gpt_jax.checkpoint import CHECKPOINTS, check_donor, check_newest
 from gpt_jax.config import UserError
-from gpt_jax.corpus import check_source
-from gpt_jax.data import NEW_TOKENIZER
-from gpt_jax.finetune import tokenizer_to_keep
-from gpt_jax.metrics import read_config, read_info
+from gpt_jax.data import tokenizer
+from gpt_jax.data.corpus import check_source
+from gpt_jax.data.token_cache import NEW_TOKENIZER
+from gpt_jax.runs.metrics import read_config, read_info
+from gpt_jax.training.finetune import tokenizer_to_keep
 
 _TRAINED = (None, "", NEW_TOKENIZER)  # values that name no file
 

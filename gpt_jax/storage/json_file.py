@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.config import UserError
-from gpt_jax.files import is_absent, unreadable
+from gpt_jax.storage.files import is_absent, unreadable
 
 VERSION = "format_version"
 NUMBER = (int, float)

@@ -1,0 +1,37 @@
+"""What a run writes, and how it is read again: `from gpt_jax import runs; runs.plot_loss(runs.load_metrics(folder))`."""
+
+from gpt_jax.runs.load import (
+    Run,
+    compare,
+    find_runs,
+    load_metrics,
+    load_run,
+    load_samples,
+    plot_attention,
+    plot_grad_norm,
+    plot_layer_grad_norms,
+    plot_learning_rate,
+    plot_loss,
+    plot_validation_gap,
+    smooth,
+    spikes,
+    validation_gap,
+)
+
+__all__ = [
+    "Run",
+    "compare",
+    "find_runs",
+    "load_metrics",
+    "load_run",
+    "load_samples",
+    "plot_attention",
+    "plot_grad_norm",
+    "plot_layer_grad_norms",
+    "plot_learning_rate",
+    "plot_loss",
+    "plot_validation_gap",
+    "smooth",
+    "spikes",
+    "validation_gap",
+]

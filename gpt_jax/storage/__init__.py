@@ -1,0 +1,1 @@
+"""Files: whole or not at all, with errors of one line."""

@@ -1,0 +1,1 @@
+"""The training loop, its step, and what a run needs before and after it."""
