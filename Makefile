@@ -11,7 +11,7 @@ test: ## all tests
 	bash scripts/test.sh
 
 night: ## the tests on drawn inputs, 200 of each, those that take long, and 10,000 calls watched for leaks
-	HYPOTHESIS_PROFILE=night .venv/bin/python -m pytest -n auto --dist load tests/test_vk_properties.py tests/test_jit*.py tests/test_vk_attention.py tests/test_vk_matmul.py tests/test_vk_api.py::test_mixed_calls_keep_memory_and_files_flat
+	HYPOTHESIS_PROFILE=night .venv/bin/python -m pytest -n auto --dist load tests/ops/test_op_properties.py tests/compiler tests/bridge tests/tools/test_conformance.py tests/ops/test_attention.py tests/ops/test_matmul.py tests/ops/test_api.py::test_mixed_calls_keep_memory_and_files_flat
 
 campaign: ## kills, signals, damage, full disks and bad inputs by the hundred; ARGS="--kills=20 --minutes=30 --seed=1"
 	.venv/bin/python tests/campaign/campaign.py $(ARGS)

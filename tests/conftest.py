@@ -11,11 +11,15 @@ if os.environ.get("HYPOTHESIS_PROFILE") != "night":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     os.environ.setdefault("GALLIVM_PERF", "nopt")
 
+from collections.abc import Iterator
+
 import jax
 import pytest
+from vulkan_devices import SELECTOR, layer_skip_reason, skip_reason
 
 from vk_kernels.errors import NoDeviceError
 from vk_kernels.runtime import device
+from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.instance import layer_installed
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -33,14 +37,33 @@ if _validate():
     os.environ.setdefault("VK_KERNELS_VALIDATION", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "vulkan: needs a Vulkan device")
+    config.addinivalue_line("markers", "validation_layer: needs a Vulkan device and the Khronos validation layer")
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """VK_KERNELS_REQUIRE=1, as in CI: no driver or no validation layer ends the tests, which would be skipped else."""
-    if os.environ.get("VK_KERNELS_REQUIRE"):
-        import vk_fixtures
+    if os.environ.get("VK_KERNELS_REQUIRE") and layer_skip_reason():
+        raise pytest.UsageError(f"VK_KERNELS_REQUIRE is set: {layer_skip_reason()}")
 
-        missing = vk_fixtures.skip_reason() or ("" if layer_installed() else "no Khronos validation layer is installed")
-        if missing:
-            raise pytest.UsageError(f"VK_KERNELS_REQUIRE is set: {missing}")
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        needs_layer = item.get_closest_marker("validation_layer") is not None
+        if needs_layer or not {"device", "opened"}.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("vulkan")
+        reason = layer_skip_reason() if needs_layer else skip_reason()
+        if reason and item.get_closest_marker("vulkan"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module", name="device")
+def vulkan_device() -> Iterator[Device]:
+    """An open device for a test module; every one of its tests must leave it usable."""
+    with Device.open(SELECTOR) as opened:
+        yield opened
 
 
 @pytest.fixture(autouse=True)

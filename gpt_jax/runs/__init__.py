@@ -1,4 +1,4 @@
-"""What a run writes, and how it is read again: `from gpt_jax import runs; runs.plot_loss(runs.load_metrics(folder))`."""
+"""What a run writes, and how it is read again: `runs.plot_loss(runs.load_metrics(folder))`."""
 
 from gpt_jax.runs.load import (
     Run,

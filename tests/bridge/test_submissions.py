@@ -1,0 +1,106 @@
+"""Programs cut into several submissions, for drivers that give up on a long one: where, and to no other result."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from vulkan_devices import SELECTOR, needs_vulkan
+
+import vk_kernels
+from vk_kernels.bridge.custom_call import open_device
+from vk_kernels.runtime import command_buffer
+from vk_kernels.runtime.program import group_stages
+
+LONG, SHORT = 1e9, 1e-6  # milliseconds that no stage takes, and that every one does
+STEPS = 6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "limit", "firsts"),
+    [
+        ([], 1, [0]),
+        ([5], 1, [0]),
+        ([1, 1, 1], 3, [0]),
+        ([1, 1, 1], 2, [0, 2]),
+        ([1, 9, 1, 1], 2, [0, 1, 2]),
+        ([9, 9, 9], 1, [0, 1, 2]),
+    ],
+)
+def test_stages_are_one_submission_as_long_as_they_are_short_together(seconds, limit, firsts):
+    assert group_stages(seconds, limit) == firsts
+
+
+def update(state, x):
+    """Several stages, with arrays in the arena, results beside the state, and an array that is read and written."""
+    w, momentum = state
+    gradient = jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w) ** 2))(w)
+    momentum = 0.9 * momentum + gradient
+    return (w - 0.1 * momentum, momentum), jnp.sum(momentum**2)
+
+
+def start():
+    return (np.full((8, 8), 0.1, np.float32), np.zeros((8, 8), np.float32)), np.eye(8, dtype=np.float32)
+
+
+def run(submit_ms: float) -> tuple[list[bytes], list[int], int]:
+    """The results of every call of a training loop, the submissions that each was, and the stages of the function."""
+    device = open_device(SELECTOR)
+    before, device.submit_ms = device.submit_ms, submit_ms
+    try:
+        step = vk_kernels.jit(update, donate_argnums=0, device=SELECTOR)
+        state, x = start()
+        state = vk_kernels.device_put(state, SELECTOR)
+        x = vk_kernels.device_put(x, SELECTOR)
+        found, counts = [], []
+        for _ in range(STEPS):
+            submitted = device._submitted
+            state, norm = step(state, x)
+            counts.append(device._submitted - submitted)
+            found.append(b"".join(np.asarray(part).tobytes() for part in (*state, norm)))
+        profile = step.profile(state, x)
+        assert len(profile.rows) == step.cost(state, x).dispatches
+        return found, counts, step.cost(state, x).barriers + 1
+    finally:
+        device.submit_ms = before
+
+
+@needs_vulkan
+def test_results_are_the_same_bits_however_a_program_is_cut():
+    whole, counts, stages = run(0)
+    assert counts == [1] * STEPS
+    assert stages > 3
+    in_stages, counts, _ = run(SHORT)
+    assert counts == [stages] * STEPS
+    found, counts, _ = run(LONG)
+    assert counts == [stages, stages] + [1] * (STEPS - 2)  # the second call is timed
+    assert in_stages == found == whole
+
+
+@needs_vulkan
+@pytest.mark.parametrize("is_submitted", [True, False], ids=["after the second", "before it"])
+def test_an_interrupt_between_two_submissions_leaves_no_array_half_written(monkeypatch, is_submitted):
+    device = open_device(SELECTOR)
+    whole, *_ = run(0)
+    monkeypatch.setattr(device, "submit_ms", SHORT)
+    step = vk_kernels.jit(update, donate_argnums=0, device=SELECTOR)
+    state, x = start()
+    state = vk_kernels.device_put(state, SELECTOR)
+    for _ in range(3):
+        state, _ = step(state, x)
+    buffers = [array.buffer for array in state]
+    submit, calls = command_buffer.Recorder.submit, []
+
+    def interrupted(self):
+        calls.append(self)
+        submission = submit(self) if is_submitted or len(calls) != 2 else None
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return submission
+
+    monkeypatch.setattr(command_buffer.Recorder, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step(state, x)
+    assert len(set(calls)) == step.cost(*start()).barriers + 1
+    assert len(calls) == len(set(calls)) + (not is_submitted)
+    found = [buffer.read(np.float32, (8, 8)).tobytes() for buffer in buffers]
+    assert b"".join(found) == whole[3][: 2 * 8 * 8 * 4]
