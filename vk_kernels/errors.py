@@ -1,4 +1,4 @@
-"""What the Vulkan runtime raises. Every message is one line that names the thing, what was found and the way out."""
+"""What is raised here. Every message is one line that names the thing, what was found and the way out."""
 
 
 class VulkanError(RuntimeError):
@@ -35,3 +35,7 @@ class DeviceLostError(VulkanError):
 
 class ValidationError(VulkanError):
     """The Khronos validation layer found a wrong use of the API, a data race or an access out of bounds."""
+
+
+class UnsupportedError(ValueError):
+    """A function does what no kernel can: the message names the primitive, its shapes and the line."""

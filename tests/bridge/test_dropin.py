@@ -15,7 +15,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 import vk_kernels
 from vk_kernels import ops
 from vk_kernels.compiler import from_jaxpr
-from vk_kernels.compiler.from_jaxpr import UnsupportedError
+from vk_kernels.errors import UnsupportedError
 
 pytestmark = needs_vulkan
 

@@ -15,8 +15,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 import vk_kernels
 from vk_kernels import ops
 from vk_kernels.bridge import custom_call
-from vk_kernels.compiler.from_jaxpr import UnsupportedError
-from vk_kernels.errors import BufferSizeError
+from vk_kernels.errors import BufferSizeError, UnsupportedError
 from vk_kernels.runtime.memory import Buffer, Memory
 from vk_kernels.runtime.program import RECORDINGS
 

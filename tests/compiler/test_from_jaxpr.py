@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vk_kernels.compiler.from_jaxpr import UnsupportedError, make_graph
+from vk_kernels.compiler.from_jaxpr import make_graph
 from vk_kernels.compiler.ir import Graph, Literal, Node, Value, consumers, producers
 from vk_kernels.compiler.passes.simplify import flatten, fold, merge, prune, simplify
+from vk_kernels.errors import UnsupportedError
 
 F32 = np.dtype(np.float32)
 

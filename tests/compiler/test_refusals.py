@@ -15,7 +15,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
 from vk_kernels.compiler import refusals
-from vk_kernels.compiler.from_jaxpr import UnsupportedError
+from vk_kernels.errors import UnsupportedError
 from vk_kernels.tools.conformance.unsupported import UNSUPPORTED, UNSUPPORTED_DTYPES
 
 pytestmark = needs_vulkan

@@ -9,7 +9,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
 from vk_kernels.compiler import parameters
-from vk_kernels.compiler.from_jaxpr import UnsupportedError
+from vk_kernels.errors import UnsupportedError
 from vk_kernels.tools.conformance.suite import cases, names
 
 F32, I32 = np.float32, np.int32

@@ -13,7 +13,7 @@ from run_graph import primitives_of
 from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
-from vk_kernels.compiler.from_jaxpr import UnsupportedError
+from vk_kernels.errors import UnsupportedError
 from vk_kernels.tools.conformance import table
 from vk_kernels.tools.conformance.compare import check, results
 from vk_kernels.tools.conformance.suite import Case, cases, names

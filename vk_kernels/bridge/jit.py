@@ -41,13 +41,14 @@ from vk_kernels.bridge.static import check_hashable, matched
 from vk_kernels.bridge.use import target_of, use
 from vk_kernels.compiler.avals import is_array, on_device, on_host, to_device, to_host
 from vk_kernels.compiler.buffer_assignment import make_program
-from vk_kernels.compiler.from_jaxpr import UnsupportedError, make_graph
+from vk_kernels.compiler.from_jaxpr import make_graph
 from vk_kernels.compiler.ir import Graph
 from vk_kernels.compiler.partition import MOST_BUFFERS, MOST_REDUCTIONS, partition
 from vk_kernels.compiler.passes.fuse_epilogue import absorb
 from vk_kernels.compiler.passes.fuse_forward_backward import join
 from vk_kernels.compiler.passes.rematerialize import recompute
 from vk_kernels.compiler.passes.simplify import simplify
+from vk_kernels.errors import UnsupportedError
 from vk_kernels.runtime.array import Array, ArrayType, Life, array_type
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.memory import Buffer

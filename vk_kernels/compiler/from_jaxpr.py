@@ -25,6 +25,7 @@ from vk_kernels.compiler.decompositions import EXPANSIONS
 from vk_kernels.compiler.ir import Function, Graph, Literal, Node, Operand, Value
 from vk_kernels.compiler.passes.simplify import simplify
 from vk_kernels.compiler.refusals import advice
+from vk_kernels.errors import UnsupportedError
 
 UNROLLED = 50_000  # nodes that all loops of a function together may unroll into
 
@@ -45,10 +46,6 @@ _IDENTITIES = frozenset(
         *("mesh_cast", "reshard", "layout_constraint", "random_wrap", "random_unwrap", "random_clone"),
     )
 )
-
-
-class UnsupportedError(ValueError):
-    """A function does what no kernel can: the message names the primitive, its shapes and the line."""
 
 
 class Origin(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vk_kernels
-from vk_kernels.compiler.from_jaxpr import UnsupportedError
+from vk_kernels.errors import UnsupportedError
 from vk_kernels.tools.conformance.registry import FLOATS, Case
 
 OUTPUT_FACTOR, GRADIENT_FACTOR, SLACK = 2.0, 3.0, 1e-5
