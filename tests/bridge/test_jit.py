@@ -16,8 +16,8 @@ import vk_kernels
 from vk_kernels import ops
 from vk_kernels.bridge import custom_call
 from vk_kernels.errors import BufferSizeError, UnsupportedError
+from vk_kernels.runtime.executable import RECORDINGS
 from vk_kernels.runtime.memory import Buffer, Memory
-from vk_kernels.runtime.program import RECORDINGS
 
 pytestmark = needs_vulkan
 

@@ -51,8 +51,9 @@ from vk_kernels.compiler.passes.simplify import simplify
 from vk_kernels.errors import UnsupportedError
 from vk_kernels.runtime.array import Array, ArrayType, Life, array_type
 from vk_kernels.runtime.device import Device
+from vk_kernels.runtime.executable import Executable, held
 from vk_kernels.runtime.memory import Buffer
-from vk_kernels.runtime.program import Executable, Program, held
+from vk_kernels.runtime.program import Program
 
 
 def jit(

@@ -1,4 +1,4 @@
-"""Plans: what an operation does on a device, as plain data.
+"""Plan: the dispatches of one operation as plain data, where a `program.Program` holds those of a whole function.
 
 A planner is a pure function `plan_<op>(info, inputs, outputs, *, <static parameters>, variant=None) -> Plan`. It
 picks the kernels by what `info` (a DeviceInfo) can do, or takes the `variant` it is told, raising FeatureError where

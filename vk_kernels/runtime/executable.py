@@ -1,0 +1,314 @@
+"""Executable: a `program.Program` on a device, bound to buffers, recorded once and submitted often.
+
+It works on its inputs where they are. A recording is bound to the buffers it was made with: as long as a caller comes
+back with the same ones, as a training loop does with its donated state, a call is one queue submit.
+
+For a driver with a watchdog, which gives a device up when one submission takes long, `Device.submit_ms` cuts a program
+into several. Stages, which end at barriers, are submitted one by one in its first two calls, and timed in the second,
+when kernels are compiled and memory is in place. From then on consecutive stages are one submission as long as they
+took no longer together; a stage that took longer is one alone. Where the cuts are changes no result.
+"""
+
+import sys
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from itertools import compress, repeat
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vk_kernels.errors import OutOfMemoryError
+from vk_kernels.runtime import dispatch_plan
+from vk_kernels.runtime.array import Array, ArrayType, Life
+from vk_kernels.runtime.command_buffer import Chain, TimedChain
+from vk_kernels.runtime.memory import Buffer
+from vk_kernels.runtime.program import Command, Place, Program, find_barriers
+
+if TYPE_CHECKING:
+    from vk_kernels.runtime.command_buffer import Recorder, Timing
+    from vk_kernels.runtime.device import Device
+    from vk_kernels.runtime.kernel import Kernel
+
+RECORDINGS = 4  # that an executable keeps: for other buffers, and so that a call need not wait for the one before
+
+
+def group_stages(seconds: Sequence[float], limit: float) -> list[int]:
+    """The first stage of each submission: as many stages are one as take `limit` seconds, one at least."""
+    firsts, spent = [0], 0.0
+    for stage, taken in enumerate(seconds):
+        if stage > firsts[-1] and spent + taken > limit:
+            firsts.append(stage)
+            spent = 0.0
+        spent += taken
+    return firsts
+
+
+def held(objects: Sequence[Any]) -> list[Any]:
+    """Those that are referred to from elsewhere than this list or tuple, of which the caller has the only one."""
+    counts = list(map(sys.getrefcount, objects))
+    if counts.count(_ALONE) == len(counts):
+        return []
+    return list(compress(objects, map(_ALONE.__lt__, counts)))
+
+
+_ALONE = next(map(sys.getrefcount, [object()]))  # what a reference in a list counts there
+
+
+class _Recording:
+    """A recorded program with the buffers that it is bound to.
+
+    inputs: None where one is in one of its own `slots`, which host arrays are written to and other buffers are copied
+    to; with each, what the host sees of it (`Buffer.mapped`). outputs: its own, those that are not in an input's
+    memory. results: what callers get for them.
+    """
+
+    def __init__(
+        self,
+        recorder: "Recorder | Chain",
+        inputs: list[Buffer | None],
+        slots: dict[int, tuple[Buffer, np.ndarray | None]],
+        outputs: Sequence[Buffer],
+        types: Sequence[ArrayType],
+    ):
+        self.recorder = recorder
+        self.inputs, self.slots = inputs, slots
+        self.outputs, self.types = outputs, types
+        self.renew()
+
+    @property
+    def lost(self) -> bool:
+        """Whether an output's memory is another program's now, which it was donated to."""
+        return not self.life.whole and any(buffer.donated for buffer in self.outputs)
+
+    def renew(self) -> None:
+        """Makes other results in the same memory."""
+        self.life = Life()
+        self.results = list(map(Array, self.outputs, self.types, repeat(self.life)))
+
+
+class Executable:
+    """A program on a device: its kernels, its arena and its recordings. Not for two threads at once."""
+
+    def __init__(self, device: "Device", program: Program, types: Sequence[ArrayType]):
+        """types: of the outputs that are not aliases. Raises FeatureError for what the device lacks, OutOfMemoryError
+        where it has no room."""
+        self.device, self.program, self._types = device, program, types
+        self._kernels = [_kernel(device, command) for command in program.commands]
+        self.barriers = find_barriers(
+            [command.operands for command in program.commands],
+            [kernel.writable for kernel in self._kernels],
+            [command.parts for command in program.commands],
+        )
+        starts = range(0, program.arena_bytes, program.arena_block)
+        sizes = [min(program.arena_block, program.arena_bytes - start) for start in starts]
+        try:
+            self.arena = [device.buffer(size, sliced=True) for size in sizes]
+            self._constants = [device.upload(array) for array in program.constants]
+        except OutOfMemoryError as error:
+            needed = f"a program takes {_total_bytes(program):,} bytes with its arguments"
+            raise OutOfMemoryError(f"{needed}: {error}") from None
+        stages = [0, *(i for i, barrier in enumerate(self.barriers) if barrier and i)]
+        self._cuts = stages if device.submit_ms else [0]  # the commands that submissions begin with
+        self._timed_runs = 0 if device.submit_ms and len(stages) > 1 else None  # until it is known where to cut
+        self._sizes = [array.nbytes for array in program.inputs]
+        self._aliases = [program.aliases.get(j) for j in range(len(program.outputs))]
+        self._aliased = frozenset(program.aliases.values())
+        self._last: list[Buffer | None] = [None] * len(program.inputs)  # that the last call was bound to
+        self._recordings: deque[_Recording] = deque(maxlen=RECORDINGS)  # by use, the last used last
+        self._copied: set[int] = set()  # inputs that come in other memory each time: copied into a slot
+        self._misses: Counter[int] = Counter()
+
+    def __call__(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Array]:
+        """Submits the program; gives the outputs at once, computed or not, but for those in an input's memory.
+
+        arguments: by number, a buffer on the device each, or a host array, which is uploaded; of aliased inputs always
+        a buffer, or nothing at all, where it is the one of the last call. Raises ValueError for an argument of another
+        size than the input has, and where two inputs are in the same memory, one of which is an output's.
+        """
+        self._check_sizes(arguments)
+        recording = self._choose(self._bound(arguments))
+        copies = []
+        for i, (slot, mapped) in recording.slots.items():
+            x = arguments[i]
+            if isinstance(x, Buffer):
+                copies.append((x, slot))
+            elif mapped is None:
+                slot.write(x)
+            else:
+                self.device.wait(slot.last_use)
+                mapped[...] = x
+        self._copy(copies)
+        recording.recorder.submit()
+        self._last = recording.inputs
+        if not recording.life.whole:  # a caller deleted one
+            recording.renew()
+        return recording.results.copy()
+
+    def _check_sizes(self, arguments: Mapping[int, Buffer | np.ndarray]) -> None:
+        """No kernel may read past the end of what it is given."""
+        for i, x in arguments.items():
+            found = x.size if isinstance(x, Buffer) else x.nbytes
+            if found != self._sizes[i]:
+                array = self.program.inputs[i]
+                raise ValueError(f"input {i} of the program is {array}, {array.nbytes:,} bytes, found {found:,} bytes")
+
+    def _copy(self, copies: Sequence[tuple[Buffer, Buffer]]) -> None:
+        if copies:
+            with self.device.recorder() as recorder:
+                for source, target in copies:
+                    recorder.copy(source, target)
+                recorder.submit()
+
+    def _bound(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Buffer | None]:
+        """The buffers that a recording for a call is bound to; None where it has a slot. The list of the last call
+        where they are its: to see that is quicker than to compare them."""
+        bound = self._last
+        for i, x in arguments.items():
+            buffer = x.owner if isinstance(x, Buffer) and i not in self._copied else None
+            if i in self._aliased:
+                buffer.donated = True
+            if bound[i] is not buffer:
+                bound = bound.copy() if bound is self._last else bound
+                bound[i] = buffer
+        return bound
+
+    def _choose(self, bound: list[Buffer | None]) -> _Recording:
+        """A recording for these buffers, the longest unused one if there are several; a new one if that is better."""
+        for recording in [recording for recording in self._recordings if recording.lost]:
+            self._recordings.remove(recording)
+        fitting = [x for x in self._recordings if x.inputs is bound or x.inputs == bound]
+        full = len(self._recordings) == RECORDINGS
+        done = 0 if full else self.device.completed()
+        for recording in fitting:
+            # Slots that the device still reads, and outputs that a caller holds, are better left alone.
+            if (full or not recording.slots or recording.recorder.last_use <= done) and not held(recording.results):
+                break
+        else:
+            recording = self._move_away(fitting[0]) if full and fitting else self._record(bound)
+        if recording in self._recordings:
+            self._recordings.remove(recording)
+        self._recordings.append(recording)
+        return recording
+
+    def forget(self) -> None:
+        """Gives up the recordings that are bound to the donated buffers of the last call, and with them the buffers."""
+        last, self._last = self._last, [None] * len(self._last)
+        for recording in list(self._recordings):
+            if any(recording.inputs[i] is last[i] for i in self._aliased):
+                self._recordings.remove(recording)
+
+    def _move_away(self, recording: _Recording) -> _Recording:
+        """The recording, when what callers hold of its results has got memory of its own."""
+        kept = [array for array in held(recording.results) if not array.is_deleted()]
+        moves = [(array, self.device.buffer(array.buffer.size)) for array in kept]
+        self._copy([(array.buffer, target) for array, target in moves])
+        for array, target in moves:
+            array.move_to(target)
+        recording.renew()
+        return recording
+
+    def _record(self, bound: list[Buffer | None]) -> _Recording:
+        """Makes a recording for these buffers."""
+        self._check_apart(bound)
+        if self._recordings:  # an input in other memory each time is not worth a recording each time
+            last = self._recordings[-1].inputs
+            for i, (buffer, before) in enumerate(zip(bound, last, strict=True)):
+                if i not in self._aliased and buffer is not None and buffer is not before:
+                    self._misses[i] += 1
+                    if self._misses[i] > RECORDINGS:
+                        self._copied.add(i)
+        if any(bound[i] is not None for i in self._copied):
+            bound = [None if i in self._copied else x for i, x in enumerate(bound)]
+        inputs = self.program.inputs
+        buffers = {i: self.device.buffer(x.nbytes) for i, x in enumerate(inputs) if bound[i] is None}
+        slots = {i: (slot, slot.mapped(inputs[i].dtype, inputs[i].shape)) for i, slot in buffers.items()}
+        outputs = [
+            self.device.buffer(array.nbytes) if alias is None else None
+            for array, alias in zip(self.program.outputs, self._aliases, strict=True)
+        ]
+        recorder = self._recorded([buffers.get(i) or x for i, x in enumerate(bound)], outputs)
+        return _Recording(recorder, bound, slots, [x for x in outputs if x is not None], self._types)
+
+    def _recorded(self, inputs: Sequence[Buffer], outputs: Sequence[Buffer | None]) -> "Recorder | Chain":
+        recorders = []
+        for start, end in self._submissions():
+            recorder = self.device.record(hazards=False, replay=True)
+            self._fill(recorder, inputs, outputs, start, end)
+            recorder.end()
+            recorders.append(recorder)
+        if self._timed_runs is not None:
+            return TimedChain(recorders, self._learn)
+        return recorders[0] if len(recorders) == 1 else Chain(recorders)
+
+    def _submissions(self) -> list[tuple[int, int]]:
+        """(first command, behind the last) of each."""
+        return list(zip(self._cuts, [*self._cuts[1:], len(self.program.commands)], strict=True))
+
+    def _learn(self, seconds: list[float]) -> None:
+        """Cuts anew by the seconds that each stage took, once the stages are warm."""
+        self._timed_runs += 1
+        if self._timed_runs == 2:
+            self._cuts = [self._cuts[stage] for stage in group_stages(seconds, 1e-3 * self.device.submit_ms)]
+            self._timed_runs = None
+            self._recordings.clear()
+
+    def _check_apart(self, bound: Sequence[Buffer | None]) -> None:
+        given = Counter(id(x) for x in bound if x is not None)
+        for i in sorted(self._aliased):
+            if given[id(bound[i])] > 1:
+                raise ValueError(
+                    f"input {i}, {self.program.inputs[i]}, is donated, and passed a second time in the same call: "
+                    "pass a copy"
+                )
+
+    def _fill(
+        self,
+        recorder: "Recorder",
+        inputs: Sequence[Buffer],
+        outputs: Sequence[Buffer | None],
+        start: int,
+        end: int,
+    ) -> None:
+        """Records the commands from `start` to `end`, all of them compiled by then."""
+        spaces = {"input": inputs, "output": outputs, "constant": self._constants}
+        for i in range(start, end):
+            command, kernel = self.program.commands[i], self._kernels[i]
+            if self.barriers[i] and i > start:
+                recorder.barrier()
+            operands = [
+                self._in_arena(place) if place.space == "arena" else spaces[place.space][place.index]
+                for place in command.operands
+            ]
+            recorder.dispatch(kernel, operands, command.push_constants, command.groups, command.label)
+
+    def _in_arena(self, place: Place) -> Buffer:
+        block, offset = divmod(place.index, self.program.arena_block)
+        return self.arena[block].slice(offset, place.nbytes)
+
+    def time(self, arguments: Sequence[Buffer | np.ndarray]) -> list["Timing"]:
+        """Device time of each command, one after another; the arguments stay as they are."""
+        self._check_sizes(dict(enumerate(arguments)))
+        inputs = [self.device.buffer(x.size) if isinstance(x, Buffer) else self.device.upload(x) for x in arguments]
+        self._copy([(x, copy) for x, copy in zip(arguments, inputs, strict=True) if isinstance(x, Buffer)])
+        outputs = [
+            None if j in self.program.aliases else self.device.buffer(array.nbytes)
+            for j, array in enumerate(self.program.outputs)
+        ]
+        timings = []
+        for start, end in self._submissions():
+            count = sum(0 not in command.groups for command in self.program.commands[start:end])
+            recorder = self.device.record(hazards=False, timestamps=max(count, 1))
+            self._fill(recorder, inputs, outputs, start, end)
+            timings += recorder.submit().timings()
+        return timings
+
+
+def _total_bytes(program: Program) -> int:
+    made = [array for j, array in enumerate(program.outputs) if j not in program.aliases]
+    return program.arena_bytes + sum(x.nbytes for x in (*program.inputs, *made, *program.constants))
+
+
+def _kernel(device: "Device", command: Command) -> "Kernel":
+    if isinstance(command.kernel, dispatch_plan.Dispatch):
+        return dispatch_plan.kernel_of(device, command.kernel)
+    return device.kernel_from_spirv(command.kernel, command.label)
