@@ -39,9 +39,12 @@ needs_compiler = pytest.mark.skipif(bool(compiler_missing()), reason=compiler_mi
 @pytest.fixture
 def package(tmp_path):
     """A copy of two shaders and their binaries, to change at will."""
-    for folder, names in (("shaders", ("fill", "copy")), ("shaders/binaries", ("fill", "copy.f16", "copy.f32"))):
-        (tmp_path / folder).mkdir()
-        suffix = ".slang" if folder == "shaders" else ".spv"
+    for folder, names in (
+        ("shaders/memory", ("fill", "copy")),
+        ("shaders/binaries", ("fill", "copy.f16", "copy.f32")),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        suffix = ".slang" if folder == "shaders/memory" else ".spv"
         for name in names:
             shutil.copy(PACKAGE / folder / f"{name}{suffix}", tmp_path / folder)
     kernels = {
@@ -73,7 +76,7 @@ def test_every_feature_that_is_enabled_is_used():
 
 def test_a_changed_source_without_its_binary_fails_the_check(package, capsys):
     assert main(["--check"], package) == 0
-    source = package / "shaders" / "copy.slang"
+    source = package / "shaders" / "memory" / "copy.slang"
     source.write_text(source.read_text() + "\n")
     assert main(["--check"], package) == 1
     said = capsys.readouterr().err
@@ -83,9 +86,10 @@ def test_a_changed_source_without_its_binary_fails_the_check(package, capsys):
 
 
 def test_a_changed_import_fails_the_check(package):
-    module = package / "shaders" / "words.slang"
+    module = package / "shaders" / "common" / "words.slang"
+    module.parent.mkdir()
     module.write_text("public uint word() { return 1; }\n")
-    source = package / "shaders" / "fill.slang"
+    source = package / "shaders" / "memory" / "fill.slang"
     source.write_text("import words;\n" + source.read_text())
     targets = {target.name: target for target in find_targets(package / "shaders")}
     before = build_module.source_hash(targets["fill"])
@@ -117,18 +121,18 @@ def test_flags_are_part_of_the_hash(package, monkeypatch):
     [
         ("//! variants f32: T=float", "cannot read '//! variants f32: T=float'"),
         ("//! variant f32 (nothing): T=float", r"variant f32 names \['nothing'\], but the entry points are \['fill'\]"),
-        ("import nowhere;", r"fill.slang: imports nowhere.slang, which is not in shaders/"),
+        ("import nowhere;", r"fill.slang: imports nowhere.slang, which is neither in memory/ nor in common/"),
     ],
 )
 def test_a_declaration_that_makes_no_sense_is_named(package, text, message):
-    source = package / "shaders" / "fill.slang"
+    source = package / "shaders" / "memory" / "fill.slang"
     source.write_text(text + "\n" + source.read_text())
     with pytest.raises(BuildError, match=message):
         out_of_date(package / "shaders", package / "shaders" / "binaries")
 
 
 def test_one_name_for_two_kernels_is_refused(package):
-    shutil.copy(package / "shaders" / "fill.slang", package / "shaders" / "second.slang")
+    shutil.copy(package / "shaders" / "memory" / "fill.slang", package / "shaders" / "memory" / "second.slang")
     with pytest.raises(BuildError, match=r"fill: declared in fill.slang and second.slang"):
         find_targets(package / "shaders")
 
@@ -136,7 +140,7 @@ def test_one_name_for_two_kernels_is_refused(package):
 def test_variants_may_hold_for_some_entry_points(package):
     entry = '[shader("compute")]\n[numthreads(1, 1, 1)]\nvoid {}(uint3 id : SV_DispatchThreadID) {{}}\n'
     text = "//! variant f32: T=float\n//! variant fast (b): T=half FAST\n" + entry.format("a") + entry.format("b")
-    (package / "shaders" / "pair.slang").write_text(text)
+    (package / "shaders" / "memory" / "pair.slang").write_text(text)
     targets = {target.name: target.defines for target in find_targets(package / "shaders") if target.entry in "ab"}
     assert targets == {"a.f32": ("T=float",), "b.f32": ("T=float",), "b.fast": ("T=half", "FAST")}
 
@@ -167,9 +171,9 @@ def test_a_build_reproduces_the_binaries_to_the_bit(package):
 
 @needs_compiler
 def test_a_build_mends_what_the_check_finds(package):
-    source = package / "shaders" / "fill.slang"
+    source = package / "shaders" / "memory" / "fill.slang"
     source.write_text(source.read_text().replace("256", "128"))
-    (package / "shaders" / "copy.slang").unlink()
+    (package / "shaders" / "memory" / "copy.slang").unlink()
     assert build(package / "shaders", package / "shaders" / "binaries") == ["fill"]
     assert out_of_date(package / "shaders", package / "shaders" / "binaries") == {}
     assert sorted(read_manifest(package / "shaders" / "binaries")) == ["fill"]
@@ -179,7 +183,7 @@ def test_a_build_mends_what_the_check_finds(package):
 
 @needs_compiler
 def test_a_shader_that_does_not_compile_shows_the_compilers_words(package, capsys):
-    (package / "shaders" / "fill.slang").write_text(
+    (package / "shaders" / "memory" / "fill.slang").write_text(
         '[shader("compute")]\n[numthreads(1, 1, 1)]\nvoid fill(uint3 id : SV_DispatchThreadID) { nothing(id); }\n'
     )
     assert main([], package) == 1
@@ -214,7 +218,7 @@ void sizes(uint3 id : SV_DispatchThreadID, uint3 local : SV_GroupThreadID)
 
 @needs_compiler
 def test_reflection_reads_sizes_constants_and_bindings(package):
-    (package / "shaders" / "sizes.slang").write_text(SIZES)
+    (package / "shaders" / "memory" / "sizes.slang").write_text(SIZES)
     build(package / "shaders", package / "shaders" / "binaries", ["sizes"])
     code = (package / "shaders" / "binaries" / "sizes.spv").read_bytes()
     found = reflect(code)
@@ -234,7 +238,7 @@ def test_reflection_reads_sizes_constants_and_bindings(package):
 
 @needs_compiler
 def test_a_kernel_may_take_nothing_but_storage_buffers(package):
-    (package / "shaders" / "image.slang").write_text(
+    (package / "shaders" / "memory" / "image.slang").write_text(
         "Texture2D<float> image;\nRWStructuredBuffer<float> output;\n"
         '[shader("compute")]\n[numthreads(1, 1, 1)]\nvoid look(uint3 id : SV_DispatchThreadID)\n'
         "{ output[id.x] = image[id.xy]; }\n"

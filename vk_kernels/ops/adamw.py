@@ -18,7 +18,7 @@ from vk_kernels.runtime.dispatch_plan import Array, Plan
 if TYPE_CHECKING:
     from vk_kernels.runtime.device import DeviceInfo
 
-_SCALARS_BYTES = 20  # of shaders/adamw_common.slang's Scalars
+_SCALARS_BYTES = 20  # of shaders/adamw/adamw_common.slang's Scalars
 
 
 def adamw_reference(

@@ -300,7 +300,7 @@ class _Head:
         return Matrix(operand, self.x.dtype, rows, width, width, offset=first * width)
 
     def constants(self, first: int, rows: int, first_gradient: int = 0) -> bytes:
-        """Params of shaders/cross_entropy.slang."""
+        """Params of shaders/cross_entropy/cross_entropy.slang."""
         return struct.pack("<5I", rows, self.vocab, self.stride, first, first_gradient)
 
 

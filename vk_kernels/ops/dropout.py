@@ -74,7 +74,7 @@ def dropout_backward_reference(dy: jax.Array, rng: jax.Array, *, rate: float, st
 
 
 def dropout_constants(rate: float, stream: int) -> bytes:
-    """The push constants of shaders/elementwise.slang's Dropout."""
+    """The push constants of shaders/common/elementwise.slang's Dropout."""
     return struct.pack("<IIf", stream, dropout_threshold(rate), dropout_scale(rate))
 
 

@@ -455,7 +455,7 @@ def _operands(a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue) -> tuple[int,
 
 
 def _push_constants(work: _Work, a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue, workgroups: int) -> bytes:
-    """Params of shaders/matmul_common.slang."""
+    """Params of shaders/matmul/matmul_common.slang."""
     of_epilogue = epilogue.stream, epilogue.threshold, epilogue.scale
     if (loss := epilogue.softmax_gradient) is not None:
         of_epilogue = loss.first, loss.columns, 1.0

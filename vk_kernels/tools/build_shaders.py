@@ -1,4 +1,4 @@
-"""Compiles shaders/*.slang to the SPIR-V that ships, and writes down what each kernel needs.
+"""Compiles shaders/*/*.slang to the SPIR-V that ships, and writes down what each kernel needs.
 
     python -m vk_kernels.tools.build_shaders                  build what is out of date
     python -m vk_kernels.tools.build_shaders copy fill        build these kernels (entry points), out of date or not
@@ -13,8 +13,9 @@ A source with compute entry points may declare variants of them at its top, each
     //! variant bf16: T=BFloat16 ACCUMULATE=float
     //! variant coop2 (matmul_nn, matmul_nt): T=BFloat16
 
-The last holds for the named entry points alone. A (kernel, variant) pair becomes spirv/<entry>.<variant>.spv, or
-spirv/<entry>.spv where no variants are declared. Sources without entry points are modules for others to import.
+The last holds for the named entry points alone. A (kernel, variant) pair becomes binaries/<entry>.<variant>.spv, or
+binaries/<entry>.spv where no variants are declared. Sources without entry points are modules for others to import:
+those of an op's own folder, and those of shaders/common.
 """
 
 import contextlib
@@ -75,13 +76,22 @@ class Target:
 
 def find_targets(shaders: Path) -> list[Target]:
     """Every (entry point, variant) that the sources declare, in a fixed order."""
-    targets = [target for source in sorted(shaders.glob("*.slang")) for target in _targets_of(source)]
+    targets = [target for source in _sources(shaders) for target in _targets_of(source)]
     seen: dict[str, Target] = {}
     for target in targets:
         if target.name in seen:
             raise BuildError(f"{target.name}: declared in {seen[target.name].source.name} and {target.source.name}")
         seen[target.name] = target
     return targets
+
+
+def _sources(shaders: Path) -> list[Path]:
+    return sorted(shaders.glob("*/*.slang"), key=lambda file: file.name)
+
+
+def _include_path(source: Path) -> tuple[Path, Path]:
+    """The folders that `source` and its imports import from: the op's own, and the one that all ops share."""
+    return source.parent, source.parents[1] / "common"
 
 
 def _targets_of(source: Path) -> list[Target]:
@@ -115,13 +125,17 @@ def imported(source: Path) -> list[Path]:
         found.append(file)
         for module, part, header in _IMPORT.findall(file.read_text()):
             name = header or (module or part).replace(".", "/") + ".slang"
-            path = file.parent / name
-            if not path.is_file():
-                path = file.parent / name.replace("_", "-")
-            if not path.is_file():
-                raise BuildError(f"{file.name}: imports {name}, which is not in {file.parent.name}/")
+            places = [
+                folder / spelled
+                for folder in (file.parent, *_include_path(source))
+                for spelled in (name, name.replace("_", "-"))
+            ]
+            path = next((place for place in places if place.is_file()), None)
+            if path is None:
+                own, common = (folder.name for folder in _include_path(source))
+                raise BuildError(f"{file.name}: imports {name}, which is neither in {own}/ nor in {common}/")
             waiting.append(path)
-    return sorted(found)
+    return sorted(found, key=lambda file: file.name)
 
 
 def source_hash(target: Target) -> str:
@@ -200,7 +214,8 @@ def compile_target(target: Target) -> bytes:
         raw, code, dependencies = (str(Path(folder) / name) for name in ("raw.spv", "out.spv", "files"))
         defines = [f"-D{define}" for define in target.defines]
         compiler = [find_tool("slangc"), str(target.source), *SLANGC_FLAGS, "-entry", target.entry, *defines]
-        _run([*compiler, "-I", str(target.source.parent), "-depfile", dependencies, "-o", raw], target)
+        folders = [option for folder in _include_path(target.source) for option in ("-I", str(folder))]
+        _run([*compiler, *folders, "-depfile", dependencies, "-o", raw], target)
         _run([find_tool("spirv-opt"), *OPT_FLAGS, raw, "-o", code], target)
         binary = _portable(Path(code).read_bytes())
         Path(code).write_bytes(binary)
@@ -226,7 +241,7 @@ def describe(target: Target, binary: bytes) -> dict[str, Any]:
     if reflection.local_size_id:
         features.append("maintenance4")
     return {
-        "source": target.source.name,
+        "source": f"{target.source.parent.name}/{target.source.name}",
         "source_sha256": source_hash(target),
         "spirv_sha256": hashlib.sha256(binary).hexdigest(),
         "variant": target.variant,
