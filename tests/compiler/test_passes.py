@@ -16,7 +16,7 @@ from vk_kernels.compiler.list_schedule import Access, find_waves
 from vk_kernels.compiler.partition import Partition, common_scope, partition
 from vk_kernels.compiler.passes.fuse_epilogue import absorb
 from vk_kernels.compiler.passes.simplify import simplify
-from vk_kernels.runtime.program import Place, find_barriers
+from vk_kernels.runtime.program import BufferSlice, find_barriers
 
 X = np.ones((64, 48), np.float32)
 
@@ -288,8 +288,8 @@ def test_waves_keep_the_order_of_what_meets(found):
                 assert waves[j] < waves[i]
 
 
-A, B, C = Place("arena", 0, 256), Place("arena", 256, 256), Place("arena", 128, 256)
-X0, OUT = Place("input", 0, 4), Place("output", 0, 4)
+A, B, C = BufferSlice("arena", 0, 256), BufferSlice("arena", 256, 256), BufferSlice("arena", 128, 256)
+X0, OUT = BufferSlice("input", 0, 4), BufferSlice("output", 0, 4)
 
 
 @pytest.mark.parametrize(

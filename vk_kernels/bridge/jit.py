@@ -49,9 +49,10 @@ from vk_kernels.compiler.passes.fuse_forward_backward import join
 from vk_kernels.compiler.passes.rematerialize import recompute
 from vk_kernels.compiler.passes.simplify import simplify
 from vk_kernels.errors import UnsupportedError
-from vk_kernels.runtime.array import Array, ArrayType, Life, array_type
+from vk_kernels.runtime.array import Array, ArrayType, array_type
 from vk_kernels.runtime.device import Device
-from vk_kernels.runtime.executable import Executable, held
+from vk_kernels.runtime.executable import Executable
+from vk_kernels.runtime.lifetime import DonationState, referenced_elsewhere
 from vk_kernels.runtime.memory import Buffer
 from vk_kernels.runtime.program import Program
 
@@ -156,29 +157,29 @@ def _is_leaf_of(x: Any, kind: ArrayType) -> bool:
     return is_leaf and not _is_traced(x) and _type_of(x) == kind
 
 
-class _Given:
+class _CarriedOutputs:
     """Arrays that a call gave in the memory that it was donated."""
 
-    def __init__(self, arrays: Iterable[Array], life: Life):
-        self._held, self.life = [tuple(arrays)], life
+    def __init__(self, arrays: Iterable[Array], donation: DonationState):
+        self._only_reference, self.donation = [tuple(arrays)], donation
 
     @property
     def arrays(self) -> tuple[Array, ...]:
-        return self._held[0]
+        return self._only_reference[0]
 
     @property
     def held(self) -> bool:
         """Whether anybody still has one of them."""
-        return bool(held(self._held) or held(self.arrays))
+        return bool(referenced_elsewhere(self._only_reference) or referenced_elsewhere(self.arrays))
 
-    def revive(self) -> bool:
+    def try_reuse(self) -> bool:
         """Takes donated arrays that nobody holds any more for new ones, where that can be: all of them."""
-        possible = self.life.whole and not self.held
-        self.life.ended = not possible
+        possible = self.donation.all_alive and not self.held
+        self.donation.donated = not possible
         return possible
 
 
-class _Loop(NamedTuple):
+class _Carry(NamedTuple):
     """Where a function (..., state, ...) -> (..., state, ...) takes and gives its state: a tuple of the arrays that
     results take the memory of, all of them, in order. That the last call's tuple comes back is seen at a glance.
 
@@ -191,7 +192,7 @@ class _Loop(NamedTuple):
     results: Any
 
     @classmethod
-    def of(cls, in_tree: Any, out_tree: Any, aliases: dict[int, int]) -> "_Loop | None":
+    def of(cls, in_tree: Any, out_tree: Any, aliases: dict[int, int]) -> "_Carry | None":
         (arguments, keywords), results = (tree.children() for tree in (in_tree, out_tree))
         arguments = arguments.children()
         if keywords.num_leaves or out_tree != treedef_tuple(results):
@@ -244,15 +245,15 @@ class Compiled:
         self._carried_types = [self.out_types[j] for j in aliases]
         places = {j: k for k, j in enumerate((*aliases, *made))}
         self._order = [places[j] for j in range(len(self.out_types))]
-        self._loop = None if self._to_host else _Loop.of(self.in_tree, self.out_tree, aliases)
+        self._loop = None if self._to_host else _Carry.of(self.in_tree, self.out_tree, aliases)
         # What the last call gave in donated memory, and the buffers; and what the one before it gave there.
-        self._given, self._before, self._buffers = _Given((), Life(ended=True)), None, []
+        self._given, self._before, self._buffers = _CarriedOutputs((), DonationState(donated=True)), None, []
 
-    def next_in_loop(self, arguments: tuple[tuple, dict[str, Any]]) -> Sequence[Any] | None:
+    def match_carry(self, arguments: tuple[tuple, dict[str, Any]]) -> Sequence[Any] | None:
         """The leaves beside the carried ones if this call is the next in a loop over a state: what the last call gave
         in donated memory comes back in the same places, and all else is of its types. Quicker than to look at all."""
         (args, kwargs), loop, given = arguments, self._loop, self._given
-        if given.life.ended or not given.life.whole:
+        if given.donation.donated or not given.donation.all_alive:
             return None
         if loop and not kwargs and len(args) > loop.argument and args[loop.argument] is given.arrays:
             rest = _leaves_of(loop.arguments, (*args[: loop.argument], *args[loop.argument + 1 :]))
@@ -285,7 +286,7 @@ class Compiled:
     def run(self, leaves: Sequence[Any]) -> Any:
         """The results for the leaves of a call, which are of its types."""
         if not self._given.held:  # the state that it worked on is no more
-            self.executable.forget()
+            self.executable.release_donated()
             self._buffers = []
         carried = [self.argument(i, leaves[i]) for i in self._carried]
         buffers = [x if isinstance(x, Buffer) else self.device.upload(x) for x in carried]
@@ -297,10 +298,10 @@ class Compiled:
         self._before = None
         return self._results(made)
 
-    def go_on(self, rest: Sequence[Any]) -> Any:
-        """Runs it on what `next_in_loop` gave of a call."""
+    def call_with_carry(self, rest: Sequence[Any]) -> Any:
+        """Runs it on what `match_carry` gave of a call."""
         made = self._run(rest, {})
-        self._given.life.ended = True
+        self._given.donation.donated = True
         for i in self._dropped:
             x = rest[self._rest.index(i)]
             if isinstance(x, _OWNED):
@@ -312,13 +313,13 @@ class Compiled:
         """What it makes beside the carried arrays."""
         return self.executable(carried | {i: self.argument(i, x) for i, x in zip(self._rest, rest, strict=True)})
 
-    def _results(self, made: list[Array], before: _Given | None = None) -> Any:
+    def _results(self, made: list[Array], before: _CarriedOutputs | None = None) -> Any:
         """What the function gives. before: objects to take for the carried arrays, if nobody holds them any more."""
-        if before is not None and before.revive():
+        if before is not None and before.try_reuse():
             self._given = before
         else:
-            life = Life()
-            self._given = _Given(map(Array, self._buffers, self._carried_types, repeat(life)), life)
+            donation = DonationState()
+            self._given = _CarriedOutputs(map(Array, self._buffers, self._carried_types, repeat(donation)), donation)
         if self._loop:
             results = self._loop.results.unflatten(made)
             return (*results[: self._loop.result], self._given.arrays, *results[self._loop.result :])
@@ -397,10 +398,10 @@ class Jitted:
             if compiled is not None and compiled.device.closed:
                 compiled = None
             if compiled is not None and static == last_static:
-                rest = compiled.next_in_loop(dynamic)
+                rest = compiled.match_carry(dynamic)
                 if rest is not None:
                     with compiled.device.calls:
-                        return compiled.go_on(rest)
+                        return compiled.call_with_carry(rest)
         if disable_jit.value:
             with self._using():
                 return self.__wrapped__(*args, **kwargs)

@@ -17,7 +17,7 @@ from vk_kernels.compiler.list_schedule import Access, find_waves
 from vk_kernels.compiler.partition import Partition, Step
 from vk_kernels.errors import FeatureError
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, kernel_of
-from vk_kernels.runtime.program import Command, Place, Program
+from vk_kernels.runtime.program import BufferSlice, Command, Program
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.device import Device
@@ -119,7 +119,7 @@ def _plan_hot(step: Step, node: Node, device: "Device") -> _Planned:
     return _Planned(step, tuple(dispatches), plan.scratch, frozenset())
 
 
-def _copy(copies: Sequence[tuple[Place, Place, Value]]) -> list[Command]:
+def _copy(copies: Sequence[tuple[BufferSlice, BufferSlice, Value]]) -> list[Command]:
     """In one kernel: no place that is copied from is one that is copied to."""
     sources = {value: source for source, _, value in copies}
     graph = Graph(tuple(sources), {}, [], tuple(value for _, _, value in copies))
@@ -141,26 +141,26 @@ class _Memory:
         self._last_reads: dict[Value, int] = {}
         for i, plan in enumerate(planned):
             self._last_reads |= dict.fromkeys(plan.step.inputs, i)
-        self._places: dict[Value, Place] = {}
+        self._places: dict[Value, BufferSlice] = {}
         for space, values in (("input", partition.inputs), ("constant", partition.constants)):
-            self._places |= {value: Place(space, i, value.nbytes) for i, value in enumerate(values)}
+            self._places |= {value: BufferSlice(space, i, value.nbytes) for i, value in enumerate(values)}
         self.aliases: dict[int, int] = {}
-        self._copied: list[tuple[Value, Place]] = []  # in the end
+        self._copied: list[tuple[Value, BufferSlice]] = []  # in the end
         self._place_outputs(donated)
         self._accesses = [self._step_accesses(index) for index in range(len(planned))]
         levels = [plan.step.level for plan in planned]
         kept = set(self._places.values())
         self.waves = find_waves(list(zip(levels, self._accesses, strict=True)), kept)
-        self._scratch: list[list[Place]] = []
+        self._scratch: list[list[BufferSlice]] = []
         self.arena_block = memory.largest(sliced=True)[0] // arena.ALIGNMENT * arena.ALIGNMENT
         self.arena_bytes = self._place_rest(memory)
 
     @property
-    def copies(self) -> list[tuple[Place, Place, Value]]:
+    def copies(self) -> list[tuple[BufferSlice, BufferSlice, Value]]:
         """(from, to, what), after all steps."""
         return [(self._places[value], target, value) for value, target in self._copied]
 
-    def places(self, index: int) -> list[Place]:
+    def places(self, index: int) -> list[BufferSlice]:
         """Of the inputs, outputs and scratch of a step."""
         step = self._planned[index].step
         return [*(self._places[value] for value in (*step.inputs, *step.outputs)), *self._scratch[index]]
@@ -181,11 +181,11 @@ class _Memory:
             donors.setdefault((value.shape, value.dtype), []).append(i)
         for j in waiting:
             value = outputs[j]
-            place = Place("output", j, value.nbytes)
+            place = BufferSlice("output", j, value.nbytes)
             found = donors.get((value.shape, value.dtype))
             if found:
                 self.aliases[j] = i = found.pop(0)
-                place = Place("input", i, value.nbytes)
+                place = BufferSlice("input", i, value.nbytes)
             if value not in self._places and (j not in self.aliases or self._overwrites(value, self.aliases[j])):
                 self._places[value] = place
             else:
@@ -255,10 +255,10 @@ class _Memory:
         offsets, size = arena.place(lifetimes, self.arena_block)
         for x, k in blocks.items():
             if isinstance(x, Value):
-                self._places[x] = Place("arena", offsets[k], x.nbytes)
+                self._places[x] = BufferSlice("arena", offsets[k], x.nbytes)
         for index, plan in enumerate(self._planned):
             numbers = [blocks[index, number] for number in range(len(plan.scratch))]
-            self._scratch.append([Place("arena", offsets[k], lifetimes[k].nbytes) for k in numbers])
+            self._scratch.append([BufferSlice("arena", offsets[k], lifetimes[k].nbytes) for k in numbers])
         return size
 
 

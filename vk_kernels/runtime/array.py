@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vk_kernels.runtime.lifetime import DonationState
 from vk_kernels.runtime.memory import Buffer
 from vk_kernels.runtime.operators import Operators
 
@@ -23,21 +24,11 @@ class ArrayType(NamedTuple):
         return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
 
 
-# One object for all arrays of a type: that a call's arguments are those of the last call is seen at a glance.
+# Interned, so that the types of arguments can be compared by identity.
 array_type = functools.lru_cache(maxsize=65_536)(ArrayType)
 
 
-class Life:
-    """Of arrays that one call gave in the memory that it was donated. It ends for all of them at once when they are
-    donated again. whole: whether none of them was deleted by itself."""
-
-    __slots__ = ("ended", "whole")
-
-    def __init__(self, ended: bool = False):
-        self.ended, self.whole = ended, True
-
-
-_OWN = Life()  # of arrays that only end by themselves
+_OWN = DonationState()  # of arrays that are donated one by one
 
 
 class Array(Operators):
@@ -49,12 +40,12 @@ class Array(Operators):
     Pickled, it is its contents, which are uploaded again to the device of `vk_kernels.use`, or else the process's.
     """
 
-    __slots__ = ("__weakref__", "_buffer", "_life", "type")
+    __slots__ = ("__weakref__", "_buffer", "_donation", "type")
 
-    def __init__(self, buffer: Buffer, type: ArrayType, life: Life = _OWN):
+    def __init__(self, buffer: Buffer, type: ArrayType, donation: DonationState = _OWN):
         self._buffer: Buffer | None = buffer
         self.type = type
-        self._life = life
+        self._donation = donation
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,7 +71,7 @@ class Array(Operators):
     @property
     def buffer(self) -> Buffer:
         """Its memory. Raises RuntimeError where it was donated or deleted."""
-        if self._buffer is None or self._life.ended:
+        if self._buffer is None or self._donation.donated:
             raise RuntimeError(f"this array, {self.type}, was donated or deleted: use what the function gave back")
         return self._buffer
 
@@ -145,12 +136,12 @@ class Array(Operators):
 
     def is_deleted(self) -> bool:
         """Whether it was donated or deleted."""
-        return self._buffer is None or self._life.ended
+        return self._buffer is None or self._donation.donated
 
     def delete(self) -> None:
         """Gives its memory back."""
         self._buffer = None
-        self._life.whole = False
+        self._donation.all_alive = False
 
     def move_to(self, buffer: Buffer) -> None:
         """From here on its memory is `buffer`, where its content has been copied."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vk_kernels.errors import VulkanError
 from vk_kernels.runtime import vulkan
 from vk_kernels.runtime.kernel import Kernel
-from vk_kernels.runtime.memory import Buffer, Replay
+from vk_kernels.runtime.memory import Buffer, UsageTracker
 from vk_kernels.runtime.vulkan import ffi, vk
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Recorder:
         self.device = device
         self.last_use = 0  # the newest submission
         self._hazards = hazards
-        self._replay = Replay() if replay else None
+        self._tracker = UsageTracker() if replay else None
         self._capacity = timestamps
         self._buffers: dict[int, Buffer] = {}  # by id: every buffer (never a slice) that the commands use
         self._descriptor_pools: list[Any] = []
@@ -89,7 +89,7 @@ class Recorder:
         self._timed = 0
         self._ended = self._submitted = False
         once, often = vk.VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT, vk.VK_COMMAND_BUFFER_USAGE_SIMULTANEOUS_USE_BIT
-        usage = often if self._replay else once
+        usage = often if self._tracker else once
         info = vulkan.struct("VkCommandBufferBeginInfo", flags=usage)
         vulkan.check(self.device.fn.vkBeginCommandBuffer(self._command, info), "beginning a command buffer")
         if self._capacity:
@@ -302,15 +302,15 @@ class Recorder:
         vulkan.check(fn.vkEndCommandBuffer(command), "ending a command buffer")
         self._ended = True
         self._description = self.describe()
-        if self._replay:
+        if self._tracker:
             for buffer in self._buffers.values():
-                buffer.join(self._replay)
+                buffer.track(self._tracker)
 
     def submit(self) -> Submission:
         """Hands the commands to the device and returns at once. A second time needs `replay`."""
         self.end()
-        if self._replay:
-            used, freed = (self._replay,), self._replay.freed
+        if self._tracker:
+            used, freed = (self._tracker,), self._tracker.freed
         elif self._submitted:
             raise VulkanError(f"{self._description}: submitted already; record with replay=True to do so again")
         else:
@@ -320,14 +320,14 @@ class Recorder:
             raise VulkanError(f"{self._description}: a buffer of {freed} bytes was freed before the submission")
         self.device.submit(self._command, (self, *used), self._description)
         self._submitted = True
-        if not self._replay:
+        if not self._tracker:
             self._buffers.clear()  # from here on `last_use` keeps their memory from being given away
         return Submission(self, self.last_use)
 
     def _forget_buffers(self) -> None:
-        if self._replay:
+        if self._tracker:
             for buffer in self._buffers.values():
-                buffer.leave(self._replay)
+                buffer.untrack(self._tracker)
         self._buffers.clear()
 
     def describe(self) -> str:

@@ -9,20 +9,20 @@ when kernels are compiled and memory is in place. From then on consecutive stage
 took no longer together; a stage that took longer is one alone. Where the cuts are changes no result.
 """
 
-import sys
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from itertools import compress, repeat
-from typing import TYPE_CHECKING, Any
+from itertools import repeat
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vk_kernels.errors import OutOfMemoryError
 from vk_kernels.runtime import dispatch_plan
-from vk_kernels.runtime.array import Array, ArrayType, Life
+from vk_kernels.runtime.array import Array, ArrayType
 from vk_kernels.runtime.command_buffer import Chain, TimedChain
+from vk_kernels.runtime.lifetime import DonationState, referenced_elsewhere
 from vk_kernels.runtime.memory import Buffer
-from vk_kernels.runtime.program import Command, Place, Program, find_barriers
+from vk_kernels.runtime.program import BufferSlice, Command, Program, find_barriers
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.command_buffer import Recorder, Timing
@@ -43,23 +43,12 @@ def group_stages(seconds: Sequence[float], limit: float) -> list[int]:
     return firsts
 
 
-def held(objects: Sequence[Any]) -> list[Any]:
-    """Those that are referred to from elsewhere than this list or tuple, of which the caller has the only one."""
-    counts = list(map(sys.getrefcount, objects))
-    if counts.count(_ALONE) == len(counts):
-        return []
-    return list(compress(objects, map(_ALONE.__lt__, counts)))
-
-
-_ALONE = next(map(sys.getrefcount, [object()]))  # what a reference in a list counts there
-
-
 class _Recording:
     """A recorded program with the buffers that it is bound to.
 
-    inputs: None where one is in one of its own `slots`, which host arrays are written to and other buffers are copied
-    to; with each, what the host sees of it (`Buffer.mapped`). outputs: its own, those that are not in an input's
-    memory. results: what callers get for them.
+    inputs: None where an input has a slot: a private buffer that host arrays are copied into.
+    slots: each with its memory as the host sees it (`Buffer.mapped`).
+    outputs: without those in an input's memory. results: the arrays that callers get for them.
     """
 
     def __init__(
@@ -77,13 +66,13 @@ class _Recording:
 
     @property
     def lost(self) -> bool:
-        """Whether an output's memory is another program's now, which it was donated to."""
-        return not self.life.whole and any(buffer.donated for buffer in self.outputs)
+        """Whether an output was donated: its memory is another program's now."""
+        return not self.donation.all_alive and any(buffer.donated for buffer in self.outputs)
 
     def renew(self) -> None:
-        """Makes other results in the same memory."""
-        self.life = Life()
-        self.results = list(map(Array, self.outputs, self.types, repeat(self.life)))
+        """Makes new results in the same memory."""
+        self.donation = DonationState()
+        self.results = list(map(Array, self.outputs, self.types, repeat(self.donation)))
 
 
 class Executable:
@@ -126,7 +115,7 @@ class Executable:
         size than the input has, and where two inputs are in the same memory, one of which is an output's.
         """
         self._check_sizes(arguments)
-        recording = self._choose(self._bound(arguments))
+        recording = self._find_or_record(self._bind(arguments))
         copies = []
         for i, (slot, mapped) in recording.slots.items():
             x = arguments[i]
@@ -140,7 +129,7 @@ class Executable:
         self._copy(copies)
         recording.recorder.submit()
         self._last = recording.inputs
-        if not recording.life.whole:  # a caller deleted one
+        if not recording.donation.all_alive:  # a caller deleted one
             recording.renew()
         return recording.results.copy()
 
@@ -159,9 +148,11 @@ class Executable:
                     recorder.copy(source, target)
                 recorder.submit()
 
-    def _bound(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Buffer | None]:
-        """The buffers that a recording for a call is bound to; None where it has a slot. The list of the last call
-        where they are its: to see that is quicker than to compare them."""
+    def _bind(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Buffer | None]:
+        """The buffers that a recording for a call is bound to; None where it has a slot.
+
+        The last call's list if nothing changed: to compare it by identity is quicker.
+        """
         bound = self._last
         for i, x in arguments.items():
             buffer = x.owner if isinstance(x, Buffer) and i not in self._copied else None
@@ -172,8 +163,8 @@ class Executable:
                 bound[i] = buffer
         return bound
 
-    def _choose(self, bound: list[Buffer | None]) -> _Recording:
-        """A recording for these buffers, the longest unused one if there are several; a new one if that is better."""
+    def _find_or_record(self, bound: list[Buffer | None]) -> _Recording:
+        """A recording for these buffers: the longest unused one that is free, else a new one."""
         for recording in [recording for recording in self._recordings if recording.lost]:
             self._recordings.remove(recording)
         fitting = [x for x in self._recordings if x.inputs is bound or x.inputs == bound]
@@ -181,25 +172,26 @@ class Executable:
         done = 0 if full else self.device.completed()
         for recording in fitting:
             # Slots that the device still reads, and outputs that a caller holds, are better left alone.
-            if (full or not recording.slots or recording.recorder.last_use <= done) and not held(recording.results):
+            is_free = full or not recording.slots or recording.recorder.last_use <= done
+            if is_free and not referenced_elsewhere(recording.results):
                 break
         else:
-            recording = self._move_away(fitting[0]) if full and fitting else self._record(bound)
+            recording = self._evict_held_outputs(fitting[0]) if full and fitting else self._record(bound)
         if recording in self._recordings:
             self._recordings.remove(recording)
         self._recordings.append(recording)
         return recording
 
-    def forget(self) -> None:
-        """Gives up the recordings that are bound to the donated buffers of the last call, and with them the buffers."""
+    def release_donated(self) -> None:
+        """Drops the recordings that are bound to the last call's donated buffers, and with them the buffers."""
         last, self._last = self._last, [None] * len(self._last)
         for recording in list(self._recordings):
             if any(recording.inputs[i] is last[i] for i in self._aliased):
                 self._recordings.remove(recording)
 
-    def _move_away(self, recording: _Recording) -> _Recording:
-        """The recording, when what callers hold of its results has got memory of its own."""
-        kept = [array for array in held(recording.results) if not array.is_deleted()]
+    def _evict_held_outputs(self, recording: _Recording) -> _Recording:
+        """Moves the results that callers hold into other memory; returns the recording, with new results."""
+        kept = [array for array in referenced_elsewhere(recording.results) if not array.is_deleted()]
         moves = [(array, self.device.buffer(array.buffer.size)) for array in kept]
         self._copy([(array.buffer, target) for array, target in moves])
         for array, target in moves:
@@ -281,7 +273,7 @@ class Executable:
             ]
             recorder.dispatch(kernel, operands, command.push_constants, command.groups, command.label)
 
-    def _in_arena(self, place: Place) -> Buffer:
+    def _in_arena(self, place: BufferSlice) -> Buffer:
         block, offset = divmod(place.index, self.program.arena_block)
         return self.arena[block].slice(offset, place.nbytes)
 

@@ -79,10 +79,10 @@ class Block:
         self.free.insert(index, (offset, nbytes))
 
 
-class Replay:
-    """What the buffers of a recording that is submitted many times share, so that a submission touches none of them.
+class UsageTracker:
+    """Last submission of a replayed recording, shared by its buffers, so that submitting need not update each.
 
-    last_use: the newest submission. freed: bytes of a buffer that was freed since, or None.
+    freed: bytes of a buffer that was freed since, or None.
     """
 
     __slots__ = ("freed", "last_use")
@@ -103,7 +103,7 @@ class Buffer:
         self.size = size
         self.range = max(4, -(-size // 4) * 4)  # what a descriptor spans: whole words, and never nothing
         self._last_use = 0
-        self._replays: dict[int, Replay] = {}  # by id: threads may add and take away, each in one step
+        self._trackers: dict[int, UsageTracker] = {}  # by id: threads may add and take away, each in one step
         self._reserved = reserved
         self._parent = parent
         self._freed = False
@@ -113,24 +113,24 @@ class Buffer:
     def last_use(self) -> int:
         """The newest submission that has this buffer, or a slice of it."""
         newest = self._last_use
-        for replay in list(self._replays.values()):
-            if replay.last_use > newest:
-                newest = replay.last_use
+        for tracker in list(self._trackers.values()):
+            if tracker.last_use > newest:
+                newest = tracker.last_use
         return newest
 
     @last_use.setter
     def last_use(self, value: int) -> None:
         self._last_use = value
 
-    def join(self, replay: Replay) -> None:
-        """From here on `replay` says when the buffer is used."""
-        self._replays[id(replay)] = replay
+    def track(self, tracker: UsageTracker) -> None:
+        """Counts the submissions of `tracker` as uses of the buffer, until `untrack`."""
+        self._trackers[id(tracker)] = tracker
         if self._freed:
-            replay.freed = self.size
+            tracker.freed = self.size
 
-    def leave(self, replay: Replay) -> None:
-        self._last_use = max(self._last_use, replay.last_use)
-        self._replays.pop(id(replay), None)
+    def untrack(self, tracker: UsageTracker) -> None:
+        self._last_use = max(self._last_use, tracker.last_use)
+        self._trackers.pop(id(tracker), None)
 
     @property
     def owner(self) -> "Buffer":
@@ -197,8 +197,8 @@ class Buffer:
         """Gives the memory back as soon as the device is done with it. On a slice, or a second time, does nothing."""
         if self._parent is None and not self._freed:
             self._freed = True
-            for replay in list(self._replays.values()):
-                replay.freed = self.size
+            for tracker in list(self._trackers.values()):
+                tracker.freed = self.size
             memory, block, offset, reserved = self.device.memory, self.block, self.offset, self._reserved
             self.device.retire(self.last_use, lambda: memory.release(block, offset, reserved))
 

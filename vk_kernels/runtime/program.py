@@ -12,7 +12,7 @@ import numpy as np
 from vk_kernels.runtime import dispatch_plan
 
 
-class Place(NamedTuple):
+class BufferSlice(NamedTuple):
     """Where an array lies: the `index`-th input, output or constant, or `index` bytes into the arena."""
 
     space: str
@@ -34,7 +34,7 @@ class Command:
     label: str
     scope: str
     kernel: dispatch_plan.Dispatch | bytes
-    operands: tuple[Place, ...]
+    operands: tuple[BufferSlice, ...]
     groups: tuple[int, int, int]
     push_constants: bytes = b""
     flops: int = 0
@@ -59,7 +59,7 @@ class Program:
 
 
 def find_barriers(
-    operands: Sequence[Sequence[Place]],
+    operands: Sequence[Sequence[BufferSlice]],
     writable: Sequence[Sequence[bool]],
     parts: Sequence[Sequence[int]] | None = None,
 ) -> list[bool]:
@@ -80,7 +80,7 @@ def find_barriers(
     return found
 
 
-def _range(place: Place) -> tuple[str, int, int]:
+def _range(place: BufferSlice) -> tuple[str, int, int]:
     """(what memory, start, end)."""
     if place.space == "arena":
         return "arena", place.index, place.index + max(place.nbytes, 1)
