@@ -20,13 +20,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from vk_kernels.bridge import custom_call
-from vk_kernels.bridge.custom_call import open_device
 from vk_kernels.bridge.use import use
+from vk_kernels.compiler.op_call import CallSite, encode_call, make_plan
 from vk_kernels.errors import FeatureError
 from vk_kernels.runtime.command_buffer import Recorder
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.dispatch_plan import Array, Plan, record
+from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.tools.check_ops import VARIANTS
 from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, Case, Sizes
 
@@ -51,7 +51,7 @@ def one_pass(case: Case, backward: bool) -> Callable[..., Any]:
     return gradients
 
 
-def kernel_calls(case: Case, operands: Sequence[np.ndarray], target: custom_call.Target) -> Iterator[tuple[str, Any]]:
+def kernel_calls(case: Case, operands: Sequence[np.ndarray], target: CallSite) -> Iterator[tuple[str, Any]]:
     """(name, equation) of each primitive that the forward and the backward pass of a case are made of."""
     function = one_pass(case, backward=bool(case.differentiable))
     with use("vulkan", device=target.device, variant=target.variant):
@@ -77,8 +77,8 @@ def plan_of(device: Device, name: str, equation: Any) -> tuple[Plan, list[Array]
         [Array(tuple(v.aval.shape), np.dtype(v.aval.dtype)) for v in variables]
         for variables in (equation.invars, equation.outvars)
     )
-    what = custom_call.encode(name, parameters, target).encode()
-    return custom_call.make_plan(device, what, tuple(reads), tuple(writes)), reads, writes
+    what = encode_call(name, parameters, target).encode()
+    return make_plan(device, what, tuple(reads), tuple(writes)), reads, writes
 
 
 def random_array(array: Array, largest: int) -> np.ndarray:
@@ -163,7 +163,7 @@ def product_rate(device: Device, dtype: np.dtype, variant: str | None, repeats: 
     n = 256 if device.info.kind == "cpu" else 4096
     case = next(case for case in CASES if case.label == "matmul (product)")
     operands = [random_array(Array((n, n), dtype), 1) for _ in range(2)]
-    name, equation = next(kernel_calls(case, operands, custom_call.Target(str(device.info.index), variant)))
+    name, equation = next(kernel_calls(case, operands, CallSite(str(device.info.index), variant)))
     plan, reads, writes = plan_of(device, name, equation)
     return 2 * n**3 / device_seconds(device, plan, reads, writes, 1, repeats, warm)
 
@@ -216,7 +216,7 @@ def measure(device: Device, selector: str, case: Case, size: str, dtype: np.dtyp
     for variant in VARIANTS:
         rows = []
         try:
-            for name, equation in kernel_calls(case, operands, custom_call.Target(selector, variant)):
+            for name, equation in kernel_calls(case, operands, CallSite(selector, variant)):
                 plan, reads, writes = plan_of(device, name, equation)
                 rested = time.perf_counter() > ended + 0.3  # while operands were made, or XLA worked on a processor
                 warm = 1.0 if rested else 0.1

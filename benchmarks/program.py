@@ -31,7 +31,7 @@ import vk_kernels
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import init_params, init_state, on_leaves, train_step
-from vk_kernels.bridge.custom_call import open_device
+from vk_kernels.runtime.open_devices import open_device
 
 
 def load_config(path: str) -> Any:

@@ -123,7 +123,7 @@ def vulkan_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dic
     from program import fresh_leaves, make_step
 
     import vk_kernels
-    from vk_kernels.bridge.custom_call import open_device
+    from vk_kernels.runtime.open_devices import open_device
 
     step, shapes, batch = make_step(config)
     jitted = vk_kernels.jit(step, donate_argnums=0)

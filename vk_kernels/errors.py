@@ -1,4 +1,4 @@
-"""What is raised here. Every message is one line that names the thing, what was found and the way out."""
+"""Errors: every message is one line that names the thing, what was found and the way out."""
 
 
 class VulkanError(RuntimeError):

@@ -24,8 +24,8 @@ from gpt_jax.training.steps import (
     on_leaves,
     train_step,
 )
-from vk_kernels.bridge.custom_call import open_device
 from vk_kernels.errors import FeatureError, VulkanError
+from vk_kernels.runtime.open_devices import open_device
 
 
 class Programs(NamedTuple):

@@ -10,7 +10,7 @@ import pytest
 from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
-from vk_kernels.bridge.custom_call import open_device
+from vk_kernels.runtime.open_devices import open_device
 
 pytestmark = needs_vulkan
 

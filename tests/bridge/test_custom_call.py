@@ -17,13 +17,15 @@ from jax.sharding import AxisType, PartitionSpec
 from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
-from vk_kernels.bridge import custom_call
-from vk_kernels.bridge.custom_call import Target, counts, open_device
+from vk_kernels.bridge.custom_call import counts
 from vk_kernels.bridge.differentiable import make_operation
 from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.bridge.use import target_of
+from vk_kernels.compiler.op_call import CallSite, decode_call, encode_call, make_plan
+from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.errors import BufferSizeError, NoDeviceError
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
+from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.runtime.vulkan import vk
 
 pytestmark = [
@@ -31,7 +33,7 @@ pytestmark = [
     pytest.mark.timeout(120),  # a deadlock fails, and does not hang the suite
 ]
 
-TARGET = Target(SELECTOR)
+TARGET = CallSite(SELECTOR)
 
 
 def plan_copies(info, inputs, outputs, *, kernel="copy"):
@@ -53,10 +55,10 @@ def copies(*operands, kernel="copy"):
     return tuple(x + 0 for x in operands)
 
 
-COPY = make_primitive("test_copy", copies, plan_copies, folding=lambda kernel: (True,))
-COPY_IN_TURN = make_primitive("test_copy_in_turn", copies, plan_copies)
-PAIR = make_primitive("test_pair", copies, plan_copies)
-PAIR_BACKWARD = make_primitive("test_pair_backward", copies, plan_copies)
+COPY = make_primitive("test_copy", copies, KernelOp(plan_copies, batch_axes=lambda kernel: (True,)))
+COPY_IN_TURN = make_primitive("test_copy_in_turn", copies, KernelOp(plan_copies))
+PAIR = make_primitive("test_pair", copies, KernelOp(plan_copies))
+PAIR_BACKWARD = make_primitive("test_pair_backward", copies, KernelOp(plan_copies))
 pair_operation = make_operation(
     PAIR,
     lambda target, operands, results, cotangents, **parameters: PAIR_BACKWARD.bind(
@@ -117,9 +119,9 @@ def test_memory_that_the_driver_will_not_import_is_copied(monkeypatch):
 def test_what_is_too_large_to_be_planned_says_so():
     huge = jax.ShapeDtypeStruct((1 << 16, 1 << 16), jnp.bfloat16)
     with pytest.raises(BufferSizeError, match=r"gelu\(bfloat16\[4294967296\]\).* 8,589,934,592 bytes"):
-        custom_call.make_plan(
+        make_plan(
             open_device(SELECTOR),
-            custom_call.encode("gelu", {}, custom_call.Target()).encode(),
+            encode_call("gelu", {}, CallSite()).encode(),
             (Array((huge.size,), np.dtype(jnp.bfloat16)),),
             (Array((huge.size,), np.dtype(jnp.bfloat16)),),
         )
@@ -340,7 +342,7 @@ def test_an_argument_overrides_use():
             assert target_of(None) is None
         with vk_kernels.use("vulkan"):
             assert target_of(None) == TARGET
-    assert target_of("vulkan") == Target()
+    assert target_of("vulkan") == CallSite()
 
 
 def test_use_is_of_this_thread_and_ends_with_an_error():
@@ -437,10 +439,8 @@ def test_no_gpu_says_what_to_do():
 
 def test_parameters_survive_the_call_string():
     parameters = {"rate": 0.1, "shape": (2, (3, 4)), "name": "a", "none": None, "flag": True, "huge": 1e30}
-    operation, decoded, target = custom_call._decode(
-        custom_call.encode("op", parameters, Target("cpu", "plain")).encode()
-    )
-    assert (operation, decoded, target) == ("op", parameters, Target("cpu", "plain"))
+    operation, decoded, target = decode_call(encode_call("op", parameters, CallSite("cpu", "plain")).encode())
+    assert (operation, decoded, target) == ("op", parameters, CallSite("cpu", "plain"))
 
 
 def test_arrays_know_their_size():

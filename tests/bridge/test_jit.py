@@ -14,10 +14,10 @@ from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
 from vk_kernels import ops
-from vk_kernels.bridge import custom_call
 from vk_kernels.errors import BufferSizeError, UnsupportedError
 from vk_kernels.runtime.executable import RECORDINGS
 from vk_kernels.runtime.memory import Buffer, Memory
+from vk_kernels.runtime.open_devices import open_device
 
 pytestmark = needs_vulkan
 
@@ -152,7 +152,7 @@ def test_results_are_taken_as_arguments_without_a_copy():
 
 
 def test_donated_memory_is_used_again():
-    device = custom_call.open_device(SELECTOR)
+    device = open_device(SELECTOR)
     step = vjit(lambda state, x: (jax.tree.map(lambda s: s * 0.5 + x, state), x.sum()), donate_argnums=0)
     state = vk_kernels.device_put({"a": np.ones((8, 40), np.float32), "b": np.zeros((8, 40), np.float32)}, SELECTOR)
     addresses = {(leaf.buffer.handle_address, leaf.buffer.offset) for leaf in jax.tree.leaves(state)}
@@ -521,7 +521,7 @@ def test_a_call_that_raises_leaves_the_loop_over_another_state_as_it_was():
 
 
 def test_states_that_are_no_more_leave_the_memory():
-    device = custom_call.open_device(SELECTOR)
+    device = open_device(SELECTOR)
     step = vjit(lambda state, x: (state + x, x.sum()), donate_argnums=0)
     used = []
     for _ in range(4):
@@ -608,7 +608,7 @@ def test_a_hot_operation_that_is_refused_names_the_line_and_keeps_its_error():
         pytest.raises(ValueError, match=r"'nonsense'.*test_jit.py:\d+"),
     ):
         vjit(lambda x: ops.matmul(x, x))(square)
-    rows = custom_call.open_device(SELECTOR).limits.storage_buffer_range // 1024 + 1
+    rows = open_device(SELECTOR).limits.storage_buffer_range // 1024 + 1
     huge = jax.ShapeDtypeStruct((rows, 256), np.float32)
     with pytest.raises(BufferSizeError, match=r"gelu.*test_jit.py:\d+"):
         vjit(lambda x: ops.gelu(x).sum()).lower(huge)
@@ -628,7 +628,7 @@ def test_two_variants_of_an_operation_are_two():
 def test_a_function_comes_back_when_its_device_was_closed():
     double = vjit(lambda x: x * 2)
     np.testing.assert_array_equal(double(X), X * 2)
-    custom_call.open_device(SELECTOR).close()
+    open_device(SELECTOR).close()
     for _ in range(3):
         np.testing.assert_array_equal(double(X), X * 2)
 

@@ -9,8 +9,8 @@ import pytest
 from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
-from vk_kernels.bridge import custom_call
 from vk_kernels.runtime.device import Device
+from vk_kernels.runtime.open_devices import open_device
 
 pytestmark = needs_vulkan
 
@@ -32,7 +32,7 @@ def test_what_is_lowered_says_what_it_is_and_is_not_called(lowered):
     assert lowered.as_text() == lowered.compile().as_text()
     assert lowered.cost() == lowered.compile().cost()
     assert lowered.cost().dispatches == len(lowered.program.commands) > 0
-    assert lowered.device is custom_call.open_device(SELECTOR)
+    assert lowered.device is open_device(SELECTOR)
     assert lowered.donated == []
     assert lowered.in_tree == jax.tree.structure((({"a": 0, "b": 0},), {"by": 0}))
     assert lowered.out_tree == jax.tree.structure({"count": 0, "sum": 0})

@@ -7,9 +7,9 @@ import pytest
 from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
-from vk_kernels.bridge.custom_call import open_device
 from vk_kernels.runtime import command_buffer
 from vk_kernels.runtime.executable import group_stages
+from vk_kernels.runtime.open_devices import open_device
 
 LONG, SHORT = 1e9, 1e-6  # milliseconds that no stage takes, and that every one does
 STEPS = 6

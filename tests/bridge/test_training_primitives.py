@@ -14,7 +14,7 @@ import vk_kernels
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.sample import next_token
 from gpt_jax.training.steps import diagnostics_step, eval_step, nonfinite_places
-from vk_kernels.bridge import custom_call
+from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.tools.conformance.suite import names
 
 
@@ -65,6 +65,6 @@ def test_every_primitive_in_plain_jax_is_supported(name):
 def test_every_primitive_beside_the_hot_operations_is_supported(name):
     with vk_kernels.use("vulkan", device=SELECTOR):
         found = found_in(name)
-    hot = {primitive for primitive in found if custom_call.has_planner(primitive)}
+    hot = {primitive for primitive in found if kernel_op(primitive)}
     assert hot
     assert sorted(found - hot - set(names())) == []

@@ -11,7 +11,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 import vk_kernels
 from vk_kernels import ops
 from vk_kernels.compiler.ir import producers
-from vk_kernels.compiler.passes.fuse_forward_backward import join
+from vk_kernels.compiler.passes.fuse_forward_backward import fuse_forward_backward
 from vk_kernels.compiler.passes.simplify import simplify
 
 pytestmark = needs_vulkan
@@ -52,7 +52,7 @@ def gradients_of(loss):
 def joined(function, *arguments):
     with vk_kernels.use("vulkan", device=SELECTOR):
         plain = simplify(graph_of(function, *arguments))
-    return plain, join(plain)
+    return plain, fuse_forward_backward(plain)
 
 
 def operations(graph):

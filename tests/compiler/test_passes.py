@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from test_from_jaxpr import graph_of
 
 from vk_kernels import ops
-from vk_kernels.bridge.custom_call import Target
 from vk_kernels.compiler.arena import ALIGNMENT, Lifetime, place
 from vk_kernels.compiler.ir import Value
 from vk_kernels.compiler.list_schedule import Access, find_waves
+from vk_kernels.compiler.op_call import CallSite
 from vk_kernels.compiler.partition import Partition, common_scope, partition
-from vk_kernels.compiler.passes.fuse_epilogue import absorb
+from vk_kernels.compiler.passes.fuse_epilogue import fuse_epilogues
 from vk_kernels.compiler.passes.simplify import simplify
 from vk_kernels.runtime.program import BufferSlice, find_barriers
 
@@ -139,7 +139,7 @@ def test_a_hot_operation_is_its_own_step_and_reads_views_where_they_are():
     assert found.steps[1].inputs[0] is found.steps[0].outputs[0]
     assert found.outputs[1] is found.steps[1].outputs[0]
     assert found.steps[1].node.call.startswith(b'["layer_norm"')
-    assert Target().device == ""
+    assert CallSite().device == ""
 
 
 def two_products(x, first, second):
@@ -151,7 +151,7 @@ def two_products(x, first, second):
 def test_the_slope_of_an_activation_goes_into_the_product_that_makes_its_gradient():
     gradient = jax.grad(lambda *xs: two_products(*xs)[0], argnums=(0, 1, 2))
     plain = simplify(graph_of(gradient, X, X.T, X))
-    found = absorb(plain)
+    found = fuse_epilogues(plain)
     pre_activation = next(node.outputs[1] for node in found.nodes if node.op == "matmul")
     later, earlier = (node for node in found.nodes if node.op == "matmul_backward")
     assert later.inputs[-1] is pre_activation
@@ -173,7 +173,7 @@ def test_what_others_read_too_stays_as_it_is():
     square = X[:48]
     plain = simplify(graph_of(gradients, square, square, square))
     assert [node.op for node in plain.nodes].count("matmul_backward") == 2
-    assert str(absorb(plain)) == str(plain)
+    assert str(fuse_epilogues(plain)) == str(plain)
 
 
 def test_costly_values_that_are_broadcast_are_stored_once():

@@ -15,8 +15,9 @@ from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
 from vk_kernels import ops
-from vk_kernels.bridge.custom_call import counts, open_device
+from vk_kernels.bridge.custom_call import counts
 from vk_kernels.errors import NoDeviceError
+from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.tools.check_ops import check, outputs_and_gradients
 from vk_kernels.tools.op_cases import BF16, CASES, F32, RNG, SIZES, numbers
 
@@ -261,8 +262,8 @@ def test_by_name_without_a_device_raises(monkeypatch):
     def none(*_):
         raise NoDeviceError("no Vulkan driver on this machine")
 
-    monkeypatch.setattr("vk_kernels.bridge.custom_call.default_device", none)
-    monkeypatch.setattr("vk_kernels.bridge.custom_call._devices", {})
+    monkeypatch.setattr("vk_kernels.runtime.open_devices.default_device", none)
+    monkeypatch.setattr("vk_kernels.runtime.open_devices._devices", {})
     with pytest.raises(NoDeviceError, match="no Vulkan driver"):
         ops.gelu(row(0, 3), implementation="vulkan")
 

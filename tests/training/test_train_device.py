@@ -17,10 +17,10 @@ from gpt_jax.training import programs
 from gpt_jax.training.failures import remedies, smaller
 from gpt_jax.training.trainer import Run, TrainingFailed, train_and_evaluate
 from vk_kernels.bridge import jit
-from vk_kernels.bridge.custom_call import open_device
 from vk_kernels.errors import BufferSizeError, DeviceLostError, FeatureError, OutOfMemoryError
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.memory import Memory
+from vk_kernels.runtime.open_devices import open_device
 
 SHORT = ["--config.num_steps=30", "--config.sample.every=20"]  # kernels are those of test_train_vulkan.py
 

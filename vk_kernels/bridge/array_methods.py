@@ -37,8 +37,8 @@ def from_host(x: np.ndarray, weak_type: bool) -> Array:
 
     Raises NoDeviceError where there is none.
     """
-    from vk_kernels.bridge.custom_call import open_device
     from vk_kernels.bridge.use import target_of
+    from vk_kernels.runtime.open_devices import open_device
 
     device = open_device(target_of("vulkan").device)
     return Array(device.upload(x), array_type(x.shape, x.dtype, weak_type))

@@ -1,30 +1,28 @@
 """The custom call: host arrays in, one plan on a Vulkan device, host arrays out. No JAX from here on.
 
-A call is known by a JSON string, [operation, parameters, target], and by the shapes of its arrays. It holds no number
-of this process, so that a program out of JAX's persistent compilation cache does the same in another one.
+A call is known by its encoded string (see `op_call`) and by the shapes of its arrays.
 """
 
 import atexit
 import contextlib
 import ctypes
-import functools
-import json
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from vk_kernels.bridge import xla_ffi
 from vk_kernels.bridge.xla_ffi import CallError, HostArray
-from vk_kernels.errors import BufferSizeError, FeatureError, VulkanError
+from vk_kernels.compiler.op_call import decode_call, describe_call, make_plan
+from vk_kernels.errors import FeatureError, VulkanError
 from vk_kernels.runtime import dispatch_plan as plans
-from vk_kernels.runtime.device import Device, choose, default_device, list_devices
-from vk_kernels.runtime.dispatch_plan import Array, Plan
+from vk_kernels.runtime.device import Device
+from vk_kernels.runtime.dispatch_plan import Plan
 from vk_kernels.runtime.memory import Buffer
+from vk_kernels.runtime.open_devices import open_device
 
 CUSTOM_CALL = "vk_kernels"  # the custom call's name in a compiled program
 
@@ -33,48 +31,8 @@ CUSTOM_CALL = "vk_kernels"  # the custom call's name in a compiled program
 IMPORT_BYTES = 1 << 20
 _SHARED_MEMORY = ("cpu", "integrated")  # device kinds
 
-# plan(info, inputs, outputs, *, variant=None, **parameters)
-Planner = Callable[..., Plan]
-
-
-class Target(NamedTuple):
-    """Where a call runs: a device selector ('' is the process's default device), and the variant of its kernels.
-
-    variant None is what the planner thinks best.
-    """
-
-    device: str = ""
-    variant: str | None = None
-
-
-_planners: dict[str, Planner] = {}
-_devices: dict[str, Device] = {}  # by selector
-_devices_lock = threading.Lock()
 _counts: Counter[str] = Counter()
 _counts_lock = threading.Lock()
-
-
-def open_device(selector: int | str = "") -> Device:
-    """The open device that `selector` names (see `device.choose`); one per physical device, however it is named.
-
-    '' is the process's default device. Raises NoDeviceError.
-    """
-    selector = str(selector)
-    with _devices_lock:
-        found = _devices.get(selector)
-        if found is None or found.closed:
-            found = _devices[selector] = _open(selector)
-        return found
-
-
-def _open(selector: str) -> Device:
-    if not selector:
-        return default_device()
-    index = choose(list_devices(), selector).index
-    for device in _devices.values():
-        if device.info.index == index and not device.closed:
-            return device
-    return Device.open(index)
 
 
 def counts() -> dict[str, int]:
@@ -83,88 +41,14 @@ def counts() -> dict[str, int]:
         return dict(_counts)
 
 
-def register_planner(operation: str, planner: Planner) -> None:
-    """Makes `planner` the one of the custom calls of `operation`."""
-    _planners[operation] = planner
-
-
-def has_planner(operation: str) -> bool:
-    """Whether an operation has kernels that ship."""
-    return operation in _planners
-
-
-def encode(operation: str, parameters: dict[str, Any], target: Target) -> str:
-    """The string that names a call; parameters are numbers, strings, None, and tuples of these."""
-    return json.dumps([operation, parameters, target])
-
-
-def with_parameters(call: bytes, parameters: dict[str, Any]) -> bytes:
-    """The same call with other parameters."""
-    operation, _, target = _decode(call)
-    return encode(operation, parameters, target).encode()
-
-
-def renamed(call: bytes, operation: str) -> bytes:
-    """A call of another operation with the same parameters."""
-    _, parameters, target = _decode(call)
-    return encode(operation, parameters, target).encode()
-
-
-@functools.lru_cache(maxsize=4096)
-def _decode(call: bytes) -> tuple[str, dict[str, Any], Target]:
-    operation, parameters, target = json.loads(call)
-    return operation, {name: _frozen(value) for name, value in parameters.items()}, Target(*target)
-
-
-def _frozen(value: Any) -> Any:
-    """JSON has lists where the parameters had tuples."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
-@functools.lru_cache(maxsize=4096)
-def make_plan(device: Device, call: bytes, inputs: tuple[Array, ...], outputs: tuple[Array, ...]) -> Plan:
-    """The plan of a call, and its kernels; made once.
-
-    Raises ValueError or FeatureError, naming operation and shapes, for what the kernels or the device cannot do.
-    """
-    operation, parameters, target = _decode(call)
-    what = f"{_describe(operation, inputs)} on {device.info.name}"
-    options = {"variant": target.variant} if target.variant else {}
-    _check_sizes(device, what, [(str(array), array.nbytes) for array in (*inputs, *outputs)])
-    try:
-        plan = _planners[operation](device.info, inputs, outputs, **parameters, **options)
-        for dispatch in plan.dispatches:
-            plans.kernel_of(device, dispatch)
-        if target.device and open_device(target.device) is not device:
-            raise ValueError(f"asked for on device {target.device!r}, in a program for another one")
-    except (ValueError, FeatureError) as error:
-        raise type(error)(f"{what}: {error}") from None
-    _check_sizes(device, what, [("scratch", nbytes) for nbytes in plan.scratch])
-    return plan
-
-
-def _check_sizes(device: Device, what: str, sizes: Sequence[tuple[str, int]]) -> None:
-    limit = device.limits.storage_buffer_range
-    for name, nbytes in sizes:
-        if nbytes > limit:
-            raise BufferSizeError(
-                f"{what}: {name} takes {nbytes:,} bytes, and a buffer there at most {limit:,} "
-                "(maxStorageBufferRange); make the batch smaller"
-            )
-
-
-def _describe(operation: str, inputs: Sequence[Array]) -> str:
-    return f"{operation}({', '.join(map(str, inputs))})"
-
-
 def _run(call: bytes, inputs: Sequence[HostArray], outputs: Sequence[HostArray]) -> None:
     """Runs one custom call; see ffi.Handler."""
-    operation, _, target = _decode(call)
+    op, _, site = decode_call(call)
     takes, gives = (tuple(host.array for host in hosts) for hosts in (inputs, outputs))
-    what = _describe(operation, takes)
+    what = describe_call(op, takes)
     with _calls:
         try:
-            device = open_device(target.device)
+            device = open_device(site.device)
             plan = make_plan(device, call, takes, gives)
             _execute(device, plan, inputs, outputs, what)
         except (VulkanError, ValueError) as error:

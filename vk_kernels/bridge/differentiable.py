@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.extend.core import Primitive
 
-from vk_kernels.bridge.custom_call import Target
 from vk_kernels.bridge.primitive import vary_alike
+from vk_kernels.compiler.op_call import CallSite
 
 
 def make_operation(
@@ -45,7 +45,7 @@ def make_operation(
 
     apply.defvjp(run_forward, run_backward)
 
-    def operation(target: Target | None, *operands: jax.Array | None, **parameters: Any) -> tuple[jax.Array, ...]:
+    def operation(target: CallSite | None, *operands: jax.Array | None, **parameters: Any) -> tuple[jax.Array, ...]:
         return apply(target, tuple(sorted(parameters.items())), tuple(vary_alike(*operands)))
 
     return operation

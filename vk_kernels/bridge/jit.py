@@ -33,27 +33,21 @@ from jax._src.config import (
 from jax.extend import source_info_util
 from jax.tree_util import treedef_tuple
 
-from vk_kernels.bridge import custom_call
 from vk_kernels.bridge.array_methods import to_jax
 from vk_kernels.bridge.profile import Cost, Profile
 from vk_kernels.bridge.stages import Lowered, check_arguments
 from vk_kernels.bridge.static import check_hashable, matched
 from vk_kernels.bridge.use import target_of, use
 from vk_kernels.compiler.avals import is_array, on_device, on_host, to_device, to_host
-from vk_kernels.compiler.buffer_assignment import make_program
-from vk_kernels.compiler.from_jaxpr import make_graph
 from vk_kernels.compiler.ir import Graph
-from vk_kernels.compiler.partition import MOST_BUFFERS, MOST_REDUCTIONS, partition
-from vk_kernels.compiler.passes.fuse_epilogue import absorb
-from vk_kernels.compiler.passes.fuse_forward_backward import join
-from vk_kernels.compiler.passes.rematerialize import recompute
-from vk_kernels.compiler.passes.simplify import simplify
+from vk_kernels.compiler.pipeline import compile_graph, optimize
 from vk_kernels.errors import UnsupportedError
 from vk_kernels.runtime.array import Array, ArrayType, array_type
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.executable import Executable
 from vk_kernels.runtime.lifetime import DonationState, referenced_elsewhere
 from vk_kernels.runtime.memory import Buffer
+from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.runtime.program import Program
 
 
@@ -100,7 +94,7 @@ def device_put(tree: Any, device: int | str | None = None) -> Any:
 
     Raises NoDeviceError, BufferSizeError over a limit of the device, OutOfMemoryError where it has no room.
     """
-    opened = custom_call.open_device("" if device is None else str(device))
+    opened = open_device("" if device is None else str(device))
 
     def put(x: Any) -> Any:
         if isinstance(x, Array) or on_host(jax.typeof(x)):
@@ -218,7 +212,7 @@ class Compiled:
         self.device, self.in_tree = device, tree
         self.lock = threading.RLock()  # held by whoever runs it
         closed = traced.jaxpr
-        self.graph: Graph = recompute(absorb(join(simplify(make_graph(closed)))))
+        self.graph: Graph = optimize(closed)
         self.in_types = list(map(_array_type, closed.in_avals))
         self._dtypes = [on_device(kind).dtype for kind in self.in_types]
         infos = zip(jax.tree.leaves(traced.args_info), self.in_types, strict=True)
@@ -227,10 +221,7 @@ class Compiled:
         self.out_tree = jax.tree.structure(traced.out_info)
         self.out_types = list(map(_array_type, closed.out_avals))
         self._to_host = [(j, aval) for j, aval in enumerate(closed.out_avals) if on_host(aval)]
-        buffers = min(MOST_BUFFERS, device.limits.storage_buffers)
-        # Of a kernel with 32 reductions, whose code is full of barriers, lavapipe's compilation takes minutes.
-        reductions = 4 if device.info.kind == "cpu" else MOST_REDUCTIONS
-        self.program: Program = make_program(partition(self.graph, buffers, reductions), device, donated)
+        self.program: Program = compile_graph(self.graph, device, donated)
         made = [kind for j, kind in enumerate(self.out_types) if j not in self.program.aliases]
         self.executable = Executable(device, self.program, made)
         self._plan_results()
@@ -551,7 +542,7 @@ class Jitted:
             closed = traced.jaxpr
             if len(closed.in_avals) > len(jax.tree.leaves(traced.args_info)) or any(map(_is_traced, closed.consts)):
                 return None
-            return Compiled(traced, tree, custom_call.open_device(target_of("vulkan").device))
+            return Compiled(traced, tree, open_device(target_of("vulkan").device))
 
 
 @contextlib.contextmanager

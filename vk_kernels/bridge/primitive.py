@@ -15,12 +15,10 @@ from jax.interpreters import ad, batching, mlir
 
 from vk_kernels.bridge import custom_call
 from vk_kernels.bridge.xla_ffi import CALL_ATTRIBUTE
-from vk_kernels.compiler.passes.rematerialize import Rule, register_rule
+from vk_kernels.compiler.op_call import encode_call, make_plan
+from vk_kernels.compiler.op_registry import BatchAxes, KernelOp, register_op
 from vk_kernels.runtime.dispatch_plan import Array
-
-# From the parameters: which operands carry a batch in their first axis, as all results then do; None: no batch may be
-# taken together.
-Folding = Callable[..., tuple[bool, ...] | None]
+from vk_kernels.runtime.open_devices import open_device
 
 _lowered = threading.Event()  # whether any program has a custom call
 
@@ -34,31 +32,20 @@ def _settle() -> None:
                 array.block_until_ready()
 
 
-def make_primitive(
-    name: str,
-    reference: Callable[..., Any],
-    planner: custom_call.Planner,
-    folding: Folding | None = None,
-    rule: Rule | None = None,
-) -> Primitive:
-    """A primitive with a list of results.
+def make_primitive(name: str, reference: Callable[..., Any], op: KernelOp) -> Primitive:
+    """A primitive with a list of results, and the kernel op of its name.
 
     Args:
-      name: of the operation.
+      name: of the primitive.
       reference: `reference(*operands, **parameters)`, in JAX: the results, one array or a tuple.
-      planner: `planner(info, inputs, outputs, **parameters)`, the plan of the same for a Vulkan device.
-      folding: under vmap, folds the mapped axis into the first axis of these operands; else the elements run in turn.
-      rule: `rule(operands, results, **parameters)`: each result as an elementwise function of operands and other
-        results, or None where it is none; by it, large results are computed again instead of kept.
+      op: the same as kernels, for the compiler; it is registered.
 
     Its parameters are those of the reference, which are numbers, strings, None, and tuples of these; and `target`:
     where to run it on Vulkan, or None for the reference on whatever platform a program is compiled for.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
-    custom_call.register_planner(name, planner)
-    if rule is not None:
-        register_rule(name, rule)
+    register_op(name, op)
 
     def results(*operands, **parameters):
         found = reference(*operands, **parameters)
@@ -71,9 +58,8 @@ def make_primitive(
 
     @primitive.def_abstract_eval
     def abstract(*operands, target, **parameters):
-        if "stream" in parameters:  # each layer has its own number, and none changes a shape: traced once for all
-            parameters["stream"] = 0
-        return result_avals(operands, tuple(sorted(parameters.items())))
+        shaping = parameters | dict.fromkeys(op.shapeless, 0)  # traced once for all their values
+        return result_avals(operands, tuple(sorted(shaping.items())))
 
     @functools.lru_cache(maxsize=4096)
     def compiled(parameters):
@@ -97,11 +83,11 @@ def make_primitive(
     def lower_on_cpu(context, *operands, target, **parameters):
         if target is None:
             return as_reference(context, *operands, **parameters)
-        what = custom_call.encode(name, parameters, target)
+        what = encode_call(name, parameters, target)
         _lowered.set()
         # Made now for its errors, which belong to the line that traces the call.
-        device = custom_call.open_device(target.device)
-        custom_call.make_plan(device, what.encode(), _arrays(context.avals_in), _arrays(context.avals_out))
+        device = open_device(target.device)
+        make_plan(device, what.encode(), _arrays(context.avals_in), _arrays(context.avals_out))
         return jax.ffi.ffi_lowering(custom_call.CUSTOM_CALL)(context, *operands, **{CALL_ATTRIBUTE: what})
 
     mlir.register_lowering(primitive, lower)
@@ -114,7 +100,7 @@ def make_primitive(
         )
 
     ad.primitive_jvps[primitive] = refuse
-    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive, folding)
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive, op.batch_axes)
     return primitive
 
 
@@ -122,13 +108,13 @@ def _arrays(avals: Sequence[Any]) -> tuple[Array, ...]:
     return tuple(Array(tuple(aval.shape), np.dtype(aval.dtype)) for aval in avals)
 
 
-def _batch(primitive: Primitive, folding: Folding | None, operands, axes, **parameters):
+def _batch(primitive: Primitive, batch_axes: BatchAxes | None, operands, axes, **parameters):
     """vmap: one call for all where the operation has a batch axis for it, else one call after another."""
     moved = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(operands, axes, strict=True)]
     batched = [axis is not None for axis in axes]
     size = next(x.shape[0] for x, is_batched in zip(moved, batched, strict=True) if is_batched)
     static = {name: value for name, value in parameters.items() if name != "target"}
-    carriers = folding(**static) if folding else None
+    carriers = batch_axes(**static) if batch_axes else None
     if carriers is not None and not any(b and not c for b, c in zip(batched, carriers, strict=True)):
         folded = [
             _fold(x if is_batched else jnp.broadcast_to(x, (size, *x.shape))) if carries else x

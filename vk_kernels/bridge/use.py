@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 import jax
 
-from vk_kernels.bridge.custom_call import Target, open_device
+from vk_kernels.compiler.op_call import CallSite
+from vk_kernels.runtime.open_devices import open_device
 
 IMPLEMENTATIONS = ("xla", "vulkan")
-_ANYWHERE = Target()
+_ANYWHERE = CallSite()
 
 # (implementation, target) of the innermost `use` of this thread. It is part of the key of every cache of JAX (tracing,
 # lowering, compilation), so that what was traced for one implementation is never run for another.
@@ -38,13 +39,13 @@ def use(implementation: str, *, device: int | str | None = None, variant: str | 
         raise ValueError(f"use('xla', device={device!r}, variant={variant!r}): these are for 'vulkan' only")
     target = target_of(implementation)
     if target is not None:
-        target = Target(target.device if device is None else str(device), variant)
+        target = CallSite(target.device if device is None else str(device), variant)
         open_device(target.device)
     with _context((implementation, target)):
         yield
 
 
-def target_of(implementation: str | None) -> Target | None:
+def target_of(implementation: str | None) -> CallSite | None:
     """Where a call with this argument `implementation` runs: a target on Vulkan, or None for XLA.
 
     Raises ValueError for another implementation.

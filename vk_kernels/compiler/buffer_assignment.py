@@ -4,16 +4,16 @@ An output lies in the memory of a donated input where nothing is read there any 
 cannot be, it is copied there in the end. What only steps need lies in the arena.
 """
 
-import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vk_kernels.bridge import custom_call
 from vk_kernels.compiler import arena
 from vk_kernels.compiler.codegen import cache, kernels
+from vk_kernels.compiler.cost import step_flops
 from vk_kernels.compiler.ir import Graph, Node, Value
 from vk_kernels.compiler.list_schedule import Access, find_waves
+from vk_kernels.compiler.op_call import make_plan
 from vk_kernels.compiler.partition import Partition, Step
 from vk_kernels.errors import FeatureError
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, kernel_of
@@ -58,7 +58,7 @@ def make_program(partition: Partition, device: "Device", donated: Sequence[bool]
     ordered = []
     for index, plan in enumerate(planned):
         places = memory.places(index)
-        flops = _flops(plan.step)
+        flops = step_flops(plan.step)
         for number, dispatch in enumerate(plan.dispatches):
             operands = tuple(places[i] for i in dispatch.operands)
             command = Command(
@@ -94,7 +94,7 @@ def _array(value: Value) -> Array:
 
 def _plan(step: Step, device: "Device") -> _Planned:
     if step.node is not None:
-        return _plan_hot(step, step.node, device)
+        return _plan_kernel_op(step, step.node, device)
     generated = cache.generate(step.graph)
     dispatches = tuple(
         _Dispatch(kernel.label, kernel.spirv, kernel.operands, kernel.writes, kernel.groups)
@@ -103,10 +103,10 @@ def _plan(step: Step, device: "Device") -> _Planned:
     return _Planned(step, dispatches, generated.scratch, generated.in_place)
 
 
-def _plan_hot(step: Step, node: Node, device: "Device") -> _Planned:
+def _plan_kernel_op(step: Step, node: Node, device: "Device") -> _Planned:
     inputs, outputs = (tuple(Array(x.shape, x.dtype) for x in values) for values in (node.inputs, node.outputs))
     try:
-        plan = custom_call.make_plan(device, node.call, inputs, outputs)
+        plan = make_plan(device, node.call, inputs, outputs)
     except (ValueError, FeatureError) as error:
         raise type(error)(f"{error}: {node.source}") from None
     dispatches = []
@@ -260,50 +260,3 @@ class _Memory:
             numbers = [blocks[index, number] for number in range(len(plan.scratch))]
             self._scratch.append([BufferSlice("arena", offsets[k], lifetimes[k].nbytes) for k in numbers])
         return size
-
-
-def _flops(step: Step) -> int:
-    """Useful floating-point operations of a step: 2 for each multiplication of a product, 1 for each element else."""
-    if step.node is None:
-        return sum(map(_node_flops, step.graph.nodes))
-    return _HOT_FLOPS.get(step.node.op, lambda node: sum(x.size for x in node.outputs))(step.node)
-
-
-def _node_flops(node: Node) -> int:
-    if not any(out.dtype.kind in "fV" for out in node.outputs):
-        return 0
-    if node.op == "dot_general":
-        (contracted, _), _ = node.params["dimension_numbers"]
-        return 2 * node.outputs[0].size * math.prod(node.inputs[0].shape[axis] for axis in contracted)
-    if node.op in kernels.EXPENSIVE:
-        return node.inputs[0].size
-    return sum(out.size for out in node.outputs) if node.op in kernels.ELEMENTWISE else 0
-
-
-def _product(node: Node) -> int:
-    """Of x (M, K) and w (K, N)."""
-    return 2 * node.inputs[0].size * node.inputs[1].shape[-1]
-
-
-def _logits(node: Node) -> int:
-    """Of x (N, D) and w of D x V elements."""
-    return 2 * node.inputs[0].shape[0] * node.inputs[1].size
-
-
-def _attention(node: Node) -> int:
-    """Of one product over the causal half of (T, T), for q (B, T, H, D) or qkv (B, T, 3, H, D)."""
-    batch, length, *_, heads, head_dim = node.inputs[0].shape
-    return batch * length * length * heads * head_dim
-
-
-_HOT_FLOPS: dict[str, Callable[[Node], int]] = {
-    "matmul": _product,
-    "matmul_backward": lambda node: 2 * _product(node),
-    "attention": lambda node: 2 * _attention(node),
-    "attention_backward": lambda node: 4 * _attention(node),
-    "packed_attention": lambda node: 2 * _attention(node),
-    "packed_attention_backward": lambda node: 4 * _attention(node),
-    "linear_cross_entropy": _logits,
-    "linear_cross_entropy_backward": lambda node: 2 * _logits(node),
-    "linear_cross_entropy_both_passes": lambda node: 3 * _logits(node),
-}

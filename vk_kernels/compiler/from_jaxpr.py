@@ -17,12 +17,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 from jax.extend.core import Literal as JaxLiteral
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from vk_kernels.bridge import custom_call
 from vk_kernels.compiler import parameters
 from vk_kernels.compiler.avals import check_dtype, is_array, is_key, on_device, to_device
 from vk_kernels.compiler.codegen import kernels
 from vk_kernels.compiler.decompositions import EXPANSIONS
 from vk_kernels.compiler.ir import Function, Graph, Literal, Node, Operand, Value
+from vk_kernels.compiler.op_call import CallSite, encode_call
+from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.compiler.passes.simplify import simplify
 from vk_kernels.compiler.refusals import advice
 from vk_kernels.errors import UnsupportedError
@@ -170,8 +171,8 @@ class _Inliner:
         name = equation.primitive.name
         at = at.inner(equation)
         try:
-            if custom_call.has_planner(name):
-                return self._hot(equation, inputs, at)
+            if kernel_op(name):
+                return self._kernel_op(equation, inputs, at)
             if not _is_handled(name):
                 raise ValueError(advice(equation) or f"no kernel is generated for the primitive {name}")
             params = parameters.read(equation)
@@ -195,12 +196,12 @@ class _Inliner:
         except ValueError as error:
             raise UnsupportedError(f"{error}: {_where(equation, at)}") from None
 
-    def _hot(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
+    def _kernel_op(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
         name, params = equation.primitive.name, dict(equation.params)
         outputs = tuple(_new_value(x.aval) for x in equation.outvars)
-        target = params.pop("target") or custom_call.Target()
-        what = custom_call.encode(name, params, target).encode()
-        self.nodes.append(Node(name, tuple(inputs), outputs, params, at.source, at.scope, what))
+        site = params.pop("target") or CallSite()
+        call = encode_call(name, params, site).encode()
+        self.nodes.append(Node(name, tuple(inputs), outputs, params, at.source, at.scope, call))
         return list(outputs)
 
     def _node(self, equation: JaxprEqn, params: dict[str, Any], inputs: list[Operand], at: Origin) -> list[Operand]:

@@ -67,7 +67,7 @@ class Node:
     """One operation: `op` is the name of a JAX primitive, `params` are its parameters.
 
     source: the user's file and line. scope: the stack of names around it (`jax.named_scope`), '/' between them.
-    call: of a hot operation, which has kernels that ship: what `call.make_plan` makes its plan from.
+    call: of a kernel op: the encoded call that `op_call.make_plan` makes its plan from.
     """
 
     op: str

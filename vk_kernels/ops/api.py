@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from vk_kernels.bridge.differentiable import make_operation
 from vk_kernels.bridge.primitive import make_primitive, vary_alike
 from vk_kernels.bridge.use import target_of
-from vk_kernels.compiler.passes.fuse_epilogue import changed, register_rule
-from vk_kernels.compiler.passes.fuse_forward_backward import register_joint
+from vk_kernels.compiler.op_registry import ForwardBackward, KernelOp, register_op
+from vk_kernels.compiler.passes.fuse_epilogue import with_operands
 from vk_kernels.ops import adamw as _adamw
 from vk_kernels.ops import attention as _attention
 from vk_kernels.ops import cross_entropy as _cross_entropy
@@ -98,22 +98,29 @@ def _present(*operands: jax.Array | None) -> list[jax.Array]:
 
 # Matrix product.
 
-_matmul_backward = make_primitive("matmul_backward", _matmul.matmul_backward_reference, _matmul.plan_matmul_backward)
-
 
 def _slope_into_product(before, after):
     """The gradient through GELU as the last step of the product that makes it."""
     if after.params["activation"] != "gelu" or after.params["dropout_rate"] or "input_activation" in after.params:
         return None  # the pre-activation is not the last operand
     *reads, pre_activation = after.inputs
-    before = changed(before, (*before.inputs, pre_activation), input_activation="gelu")
-    return before, changed(after, reads, activation=None)
+    before = with_operands(before, (*before.inputs, pre_activation), input_activation="gelu")
+    return before, with_operands(after, reads, activation=None)
 
 
-register_rule("matmul_backward", "matmul_backward", _slope_into_product)
+_matmul_backward = make_primitive(
+    "matmul_backward",
+    _matmul.matmul_backward_reference,
+    KernelOp(
+        _matmul.plan_matmul_backward,
+        epilogues={"matmul_backward": _slope_into_product},
+        flops=lambda node: 2 * _matmul.product_flops(node),
+        shapeless=("stream",),
+    ),
+)
 
 
-def _matmul_folding(has_bias, has_residual, dropout_rate, **_):
+def _matmul_batch_axes(has_bias, has_residual, dropout_rate, **_):
     if dropout_rate:
         return None
     return True, False, *((False,) if has_bias else ()), *((True,) if has_residual else ())
@@ -131,9 +138,13 @@ _matmul_operation = make_operation(
     make_primitive(
         "matmul",
         _matmul.matmul_forward_reference,
-        _matmul.plan_matmul_forward,
-        folding=_matmul_folding,
-        rule=_matmul.matmul_rule,
+        KernelOp(
+            _matmul.plan_matmul_forward,
+            batch_axes=_matmul_batch_axes,
+            rematerialize=_matmul.matmul_rule,
+            flops=_matmul.product_flops,
+            shapeless=("stream",),
+        ),
     ),
     _matmul_gradients,
 )
@@ -179,7 +190,7 @@ def matmul(
 # Layer norm.
 
 _layer_norm_backward = make_primitive(
-    "layer_norm_backward", _layer_norm.layer_norm_backward_reference, _layer_norm.plan_layer_norm_backward
+    "layer_norm_backward", _layer_norm.layer_norm_backward_reference, KernelOp(_layer_norm.plan_layer_norm_backward)
 )
 
 
@@ -193,9 +204,11 @@ _layer_norm_operation = make_operation(
     make_primitive(
         "layer_norm",
         _layer_norm.layer_norm_forward_reference,
-        _layer_norm.plan_layer_norm_forward,
-        folding=lambda epsilon: (True, False, False),
-        rule=_layer_norm.layer_norm_rule,
+        KernelOp(
+            _layer_norm.plan_layer_norm_forward,
+            batch_axes=lambda epsilon: (True, False, False),
+            rematerialize=_layer_norm.layer_norm_rule,
+        ),
     ),
     _layer_norm_gradients,
 )
@@ -218,7 +231,7 @@ def _scale_and_bias(operation, x, scale, bias):
 _residual_layer_norm_backward = make_primitive(
     "residual_layer_norm_backward",
     _layer_norm.residual_layer_norm_backward_reference,
-    _layer_norm.plan_residual_layer_norm_backward,
+    KernelOp(_layer_norm.plan_residual_layer_norm_backward, shapeless=("stream",)),
 )
 
 
@@ -233,9 +246,12 @@ _residual_layer_norm_operation = make_operation(
     make_primitive(
         "residual_layer_norm",
         _layer_norm.residual_layer_norm_forward_reference,
-        _layer_norm.plan_residual_layer_norm_forward,
-        folding=lambda epsilon, dropout_rate, stream: None if dropout_rate else (True, True, False, False),
-        rule=_layer_norm.residual_layer_norm_rule,
+        KernelOp(
+            _layer_norm.plan_residual_layer_norm_forward,
+            batch_axes=lambda epsilon, dropout_rate, stream: None if dropout_rate else (True, True, False, False),
+            rematerialize=_layer_norm.residual_layer_norm_rule,
+            shapeless=("stream",),
+        ),
     ),
     _residual_layer_norm_gradients,
     outputs=2,
@@ -264,11 +280,10 @@ def residual_layer_norm(
 _gelu_backward = make_primitive(
     "gelu_backward",
     _gelu.gelu_backward_reference,
-    _gelu.plan_gelu_backward,
-    folding=lambda: (True, True),
+    KernelOp(_gelu.plan_gelu_backward, batch_axes=lambda: (True, True)),
 )
 _gelu_operation = make_operation(
-    make_primitive("gelu", _gelu.gelu, _gelu.plan_gelu_forward, folding=lambda: (True,)),
+    make_primitive("gelu", _gelu.gelu, KernelOp(_gelu.plan_gelu_forward, batch_axes=lambda: (True,))),
     lambda target, operands, results, cotangents: _gelu_backward.bind(*operands, *cotangents, target=target),
 )
 
@@ -280,7 +295,9 @@ def gelu(target, x):
 
 
 _dropout_backward = make_primitive(
-    "dropout_backward", _dropout.dropout_backward_reference, _dropout.plan_dropout_backward
+    "dropout_backward",
+    _dropout.dropout_backward_reference,
+    KernelOp(_dropout.plan_dropout_backward, shapeless=("stream",)),
 )
 
 
@@ -290,7 +307,8 @@ def _dropout_gradients(target, operands, results, cotangents, **drawing):
 
 
 _dropout_operation = make_operation(
-    make_primitive("dropout", _dropout.dropout, _dropout.plan_dropout_forward), _dropout_gradients
+    make_primitive("dropout", _dropout.dropout, KernelOp(_dropout.plan_dropout_forward, shapeless=("stream",))),
+    _dropout_gradients,
 )
 
 
@@ -308,7 +326,7 @@ def dropout(target, x, rng, *, rate, stream):
 # Embedding.
 
 _embedding_backward = make_primitive(
-    "embedding_backward", _embedding.embedding_backward_reference, _embedding.plan_embedding_backward
+    "embedding_backward", _embedding.embedding_backward_reference, KernelOp(_embedding.plan_embedding_backward)
 )
 
 
@@ -318,7 +336,11 @@ def _embedding_gradients(target, operands, results, cotangents):
 
 
 _embedding_operation = make_operation(
-    make_primitive("embedding", _embedding.embedding, _embedding.plan_embedding_forward, folding=lambda: (False, True)),
+    make_primitive(
+        "embedding",
+        _embedding.embedding,
+        KernelOp(_embedding.plan_embedding_forward, batch_axes=lambda: (False, True)),
+    ),
     _embedding_gradients,
 )
 
@@ -336,8 +358,12 @@ def embedding(target, table, ids):
 _attention_backward = make_primitive(
     "attention_backward",
     _attention.attention_backward_reference,
-    _attention.plan_attention_backward,
-    folding=lambda dropout_rate, **_: None if dropout_rate else (True,) * 6,
+    KernelOp(
+        _attention.plan_attention_backward,
+        batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * 6,
+        flops=lambda node: _attention.backward_flops(node.inputs[0].shape),
+        shapeless=("stream",),
+    ),
 )
 
 
@@ -351,8 +377,12 @@ _attention_operation = make_operation(
     make_primitive(
         "attention",
         _attention.attention_forward_reference,
-        _attention.plan_attention_forward,
-        folding=lambda dropout_rate, **_: None if dropout_rate else (True,) * 3,
+        KernelOp(
+            _attention.plan_attention_forward,
+            batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * 3,
+            flops=lambda node: _attention.forward_flops(node.inputs[0].shape),
+            shapeless=("stream",),
+        ),
     ),
     _attention_gradients,
 )
@@ -378,8 +408,12 @@ def attention(target, q, k, v, rng=None, *, scale=None, cap=None, dropout_rate=0
 _packed_attention_backward = make_primitive(
     "packed_attention_backward",
     _packed_attention.packed_attention_backward_reference,
-    _packed_attention.plan_packed_attention_backward,
-    folding=lambda dropout_rate, **_: None if dropout_rate else (True,) * 4,
+    KernelOp(
+        _packed_attention.plan_packed_attention_backward,
+        batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * 4,
+        flops=lambda node: _attention.backward_flops(node.inputs[0].shape),
+        shapeless=("stream",),
+    ),
 )
 
 
@@ -394,8 +428,12 @@ _packed_attention_operation = make_operation(
     make_primitive(
         "packed_attention",
         _packed_attention.packed_attention_forward_reference,
-        _packed_attention.plan_packed_attention_forward,
-        folding=lambda dropout_rate, **_: None if dropout_rate else (True,),
+        KernelOp(
+            _packed_attention.plan_packed_attention_forward,
+            batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,),
+            flops=lambda node: _attention.forward_flops(node.inputs[0].shape),
+            shapeless=("stream",),
+        ),
     ),
     _packed_attention_gradients,
 )
@@ -415,7 +453,15 @@ def packed_attention(target, qkv, rng=None, *, scale=None, cap=None, dropout_rat
 _linear_cross_entropy_backward = make_primitive(
     "linear_cross_entropy_backward",
     _cross_entropy.linear_cross_entropy_backward_reference,
-    _cross_entropy.plan_linear_cross_entropy_backward,
+    KernelOp(
+        _cross_entropy.plan_linear_cross_entropy_backward,
+        forward_backward=ForwardBackward(
+            "linear_cross_entropy",
+            results=(1,),  # the log normalizers
+            fused="linear_cross_entropy_both_passes",
+        ),
+        flops=lambda node: 2 * _cross_entropy.logits_flops(node),
+    ),
 )
 
 
@@ -428,19 +474,21 @@ _linear_cross_entropy_operation = make_operation(
     make_primitive(
         "linear_cross_entropy",
         _cross_entropy.linear_cross_entropy_forward_reference,
-        _cross_entropy.plan_linear_cross_entropy_forward,
-        folding=lambda **_: (True, False, True),
+        KernelOp(
+            _cross_entropy.plan_linear_cross_entropy_forward,
+            batch_axes=lambda **_: (True, False, True),
+            flops=_cross_entropy.logits_flops,
+        ),
     ),
     _linear_cross_entropy_gradients,
 )
 
 
-register_joint(
-    "linear_cross_entropy",
-    "linear_cross_entropy_backward",
+register_op(
     "linear_cross_entropy_both_passes",
-    _cross_entropy.plan_linear_cross_entropy_both_passes,
-    results=(1,),  # the log normalizers
+    KernelOp(
+        _cross_entropy.plan_linear_cross_entropy_both_passes, flops=lambda node: 3 * _cross_entropy.logits_flops(node)
+    ),
 )
 
 
@@ -457,7 +505,7 @@ def linear_cross_entropy(target, x, w, targets, *, transposed=False):
 # Optimizer.
 
 _global_norm_primitive = make_primitive(
-    "global_norm", _global_norm.global_norm_reference, _global_norm.plan_global_norm
+    "global_norm", _global_norm.global_norm_reference, KernelOp(_global_norm.plan_global_norm)
 )
 
 
@@ -466,7 +514,7 @@ def global_norm(target, *arrays):
     return _global_norm_primitive.bind(*vary_alike(*arrays), target=target)[0]
 
 
-_adamw_primitive = make_primitive("adamw", _adamw.adamw_reference, _adamw.plan_adamw)
+_adamw_primitive = make_primitive("adamw", _adamw.adamw_reference, KernelOp(_adamw.plan_adamw))
 
 
 @_public(_adamw.adamw_reference)

@@ -429,3 +429,16 @@ class _Work(NamedTuple):
         tiles = self.matrices * ceil_divide(self.length, rows)
         made = dispatch(kernel, variant, operands, self.push_constants, tiles, **self.spec, **more)
         return dataclasses.replace(made, subgroup_size=self.subgroup_size)
+
+
+def forward_flops(shape: Sequence[int]) -> int:
+    """Useful floating-point operations of causal attention for q (B, T, H, D) or qkv (B, T, 3, H, D): two products
+    over the lower half of (T, T), that of the queries with the keys and that of the weights with the values."""
+    batch, length, *_, heads, head_dim = shape
+    return 2 * batch * length * length * heads * head_dim
+
+
+def backward_flops(shape: Sequence[int]) -> int:
+    """Useful floating-point operations of its gradient: four such products, dV, dP, dQ and dK; kernels that make the
+    weights again do a fifth, which does not count."""
+    return 2 * forward_flops(shape)

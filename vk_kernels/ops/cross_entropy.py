@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vk_kernels.compiler.ir import Node
 from vk_kernels.ops.gemm import (
     F32,
     NOTHING,
@@ -356,3 +357,8 @@ def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, held: np.dtype, wan
         if most > step:
             return most // step * step
     return most
+
+
+def logits_flops(node: Node) -> int:
+    """Floating-point operations of the logits of x (N, D), the first operand, and w of D x V elements, the second."""
+    return 2 * node.inputs[0].shape[0] * node.inputs[1].size

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from vk_kernels.compiler.ir import Node
 from vk_kernels.ops.dropout import dropout, dropout_scale, dropout_threshold
 from vk_kernels.ops.gelu import gelu, gelu_backward_reference
 from vk_kernels.ops.gemm import Epilogue, Matrix, matrix, plan_column_sums, plan_epilogue, plan_gemm
@@ -238,3 +239,8 @@ def _dropout_step(rng: int | None, rate: float, stream: int) -> dict[str, int | 
     if rng is None or threshold == 0:
         return {}
     return {"rng": rng, "threshold": threshold, "scale": dropout_scale(rate), "stream": stream}
+
+
+def product_flops(node: Node) -> int:
+    """Floating-point operations of the product of (M, K), the first operand, and a matrix of N columns or rows."""
+    return 2 * node.inputs[0].size * node.inputs[1].shape[-1]

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vk_kernels.bridge.custom_call import counts, open_device
+from vk_kernels.bridge.custom_call import counts
 from vk_kernels.bridge.use import use
 from vk_kernels.errors import FeatureError, NoDeviceError
+from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.tools.arguments import BAD_INPUT, ArgumentParser, run_tool
 from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, Case, Operands
 

@@ -1,57 +1,35 @@
-"""A hot operation and its gradient as one, where the gradient waits for nothing that the operation gives.
+"""Fuses a backward op with its forward op where it does not need the forward's result, as that of a loss.
 
-That of a loss is such a one: it is scaled by what the losses count for, not by what they are. Both together need not
-make again what the operation had and is too large to keep.
+A loss's gradient is scaled by what the losses count for, not by what they are. Both passes together need not make again
+what the forward pass had and is too large to keep. The backward op names the two (`KernelOp.forward_backward`).
 """
 
-from typing import NamedTuple
-
-from vk_kernels.bridge import custom_call
 from vk_kernels.compiler.ir import Graph, Node, producers
+from vk_kernels.compiler.op_call import with_op
+from vk_kernels.compiler.op_registry import ForwardBackward, kernel_op
 
 
-class _Joint(NamedTuple):
-    operation: str
-    results: tuple[int, ...]
-    both: str
-
-
-_joints: dict[str, _Joint] = {}  # by the gradient's operation
-
-
-def register_joint(
-    operation: str, gradient: str, both: str, planner: custom_call.Planner, results: tuple[int, ...]
-) -> None:
-    """Has `join` put `both` in the place of an operation and its gradient, of the same parameters.
-
-    The gradient takes the operation's operands, those of its results that `results` numbers, and others, in this order;
-    both take the operands and the others, and give the results of both.
-    """
-    custom_call.register_planner(both, planner)
-    _joints[gradient] = _Joint(operation, results, both)
-
-
-def join(graph: Graph) -> Graph:
-    """The graph with all pairs joined that can be."""
-    for gradient in [node for node in graph.nodes if node.op in _joints]:
-        makers, joint = producers(graph.nodes), _joints[gradient.op]
-        node = next((maker for x in gradient.inputs if (maker := makers.get(x)) and maker.op == joint.operation), None)
-        if node is not None:
-            graph = _joined(graph, node, gradient, joint)
+def fuse_forward_backward(graph: Graph) -> Graph:
+    """The graph with every such pair fused that can be."""
+    for backward in [node for node in graph.nodes if node.call and kernel_op(node.op).forward_backward]:
+        makers, pair = producers(graph.nodes), kernel_op(backward.op).forward_backward
+        forward = next((maker for x in backward.inputs if (maker := makers.get(x)) and maker.op == pair.forward), None)
+        if forward is not None:
+            graph = _fused(graph, forward, backward, pair)
     return graph
 
 
-def _joined(graph: Graph, node: Node, gradient: Node, joint: _Joint) -> Graph:
-    taken = *node.inputs, *(node.outputs[i] for i in joint.results)
+def _fused(graph: Graph, node: Node, gradient: Node, pair: ForwardBackward) -> Graph:
+    taken = *node.inputs, *(node.outputs[i] for i in pair.results)
     others = gradient.inputs[len(taken) :]
     late = _dependents(graph, node, gradient)  # of what comes before the gradient: it comes after both now
     made_late = {*node.outputs, *(out for other in late for out in other.outputs)}
-    both = custom_call.renamed(gradient.call, joint.both)
-    alike = gradient.inputs[: len(taken)] == taken and custom_call.renamed(node.call, joint.both) == both
+    both = with_op(gradient.call, pair.fused)
+    alike = gradient.inputs[: len(taken)] == taken and with_op(node.call, pair.fused) == both
     if not alike or not made_late.isdisjoint(others):
         return graph
     joined = Node(
-        joint.both,
+        pair.fused,
         (*node.inputs, *others),
         (*node.outputs, *gradient.outputs),
         node.params,

@@ -1,4 +1,4 @@
-"""What is computed again where it is read late, and not kept until then.
+"""Rematerialization: late readers of a large array read a second computation of it, and it is not kept until then.
 
 Of a train step's memory most is what the forward pass keeps for the backward pass. Some of that follows, element by
 element, from other arrays that are kept anyway: an activation from its argument, a layer norm from what it normalises.
@@ -6,13 +6,14 @@ It takes the time of a copy, beside other work, and saves the memory of the whol
 for arrays that no cache holds: their copies go through memory, and the time is better spent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from vk_kernels.compiler.from_jaxpr import inline
 from vk_kernels.compiler.ir import Graph, Node, Operand, Value
+from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.compiler.passes.simplify import fold, prune
 
 LEAST_BYTES = 1 << 20  # of an array that is worth it
@@ -20,18 +21,8 @@ MOST_BYTES = 16 << 20  # of an array that a cache holds, with what it is made of
 LEAST_DISTANCE = 3  # hot operations between one reader and the next: so long it would be kept for the latter alone
 _MOST_KEPT = 1 / 8  # of its bytes, that may have to be kept to compute it
 
-# rule(operands, results, **parameters): each result as an elementwise function of operands and other results, or None.
-Rule = Callable[..., Sequence[Any]]
 
-_rules: dict[str, Rule] = {}
-
-
-def register_rule(operation: str, rule: Rule) -> None:
-    """Makes `rule` the one by which results of `operation` are computed again."""
-    _rules[operation] = rule
-
-
-def recompute(
+def rematerialize(
     graph: Graph,
     least_bytes: int = LEAST_BYTES,
     most_bytes: int = MOST_BYTES,
@@ -44,10 +35,10 @@ def recompute(
     for node in graph.nodes:
         large = [k for k, out in enumerate(node.outputs) if least_bytes <= out.nbytes <= most_bytes]
         late = {k: readers for k in large if (readers := found.late(node, node.outputs[k], least_distance))}
-        if node.op not in _rules or not late:
+        if not late or kernel_op(node.op).rematerialize is None:
             continue
         for k, readers in late.items():
-            nodes, result = _again(node, k)
+            nodes, result = _recompute_nodes(node, k)
             kept_for_it = sum(x.nbytes for x in _needs(nodes) if not found.outlives(x, node.outputs[k]))
             if result is None or kept_for_it > _MOST_KEPT * node.outputs[k].nbytes:
                 continue
@@ -55,7 +46,7 @@ def recompute(
             for reader in readers:
                 for x in reader.inputs:
                     if found.root(x) is node.outputs[k]:
-                        views, operand = _view(result, x, node)
+                        views, operand = _reshape_like(result, x, node)
                         before[readers[0]] += views
                         known.setdefault(reader, {})[x] = operand
     nodes = []
@@ -66,12 +57,12 @@ def recompute(
     return prune(Graph(graph.inputs, graph.constants, nodes, graph.outputs))
 
 
-def _again(node: Node, k: int) -> tuple[list[Node], Operand | None]:
+def _recompute_nodes(node: Node, k: int) -> tuple[list[Node], Operand | None]:
     """The nodes that compute a result again, and what they give; None without a rule for it."""
-    count = len(node.inputs)
+    count, again = len(node.inputs), kernel_op(node.op).rematerialize
 
     def rule(*arrays: Any) -> Any:
-        return _rules[node.op](arrays[:count], arrays[count:], **node.params)[k]
+        return again(arrays[:count], arrays[count:], **node.params)[k]
 
     values = (*node.inputs, *node.outputs)
     nodes, results = inline(rule, values, node)
@@ -86,7 +77,7 @@ def _needs(nodes: Sequence[Node]) -> set[Value]:
     return {x for node in nodes for x in node.inputs if isinstance(x, Value)} - made
 
 
-def _view(result: Operand, like: Value, node: Node) -> tuple[list[Node], Operand]:
+def _reshape_like(result: Operand, like: Value, node: Node) -> tuple[list[Node], Operand]:
     """`result` in the shape of `like`, and the nodes that it takes."""
     if result.shape == like.shape:
         return [], result

@@ -1,0 +1,77 @@
+"""Registry of kernel ops: operations whose kernels ship, and all that the compiler knows of each.
+
+A kernel op is a primitive for the compiler. What it computes, by which kernels and what passes may do with it, its
+module says once, in a `KernelOp`; no pass names an op.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vk_kernels.compiler.ir import Node
+from vk_kernels.runtime.dispatch_plan import Plan
+
+# plan(info, inputs, outputs, *, variant=None, **parameters)
+Planner = Callable[..., Plan]
+
+# batch_axes(**parameters): of each operand, whether its first axis may carry a batch, as the first of each result then
+# does; None where no batch may be taken together.
+BatchAxes = Callable[..., tuple[bool, ...] | None]
+
+# rematerialize(operands, results, **parameters), in JAX: each result as an elementwise function of operands and other
+# results, or None where it is none.
+Rematerialize = Callable[..., Sequence[Any]]
+
+# epilogue(producer, consumer): both as they are to be, with the same outputs in the same order; None: as they are.
+Epilogue = Callable[[Node, Node], tuple[Node, Node] | None]
+
+# flops(node): the useful floating-point operations, 2 for each multiplication of a product.
+Flops = Callable[[Node], int]
+
+
+@dataclass(frozen=True)
+class ForwardBackward:
+    """How a backward op and its forward op become one, where the backward waits for nothing that the forward gives.
+
+    forward: the forward op. results: the numbers of those of its results that the backward takes, after the forward's
+    operands and before its own. fused: the op in the place of both, with the operands of both and the results of both.
+    """
+
+    forward: str
+    results: tuple[int, ...]
+    fused: str
+
+
+@dataclass(frozen=True)
+class KernelOp:
+    """An operation with kernels.
+
+    planner: gives the dispatches for operands of given shapes on a device.
+    batch_axes: for vmap; None: the elements run in turn.
+    rematerialize: for results that are computed again instead of kept; None: they are kept.
+    epilogues: by the op that reads its only result, what it takes over from that.
+    forward_backward: of a backward op, how it and its forward op become one.
+    flops: None: one for each element of the results.
+    shapeless: parameters, numbers, that change neither shapes nor dtypes.
+    """
+
+    planner: Planner
+    batch_axes: BatchAxes | None = None
+    rematerialize: Rematerialize | None = None
+    epilogues: Mapping[str, Epilogue] = field(default_factory=dict)
+    forward_backward: ForwardBackward | None = None
+    flops: Flops | None = None
+    shapeless: tuple[str, ...] = ()
+
+
+_ops: dict[str, KernelOp] = {}
+
+
+def register_op(name: str, op: KernelOp) -> None:
+    """Makes `name` the kernel op `op`."""
+    _ops[name] = op
+
+
+def kernel_op(name: str) -> KernelOp | None:
+    """The kernel op of that name; None for every other operation."""
+    return _ops.get(name)
