@@ -24,12 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax._src.config import (
-    debug_infs,
-    debug_nans,
-    disable_jit,
-    trace_context,  # all of JAX's configuration that changes what is traced
-)
 from jax.extend import source_info_util
 from jax.tree_util import treedef_tuple
 
@@ -42,6 +36,7 @@ from vk_kernels.compiler.avals import is_array, on_device, on_host, to_device, t
 from vk_kernels.compiler.ir import Graph
 from vk_kernels.compiler.pipeline import compile_graph, optimize
 from vk_kernels.errors import UnsupportedError
+from vk_kernels.jax_compat import debug_infs, debug_nans, disable_jit, trace_context
 from vk_kernels.runtime.array import Array, ArrayType, array_type
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.executable import Executable

@@ -15,7 +15,6 @@ import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 from jax.extend.core import Literal as JaxLiteral
-from jax.interpreters.partial_eval import dce_jaxpr
 
 from vk_kernels.compiler import parameters
 from vk_kernels.compiler.avals import check_dtype, is_array, is_key, on_device, to_device
@@ -27,6 +26,7 @@ from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.compiler.passes.simplify import simplify
 from vk_kernels.compiler.refusals import advice
 from vk_kernels.errors import UnsupportedError
+from vk_kernels.jax_compat import dce_jaxpr, scan_operands
 
 UNROLLED = 50_000  # nodes that all loops of a function together may unroll into
 
@@ -272,10 +272,7 @@ class _Inliner:
     def scan(self, equation: JaxprEqn, inputs: list[Operand], at: Origin) -> list[Operand]:
         params = equation.params
         body, length = params["jaxpr"], params["length"]
-        if "ft_in" in params:  # jax 0.11: trees of constants, what is carried, and rows
-            consts, carried, _ = (len(list(part)) for part in params["ft_in"].unpack())
-        else:
-            consts, carried = params["num_consts"], params["num_carry"]
+        consts, carried = scan_operands(params)
         fixed, carry, xs = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
         rows: list[list[Operand]] = [[] for _ in body.out_avals[carried:]]
         for i in reversed(range(length)) if params["reverse"] else range(length):

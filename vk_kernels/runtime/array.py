@@ -1,4 +1,4 @@
-"""Arrays that live on a Vulkan device. Knows no JAX; `vk_kernels.jit` takes and gives them."""
+"""Arrays that live on a Vulkan device, without JAX, whose methods `bridge.array_methods` adds to them."""
 
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -7,7 +7,6 @@ import numpy as np
 
 from vk_kernels.runtime.lifetime import DonationState
 from vk_kernels.runtime.memory import Buffer
-from vk_kernels.runtime.operators import Operators
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.device import Device
@@ -31,7 +30,7 @@ array_type = functools.lru_cache(maxsize=65_536)(ArrayType)
 _OWN = DonationState()  # of arrays that are donated one by one
 
 
-class Array(Operators):
+class Array:
     """A dense array in device memory, row-major. It is never changed; a donated one is gone.
 
     A leaf of pytrees. numpy and JAX take it as they take any array, by a copy to the host, which waits for what
@@ -41,6 +40,8 @@ class Array(Operators):
     """
 
     __slots__ = ("__weakref__", "_buffer", "_donation", "type")
+    __hash__ = None  # as of every array that compares by element
+    __array_priority__ = 100  # numpy leaves what it has on the left to us
 
     def __init__(self, buffer: Buffer, type: ArrayType, donation: DonationState = _OWN):
         self._buffer: Buffer | None = buffer
@@ -60,13 +61,6 @@ class Array(Operators):
     @property
     def weak_type(self) -> bool:
         return self.type.weak_type
-
-    @property
-    def aval(self) -> Any:
-        """What JAX takes it for."""
-        import jax  # only who calls this has it
-
-        return jax.typeof(self)
 
     @property
     def buffer(self) -> Buffer:
@@ -98,17 +92,6 @@ class Array(Operators):
 
     def on_device_size_in_bytes(self) -> int:
         return self.buffer.size
-
-    @property
-    def sharding(self) -> Any:
-        """The sharding of the copies that JAX takes: its default device, uncommitted."""
-        from vk_kernels.bridge import array_methods
-
-        return array_methods.sharding()
-
-    def devices(self) -> set[Any]:
-        """The JAX devices of `sharding`."""
-        return self.sharding.device_set
 
     committed = False
     is_fully_addressable = True
@@ -157,11 +140,6 @@ class Array(Operators):
         found = self.numpy()
         return found if dtype is None else found.astype(dtype)
 
-    def __jax_array__(self) -> Any:
-        from vk_kernels.bridge import array_methods  # only who calls this has JAX
-
-        return array_methods.to_jax(self)
-
     def _scalar(self) -> Any:
         if self.shape:
             raise TypeError(f"only an array without axes is a Python number; this is {self.type}")
@@ -193,11 +171,6 @@ class Array(Operators):
 
     def __deepcopy__(self, memo: Any) -> "Array":
         return self.copy()
-
-    def __reduce__(self) -> Any:
-        from vk_kernels.bridge import array_methods
-
-        return array_methods.from_host, (self.numpy(), self.weak_type)
 
     def __repr__(self) -> str:
         if self.is_deleted():
