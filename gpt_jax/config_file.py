@@ -1,6 +1,7 @@
 """Reads the Python file behind `--config=`; a mistake in it costs one line with file, line number and what is wrong."""
 
 import difflib
+import importlib
 import importlib.util
 import re
 import sys
@@ -13,7 +14,8 @@ from ml_collections import ConfigDict, config_flags
 
 from gpt_jax.config import UserError, check_name, check_names
 
-_CONFIGS = Path("configs")  # where a name that is not found is looked for
+_CONFIGS = Path("configs")  # in the current folder, where a name that is not found is looked for
+_SHIPPED = Path(__file__).parent / "configs"  # in a wheel; a checkout has them at its top
 _LONGEST = 300  # characters of another library's message
 
 
@@ -80,12 +82,15 @@ class _ConfigParser(flags.ArgumentParser):
 def load_config(path: str) -> ConfigDict:
     """Calls `get_config()` of a Python file; of FILE:TEXT, `get_config(TEXT)`.
 
+    A `configs/NAME.py` that the current folder lacks is the one that was installed with `gpt_jax`.
+
     Raises:
       UserError: there is no such file, it cannot be run, or it gives no config with all settings.
     """
     name, *argument = path.split(":", 1)
-    file = Path(name)
+    file = _find(name)
     _require_python_file(name, file)
+    _make_shipped_configs_importable()
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -107,6 +112,27 @@ def load_config(path: str) -> ConfigDict:
     return config
 
 
+def _find(name: str) -> Path:
+    file = Path(name)
+    if not file.exists() and file.parts[:1] == _CONFIGS.parts:
+        shipped = _SHIPPED.joinpath(*file.parts[1:])
+        return shipped if shipped.exists() else file
+    return file
+
+
+def _make_shipped_configs_importable() -> None:
+    """Lets `from configs import chat` find the current folder's file first, and then the one installed here."""
+    if not _SHIPPED.is_dir():
+        return
+    try:
+        configs = importlib.import_module("configs")
+    except ModuleNotFoundError:
+        sys.modules["configs"] = importlib.import_module("gpt_jax.configs")
+        return
+    if str(_SHIPPED) not in configs.__path__:
+        configs.__path__.append(str(_SHIPPED))
+
+
 def _require_python_file(name: str, file: Path) -> None:
     if not name:
         raise UserError("--config is empty: give --config=configs/chat.py, or another file of configs/")
@@ -114,9 +140,10 @@ def _require_python_file(name: str, file: Path) -> None:
         raise UserError(f"--config={name} is a folder: give a file of it{_there_are(file)}")
     if not file.exists():
         folder = file.parent if file.parent.is_dir() and any(file.parent.glob("*.py")) else _CONFIGS
-        near = difflib.get_close_matches(file.name, [other.name for other in folder.glob("*.py")], n=1)
+        near = difflib.get_close_matches(file.name, [other.name for other in _python_files(folder)], n=1)
         hint = f": did you mean {folder / near[0]}?" if near else _there_are(folder)
-        raise UserError(f"--config={name} does not exist{hint}")
+        here = "" if file.is_absolute() or not _SHIPPED.is_dir() else " here, nor in the configs installed with gpt_jax"
+        raise UserError(f"--config={name} does not exist{here}{hint}")
     if not file.is_file() or file.suffix != ".py":
         raise UserError(
             f"--config={name} is no Python file: give one with a function get_config(){_there_are(_CONFIGS)}"
@@ -124,8 +151,15 @@ def _require_python_file(name: str, file: Path) -> None:
 
 
 def _there_are(folder: Path) -> str:
-    found = sorted(str(file) for file in folder.glob("*.py") if file.name != "__init__.py")[:8]
+    found = [str(file) for file in _python_files(folder)][:8]
     return f"; there are {', '.join(found)}" if found else ""
+
+
+def _python_files(folder: Path) -> list[Path]:
+    """The configs of a folder; to those of `configs/` belong the installed ones."""
+    folders = [folder, _SHIPPED] if folder == _CONFIGS else [folder]
+    names = {file.name for each in folders for file in each.glob("*.py")} - {"__init__.py"}
+    return [folder / name for name in sorted(names)]
 
 
 def _describe(error: BaseException, file: Path) -> str:

@@ -1,22 +1,69 @@
-"""The hot operations of a transformer, for JAX, with kernels for any Vulkan GPU."""
+"""JAX functions, and the operations of a transformer, on any Vulkan GPU."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Array", "device_get", "device_put", "jit", "use"]
+from vk_kernels.errors import (
+    BufferSizeError,
+    DeviceLostError,
+    DeviceTimeoutError,
+    FeatureError,
+    NoDeviceError,
+    OutOfMemoryError,
+    SettingError,
+    UnsupportedError,
+    ValidationError,
+    VulkanError,
+)
 
+if TYPE_CHECKING:
+    from vk_kernels import ops
+    from vk_kernels.bridge.jit import device_get, device_put, jit
+    from vk_kernels.bridge.use import use
+    from vk_kernels.runtime.array import Array
+    from vk_kernels.runtime.device import list_devices as devices
 
-_MODULES = {
-    "Array": "vk_kernels.runtime.array",
-    "device_get": "vk_kernels.bridge.jit",
-    "device_put": "vk_kernels.bridge.jit",
-    "jit": "vk_kernels.bridge.jit",
-    "use": "vk_kernels.bridge.use",
+__version__ = "0.1.0"
+
+__all__ = [
+    "Array",
+    "BufferSizeError",
+    "DeviceLostError",
+    "DeviceTimeoutError",
+    "FeatureError",
+    "NoDeviceError",
+    "OutOfMemoryError",
+    "SettingError",
+    "UnsupportedError",
+    "ValidationError",
+    "VulkanError",
+    "device_get",
+    "device_put",
+    "devices",
+    "jit",
+    "ops",
+    "use",
+]
+
+# Imported when they are asked for: the Vulkan runtime below them must not need jax.
+_LAZY = {
+    "Array": "vk_kernels.runtime.array:Array",
+    "device_get": "vk_kernels.bridge.jit:device_get",
+    "device_put": "vk_kernels.bridge.jit:device_put",
+    "devices": "vk_kernels.runtime.device:list_devices",
+    "jit": "vk_kernels.bridge.jit:jit",
+    "ops": "vk_kernels.ops:",
+    "use": "vk_kernels.bridge.use:use",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Names are imported when they are asked for: the Vulkan runtime below them must not need jax."""
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _LAZY[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
