@@ -5,28 +5,123 @@ print(lowered.as_text(), lowered.cost())
 y = lowered.compile()(x)
 """
 
+import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
-from vk_kernels.bridge.profile import Cost
+from vk_kernels.bridge.donation import DonatingCaller, Signature
+from vk_kernels.bridge.leaves import is_traced, type_of, type_of_aval
+from vk_kernels.bridge.profile import Cost, Profile
+from vk_kernels.bridge.special_values import are_looked_for, find_special_value
+from vk_kernels.compiler.avals import on_host
 from vk_kernels.compiler.ir import Graph
+from vk_kernels.compiler.pipeline import compile_graph, optimize
 from vk_kernels.runtime.array import ArrayType
 from vk_kernels.runtime.device import Device
+from vk_kernels.runtime.executable import Executable
 from vk_kernels.runtime.program import Program
 
-if TYPE_CHECKING:
-    from vk_kernels.bridge.jit import Compiled
+
+class Compiled:
+    """A function for arguments of given types: its graph and its program on a device.
+
+    Called with such arguments, without static ones, it gives the results; it raises TypeError for any others, and
+    FloatingPointError under jax_debug_nans or jax_debug_infs for a result that has one.
+    """
+
+    def __init__(self, traced: Any, tree: Any, device: Device):
+        """traced: a `jax.stages.Traced`. tree: the structure of (args, kwargs)."""
+        self.device, self.in_tree = device, tree
+        self.lock = threading.RLock()  # held by whoever runs it
+        self._name = traced.fun_name
+        closed = traced.jaxpr
+        self.graph: Graph = optimize(closed)
+        self.in_types = list(map(type_of_aval, closed.in_avals))
+        infos = zip(jax.tree.leaves(traced.args_info), self.in_types, strict=True)
+        is_donated = [info.donated and not on_host(kind) for info, kind in infos]
+        self.donated = [i for i, given in enumerate(is_donated) if given]
+        self.out_tree = jax.tree.structure(traced.out_info)
+        self.out_types = list(map(type_of_aval, closed.out_avals))
+        self.program: Program = compile_graph(self.graph, device, is_donated)
+        made = [kind for j, kind in enumerate(self.out_types) if j not in self.program.aliases]
+        self.executable = Executable(device, self.program, made)
+        signature = Signature(
+            in_tree=tree,
+            in_types=self.in_types,
+            out_tree=self.out_tree,
+            out_types=self.out_types,
+            out_avals=closed.out_avals,
+            donated=self.donated,
+            aliases=self.program.aliases,
+        )
+        self.caller = DonatingCaller(signature, self.executable, device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = jax.tree.leaves((args, kwargs))
+        if any(map(is_traced, leaves)):
+            raise TypeError("compiled for arrays, called in what JAX traces: call the function of vk_kernels.jit there")
+        _check_arguments(self.in_tree, self.in_types, (args, kwargs), list(map(type_of, leaves)))
+        if self.device.closed:
+            raise RuntimeError(f"compiled for {self.device.info.name}, which was closed since: lower it again")
+        with self.lock, self.device.calls:
+            results = self.caller.call(leaves)
+        found = find_special_value(results) if are_looked_for() else ""
+        if found:
+            raise FloatingPointError(
+                f"{found} of {self._name}: call the function of vk_kernels.jit, which finds the operation that made it"
+            )
+        return results
+
+    def as_text(self) -> str:
+        """The program: every dispatch with what it reads and writes, and where a barrier is."""
+        cost = self.cost()
+        lines = [
+            f"{cost.dispatches} dispatches, {cost.barriers} barriers, {cost.bytes:,} bytes moved, "
+            f"arena of {cost.arena_bytes:,} bytes, constants of {cost.constant_bytes:,}"
+        ]
+        lines += [f"input[{i}]: {array}" for i, array in enumerate(self.program.inputs)]
+        lines += [
+            f"output[{j}]: {array}" + (f" in input[{aliases[j]}]" if j in aliases else "")
+            for aliases in [self.program.aliases]
+            for j, array in enumerate(self.program.outputs)
+        ]
+        for command, barrier in zip(self.program.commands, self.executable.barriers, strict=True):
+            if barrier:
+                lines.append("barrier")
+            operands = ", ".join(f"{place} ({place.nbytes:,})" for place in command.operands)
+            scope = f"  # {command.scope}" if command.scope else ""
+            lines.append(f"dispatch {'x'.join(map(str, command.groups))} {command.label}: {operands}{scope}")
+        return "\n".join(lines)
+
+    def cost(self) -> Cost:
+        commands = self.program.commands
+        return Cost(
+            flops=sum(command.flops for command in commands),
+            bytes=sum(place.nbytes for command in commands for place in set(command.operands)),
+            dispatches=len(commands),
+            barriers=sum(self.executable.barriers),
+            arena_bytes=self.program.arena_bytes,
+            constant_bytes=sum(array.nbytes for array in self.program.constants),
+        )
+
+    def profile(self, leaves: Sequence[Any]) -> Profile:
+        """Device time of each dispatch for the leaves of a call, which stay, also donated ones."""
+        timings = self.executable.time(list(map(self.caller.argument, range(len(leaves)), leaves)))
+        timed = [command for command in self.program.commands if 0 not in command.groups]
+        return Profile(
+            tuple((label, command.scope, seconds) for command, (label, seconds) in zip(timed, timings, strict=True))
+        )
 
 
 class Lowered:
     """A function for arguments of given types. It is not called itself: `compile` gives what is."""
 
-    def __init__(self, compiled: "Compiled"):
+    def __init__(self, compiled: Compiled):
         self._compiled = compiled
 
-    def compile(self) -> "Compiled":
+    def compile(self) -> Compiled:
         return self._compiled
 
     def as_text(self) -> str:
@@ -63,7 +158,7 @@ class Lowered:
         return self._compiled.out_tree
 
 
-def check_arguments(tree: Any, types: Sequence[ArrayType], given: Any, given_types: Sequence[ArrayType]) -> None:
+def _check_arguments(tree: Any, types: Sequence[ArrayType], given: Any, given_types: Sequence[ArrayType]) -> None:
     """Raises TypeError, in one line, for arguments of another structure or of other types than those compiled for.
 
     tree, given: of (args, kwargs), the structure and the arguments.
@@ -79,10 +174,6 @@ def check_arguments(tree: Any, types: Sequence[ArrayType], given: Any, given_typ
             keyword = getattr(place[1], "key", None)
             name = f"args[{place[1].idx}]" if keyword is None else str(keyword)
             raise TypeError(
-                f"compiled with {name}{jax.tree_util.keystr(rest)} of {_text(wanted)}, called with {_text(kind)}: "
+                f"compiled with {name}{jax.tree_util.keystr(rest)} of {wanted}, called with {kind}: "
                 "lower it for that, or call the function of vk_kernels.jit, which does"
             )
-
-
-def _text(kind: ArrayType) -> str:
-    return f"{kind.dtype}[{','.join(map(str, kind.shape))}]"
