@@ -140,7 +140,7 @@ class DonatingCaller:
     def match_carry(self, arguments: tuple[tuple, dict[str, Any]]) -> Sequence[Any] | None:
         """The other leaves, if the donated arguments are exactly the last call's results, in the same places.
 
-        None if they are not, or another leaf is of another type.
+        None if they are not, or another leaf is of another type. Of a function that carries nothing, the types decide.
         """
         (args, kwargs), carry, last = arguments, self._carry, self._last
         if last.donation.donated or not last.donation.all_alive:
