@@ -65,11 +65,11 @@ class _ConfigParser(flags.ArgumentParser):
     def __init__(self, read_arguments: Callable[[], list[str]]) -> None:
         self._read_arguments = read_arguments
 
-    def parse(self, path: str) -> ConfigDict:
+    def parse(self, argument: str) -> ConfigDict:
         arguments = self._read_arguments()
         if sum(re.match(r"--?config(=|$)", text) is not None for text in arguments) > 1:
             raise UserError("--config is given twice: give one, and change its settings by --config.NAME=VALUE")
-        config = load_config(path)
+        config = load_config(argument)
         for text in arguments:
             if changed := re.match(r"--?(?:no)?config\.([^=]*)", text):
                 check_name(changed[1])

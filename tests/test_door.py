@@ -54,3 +54,20 @@ def test_the_devices_are_listed_with_what_selects_them():
     found = vk_kernels.devices()
     assert [info.index for info in found] == list(range(len(found)))
     assert all(str(info).startswith(f"{info.index}: {info.name} (") for info in found)
+
+
+def public_functions():
+    yield from (name for name in dir(vk_kernels) if inspect.isroutine(getattr(vk_kernels, name)))
+    yield from (f"ops.{name}" for name in vk_kernels.ops.__all__ if callable(getattr(vk_kernels.ops, name)))
+
+
+@pytest.mark.parametrize("name", list(public_functions()))
+def test_a_public_function_says_all_its_types(name):
+    function = vk_kernels
+    for part in name.split("."):
+        function = getattr(function, part)
+    signature = inspect.signature(function)
+    bare = [key for key, parameter in signature.parameters.items() if parameter.annotation is parameter.empty]
+    assert bare == []
+    assert signature.return_annotation is not signature.empty
+    assert inspect.getdoc(function)

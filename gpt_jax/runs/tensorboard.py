@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]  # made by protobuf
 from tensorboardX.summary import scalar, text
 
 _FLUSH_EVERY = 30  # seconds: how late a TensorBoard that looks on may be

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -104,7 +105,8 @@ def _import(device: Device, host: HostArray) -> Buffer | None:
     if (host.address - start) % alignment or nbytes % 4:
         return None
     size = -(-(host.address + nbytes - start) // page) * page
-    pages = np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8)
+    memory: Any = (ctypes.c_uint8 * size).from_address(start)
+    pages = np.frombuffer(memory, np.uint8)
     try:
         return device.import_host(pages).slice(host.address - start, nbytes)
     except VulkanError:  # some drivers refuse some memory, as that of files

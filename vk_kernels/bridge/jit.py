@@ -94,6 +94,8 @@ def device_get(tree: Any) -> Any:
 class Jitted:
     """What `jit` gives. Compiled once for each set of shapes, dtypes and static arguments, on each device."""
 
+    __wrapped__: Callable[..., Any]
+
     def __init__(self, fn: Any, options: dict[str, Any]):
         """options: as of `jit`."""
         functools.update_wrapper(self, fn)
@@ -105,7 +107,7 @@ class Jitted:
         self._static_numbers, self._static_names = (numbers, names) if both else matched(fn, numbers, names)
         donated = {name: options[name] for name in ("donate_argnums", "donate_argnames")}
         numbers, names = self._static_numbers, self._static_names
-        self._jitted = jax.jit(fn, static_argnums=numbers, static_argnames=names, **donated)
+        self._jitted: Any = jax.jit(fn, static_argnums=numbers, static_argnames=names, **donated)
         self._compiled: dict[Any, Compiled] = {}
         # Of the last call: structure, static arguments and JAX's configuration, types, what is compiled.
         self._last: tuple[Any, Any, Any, Any] = (None, None, None, None)
@@ -166,7 +168,7 @@ class Jitted:
 
     def __reduce__(self) -> Any:
         """Pickled by name where its module has it by that name (decorated), else as the function and the options."""
-        found = sys.modules.get(getattr(self, "__module__", None))
+        found = sys.modules.get(getattr(self, "__module__", ""))
         name = getattr(self, "__qualname__", "")
         for part in name.split("."):
             found = getattr(found, part, None)

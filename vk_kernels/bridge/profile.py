@@ -32,7 +32,7 @@ class Profile:
         """Seconds by the first `depth` names of the scopes, the slowest first; '' has none."""
         found: Counter[str] = Counter()
         for _, scope, seconds in self.rows:
-            found["/".join(scope.split("/")[:depth])] += seconds
+            found["/".join(scope.split("/")[:depth])] += seconds  # pyrefly: ignore[unsupported-operation]
         return dict(found.most_common())
 
     def by_phase(self) -> dict[str, float]:
@@ -40,7 +40,7 @@ class Profile:
         first name of the scope, the slowest first; '' has none, or several."""
         found: Counter[str] = Counter()
         for _, scope, seconds in self.rows:
-            found[_phase(scope)] += seconds
+            found[_phase(scope)] += seconds  # pyrefly: ignore[unsupported-operation]
         return dict(found.most_common())
 
     def write_trace(self, path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Literal, overload
 
 import jax
 
@@ -45,6 +46,10 @@ def use(implementation: str, *, device: int | str | None = None, variant: str | 
         yield
 
 
+@overload
+def target_of(implementation: Literal["vulkan"]) -> CallSite: ...
+@overload
+def target_of(implementation: str | None) -> CallSite | None: ...
 def target_of(implementation: str | None) -> CallSite | None:
     """Where a call with this argument `implementation` runs: a target on Vulkan, or None for XLA.
 

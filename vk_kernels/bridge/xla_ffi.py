@@ -150,7 +150,8 @@ class HostArray(NamedTuple):
         """Its bytes, to be read or written in place."""
         if self.array.nbytes == 0:
             return np.empty(0, np.uint8)
-        return np.frombuffer((ctypes.c_uint8 * self.array.nbytes).from_address(self.address), np.uint8)
+        memory: Any = (ctypes.c_uint8 * self.array.nbytes).from_address(self.address)
+        return np.frombuffer(memory, np.uint8)
 
 
 class CallError(Exception):

@@ -30,7 +30,7 @@ from vk_kernels.ops import layer_norm as _layer_norm
 from vk_kernels.ops import matmul as _matmul
 from vk_kernels.ops import packed_attention as _packed_attention
 
-F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
 
 _IMPLEMENTATION = """
 
@@ -39,7 +39,7 @@ without a device, ValueError or FeatureError for what the kernels or the device 
 """
 
 
-def _public(reference: F) -> Callable[[Callable[..., Any]], F]:
+def _public(reference: Callable[..., R]) -> Callable[[Callable[..., Any]], Callable[..., R]]:
     """Makes a reference, and a function `kernels(target, ...)` of the same arguments, one public operation."""
 
     def decorate(kernels: Callable[..., Any]) -> Any:

@@ -5,14 +5,16 @@ and cost about 20 us a call where a raw function pointer costs under 3.
 """
 
 import weakref
+from typing import Any
 
 from vk_kernels.errors import DeviceLostError, NoDeviceError, OutOfMemoryError, VulkanError
 
+vk: Any  # the package makes its names as it is imported
 try:
     from vulkan import _vulkan as vk
-except OSError:  # the package looks for libvulkan as it is imported
+except OSError:  # it looks for libvulkan first
     vk = None
-ffi = vk.ffi if vk else None
+ffi: Any = vk.ffi if vk else None
 
 WHOLE_SIZE = 2**64 - 1  # the package's VK_WHOLE_SIZE is -1, which does not fit the field
 
