@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from vk_kernels import ops
     from vk_kernels.bridge.jit import device_get, device_put, jit
     from vk_kernels.bridge.use import use
-    from vk_kernels.runtime.array import Array
-    from vk_kernels.runtime.device import list_devices as devices
+    from vk_kernels.bridge.array_methods import Array
+    from vk_kernels.runtime.physical_device import list_devices as devices
 
 __version__ = "0.1.0"
 
@@ -47,10 +47,10 @@ __all__ = [
 
 # Imported when they are asked for: the Vulkan runtime below them must not need jax.
 _LAZY = {
-    "Array": "vk_kernels.runtime.array:Array",
+    "Array": "vk_kernels.bridge.array_methods:Array",
     "device_get": "vk_kernels.bridge.jit:device_get",
     "device_put": "vk_kernels.bridge.jit:device_put",
-    "devices": "vk_kernels.runtime.device:list_devices",
+    "devices": "vk_kernels.runtime.physical_device:list_devices",
     "jit": "vk_kernels.bridge.jit:jit",
     "ops": "vk_kernels.ops:",
     "use": "vk_kernels.bridge.use:use",
