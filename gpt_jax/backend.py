@@ -14,9 +14,9 @@ from gpt_jax.config import UserError
 from gpt_jax.runs.metrics import device_facts, device_peak_bytes
 from vk_kernels.errors import NoDeviceError, SettingError, VulkanError
 from vk_kernels.ops.attention import MAX_HEAD_DIM
-from vk_kernels.runtime.device import choose, list_devices
 from vk_kernels.runtime.instance import validation_mode
 from vk_kernels.runtime.open_devices import open_device
+from vk_kernels.runtime.physical_device import choose, list_devices
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import os
 import pytest
 
 from vk_kernels.errors import NoDeviceError
-from vk_kernels.runtime.device import choose, list_devices
 from vk_kernels.runtime.instance import layer_installed
+from vk_kernels.runtime.physical_device import choose, list_devices
 
 SELECTOR = os.environ.get("VK_KERNELS_DEVICE") or "cpu"
 

@@ -18,9 +18,9 @@ from vk_kernels.errors import (
 
 if TYPE_CHECKING:
     from vk_kernels import ops
+    from vk_kernels.bridge.array_methods import Array
     from vk_kernels.bridge.jit import device_get, device_put, jit
     from vk_kernels.bridge.use import use
-    from vk_kernels.bridge.array_methods import Array
     from vk_kernels.runtime.physical_device import list_devices as devices
 
 __version__ = "0.1.0"

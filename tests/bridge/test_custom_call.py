@@ -422,7 +422,7 @@ def test_the_process_ends_while_calls_run(result):
 
 def test_no_gpu_says_what_to_do():
     code = """
-        from vk_kernels.runtime.device import list_devices
+        from vk_kernels.runtime.physical_device import list_devices
         if any(info.kind != "cpu" for info in list_devices()):
             sys.exit("a GPU is here")
         try:

@@ -53,9 +53,9 @@ def run(submit_ms: float) -> tuple[list[bytes], list[int], int]:
         x = vk_kernels.device_put(x, SELECTOR)
         found, counts = [], []
         for _ in range(STEPS):
-            submitted = device._submitted
+            submitted = device.queue.submitted
             state, norm = step(state, x)
-            counts.append(device._submitted - submitted)
+            counts.append(device.queue.submitted - submitted)
             found.append(b"".join(np.asarray(part).tobytes() for part in (*state, norm)))
         profile = step.profile(state, x)
         assert len(profile.rows) == step.cost(state, x).dispatches

@@ -24,10 +24,10 @@ from vk_kernels.ops.attention import (
     plan_attention_forward,
 )
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
-from vk_kernels.runtime.device import list_devices
 from vk_kernels.runtime.dispatch_plan import Array, execute
 from vk_kernels.runtime.features import CooperativeMatrix, Features
 from vk_kernels.runtime.kernel import manifest
+from vk_kernels.runtime.physical_device import list_devices
 from vk_kernels.tools.op_cases import random_bits
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]

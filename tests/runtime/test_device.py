@@ -13,9 +13,10 @@ from vulkan_devices import SELECTOR, needs_vulkan
 from vk_kernels.errors import DeviceLostError, NoDeviceError, SettingError, VulkanError
 from vk_kernels.runtime import device as device_module
 from vk_kernels.runtime import vulkan
-from vk_kernels.runtime.device import Device, DeviceInfo, choose, default_device, list_devices
+from vk_kernels.runtime.device import Device, default_device
 from vk_kernels.runtime.features import CooperativeMatrix, Features, Limits, _cooperative_matrices2
 from vk_kernels.runtime.instance import validation_mode
+from vk_kernels.runtime.physical_device import DeviceInfo, choose, list_devices
 
 LIMITS = Limits(*[0] * 18)
 
@@ -168,7 +169,7 @@ def test_a_lost_device_is_destroyed_when_its_driver_has_let_go_of_the_work(monke
     def lose(*_):
         raise DeviceLostError("the device was lost")
 
-    monkeypatch.setattr(device, "_await", lose)
+    monkeypatch.setattr(device.queue, "_await", lose)
     device.close()
     assert waited == [0]
     assert not device._made
@@ -225,8 +226,8 @@ def test_a_forked_process_lets_go_of_its_parents_device():
 def test_no_object_is_left_of_a_device_that_could_not_be_opened(monkeypatch):
     devices = []
 
-    def refuse(device, direct):
-        devices.append(device)
+    def refuse(queue, direct):
+        devices.append(queue.device)
         raise VulkanError("no memory of the kinds needed")
 
     monkeypatch.setattr(device_module, "Memory", refuse)

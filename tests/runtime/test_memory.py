@@ -9,7 +9,7 @@ import pytest
 from vulkan_devices import SELECTOR, needs_vulkan
 
 from vk_kernels.errors import BufferSizeError, FeatureError, OutOfMemoryError, VulkanError
-from vk_kernels.runtime import memory
+from vk_kernels.runtime import memory, staging
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.memory import Block
 from vk_kernels.runtime.vulkan import vk
@@ -52,7 +52,7 @@ def test_what_is_written_is_read(opened, dtype, shape):
 
 
 def test_more_than_the_staging_slots_hold(opened):
-    array = np.random.default_rng(1).integers(0, 256, 2 * memory.STAGING_BYTES + 12345, np.uint8)
+    array = np.random.default_rng(1).integers(0, 256, 2 * staging.STAGING_BYTES + 12345, np.uint8)
     buffer = opened.upload(array)
     np.testing.assert_array_equal(buffer.read(np.uint8, array.shape), array)
 
@@ -122,7 +122,7 @@ def test_out_of_memory_names_asked_used_and_budget(opened, monkeypatch):
 def test_memory_that_is_freed_but_in_use_is_waited_for(opened, monkeypatch):
     """No room, until what still runs is done: then the block that it works on is free."""
     size = memory.BLOCK_BYTES + 4096
-    opened.wait(opened._submitted)
+    opened.wait(opened.queue.submitted)
     buffer = opened.buffer(size)
     with opened.recorder() as recorder:
         recorder.fill(buffer, 1)
@@ -131,7 +131,7 @@ def test_memory_that_is_freed_but_in_use_is_waited_for(opened, monkeypatch):
     found = []
 
     def grow(self, nbytes, kind):
-        found.append(opened.completed() == opened._submitted)
+        found.append(opened.completed() == opened.queue.submitted)
         raise OutOfMemoryError("none")
 
     monkeypatch.setattr(memory.Memory, "_grow", grow)
@@ -171,11 +171,11 @@ def test_a_thousand_cycles_leave_nothing_behind(opened):
 
     for i in range(100):
         cycle(i)
-    opened.wait(opened._submitted)
+    opened.wait(opened.queue.submitted)
     before, files = opened.memory_stats(), len(os.listdir("/proc/self/fd"))
     for i in range(1000):
         cycle(i)
-    opened.wait(opened._submitted)
+    opened.wait(opened.queue.submitted)
     after = opened.memory_stats()
     assert (after.used, after.buffers) == (before.used, before.buffers)
     assert after.reserved <= before.reserved + memory.BLOCK_BYTES

@@ -11,8 +11,8 @@ from vulkan_devices import SELECTOR, needs_vulkan
 from vk_kernels import ops
 from vk_kernels.bridge.use import target_of
 from vk_kernels.errors import FeatureError, NoDeviceError, SettingError
-from vk_kernels.runtime.device import list_devices
 from vk_kernels.runtime.instance import NO_DRIVER
+from vk_kernels.runtime.physical_device import list_devices
 from vk_kernels.tools import build_shaders, check_ops, doctor
 from vk_kernels.tools.arguments import run_tool
 from vk_kernels.tools.conformance.__main__ import main as conformance

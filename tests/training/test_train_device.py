@@ -18,9 +18,9 @@ from gpt_jax.training.failures import remedies, smaller
 from gpt_jax.training.trainer import Run, TrainingFailed, train_and_evaluate
 from vk_kernels.bridge import jit
 from vk_kernels.errors import BufferSizeError, DeviceLostError, FeatureError, OutOfMemoryError
-from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.memory import Memory
 from vk_kernels.runtime.open_devices import open_device
+from vk_kernels.runtime.queue import Queue
 
 SHORT = ["--config.num_steps=30", "--config.sample.every=20"]  # kernels are those of test_train_vulkan.py
 
@@ -76,7 +76,7 @@ def test_a_device_that_is_lost_costs_one_line_whatever_it_was_doing(phase, vulka
     def lose(self, *args):
         if self.step >= 20 or phase == "evaluate":
             for name in ("_await", "completed"):
-                monkeypatch.setattr(Device, name, after(0, None, lost))
+                monkeypatch.setattr(Queue, name, after(0, None, lost))
         return original(self, *args)
 
     monkeypatch.setattr(Run, phase, lose)
@@ -122,13 +122,13 @@ def test_a_device_that_fills_up_later_ends_the_run(vulkan, corpus, tmp_path, mon
 
 @needs_vulkan
 def test_what_is_too_large_for_a_buffer_is_answered_with_values_that_were_tried(vulkan, corpus, monkeypatch, tmp_path):
-    query = vk_kernels.runtime.device.query_limits
+    query = vk_kernels.runtime.physical_device.query_limits
 
     def narrow(*args):
         found = query(*args)
         return type(found)(**{**vars(found), "storage_buffer_range": 60_000})
 
-    monkeypatch.setattr(vk_kernels.runtime.device, "query_limits", narrow)
+    monkeypatch.setattr(vk_kernels.runtime.physical_device, "query_limits", narrow)
     config = configuration(corpus, *vulkan)
     with pytest.raises(TrainingFailed, match=r"takes at most 60,000|a buffer there at most 60,000") as failed:
         train_and_evaluate(config, tmp_path)

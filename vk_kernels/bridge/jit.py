@@ -124,7 +124,7 @@ class Jitted:
             if compiled is not None and static == last_static:
                 rest = compiled.caller.match_carry(dynamic)
                 if rest is not None:
-                    with compiled.device.calls:
+                    with compiled.device.program_lock:
                         return compiled.caller.call_with_carry(rest)
         if disable_jit.value:
             return self._by_operation(*args, **kwargs)
@@ -143,7 +143,7 @@ class Jitted:
                 if compiled is None:
                     return self._in_trace(args, kwargs)
                 self._last = tree, static, types, compiled
-            with compiled.device.calls:
+            with compiled.device.program_lock:
                 return compiled.caller.call(leaves)
 
     def _in_trace(self, args: tuple, kwargs: dict[str, Any]) -> Any:

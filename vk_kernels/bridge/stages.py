@@ -65,7 +65,7 @@ class Compiled:
         _check_arguments(self.in_tree, self.in_types, (args, kwargs), list(map(type_of, leaves)))
         if self.device.closed:
             raise RuntimeError(f"compiled for {self.device.info.name}, which was closed since: lower it again")
-        with self.lock, self.device.calls:
+        with self.lock, self.device.program_lock:
             results = self.caller.call(leaves)
         found = find_special_value(results) if are_looked_for() else ""
         if found:

@@ -16,7 +16,7 @@ from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, requi
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.runtime.device import DeviceInfo
+    from vk_kernels.runtime.physical_device import DeviceInfo
 
 _SCALARS_BYTES = 20  # of shaders/adamw/adamw_common.slang's Scalars
 

@@ -21,7 +21,7 @@ from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 from vk_kernels.runtime.kernel import manifest
 
 if TYPE_CHECKING:
-    from vk_kernels.runtime.device import DeviceInfo
+    from vk_kernels.runtime.physical_device import DeviceInfo
 
 MASKED = -1e30  # a score that softmax turns into 0; finite, so that no inf - inf can arise
 MAX_HEAD_DIM = 128  # of the kernels: a query's sums must fit in registers

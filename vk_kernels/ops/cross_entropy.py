@@ -25,7 +25,7 @@ from vk_kernels.ops.launch import ceil_divide, dispatch, element
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.runtime.device import DeviceInfo
+    from vk_kernels.runtime.physical_device import DeviceInfo
 
 IGNORED = -1  # a target that counts for nothing
 

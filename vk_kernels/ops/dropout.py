@@ -13,7 +13,7 @@ from vk_kernels.ops.philox import BITS_PER_DRAW, random_uint16
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.runtime.device import DeviceInfo
+    from vk_kernels.runtime.physical_device import DeviceInfo
 
 
 def dropout_threshold(rate: float) -> int:

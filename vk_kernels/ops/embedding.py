@@ -12,7 +12,7 @@ from vk_kernels.ops.launch import MAX_GROUPS, THREADS, aligned, ceil_divide, dis
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.runtime.device import DeviceInfo
+    from vk_kernels.runtime.physical_device import DeviceInfo
 
 _DIGIT_BITS = 8  # of a pass of the sort
 _DIGITS = 1 << _DIGIT_BITS

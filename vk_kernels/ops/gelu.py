@@ -12,7 +12,7 @@ from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, eleme
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.runtime.device import DeviceInfo
+    from vk_kernels.runtime.physical_device import DeviceInfo
 
 _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 

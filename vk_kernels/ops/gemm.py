@@ -20,9 +20,9 @@ import numpy as np
 
 from vk_kernels.errors import FeatureError
 from vk_kernels.ops.launch import MAX_GROUPS, THREADS, ceil_divide, dispatch, has_lanes
-from vk_kernels.runtime.device import DeviceInfo
 from vk_kernels.runtime.dispatch_plan import Dispatch, Plan
 from vk_kernels.runtime.kernel import manifest
+from vk_kernels.runtime.physical_device import DeviceInfo
 
 F32 = np.dtype(np.float32)
 BF16 = np.dtype(ml_dtypes.bfloat16)

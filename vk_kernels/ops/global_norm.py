@@ -11,7 +11,7 @@ from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, requi
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.runtime.device import DeviceInfo
+    from vk_kernels.runtime.physical_device import DeviceInfo
 
 _ARRAYS = 8  # that the kernel takes at once
 _CHUNK = 16 * THREADS  # elements that a workgroup sums at a time

@@ -8,7 +8,7 @@ import numpy as np
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch
 
 if TYPE_CHECKING:
-    from vk_kernels.runtime.device import DeviceInfo
+    from vk_kernels.runtime.physical_device import DeviceInfo
 
 THREADS = 256  # of a workgroup
 MAX_GROUPS = 65535  # along either axis; every device takes that many

@@ -13,7 +13,7 @@ from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, eleme
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.runtime.device import DeviceInfo
+    from vk_kernels.runtime.physical_device import DeviceInfo
 
 EPSILON = 1e-5  # GPT-2's
 

@@ -14,7 +14,7 @@ from vk_kernels.ops.gemm import Epilogue, Matrix, matrix, plan_column_sums, plan
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.runtime.device import DeviceInfo
+    from vk_kernels.runtime.physical_device import DeviceInfo
 
 ACTIVATIONS = (None, "gelu")
 

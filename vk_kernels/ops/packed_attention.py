@@ -20,7 +20,7 @@ from vk_kernels.ops.attention import (
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
-    from vk_kernels.runtime.device import DeviceInfo
+    from vk_kernels.runtime.physical_device import DeviceInfo
 
 
 def packed_attention(

@@ -5,22 +5,32 @@ whatever is submitted after it on the device's one queue. Within it, a barrier s
 a byte range that one before it, since the last barrier, wrote (or read, if it writes).
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vk_kernels.errors import VulkanError
 from vk_kernels.runtime import vulkan
 from vk_kernels.runtime.kernel import Kernel
 from vk_kernels.runtime.memory import Buffer, UsageTracker
+from vk_kernels.runtime.queue import Queue
 from vk_kernels.runtime.vulkan import ffi, vk
-
-if TYPE_CHECKING:
-    from vk_kernels.runtime.device import Device
 
 Timing = tuple[str, float]  # (label of a dispatch, seconds on the device)
 
 _POOL_SETS, _POOL_DESCRIPTORS = 256, 2048  # of each descriptor pool, where there are no push descriptors
+
+
+@functools.cache
+def _barriers() -> tuple[Any, Any, Any]:
+    """VkMemoryBarriers between dispatches, between all commands, and at the end of a recording."""
+    read, write = vk.VK_ACCESS_SHADER_READ_BIT, vk.VK_ACCESS_SHADER_WRITE_BIT
+    writes = write | vk.VK_ACCESS_TRANSFER_WRITE_BIT
+    uses = writes | read | vk.VK_ACCESS_TRANSFER_READ_BIT
+    host = vk.VK_ACCESS_HOST_READ_BIT | vk.VK_ACCESS_HOST_WRITE_BIT
+    masks = (write, read | write), (writes, uses), (writes, uses | host)
+    return tuple(vulkan.struct("VkMemoryBarrier", srcAccessMask=a, dstAccessMask=b) for a, b in masks)
 
 
 class Submission:
@@ -32,14 +42,14 @@ class Submission:
 
     @property
     def done(self) -> bool:
-        return self._recorder.device.completed() >= self.value
+        return self._recorder.queue.completed() >= self.value
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when the work is done. `timeout` in seconds; None is the device's own.
 
         Raises DeviceTimeoutError, DeviceLostError or ValidationError, each naming the kernels of the recording.
         """
-        self._recorder.device.wait(self.value, timeout)
+        self._recorder.queue.wait(self.value, timeout)
 
     def timings(self) -> list[Timing]:
         """Device time of every dispatch, in order, once the work is done. The recording must have timestamps."""
@@ -54,9 +64,11 @@ class Recorder:
     `timestamps` is the number of dispatches to time, which then run one at a time.
     """
 
-    def __init__(self, device: "Device", hazards: bool = True, timestamps: int = 0, replay: bool = False):
-        self.device = device
+    def __init__(self, queue: Queue, hazards: bool = True, timestamps: int = 0, replay: bool = False):
+        device = self.device = queue.device
+        self.queue = queue
         self.last_use = 0  # the newest submission
+        self._barriers = _barriers()
         self._hazards = hazards
         self._tracker = UsageTracker() if replay else None
         self._capacity = timestamps
@@ -65,9 +77,9 @@ class Recorder:
         self._queries = ffi.NULL
         if timestamps and not device.limits.timestamp_bits:
             raise VulkanError(f"{device.info.name} has no timestamps")
-        device.collect()
+        queue.collect()
         info = vulkan.struct("VkCommandPoolCreateInfo", queueFamilyIndex=device.queue_family)
-        self._pool = device.make("CommandPool", info)
+        self._pool = device.create("CommandPool", info)
         allocate = vulkan.struct("VkCommandBufferAllocateInfo", commandPool=self._pool, commandBufferCount=1)
         command = ffi.new("VkCommandBuffer*")
         result = device.fn.vkAllocateCommandBuffers(device.handle, allocate, command)
@@ -77,7 +89,7 @@ class Recorder:
             info = vulkan.struct(
                 "VkQueryPoolCreateInfo", queryType=vk.VK_QUERY_TYPE_TIMESTAMP, queryCount=2 * timestamps
             )
-            self._queries = device.make("QueryPool", info)
+            self._queries = device.create("QueryPool", info)
         self._begin()
 
     def _begin(self) -> None:
@@ -98,7 +110,7 @@ class Recorder:
     def reset(self) -> None:
         """Forgets all commands, once the last submission is done."""
         device = self.device
-        device.wait(self.last_use)
+        self.queue.wait(self.last_use)
         self._forget_buffers()
         vulkan.check(device.fn.vkResetCommandPool(device.handle, self._pool, 0), "resetting a command pool")
         for pool in self._descriptor_pools:
@@ -189,7 +201,7 @@ class Recorder:
             "VkDescriptorPoolSize", type=vk.VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, descriptorCount=_POOL_DESCRIPTORS
         )
         info = vulkan.struct("VkDescriptorPoolCreateInfo", maxSets=_POOL_SETS, poolSizeCount=1, pPoolSizes=size)
-        self._descriptor_pools.append(self.device.make("DescriptorPool", info))
+        self._descriptor_pools.append(self.device.create("DescriptorPool", info))
         result, handle = self._allocate_set(self._descriptor_pools[-1], kernel)
         vulkan.check(result, f"allocating the descriptors of {kernel.label}")
         return handle
@@ -238,9 +250,9 @@ class Recorder:
 
     def barrier(self) -> None:
         """Everything before it is done, and its writes visible, before anything after it starts."""
-        stages, barrier = vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT, self.device.compute_barrier
+        stages, barrier = vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT, self._barriers[0]
         if self._transfers:
-            stages, barrier = stages | vk.VK_PIPELINE_STAGE_TRANSFER_BIT, self.device.memory_barrier
+            stages, barrier = stages | vk.VK_PIPELINE_STAGE_TRANSFER_BIT, self._barriers[1]
         self.device.fn.vkCmdPipelineBarrier(self._command, stages, stages, 0, 1, barrier, 0, ffi.NULL, 0, ffi.NULL)
         self._reads.clear()
         self._writes.clear()
@@ -297,7 +309,7 @@ class Recorder:
         fn, command = self.device.fn, self._command
         compute, transfer = vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT, vk.VK_PIPELINE_STAGE_TRANSFER_BIT
         after = compute | transfer | vk.VK_PIPELINE_STAGE_HOST_BIT
-        barrier = self.device.final_barrier
+        barrier = self._barriers[2]
         fn.vkCmdPipelineBarrier(command, compute | transfer, after, 0, 1, barrier, 0, ffi.NULL, 0, ffi.NULL)
         vulkan.check(fn.vkEndCommandBuffer(command), "ending a command buffer")
         self._ended = True
@@ -318,7 +330,7 @@ class Recorder:
             freed = next((buffer.size for buffer in used if buffer.freed), None)
         if freed is not None:
             raise VulkanError(f"{self._description}: a buffer of {freed} bytes was freed before the submission")
-        self.device.submit(self._command, (self, *used), self._description)
+        self.queue.submit(self._command, (self, *used), self._description)
         self._submitted = True
         if not self._tracker:
             self._buffers.clear()  # from here on `last_use` keeps their memory from being given away
@@ -352,7 +364,7 @@ class Recorder:
         for kind, handle in pools:
             if handle == ffi.NULL:
                 continue
-            device.retire(self.last_use, lambda kind=kind, handle=handle: device.unmake(kind, handle))
+            self.queue.retire(self.last_use, lambda kind=kind, handle=handle: device.destroy(kind, handle))
 
     def __del__(self):
         if hasattr(self, "_pool") and not self.device.closed:

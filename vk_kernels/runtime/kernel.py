@@ -4,17 +4,15 @@ import functools
 import hashlib
 import json
 import struct
-from concurrent.futures import Future, wait
+from concurrent.futures import Executor, Future, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vk_kernels.errors import FeatureError
 from vk_kernels.runtime import disk_cache, vulkan
+from vk_kernels.runtime.logical_device import LogicalDevice
 from vk_kernels.runtime.vulkan import ffi, vk
 from vk_kernels.spirv.reflect import Reflection, SpecConstant, reflect
-
-if TYPE_CHECKING:
-    from vk_kernels.runtime.device import Device
 
 SPIRV = Path(__file__).parents[1] / "shaders" / "binaries"
 
@@ -52,17 +50,19 @@ class Kernel:
 
     def __init__(
         self,
-        device: "Device",
+        device: LogicalDevice,
+        compilers: Executor,
         label: str,
         code: bytes,
         reflection: Reflection,
         spec: dict[str, int | float | bool],
         subgroup_size: int | None = None,
     ):
-        """Raises FeatureError for what the device lacks, ValueError for arguments that the kernel does not have."""
+        """compilers: run the driver's compiler. Raises FeatureError for what the device lacks, ValueError for arguments
+        that the kernel does not have."""
         self.label = label
         self.push_constant_bytes = reflection.push_constant_bytes
-        self._device = device
+        self._device, self._compilers = device, compilers
         values = _spec_values(label, reflection, spec)
         if spec:
             reflection = reflect(code, reflection.entry, spec)  # array lengths may depend on the constants
@@ -82,7 +82,7 @@ class Kernel:
     def pipeline(self) -> Any:
         """Waits until it is compiled, beside other kernels. Raises what went wrong there; the next use tries again."""
         if self._compiled.done() and self._compiled.exception():
-            self._compiled = self._device.compilers.submit(*self._compilation)
+            self._compiled = self._compilers.submit(*self._compilation)
         return self._compiled.result()
 
     def _check_device(self, reflection: Reflection, subgroup_size: int | None) -> None:
@@ -149,7 +149,7 @@ class Kernel:
             self.template = self._make_template(count, push)
         module = self._make("ShaderModule", codeSize=len(code), pCode=ffi.from_buffer("uint32_t[]", code))
         self._compilation = self._make_pipeline, module, code, reflection, spec, subgroup_size
-        self._compiled = device.compilers.submit(*self._compilation)
+        self._compiled = self._compilers.submit(*self._compilation)
         if device.instance.validation:
             self._compiled.result()  # so that what the layer has said is of this kernel
 
@@ -261,7 +261,7 @@ class _DiskCache:
     One file a pipeline: threads and processes that compile at the same time never wait for or overwrite one another.
     """
 
-    def __init__(self, device: "Device", key: str):
+    def __init__(self, device: LogicalDevice, key: str):
         self._device = device
         self._file = disk_cache.file_of(device.cache_dir, key)
 

@@ -1,27 +1,25 @@
 """Device memory: a few large blocks, cut into buffers, and the way between them and numpy.
 
 Each block is one VkDeviceMemory with one VkBuffer over all of it; a `Buffer` is a range of a block. A range that is
-given back joins its block's free list when the device is done with it (`Device.retire`).
+given back joins its block's free list when the device is done with it (`Queue.retire`).
 """
 
 import bisect
 import math
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from vk_kernels.errors import BufferSizeError, FeatureError, OutOfMemoryError, VulkanError
 from vk_kernels.runtime import vulkan
+from vk_kernels.runtime.logical_device import LogicalDevice
+from vk_kernels.runtime.queue import Queue
 from vk_kernels.runtime.vulkan import ffi, vk
-
-if TYPE_CHECKING:
-    from vk_kernels.runtime.device import Device
 
 BLOCK_BYTES = 64 << 20  # a larger buffer gets a block of its own
 KEPT_BYTES = 256 << 20  # empty blocks up to this sum are kept for the next allocation
-STAGING_BYTES = 8 << 20  # each of the two staging slots
 ALIGNMENT = 256  # of every buffer's start: no device asks for more
 # Uncached mapped memory is read over the bus word by word; beyond this size a copy by the device is faster.
 UNCACHED_READ_BYTES = 256
@@ -94,8 +92,11 @@ class UsageTracker:
 class Buffer:
     """`size` bytes of device memory at `offset` of the VkBuffer `handle`. It is freed with its last reference."""
 
-    def __init__(self, device: "Device", block: Block, offset: int, size: int, reserved: int, parent: "Buffer | None"):
-        self.device = device
+    def __init__(
+        self, memory: "Memory", block: Block, offset: int, size: int, reserved: int = 0, parent: "Buffer | None" = None
+    ):
+        self.memory = memory
+        self.device: LogicalDevice = memory.device
         self.block = block
         self.handle = block.handle
         self.handle_address = vulkan.address(block.handle)
@@ -148,7 +149,7 @@ class Buffer:
             raise ValueError(f"a slice of {size} bytes at {offset} does not fit a buffer of {self.size} bytes")
         if (self.offset + offset) % alignment:
             raise ValueError(f"a slice at {offset}: {self.device.info.name} takes multiples of {alignment} bytes")
-        return Buffer(self.device, self.block, self.offset + offset, size, 0, self.owner)
+        return Buffer(self.memory, self.block, self.offset + offset, size, parent=self.owner)
 
     def write(self, array: Any, offset: int = 0) -> None:
         """Copies the bytes of a numpy array (in C order) into the buffer, `offset` bytes in.
@@ -159,9 +160,9 @@ class Buffer:
         nbytes = source.nbytes
         self._check(offset, nbytes)
         if self.block.bytes is None:
-            self.device.staging.upload(self, offset, source.reshape(-1).view(np.uint8))
+            self.memory.staging.upload(self, offset, source.reshape(-1).view(np.uint8))
             return
-        self.device.wait(self.owner.last_use)
+        self.memory.queue.wait(self.owner.last_use)
         start = self.offset + offset
         ffi.memmove(self.block.bytes[start : start + nbytes], source, nbytes)
 
@@ -187,9 +188,9 @@ class Buffer:
         target = out.reshape(-1).view(np.uint8)
         self._check(offset, target.nbytes)
         if self.block.bytes is None or not (self.block.fast_reads or target.nbytes <= UNCACHED_READ_BYTES):
-            self.device.staging.download(self, offset, target)
+            self.memory.staging.download(self, offset, target)
             return
-        self.device.wait(self.owner.last_use)
+        self.memory.queue.wait(self.owner.last_use)
         start = self.offset + offset
         target[:] = self.block.bytes[start : start + target.nbytes]
 
@@ -199,8 +200,8 @@ class Buffer:
             self._freed = True
             for tracker in list(self._trackers.values()):
                 tracker.freed = self.size
-            memory, block, offset, reserved = self.device.memory, self.block, self.offset, self._reserved
-            self.device.retire(self.last_use, lambda: memory.release(block, offset, reserved))
+            memory, block, offset, reserved = self.memory, self.block, self.offset, self._reserved
+            memory.queue.retire(self.last_use, lambda: memory.release(block, offset, reserved))
 
     def _check(self, offset: int, nbytes: int) -> None:
         if self.freed:
@@ -216,6 +217,14 @@ class Buffer:
         return f"Buffer({self.size} bytes{', freed' if self.freed else ''})"
 
 
+class Copies(Protocol):
+    """The way between numpy and memory that the host cannot map."""
+
+    def upload(self, buffer: Buffer, offset: int, source: np.ndarray) -> None: ...
+
+    def download(self, buffer: Buffer, offset: int, target: np.ndarray) -> None: ...
+
+
 class Memory:
     """All blocks of a device. Thread-safe.
 
@@ -223,8 +232,11 @@ class Memory:
     mapped host memory for staging.
     """
 
-    def __init__(self, device: "Device", direct: bool):
-        self._device = device
+    staging: Copies  # of what the host cannot map; whoever makes the memory sets it
+
+    def __init__(self, queue: Queue, direct: bool):
+        self.queue, self.device = queue, queue.device
+        device = self._device = queue.device
         self._lock = threading.Lock()
         self._blocks: list[Block] = []
         self._used = self._peak = self._buffers = 0
@@ -321,11 +333,11 @@ class Memory:
         self.check_size(nbytes, sliced)
         step = 4 if self._exact else ALIGNMENT
         reserved = max(1, -(-nbytes // step)) * step
-        self._device.collect()
+        self.queue.collect()
         try:
             return self._allocated(nbytes, reserved, kind)
         except OutOfMemoryError:  # what was freed may still be in use
-            self._device.finish()
+            self.queue.finish()
         return self._allocated(nbytes, reserved, kind)
 
     def _allocated(self, nbytes: int, reserved: int, kind: str) -> Buffer:
@@ -334,7 +346,7 @@ class Memory:
             self._used += reserved
             self._peak = max(self._peak, self._used)
             self._buffers += 1
-        return Buffer(self._device, block, offset, nbytes, reserved, None)
+        return Buffer(self, block, offset, nbytes, reserved)
 
     def _find(self, nbytes: int, kind: str) -> tuple[Block, int] | None:
         """Cuts `nbytes` from the smallest free range that holds them."""
@@ -436,7 +448,7 @@ class Memory:
             self._used += array.nbytes
             self._peak = max(self._peak, self._used)
             self._buffers += 1
-        return Buffer(device, block, 0, array.nbytes, array.nbytes, None)
+        return Buffer(self, block, 0, array.nbytes, array.nbytes)
 
     def release(self, block: Block, offset: int, reserved: int) -> None:
         """Takes a range back; the device must be done with it."""
@@ -476,7 +488,7 @@ class Memory:
         return self._peak
 
     def stats(self) -> MemoryStats:
-        self._device.collect()
+        self.queue.collect()
         with self._lock:
             reserved = sum(block.nbytes for block in self._blocks)
             return MemoryStats(self._used, self._peak, reserved, self._buffers, len(self._blocks), self.budget())
@@ -487,46 +499,3 @@ class Memory:
             for block in self._blocks:
                 self._destroy(block)
             self._blocks.clear()
-
-
-class Staging:
-    """Copies between numpy and memory that the host cannot map, through two mapped slots in turn. Thread-safe."""
-
-    def __init__(self, device: "Device"):
-        self._device = device
-        self._lock = threading.Lock()
-        self._slots: list[Buffer] = []
-
-    def _chunks(self, nbytes: int):
-        """(slot, start, size) over `nbytes`; the slots exist from here on."""
-        if not self._slots:
-            self._slots = [self._device.memory.allocate(STAGING_BYTES, "host") for _ in range(2)]
-        for i, start in enumerate(range(0, nbytes, STAGING_BYTES)):
-            yield self._slots[i % 2], start, min(STAGING_BYTES, nbytes - start)
-
-    def upload(self, buffer: Buffer, offset: int, source: np.ndarray) -> None:
-        """Returns when `source` is in the slots, not when it is in `buffer`: later submissions come after that."""
-        with self._lock:
-            for slot, start, size in self._chunks(source.nbytes):
-                slot.write(source[start : start + size])  # waits for the slot's last copy
-                with self._device.recorder() as recorder:
-                    recorder.copy(slot, buffer, size, 0, offset + start)
-                    recorder.submit()
-
-    def download(self, buffer: Buffer, offset: int, target: np.ndarray) -> None:
-        """The copy of each chunk runs while the one before it is taken out of the other slot."""
-        with self._lock:
-            ready = None
-            for slot, start, size in self._chunks(target.nbytes):
-                with self._device.recorder() as recorder:
-                    recorder.copy(buffer, slot, size, offset + start, 0)
-                    recorder.submit()
-                if ready:
-                    self._take(*ready, target)
-                ready = slot, start, size
-            if ready:
-                self._take(*ready, target)
-
-    def _take(self, slot: Buffer, start: int, size: int, target: np.ndarray) -> None:
-        self._device.wait(slot.last_use)
-        target[start : start + size] = slot.block.bytes[slot.offset : slot.offset + size]

@@ -2,7 +2,8 @@
 
 import threading
 
-from vk_kernels.runtime.device import Device, choose, default_device, list_devices
+from vk_kernels.runtime.device import Device, default_device
+from vk_kernels.runtime.physical_device import choose, list_devices
 
 _devices: dict[str, Device] = {}  # by selector
 _lock = threading.Lock()

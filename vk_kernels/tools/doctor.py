@@ -16,7 +16,7 @@ import numpy as np
 
 from vk_kernels.bridge.use import use
 from vk_kernels.errors import FeatureError, NoDeviceError
-from vk_kernels.runtime.device import DeviceInfo, choose, list_devices
+from vk_kernels.runtime.physical_device import DeviceInfo, choose, list_devices
 from vk_kernels.tools import check_ops
 from vk_kernels.tools.arguments import BAD_INPUT, ArgumentParser, run_tool
 from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, Case

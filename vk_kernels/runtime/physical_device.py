@@ -1,0 +1,144 @@
+"""Physical devices: which there are, best first, what each can do, and which one a selector names."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vk_kernels.errors import NoDeviceError
+from vk_kernels.runtime import vulkan
+from vk_kernels.runtime.features import Features, Limits, device_properties, query_features, query_limits
+from vk_kernels.runtime.instance import NO_DRIVER, Instance
+from vk_kernels.runtime.vulkan import ffi, vk
+
+# VkPhysicalDeviceType -> our name; the order is the order of choice. A CPU device is taken only when asked for.
+_KINDS = {2: "discrete", 1: "integrated", 3: "virtual", 0: "other", 4: "cpu"}
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A device that the loader lists. `index` selects it; `memory` is its largest local heap in bytes.
+
+    `unusable` says why the runtime cannot use it, and is empty where it can.
+    """
+
+    index: int
+    name: str
+    kind: str
+    api_version: str
+    driver: str
+    driver_version: int
+    vendor_id: int
+    device_id: int
+    cache_uuid: str
+    memory: int
+    features: Features = field(repr=False)
+    limits: Limits = field(repr=False)
+    unusable: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.index}: {self.name} ({self.kind}, Vulkan {self.api_version}, {self.driver})"
+
+
+def list_devices(without: Iterable[str] = ()) -> list[DeviceInfo]:
+    """Every Vulkan device of this machine, best first. Extensions in `without` count as absent.
+
+    Raises NoDeviceError without a loader or a driver.
+    """
+    instance = Instance()
+    try:
+        return [info for info, _, _ in survey(instance, frozenset(without))]
+    finally:
+        instance.close()
+
+
+def survey(instance: Instance, without: frozenset[str]) -> list[tuple[DeviceInfo, Any, int]]:
+    """(info, physical device, queue family) of every device, best first."""
+    ranks = list(_KINDS)
+    found = []
+    for physical in instance.physical_devices():
+        properties = device_properties(instance.fn, physical)
+        found.append((ranks.index(properties.deviceType), physical, properties))
+    if not found:
+        raise NoDeviceError(NO_DRIVER)
+    found.sort(key=lambda item: item[0])
+    return [
+        _describe(instance.fn, i, physical, properties, without) for i, (_, physical, properties) in enumerate(found)
+    ]
+
+
+def _describe(fn, index: int, physical: Any, properties: Any, without: frozenset[str]) -> tuple[DeviceInfo, Any, int]:
+    family, timestamp_bits = _compute_queue(fn, physical)
+    old = properties.apiVersion < 1 << 22 | 2 << 12
+    features = Features(frozenset()) if old else query_features(fn, physical, without)
+    driver = vulkan.struct("VkPhysicalDeviceDriverProperties")
+    if not old:
+        fn.vkGetPhysicalDeviceProperties2(physical, vulkan.struct("VkPhysicalDeviceProperties2", pNext=driver))
+    unusable = ""
+    if old:
+        unusable = f"it has Vulkan {vulkan.version(properties.apiVersion)}, and 1.2 is needed"
+    elif family < 0:
+        unusable = "it has no queue for compute work"
+    elif "timelineSemaphore" not in features:
+        unusable = "it has no timeline semaphores"
+    memory = ffi.new("VkPhysicalDeviceMemoryProperties*")
+    fn.vkGetPhysicalDeviceMemoryProperties(physical, memory)
+    heaps = [memory.memoryHeaps[i] for i in range(memory.memoryHeapCount)]
+    info = DeviceInfo(
+        index=index,
+        name=ffi.string(properties.deviceName).decode(),
+        kind=_KINDS[properties.deviceType],
+        api_version=vulkan.version(properties.apiVersion),
+        driver=f"{ffi.string(driver.driverName).decode()} {ffi.string(driver.driverInfo).decode()}".strip(),
+        driver_version=properties.driverVersion,
+        vendor_id=properties.vendorID,
+        device_id=properties.deviceID,
+        cache_uuid=bytes(properties.pipelineCacheUUID).hex(),
+        memory=max((heap.size for heap in heaps if heap.flags & vk.VK_MEMORY_HEAP_DEVICE_LOCAL_BIT), default=0),
+        features=features,
+        limits=query_limits(fn, physical, features, timestamp_bits),
+        unusable=unusable,
+    )
+    return info, physical, family
+
+
+def _compute_queue(fn, physical: Any) -> tuple[int, int]:
+    """(index, timestamp bits) of the first queue family for compute; -1 where there is none."""
+    count = ffi.new("uint32_t*")
+    fn.vkGetPhysicalDeviceQueueFamilyProperties(physical, count, ffi.NULL)
+    families = ffi.new("VkQueueFamilyProperties[]", count[0])
+    fn.vkGetPhysicalDeviceQueueFamilyProperties(physical, count, families)
+    for i in range(count[0]):
+        if families[i].queueFlags & vk.VK_QUEUE_COMPUTE_BIT:
+            return i, families[i].timestampValidBits
+    return -1, 0
+
+
+def choose(devices: Sequence[DeviceInfo], selector: int | str | None = None) -> DeviceInfo:
+    """The device that `selector` names: an index, 'gpu', 'cpu', or part of a name (any case).
+
+    None takes the environment's VK_KERNELS_DEVICE, or else the best real GPU; a CPU device must be asked for.
+    Raises NoDeviceError, listing the devices, where none answers.
+    """
+    if selector is None:
+        selector = os.environ.get("VK_KERNELS_DEVICE") or None
+    listed = "; ".join(map(str, devices))
+    if isinstance(selector, int) or (selector or "").isdecimal():
+        matching = [device for device in devices if device.index == int(selector)]
+        matching = matching or [device for device in devices if str(selector) in device.name]  # "4090"
+    elif selector is None or selector.lower() == "gpu":
+        matching = [device for device in devices if device.kind != "cpu"]
+    elif selector.lower() == "cpu":
+        matching = [device for device in devices if device.kind == "cpu"]
+    else:
+        matching = [device for device in devices if selector.lower() in device.name.lower()]
+    if not matching and selector is None:
+        raise NoDeviceError(
+            f"no GPU with a Vulkan driver, only a CPU device, which must be asked for: VK_KERNELS_DEVICE=cpu ({listed})"
+        )
+    if not matching:
+        raise NoDeviceError(f"no Vulkan device is called {selector!r}; there are {listed}")
+    usable = [device for device in matching if not device.unusable]
+    if not usable:
+        raise NoDeviceError(f"cannot use {matching[0]}: {matching[0].unusable}")
+    return usable[0]
