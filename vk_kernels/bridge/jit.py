@@ -17,47 +17,63 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, overload
 
 import jax
 
 from vk_kernels.bridge.leaves import described, host_array, is_traced, type_of
+from vk_kernels.bridge.options import Options, check_hashable, check_options, match_static
 from vk_kernels.bridge.profile import Cost, Profile
 from vk_kernels.bridge.special_values import are_looked_for, call_and_look
-from vk_kernels.bridge.stages import Compiled, Lowered
-from vk_kernels.bridge.static import check_hashable, matched
+from vk_kernels.bridge.stages import Compiled, Lowered, Traced
 from vk_kernels.bridge.use import target_of, use
 from vk_kernels.compiler.avals import on_host
 from vk_kernels.jax_compat import disable_jit, trace_context
-from vk_kernels.runtime.array import Array, ArrayType
+from vk_kernels.runtime.array import Array
 from vk_kernels.runtime.open_devices import open_device
+
+_NOT_GIVEN: Any = object()
+
+
+@overload
+def jit(fn: Callable[..., Any], /, **options: Any) -> "Jitted": ...
+
+
+@overload
+def jit(**options: Any) -> Callable[[Callable[..., Any]], "Jitted"]: ...
 
 
 def jit(
-    fn: Callable[..., Any] | None = None,
+    fn: Callable[..., Any] = _NOT_GIVEN,
+    /,
     *,
     static_argnums: int | Sequence[int] | None = None,
     static_argnames: str | Iterable[str] | None = None,
     donate_argnums: int | Sequence[int] | None = None,
     donate_argnames: str | Iterable[str] | None = None,
+    keep_unused: bool = False,
     device: int | str | None = None,
+    **others: Any,
 ) -> Any:
     """`fn` as one submission to a Vulkan device; without `fn`, a decorator with these options.
 
     Its hot operations (`vk_kernels.ops`) run as their kernels; everything else as kernels generated for it.
 
     Args:
-      fn: of pytrees of arrays to a pytree of arrays; pure.
+      fn: a pure function of pytrees of arrays to a pytree of arrays.
       static_argnums, static_argnames: arguments that are constants, as for `jax.jit`.
       donate_argnums, donate_argnames: arguments whose memory the results may take; they must not be used again.
+      keep_unused: whether arguments that the function does not read go to the device all the same, and are gone where
+        they are donated.
       device: as for `vk_kernels.use`.
+      others: the other options of `jax.jit`, in_shardings and the like, are a TypeError that says why.
 
     Returns:
       A `Jitted`, a function of the same arguments, which may be of `vk_kernels.Array`, numpy or JAX. Its results are
       `vk_kernels.Array`; PRNG keys and float0 are JAX's own. Called with tracers, inside jax.jit, jax.grad or jax.vmap,
       it is part of what is traced. Under jax.disable_jit it is `fn` itself.
 
-    Raises, when called:
+    Raises TypeError or ValueError for options that are not taken, or that do not fit `fn`. When called:
       UnsupportedError: what no kernel is there for, with the primitive, its shapes and the line.
       ValueError: a static argument that is not hashable; an array that is donated and passed a second time; what a hot
         operation refuses, with the line.
@@ -66,9 +82,16 @@ def jit(
       NoDeviceError: no loader, no driver, or no such device.
       FeatureError, BufferSizeError, OutOfMemoryError: what the device lacks, or has no room for.
     """
-    options = {"static_argnums": static_argnums, "static_argnames": static_argnames, "device": device}
-    options |= {"donate_argnums": donate_argnums, "donate_argnames": donate_argnames}
-    return functools.partial(jit, **options) if fn is None else Jitted(fn, options)
+    options = check_options(
+        static_argnums=static_argnums,
+        static_argnames=static_argnames,
+        donate_argnums=donate_argnums,
+        donate_argnames=donate_argnames,
+        keep_unused=keep_unused,
+        device=device,
+        others=others,
+    )
+    return functools.partial(Jitted, options=options) if fn is _NOT_GIVEN else Jitted(fn, options)
 
 
 def device_put(tree: Any, device: int | str | None = None) -> Any:
@@ -96,25 +119,25 @@ class Jitted:
 
     __wrapped__: Callable[..., Any]
 
-    def __init__(self, fn: Any, options: dict[str, Any]):
-        """options: as of `jit`."""
-        functools.update_wrapper(self, fn)
-        self._options, self._device = options, options["device"]
-        numbers, names = options["static_argnums"], options["static_argnames"]
-        both = numbers is not None and names is not None  # then each is what it says
-        numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers or ())
-        names = (names,) if isinstance(names, str) else tuple(names or ())
-        self._static_numbers, self._static_names = (numbers, names) if both else matched(fn, numbers, names)
-        donated = {name: options[name] for name in ("donate_argnums", "donate_argnames")}
-        numbers, names = self._static_numbers, self._static_names
-        self._jitted: Any = jax.jit(fn, static_argnums=numbers, static_argnames=names, **donated)
+    def __init__(self, fn: Callable[..., Any], options: Options):
+        functools.update_wrapper(self, fn)  # first: it may bring attributes like those below, of a jitted function
+        self._options = options
+        self._static_numbers, self._static_names = match_static(fn, options)
+        self._jitted: Any = jax.jit(  # which checks the rest of the options
+            fn,
+            static_argnums=self._static_numbers,
+            static_argnames=self._static_names,
+            donate_argnums=options.donate_argnums,
+            donate_argnames=options.donate_argnames,
+            keep_unused=options.keep_unused,
+        )
         self._compiled: dict[Any, Compiled] = {}
         # Of the last call: structure, static arguments and JAX's configuration, types, what is compiled.
         self._last: tuple[Any, Any, Any, Any] = (None, None, None, None)
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (are_looked_for()) and not disable_jit.value:
+        if are_looked_for() and not disable_jit.value:
             return self._without_special_values(args, kwargs)
         dynamic, static = self._split(args, kwargs)
         with self._lock:
@@ -135,11 +158,11 @@ class Jitted:
             try:
                 types = list(map(type_of, leaves))
             except TypeError:
-                self.trace(*args, **kwargs)  # JAX knows the argument's name
+                self._trace(args, kwargs)  # JAX knows the argument's name
                 raise
             last = last_tree, last_static, last_types
             if compiled is None or (tree, static, types) != last:  # quicker than to hash them
-                compiled = self._find(tree, static, types, args, kwargs)
+                compiled = self._find((tree, static, tuple(types)), lambda: self._trace(args, kwargs))
                 if compiled is None:
                     return self._in_trace(args, kwargs)
                 self._last = tree, static, types, compiled
@@ -172,7 +195,7 @@ class Jitted:
         name = getattr(self, "__qualname__", "")
         for part in name.split("."):
             found = getattr(found, part, None)
-        return name if found is self else (functools.partial(jit, **self._options), (self.__wrapped__,))
+        return name if found is self else (Jitted, (self.__wrapped__, self._options))
 
     def __copy__(self) -> "Jitted":
         """Itself, as of every function."""
@@ -184,40 +207,32 @@ class Jitted:
     def __repr__(self) -> str:
         return f"<vk_kernels.jit of {self._name}>"
 
-    def trace(self, *args: Any, **kwargs: Any) -> Any:
-        """Traces as jax.jit does for such arguments, with the operations of `vk_kernels.ops` as they run here."""
-        args, kwargs = jax.tree.map(described, (args, kwargs))
-        with self._using():
-            return self._jitted.trace(*args, **kwargs)
+    def trace(self, *args: Any, **kwargs: Any) -> Traced:
+        """The traced function, with the operations of `vk_kernels.ops` as they run here; lowered, it is as by `lower`.
+
+        Arguments may be jax.ShapeDtypeStruct here, in `eval_shape`, `lower` and `cost`.
+        """
+        key, _ = self._key(args, kwargs)
+        traced, device = self._trace(args, kwargs)
+        return Traced(traced, lambda: Lowered(self._lower(key, lambda: (traced, device))))
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """The shapes and the dtypes of the results for such arguments."""
-        return self.trace(*args, **kwargs).out_info
+        return self._trace(args, kwargs)[0].out_info
 
     def lower(self, *args: Any, **kwargs: Any) -> Lowered:
-        """What a call with such arguments runs; arguments may be jax.ShapeDtypeStruct."""
-        return Lowered(self._lowered(args, kwargs))
-
-    def _lowered(self, args: tuple, kwargs: dict[str, Any]) -> Compiled:
-        dynamic, static = self._split(args, kwargs)
-        leaves, tree = jax.tree.flatten(dynamic)
-        with self._lock:
-            compiled = self._find(tree, static, map(type_of, leaves), args, kwargs)
-        if compiled is None:
-            raise ValueError(
-                f"{self._name} reads values that are being traced around it: make them arguments to lower it"
-            )
-        return compiled
+        """The program that a call with such arguments runs."""
+        key, _ = self._key(args, kwargs)
+        return Lowered(self._lower(key, lambda: self._trace(args, kwargs)))
 
     def cost(self, *args: Any, **kwargs: Any) -> Cost:
-        """Of a call with such arguments."""
+        """The cost of a call with such arguments."""
         return self.lower(*args, **kwargs).cost()
 
     def profile(self, *args: Any, **kwargs: Any) -> Profile:
         """Runs a call's dispatches one at a time and times them; the arguments stay, also donated ones."""
-        compiled = self._lowered(args, kwargs)
-        dynamic, _ = self._split(args, kwargs)
-        return compiled.profile(jax.tree.leaves(dynamic))
+        key, leaves = self._key(args, kwargs)
+        return self._lower(key, lambda: self._trace(args, kwargs)).profile(leaves)
 
     def clear_cache(self) -> None:
         """Forgets all that was compiled."""
@@ -231,13 +246,17 @@ class Jitted:
         return getattr(self, "__qualname__", type(self.__wrapped__).__name__)
 
     def _using(self) -> Any:
-        return use("vulkan", device=self._device, variant=target_of("vulkan").variant)
+        return use("vulkan", device=self._options.device, variant=target_of("vulkan").variant)
+
+    def _static_positions(self, count: int) -> set[int]:
+        """The numbers of the static ones among `count` arguments by position."""
+        return {n % count for n in self._static_numbers if -count <= n < count}
 
     def _split(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The arguments of a call that are arrays, and what else it is compiled for."""
         static: tuple = ()
         if self._static_numbers or self._static_names:
-            numbers = {n % len(args) for n in self._static_numbers if -len(args) <= n < len(args)}
+            numbers = self._static_positions(len(args))
             # JAX, too, tells 1, 1.0 and True apart.
             static = (
                 *((n, type(args[n]), args[n]) for n in sorted(numbers)),
@@ -249,23 +268,43 @@ class Jitted:
             kwargs = {name: x for name, x in kwargs.items() if name not in self._static_names}
         return (args, kwargs), (static, trace_context())  # which has the target of `use`, too
 
-    def _find(self, tree: Any, static: Any, types: Iterable[ArrayType], args: tuple, kwargs: dict) -> Compiled | None:
-        key = tree, static, tuple(types)
-        found = self._compiled.get(key)
-        if found is None or found.device.closed:
-            found = self._compile(tree, args, kwargs)
-            if found is not None:
-                self._compiled[key], found.lock = found, self._lock
-        return found
+    def _key(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+        """What a call is compiled for (structure, static arguments and configuration, types), and its leaves."""
+        dynamic, static = self._split(args, kwargs)
+        leaves, tree = jax.tree.flatten(dynamic)
+        return (tree, static, tuple(map(type_of, leaves))), leaves
 
-    def _compile(self, tree: Any, args: tuple, kwargs: dict[str, Any]) -> Compiled | None:
-        """None where the function closes over values that are being traced around it: they are no arguments."""
-        with self._using(), _no_collection():
-            traced = self.trace(*args, **kwargs)
+    def _trace(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str]:
+        """JAX's trace for such arguments, and the device that it is for, as for `open_device`."""
+        numbers = self._static_positions(len(args))  # static arguments go in as they are
+        args = tuple(x if n in numbers else jax.tree.map(described, x) for n, x in enumerate(args))
+        kwargs = {k: x if k in self._static_names else jax.tree.map(described, x) for k, x in kwargs.items()}
+        with self._using():
+            return self._jitted.trace(*args, **kwargs), target_of("vulkan").device
+
+    def _lower(self, key: Any, trace: Callable[[], tuple[Any, str]]) -> Compiled:
+        """Raises ValueError where the function reads tracers: there is nothing to lower it with."""
+        with self._lock:
+            compiled = self._find(key, trace)
+        if compiled is None:
+            raise ValueError(
+                f"{self._name} reads values that are being traced around it: make them arguments to lower it"
+            )
+        return compiled
+
+    def _find(self, key: Any, trace: Callable[[], tuple[Any, str]]) -> Compiled | None:
+        """The compiled function; None where it closes over values that are being traced around it, no arguments."""
+        found = self._compiled.get(key)
+        if found is not None and not found.device.closed:
+            return found
+        with _no_collection():
+            traced, device = trace()
             closed = traced.jaxpr
             if len(closed.in_avals) > len(jax.tree.leaves(traced.args_info)) or any(map(is_traced, closed.consts)):
                 return None
-            return Compiled(traced, tree, open_device(target_of("vulkan").device))
+            found = Compiled(traced, key[0], open_device(device), self._options.keep_unused)
+        self._compiled[key], found.lock = found, self._lock
+        return found
 
 
 @contextlib.contextmanager

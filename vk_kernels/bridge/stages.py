@@ -1,4 +1,4 @@
-"""A function on its way to the device, as in `jax.stages`: lowered for arguments of given types, then compiled.
+"""A function on its way to the device, as in `jax.stages`: traced and lowered for given types, then compiled.
 
 lowered = vk_kernels.jit(fn).lower(x)  # x may be a jax.ShapeDtypeStruct
 print(lowered.as_text(), lowered.cost())
@@ -6,7 +6,7 @@ y = lowered.compile()(x)
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,11 +31,11 @@ class Compiled:
     FloatingPointError under jax_debug_nans or jax_debug_infs for a result that has one.
     """
 
-    def __init__(self, traced: Any, tree: Any, device: Device):
+    def __init__(self, traced: Any, tree: Any, device: Device, keep_unused: bool = False):
         """traced: a `jax.stages.Traced`. tree: the structure of (args, kwargs)."""
         self.device, self.in_tree = device, tree
         self.lock = threading.RLock()  # held by whoever runs it
-        self._name = traced.fun_name
+        self._name, self.args_info, self.out_info = traced.fun_name, traced.args_info, traced.out_info
         closed = traced.jaxpr
         self.graph: Graph = optimize(closed)
         self.in_types = list(map(type_of_aval, closed.in_avals))
@@ -46,15 +46,17 @@ class Compiled:
         self.out_types = list(map(type_of_aval, closed.out_avals))
         self.program: Program = compile_graph(self.graph, device, is_donated)
         made = [kind for j, kind in enumerate(self.out_types) if j not in self.program.aliases]
-        self.executable = Executable(device, self.program, made)
+        unused = frozenset() if keep_unused else self.program.unused_inputs()
+        self.executable = Executable(device, self.program, made, unused)
         signature = Signature(
             in_tree=tree,
             in_types=self.in_types,
             out_tree=self.out_tree,
             out_types=self.out_types,
             out_avals=closed.out_avals,
-            donated=self.donated,
+            donated=[i for i in self.donated if i not in unused],
             aliases=self.program.aliases,
+            unused=unused,
         )
         self.caller = DonatingCaller(signature, self.executable, device)
 
@@ -149,6 +151,16 @@ class Lowered:
         return self._compiled.donated
 
     @property
+    def args_info(self) -> Any:
+        """The arguments' types and whether they are donated, as `jax.stages.ArgInfo`, without static arguments."""
+        return self._compiled.args_info
+
+    @property
+    def out_info(self) -> Any:
+        """The results' shapes and dtypes, as `jax.stages.OutInfo`."""
+        return self._compiled.out_info
+
+    @property
     def in_tree(self) -> Any:
         """The structure of (args, kwargs), without static arguments."""
         return self._compiled.in_tree
@@ -156,6 +168,33 @@ class Lowered:
     @property
     def out_tree(self) -> Any:
         return self._compiled.out_tree
+
+
+class Traced:
+    """A traced function: what JAX knows of it, and the way to the device."""
+
+    def __init__(self, traced: Any, lower: Callable[[], Lowered]):
+        """traced: a `jax.stages.Traced`, which would be lowered for XLA."""
+        self._traced, self._lower = traced, lower
+
+    @property
+    def jaxpr(self) -> Any:
+        return self._traced.jaxpr
+
+    @property
+    def fun_name(self) -> str:
+        return self._traced.fun_name
+
+    @property
+    def args_info(self) -> Any:
+        return self._traced.args_info
+
+    @property
+    def out_info(self) -> Any:
+        return self._traced.out_info
+
+    def lower(self) -> Lowered:
+        return self._lower()
 
 
 def _check_arguments(tree: Any, types: Sequence[ArrayType], given: Any, given_types: Sequence[ArrayType]) -> None:

@@ -78,10 +78,14 @@ class _Recording:
 class Executable:
     """A program on a device: its kernels, its arena and its recordings. Not for two threads at once."""
 
-    def __init__(self, device: "Device", program: Program, types: Sequence[ArrayType]):
-        """types: of the outputs that are not aliases. Raises FeatureError for what the device lacks, OutOfMemoryError
-        where it has no room."""
-        self.device, self.program, self._types = device, program, types
+    def __init__(
+        self, device: "Device", program: Program, types: Sequence[ArrayType], unused: frozenset[int] = frozenset()
+    ):
+        """types: of the outputs that are not aliases. unused: inputs that calls do not pass, as no command needs them.
+
+        Raises FeatureError for what the device lacks, OutOfMemoryError where it has no room.
+        """
+        self.device, self.program, self._types, self._unused = device, program, types, unused
         self._kernels = [_kernel(device, command) for command in program.commands]
         self.barriers = find_barriers(
             [command.operands for command in program.commands],
@@ -212,7 +216,8 @@ class Executable:
         if any(bound[i] is not None for i in self._copied):
             bound = [None if i in self._copied else x for i, x in enumerate(bound)]
         inputs = self.program.inputs
-        buffers = {i: self.device.buffer(x.nbytes) for i, x in enumerate(inputs) if bound[i] is None}
+        slots_for = [i for i, x in enumerate(bound) if x is None and i not in self._unused]
+        buffers = {i: self.device.buffer(inputs[i].nbytes) for i in slots_for}
         slots = {i: (slot, slot.mapped(inputs[i].dtype, inputs[i].shape)) for i, slot in buffers.items()}
         outputs = [
             self.device.buffer(array.nbytes) if alias is None else None

@@ -57,6 +57,11 @@ class Program:
     arena_bytes: int
     arena_block: int
 
+    def unused_inputs(self) -> frozenset[int]:
+        """Inputs that no command accesses, and whose memory no output takes."""
+        read = {place.index for command in self.commands for place in command.operands if place.space == "input"}
+        return frozenset(range(len(self.inputs))) - read - set(self.aliases.values())
+
 
 def find_barriers(
     operands: Sequence[Sequence[BufferSlice]],
