@@ -4,6 +4,7 @@ Written for jax 0.10.2, 0.11 and 0.12. A version that has moved one of these nam
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from jax._src.config import (
@@ -15,6 +16,7 @@ from jax._src.config import (
 from jax._src.core import pytype_aval_mappings
 from jax._src.dtypes import register_canonicalize_value_handler
 from jax._src.literals import TypedNdArray  # a host array with an aval of one's own
+from jax.extend.core import JaxprEqn
 from jax.interpreters.partial_eval import dce_jaxpr
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "debug_infs",
     "debug_nans",
     "disable_jit",
+    "in_other_primitives",
     "register_array_type",
     "scan_operands",
     "trace_context",
@@ -36,6 +39,11 @@ def register_array_type(kind: type, aval: Callable[[Any], Any], on_host: Callabl
     """
     pytype_aval_mappings[kind] = aval
     register_canonicalize_value_handler(kind, on_host)
+
+
+def in_other_primitives(equation: JaxprEqn) -> Callable[..., Any]:
+    """The definition, as a function of the operands, of an operation that JAX or a user made as a `HiPrim`."""
+    return partial(equation.primitive.to_lojax, **equation.params)
 
 
 def scan_operands(params: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Every JAX primitive that vk_kernels.jit supports, against XLA; and that the README says which those are."""
+"""Every JAX primitive that vk_kernels.jit supports, against XLA; and that docs/primitives.md says which those are."""
 
 import sys
 from dataclasses import replace
@@ -19,7 +19,7 @@ from vk_kernels.tools.conformance.compare import check, results
 from vk_kernels.tools.conformance.suite import Case, cases, names
 from vk_kernels.tools.conformance.unsupported import UNSUPPORTED
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "primitives.md"
 
 
 @needs_vulkan
@@ -77,11 +77,11 @@ def test_what_is_unsupported_is_an_error_in_words(fn):
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the table counts the primitives of Python 3.11's jax")
-def test_the_table_in_the_readme_is_up_to_date():
-    readme = README.read_text()
-    assert readme == table.written(readme), "run python -m vk_kernels.tools.conformance --readme README.md"
+def test_the_table_of_primitives_is_up_to_date():
+    page = PAGE.read_text()
+    assert page == table.with_table(page), "run python -m vk_kernels.tools.conformance --table docs/primitives.md"
 
 
-def test_a_readme_without_marks_is_an_error():
+def test_a_page_without_marks_is_an_error():
     with pytest.raises(ValueError, match="no <!-- primitives -->"):
-        table.written("# A project")
+        table.with_table("# A project")

@@ -179,8 +179,8 @@ ARGUMENTS = [
     (build_shaders.main, ["--chek=1"]),
     (build_shaders.main, ["no_such_kernel"]),
     (conformance, ["--only=no_such_primitive"]),
-    (conformance, ["--readme=/none/such"]),
-    (conformance, ["--readme=LICENSE"]),
+    (conformance, ["--table=/none/such"]),
+    (conformance, ["--table=LICENSE"]),
 ]
 
 

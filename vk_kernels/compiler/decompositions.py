@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 
+from vk_kernels.jax_compat import in_other_primitives
+
 _MOST_PLACES = 1024  # of a window: each is a slice of the array
 
 
@@ -343,10 +345,16 @@ def _platform_index(equation: JaxprEqn) -> Callable[..., Any]:
     return lambda: np.int32(found[-1])
 
 
+def _polynomial(_: JaxprEqn) -> Callable[..., Any]:
+    """jax 0.12: coefficients from the lowest degree on, by Horner's rule."""
+    return lambda x, *coefficients: functools.reduce(lambda result, c: result * x + c, reversed(coefficients))
+
+
 EXPANSIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
     "one_minus_square": lambda _: lambda x: (1 + x) * (1 - x),  # jax 0.11
     "approx_top_k": _approx_top_k,
     "bitcast_convert_type": _bitcast,
+    "call_hi_primitive": in_other_primitives,  # jax 0.12: searchsorted, nonzero, ldexp, frexp
     "empty": _empty,
     "empty2": _empty,
     "eq_to": functools.partial(_total_order, lax.eq),
@@ -355,6 +363,7 @@ EXPANSIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
     "le_to": functools.partial(_total_order, lax.le),
     "lt_to": functools.partial(_total_order, lax.lt),
     "platform_index": _platform_index,
+    "polynomial": _polynomial,
     "pmax": functools.partial(_over_positions, lax.reduce_max),
     "pmin": functools.partial(_over_positions, lax.reduce_min),
     "psum": functools.partial(_over_positions, lax.reduce_sum),

@@ -2,5 +2,5 @@
 
 python -m vk_kernels.tools.conformance [--device cpu] [--full] [--only PRIMITIVE,...]   runs the cases
 python -m vk_kernels.tools.conformance --special [--device cpu] [--only PRIMITIVE,...] with zeros, infinities, NaN, ...
-python -m vk_kernels.tools.conformance --readme README.md                              brings its table up to date
+python -m vk_kernels.tools.conformance --table docs/primitives.md                       brings its table up to date
 """

@@ -16,16 +16,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="a Vulkan device by number or part of its name; default: the first GPU")
     parser.add_argument("--full", action="store_true", help="every dtype in every shape")
     parser.add_argument("--only", default="", help="primitives, by name, with commas between them")
-    parser.add_argument("--readme", help="bring the table in this file up to date, and run nothing")
+    parser.add_argument("--table", help="bring the table in this page up to date, and run nothing")
     parser.add_argument(
         "--special", action="store_true", help="with zeros, infinities, NaN, ... as literals and in arrays"
     )
     args = parser.parse_args(argv)
-    if args.readme:
+    if args.table:
         try:
-            write(args.readme)
+            write(args.table)
         except (OSError, ValueError) as error:
-            parser.error(f"--readme={args.readme}: {error}")
+            parser.error(f"--table={args.table}: {error}")
         return 0
     known = special.names() if args.special else names()
     wanted = args.only.split(",") if args.only else known

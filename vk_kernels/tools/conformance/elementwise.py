@@ -99,6 +99,15 @@ for _name in ("eq_to", "lt_to", "le_to"):
     )
 
 
+if hasattr(lax, "polynomial"):  # jax 0.12
+
+    @cases_of("polynomial")
+    def _polynomial(full: bool) -> Iterator[tuple]:
+        for dtype, degree in together(FLOATS, (0, 1, 4), full):
+            args = [draw((3, 5), dtype, i) for i in range(degree + 2)]
+            yield f"of degree {degree}", lambda x, *c: lax.polynomial(x, c), args, {"gradient": dtype in FLOATS}
+
+
 @cases_of("integer_pow")
 def _integer_pow(full):
     for y, dtype in together((2, 3, -1, 0, 7, -3), (*FLOATS, np.dtype(np.int32)), full):

@@ -102,6 +102,18 @@ def _while(full: bool) -> Iterator[tuple]:
     yield "of no turn", lambda x: lax.while_loop(lambda c: c[0] < 0, lambda c: (c[0] + 1, c[1] * 2), (0, x)), [X], EXACT
 
 
+if hasattr(lax, "polynomial"):  # jax 0.12 makes these functions operations with a definition
+
+    @cases_of("call_hi_primitive")
+    def _defined(full: bool) -> Iterator[tuple]:
+        row = np.sort(X.ravel())
+        for side in ("left", "right"):
+            yield side, functools.partial(jnp.searchsorted, side=side), [row, X], EXACT
+        yield "nonzero", lambda x: jnp.nonzero(x > 0, size=6, fill_value=-1), [X], EXACT
+        yield "ldexp", lambda x: jnp.ldexp(x, 3), [X], EXACT
+        yield "frexp", jnp.frexp, [X], EXACT
+
+
 # Random bits.
 
 

@@ -1,4 +1,4 @@
-"""The table of primitives in README.md."""
+"""The table of primitives in docs/primitives.md."""
 
 from collections import Counter
 from pathlib import Path
@@ -31,14 +31,14 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def written(readme: str) -> str:
-    """The text of a README with the table as it is now, between its marks. Raises ValueError where it has none."""
-    before, begin, rest = readme.partition(BEGIN)
+def with_table(page: str) -> str:
+    """A page with the table as it is now, between its marks. Raises ValueError where it has none."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"no {BEGIN} ... {END} in the README: put them where the table is to be")
+        raise ValueError(f"no {BEGIN} ... {END} in the page: put them where the table is to be")
     return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
 
 
 def write(path: str | Path) -> None:
-    Path(path).write_text(written(Path(path).read_text()))
+    Path(path).write_text(with_table(Path(path).read_text()))

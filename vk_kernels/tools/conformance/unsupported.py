@@ -21,7 +21,7 @@ _REASONS = {
     "the host: callbacks, prints, calls of other libraries": tuple(refusals.HOST),
     "errors as effects: `checkify.checkify` makes results of them": tuple(refusals.ERRORS),
     "for JAX itself, or no longer used": (
-        *("call_hi_primitive", "custom_lin", "custom_partitioning", "dce_sink", "remat_opt", "select_and_scatter"),
+        *("custom_lin", "custom_partitioning", "dce_sink", "remat_opt", "select_and_scatter"),
     ),
 }
 UNSUPPORTED = {name: reason for reason, names in _REASONS.items() for name in names}
