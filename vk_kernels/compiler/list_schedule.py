@@ -80,10 +80,12 @@ class _Past:
         self._alone: dict[Hashable, int] = {}
 
     def after(self, access: Access) -> int:
-        """The first wave in which an access may be."""
-        before = [self._written.get(x, -1) for x in (*access.reads, *(access.writes - access.parts))]
-        before += [self._read.get(x, -1) for x in access.writes]
-        return 1 + max([-1, *before, *(self._alone.get(x, -1) for x in access.parts)])
+        """The first wave in which an access may be: one after all that it conflicts with (see `runtime.hazards`)."""
+        alone, disjoint = access.writes - access.parts, access.parts
+        raw = [self._written.get(x, -1) for x in access.reads]
+        war = [self._read.get(x, -1) for x in access.writes]
+        waw = [self._written.get(x, -1) for x in alone] + [self._alone.get(x, -1) for x in disjoint]
+        return 1 + max([-1, *raw, *war, *waw])
 
     def note(self, access: Access, wave: int) -> None:
         alone = access.writes - access.parts

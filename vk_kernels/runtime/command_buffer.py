@@ -12,6 +12,7 @@ from typing import Any
 
 from vk_kernels.errors import VulkanError
 from vk_kernels.runtime import vulkan
+from vk_kernels.runtime.hazards import PendingAccesses, Range
 from vk_kernels.runtime.kernel import Kernel
 from vk_kernels.runtime.memory import Buffer, UsageTracker
 from vk_kernels.runtime.queue import Queue
@@ -94,8 +95,7 @@ class Recorder:
 
     def _begin(self) -> None:
         self.labels: list[str] = []
-        self._reads: list[tuple[int, int, int]] = []  # (VkBuffer, start, end) since the last barrier
-        self._writes: list[tuple[int, int, int]] = []
+        self._pending = PendingAccesses()  # of ranges of VkBuffers
         self._transfers = False  # whether any command is a copy or a fill
         self._pipeline = None
         self._timed = 0
@@ -254,19 +254,17 @@ class Recorder:
         if self._transfers:
             stages, barrier = stages | vk.VK_PIPELINE_STAGE_TRANSFER_BIT, self._barriers[1]
         self.device.fn.vkCmdPipelineBarrier(self._command, stages, stages, 0, 1, barrier, 0, ffi.NULL, 0, ffi.NULL)
-        self._reads.clear()
-        self._writes.clear()
+        self._pending.clear()
 
-    def _order(self, reads: list[tuple[int, int, int]], writes: list[tuple[int, int, int]]) -> None:
+    def _order(self, reads: list[Range], writes: list[Range]) -> None:
         """Puts a barrier before a command that reads and writes these ranges, if there is a hazard."""
         if not self._hazards:
             return
-        if _overlap(reads, self._writes) or _overlap(writes, self._writes) or _overlap(writes, self._reads):
+        if self._pending.conflict(reads, writes):
             self.barrier()
-        self._reads += reads
-        self._writes += writes
+        self._pending.add(reads, writes)
 
-    def _order_transfer(self, reads: list[tuple[int, int, int]], writes: list[tuple[int, int, int]]) -> None:
+    def _order_transfer(self, reads: list[Range], writes: list[Range]) -> None:
         if not self._transfers:  # no barrier so far was one for transfers, so the first of them waits for everything
             self._transfers = True
             if self._hazards:
@@ -420,9 +418,5 @@ class TimedChain(Chain):
         return submission
 
 
-def _range_of(buffer: Buffer) -> tuple[int, int, int]:
+def _range_of(buffer: Buffer) -> Range:
     return buffer.handle_address, buffer.offset, buffer.offset + buffer.range
-
-
-def _overlap(some: list[tuple[int, int, int]], others: list[tuple[int, int, int]]) -> bool:
-    return any(a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for a in some for b in others)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vk_kernels.runtime import dispatch_plan
+from vk_kernels.runtime.hazards import PendingAccesses, Range
 
 
 class BufferSlice(NamedTuple):
@@ -68,32 +69,27 @@ def find_barriers(
     writable: Sequence[Sequence[bool]],
     parts: Sequence[Sequence[int]] | None = None,
 ) -> list[bool]:
-    """Whether each command needs a barrier before it: it reads or writes what one since the last barrier wrote, or
-    writes what one read. parts: the operands of each command that are parts to it, see `plan.Dispatch`."""
-    found, read, written, in_parts = [], [], [], []
+    """Whether each command needs a barrier before it.
+
+    writable: whether it writes each operand. parts: the operands that it writes disjointly, see
+    `dispatch_plan.Dispatch`.
+    """
+    found, pending = [], PendingAccesses()
     for places, writes, own in zip(operands, writable, parts or [()] * len(operands), strict=True):
-        ranges = [_range(place) for place in places]
-        outs = [span for span, writes_it in zip(ranges, writes, strict=True) if writes_it]
-        whole = [span for binding, span in enumerate(ranges) if binding not in own]
-        hazard = _meet(ranges, written) or _meet(whole, in_parts) or _meet(outs, read)
-        if hazard:
-            read, written, in_parts = [], [], []
-        found.append(hazard)
-        read += whole
-        written += [span for binding, span in enumerate(ranges) if writes[binding] and binding not in own]
-        in_parts += [ranges[binding] for binding in own]
+        ranges = list(map(_range, places))
+        numbers = range(len(ranges))
+        # A kernel may read what it writes, but not what others write beside it.
+        reads = [ranges[i] for i in numbers if i not in own]
+        alone = [ranges[i] for i in numbers if writes[i] and i not in own]
+        disjoint = [ranges[i] for i in own]
+        found.append(pending.conflict(reads, alone, disjoint))
+        if found[-1]:
+            pending.clear()
+        pending.add(reads, alone, disjoint)
     return found
 
 
-def _range(place: BufferSlice) -> tuple[str, int, int]:
-    """(what memory, start, end)."""
+def _range(place: BufferSlice) -> Range:
     if place.space == "arena":
         return "arena", place.index, place.index + max(place.nbytes, 1)
     return f"{place.space}{place.index}", 0, 1
-
-
-def _meet(some: Sequence[tuple[str, int, int]], others: Sequence[tuple[str, int, int]]) -> bool:
-    spans: dict[str, list[tuple[int, int]]] = {}
-    for space, start, end in others:
-        spans.setdefault(space, []).append((start, end))
-    return any(start < end_b and start_b < end for space, start, end in some for start_b, end_b in spans.get(space, ()))

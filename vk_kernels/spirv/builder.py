@@ -10,122 +10,25 @@ Source: the SPIR-V specification 1.6 and GLSL.std.450. Modules are SPIR-V 1.5 (V
 import struct
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from enum import IntEnum
 from typing import Any
 
-_MAGIC, _VERSION = 0x07230203, 0x00010500
+from vk_kernels.spirv.spec import (
+    MAGIC,
+    WORKGROUP_SCOPE,
+    WORKGROUP_SEMANTICS,
+    BuiltIn,
+    Capability,
+    Decoration,
+    Ext,
+    Op,
+    StorageClass,
+)
+
+_VERSION = 0x00010500
 
 Id = int
 # A piece of code that may ask its driver for values, and returns ids.
 Code = Generator[Any, Any, Any]
-
-
-class Op(IntEnum):
-    """Instructions, by their opcodes."""
-
-    EXT_INST_IMPORT = 11
-    EXT_INST = 12
-    MEMORY_MODEL = 14
-    ENTRY_POINT = 15
-    EXECUTION_MODE = 16
-    CAPABILITY = 17
-    TYPE_VOID = 19
-    TYPE_BOOL = 20
-    TYPE_INT = 21
-    TYPE_FLOAT = 22
-    TYPE_VECTOR = 23
-    TYPE_ARRAY = 28
-    TYPE_RUNTIME_ARRAY = 29
-    TYPE_STRUCT = 30
-    TYPE_POINTER = 32
-    TYPE_FUNCTION = 33
-    CONSTANT_TRUE = 41
-    CONSTANT_FALSE = 42
-    CONSTANT = 43
-    FUNCTION = 54
-    FUNCTION_END = 56
-    VARIABLE = 59
-    LOAD = 61
-    STORE = 62
-    ACCESS_CHAIN = 65
-    DECORATE = 71
-    MEMBER_DECORATE = 72
-    COMPOSITE_EXTRACT = 81
-    F_TO_U = 109
-    F_TO_S = 110
-    S_TO_F = 111
-    U_TO_F = 112
-    U_CONVERT = 113
-    BITCAST = 124
-    F_NEGATE = 127
-    I_ADD = 128
-    F_ADD = 129
-    I_SUB = 130
-    F_SUB = 131
-    I_MUL = 132
-    F_MUL = 133
-    U_DIV = 134
-    S_DIV = 135
-    F_DIV = 136
-    U_MOD = 137
-    U_MUL_EXTENDED = 151
-    S_MUL_EXTENDED = 152
-    LOGICAL_EQUAL = 164
-    LOGICAL_NOT_EQUAL = 165
-    LOGICAL_OR = 166
-    LOGICAL_AND = 167
-    LOGICAL_NOT = 168
-    SELECT = 169
-    I_EQUAL = 170
-    I_NOT_EQUAL = 171
-    U_GREATER = 172
-    S_GREATER = 173
-    U_GREATER_EQUAL = 174
-    S_GREATER_EQUAL = 175
-    U_LESS = 176
-    S_LESS = 177
-    U_LESS_EQUAL = 178
-    S_LESS_EQUAL = 179
-    F_EQUAL = 180
-    F_NOT_EQUAL = 183  # unordered: NaN differs from everything
-    F_LESS = 184
-    F_GREATER = 186
-    F_LESS_EQUAL = 188
-    F_GREATER_EQUAL = 190
-    SHIFT_RIGHT_LOGICAL = 194
-    SHIFT_RIGHT_ARITHMETIC = 195
-    SHIFT_LEFT = 196
-    OR = 197
-    XOR = 198
-    AND = 199
-    NOT = 200
-    BIT_COUNT = 205
-    CONTROL_BARRIER = 224
-    PHI = 245
-    LOOP_MERGE = 246
-    SELECTION_MERGE = 247
-    LABEL = 248
-    BRANCH = 249
-    BRANCH_CONDITIONAL = 250
-    RETURN = 253
-
-
-class Ext(IntEnum):
-    """Instructions of GLSL.std.450. The accuracy of the others there is not enough for us, or left to the driver."""
-
-    ROUND_EVEN = 2
-    TRUNC = 3
-    F_ABS = 4
-    FLOOR = 8
-    CEIL = 9
-    SQRT = 31
-    INVERSE_SQRT = 32
-    U_MIN = 38
-    S_MIN = 39
-    U_MAX = 41
-    S_MAX = 42
-    FMA = 50
-    FIND_U_MSB = 75
 
 
 _COMPARISONS = {op for op in Op if 164 <= op <= 190 and op != Op.SELECT}
@@ -150,22 +53,6 @@ _TESTED: dict[Op, Callable[[int, int], bool]] = {
     Op.U_LESS: lambda a, b: a < b,
     Op.U_LESS_EQUAL: lambda a, b: a <= b,
 }
-
-_CAPABILITIES = {"Shader": 1, "StorageBuffer16BitAccess": 4433, "StorageBuffer8BitAccess": 4448}
-_BLOCK, _ARRAY_STRIDE, _BUILTIN, _ALIASED, _NON_WRITABLE, _BINDING, _SET, _OFFSET = (
-    2,
-    6,
-    11,
-    20,
-    24,
-    33,
-    34,
-    35,
-)
-_NO_CONTRACTION = 42
-_INPUT, _WORKGROUP, _STORAGE_BUFFER = 1, 4, 12  # storage classes
-_WORKGROUP_ID, _LOCAL_INDEX = 26, 29  # built-in variables
-_WORKGROUP_SCOPE, _WORKGROUP_SEMANTICS = 2, 0x108  # acquire, release; workgroup memory
 
 
 class Module:
@@ -195,8 +82,8 @@ class Module:
         self._void = self._declare(Op.TYPE_VOID)
         self._function_type = self._declare(Op.TYPE_FUNCTION, self._void)
         vector = self._declare(Op.TYPE_VECTOR, self.u32, 3)
-        workgroup_id = self._built_in(vector, _WORKGROUP_ID)
-        local_index = self._built_in(self.u32, _LOCAL_INDEX)
+        workgroup_id = self._built_in(vector, BuiltIn.WORKGROUP_ID)
+        local_index = self._built_in(self.u32, BuiltIn.LOCAL_INVOCATION_INDEX)
         self._label(self._new())
         group = self._pure(Op.LOAD, vector, workgroup_id)
         self.group_x = self._pure(Op.COMPOSITE_EXTRACT, self.u32, group, 0)
@@ -228,8 +115,8 @@ class Module:
         self._decorations.append(_words(Op.DECORATE, target, *decoration))
 
     def _built_in(self, type: Id, number: int) -> Id:
-        result = self._variable(self._declare(Op.TYPE_POINTER, _INPUT, type), _INPUT)
-        self._decorate(result, _BUILTIN, number)
+        result = self._variable(self._declare(Op.TYPE_POINTER, StorageClass.INPUT, type), StorageClass.INPUT)
+        self._decorate(result, Decoration.BUILT_IN, number)
         return result
 
     def buffer(self, binding: int, bits: int, writable: bool) -> "Buffer":
@@ -241,24 +128,24 @@ class Module:
         if ("block", bits, writable) not in self._declared:
             array = self._new()
             self._declarations.append(_words(Op.TYPE_RUNTIME_ARRAY, array, element))
-            self._decorate(array, _ARRAY_STRIDE, bits // 8)
+            self._decorate(array, Decoration.ARRAY_STRIDE, bits // 8)
             block = self._new()
             self._declarations.append(_words(Op.TYPE_STRUCT, block, array))
-            self._decorate(block, _BLOCK)
-            self._decorations.append(_words(Op.MEMBER_DECORATE, block, 0, _OFFSET, 0))
+            self._decorate(block, Decoration.BLOCK)
+            self._decorations.append(_words(Op.MEMBER_DECORATE, block, 0, Decoration.OFFSET, 0))
             self._declared["block", bits, writable] = block
-        pointer = self._declare(Op.TYPE_POINTER, _STORAGE_BUFFER, self._declared["block", bits, writable])
-        variable = self._variable(pointer, _STORAGE_BUFFER)
-        self._decorate(variable, _SET, 0)
-        self._decorate(variable, _BINDING, binding)
+        pointer = self._declare(Op.TYPE_POINTER, StorageClass.STORAGE_BUFFER, self._declared["block", bits, writable])
+        variable = self._variable(pointer, StorageClass.STORAGE_BUFFER)
+        self._decorate(variable, Decoration.DESCRIPTOR_SET, 0)
+        self._decorate(variable, Decoration.BINDING, binding)
         if not writable:
-            self._decorate(variable, _NON_WRITABLE)
+            self._decorate(variable, Decoration.NON_WRITABLE)
         return Buffer(self, variable, element, bits)
 
     def shared(self, words: int) -> "Shared":
         """An array of 32-bit words that a workgroup shares."""
         array = self._declare(Op.TYPE_ARRAY, self.u32, self.constant(words))
-        variable = self._variable(self._declare(Op.TYPE_POINTER, _WORKGROUP, array), _WORKGROUP)
+        variable = self._variable(self._declare(Op.TYPE_POINTER, StorageClass.WORKGROUP, array), StorageClass.WORKGROUP)
         return Shared(self, variable)
 
     def constant(self, value: int) -> Id:
@@ -357,7 +244,7 @@ class Module:
         if op not in (Op.LOAD, Op.ACCESS_CHAIN) and self._computable.issuperset(values):
             self._computable.add(result)
         if op in _EXACT:
-            self._decorate(result, _NO_CONTRACTION)
+            self._decorate(result, Decoration.NO_CONTRACTION)
         return self.remember(key, result)
 
     def _effect(self, op: Op, *operands: int) -> None:
@@ -454,8 +341,8 @@ class Module:
 
     def barrier(self) -> None:
         """All threads of the workgroup get here, and see what the others wrote to shared memory."""
-        scope = self.constant(_WORKGROUP_SCOPE)
-        self._effect(Op.CONTROL_BARRIER, scope, scope, self.constant(_WORKGROUP_SEMANTICS))
+        scope = self.constant(WORKGROUP_SCOPE)
+        self._effect(Op.CONTROL_BARRIER, scope, scope, self.constant(WORKGROUP_SEMANTICS))
 
     def branch(self, condition: Id, then: Callable[[], Code], otherwise: Callable[[], Code] | None = None) -> Code:
         """Runs one of two pieces of code, each giving a list of ids (none, without `otherwise`); gives the one's.
@@ -517,9 +404,9 @@ class Module:
         """The module, closed. Called once."""
         self._effect(Op.RETURN)
         body, used = self._live_body()
-        decorations = [d for d in self._decorations if d[2] != _NO_CONTRACTION or d[1] in used]
+        decorations = [d for d in self._decorations if d[2] != Decoration.NO_CONTRACTION or d[1] in used]
         instructions = [
-            *(_words(Op.CAPABILITY, _CAPABILITIES[name]) for name in sorted(self._capabilities)),
+            *(_words(Op.CAPABILITY, Capability[name]) for name in sorted(self._capabilities)),
             _words(Op.EXT_INST_IMPORT, self._glsl, *_string("GLSL.std.450")),
             _words(Op.MEMORY_MODEL, 0, 1),  # logical addressing, GLSL450
             _words(Op.ENTRY_POINT, 5, self._function, *_string("main"), *self._interface),
@@ -530,7 +417,7 @@ class Module:
             *body,
             _words(Op.FUNCTION_END),
         ]
-        words = [_MAGIC, _VERSION, 0, self._next, 0]
+        words = [MAGIC, _VERSION, 0, self._next, 0]
         for instruction in instructions:
             words.append(len(instruction) << 16 | instruction[0])
             words += instruction[1:]
@@ -557,11 +444,11 @@ class Buffer:
 
     def may_alias(self) -> None:
         """Another buffer may be the same memory."""
-        self._module._decorate(self._variable, _ALIASED)
+        self._module._decorate(self._variable, Decoration.ALIASED)
 
     def _pointer(self, index: Id) -> Id:
         m = self._module
-        pointer = m._declare(Op.TYPE_POINTER, _STORAGE_BUFFER, self._element)
+        pointer = m._declare(Op.TYPE_POINTER, StorageClass.STORAGE_BUFFER, self._element)
         return m._pure(Op.ACCESS_CHAIN, pointer, self._variable, m.constant(0), index)
 
     def load(self, index: Id) -> Id:
@@ -585,7 +472,9 @@ class Shared:
 
     def _pointer(self, index: Id) -> Id:
         m = self._module
-        return m._pure(Op.ACCESS_CHAIN, m._declare(Op.TYPE_POINTER, _WORKGROUP, m.u32), self._variable, index)
+        return m._pure(
+            Op.ACCESS_CHAIN, m._declare(Op.TYPE_POINTER, StorageClass.WORKGROUP, m.u32), self._variable, index
+        )
 
     def load(self, index: Id) -> Id:
         m = self._module

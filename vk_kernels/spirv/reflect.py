@@ -6,72 +6,11 @@ Source: the SPIR-V specification 1.6 (binary form, section 2.3; instructions, se
 import operator
 import struct
 from dataclasses import asdict, dataclass
-from enum import IntEnum
 from typing import Any
 
-_MAGIC = 0x07230203
-
-
-class _Op(IntEnum):
-    NAME = 5
-    ENTRY_POINT = 15
-    EXECUTION_MODE = 16
-    CAPABILITY = 17
-    TYPE_BOOL = 20
-    TYPE_INT = 21
-    TYPE_FLOAT = 22
-    TYPE_VECTOR = 23
-    TYPE_MATRIX = 24
-    TYPE_ARRAY = 28
-    TYPE_STRUCT = 30
-    TYPE_POINTER = 32
-    CONSTANT_TRUE = 41
-    CONSTANT_FALSE = 42
-    CONSTANT = 43
-    SPEC_CONSTANT_TRUE = 48
-    SPEC_CONSTANT_FALSE = 49
-    SPEC_CONSTANT = 50
-    SPEC_CONSTANT_OP = 52
-    FUNCTION = 54
-    VARIABLE = 59
-    DECORATE = 71
-    MEMBER_DECORATE = 72
-    EXECUTION_MODE_ID = 331
-
+from vk_kernels.spirv.spec import COMPUTE_MODEL, MAGIC, Capability, Decoration, ExecutionMode, Op, StorageClass
 
 _TYPES = range(19, 40)  # OpTypeVoid ... OpTypeForwardPointer
-_COMPUTE_MODEL = 5
-_LOCAL_SIZE, _LOCAL_SIZE_ID = 17, 38  # execution modes
-_SPEC_ID, _ARRAY_STRIDE, _NON_WRITABLE, _BINDING, _DESCRIPTOR_SET, _OFFSET = 1, 6, 24, 33, 34, 35  # decorations
-_UNIFORM_CONSTANT, _UNIFORM, _WORKGROUP, _PUSH_CONSTANT, _STORAGE_BUFFER = 0, 2, 4, 9, 12  # storage classes
-
-_CAPABILITY_NAMES = {
-    1: "Shader",
-    9: "Float16",
-    11: "Int64",
-    22: "Int16",
-    61: "GroupNonUniform",
-    62: "GroupNonUniformVote",
-    63: "GroupNonUniformArithmetic",
-    64: "GroupNonUniformBallot",
-    65: "GroupNonUniformShuffle",
-    66: "GroupNonUniformShuffleRelative",
-    67: "GroupNonUniformClustered",
-    68: "GroupNonUniformQuad",
-    4433: "StorageBuffer16BitAccess",
-    4448: "StorageBuffer8BitAccess",
-    5116: "BFloat16TypeKHR",
-    5118: "BFloat16CooperativeMatrixKHR",
-    5345: "VulkanMemoryModel",
-    5346: "VulkanMemoryModelDeviceScope",
-    5430: "CooperativeMatrixReductionsNV",
-    5431: "CooperativeMatrixConversionsNV",
-    5432: "CooperativeMatrixPerElementOperationsNV",
-    5433: "CooperativeMatrixTensorAddressingNV",
-    5439: "TensorAddressingNV",
-    6022: "CooperativeMatrixKHR",
-}
-
 # The arithmetic that OpSpecConstantOp may hold and array lengths use.
 _SPEC_OPERATIONS = {
     113: lambda a: a,  # OpUConvert
@@ -149,7 +88,7 @@ class _Module:
 
     def __init__(self, code: bytes, spec: dict[str, int | float | bool]):
         words = struct.unpack(f"<{len(code) // 4}I", code[: len(code) // 4 * 4])
-        if len(words) < 5 or words[0] != _MAGIC:
+        if len(words) < 5 or words[0] != MAGIC:
             raise ValueError("not SPIR-V: the first word is not the magic number")
         self.version = f"{words[1] >> 16 & 0xFF}.{words[1] >> 8 & 0xFF}"
         self.names: dict[int, str] = {}
@@ -168,64 +107,64 @@ class _Module:
             count, opcode = words[position] >> 16, words[position] & 0xFFFF
             if count == 0:
                 raise ValueError(f"not SPIR-V: an instruction of no words at word {position}")
-            if opcode == _Op.FUNCTION:
+            if opcode == Op.FUNCTION:
                 break  # every declaration stands before the first function
             self._read(opcode, words[position + 1 : position + count])
             position += count
 
     def _read(self, opcode: int, operands: tuple[int, ...]) -> None:
         match opcode:
-            case _Op.CAPABILITY:
+            case Op.CAPABILITY:
                 self.capabilities.add(operands[0])
-            case _Op.NAME:
+            case Op.NAME:
                 self.names[operands[0]] = _string(operands[1:])
-            case _Op.ENTRY_POINT:
-                if operands[0] == _COMPUTE_MODEL:
+            case Op.ENTRY_POINT:
+                if operands[0] == COMPUTE_MODEL:
                     self.entry_points[operands[1]] = _string(operands[2:])
-            case _Op.EXECUTION_MODE | _Op.EXECUTION_MODE_ID:
-                if operands[1] in (_LOCAL_SIZE, _LOCAL_SIZE_ID):
-                    self.local_sizes[operands[0]] = (operands[1] == _LOCAL_SIZE_ID, operands[2:5])
-            case _Op.DECORATE:
+            case Op.EXECUTION_MODE | Op.EXECUTION_MODE_ID:
+                if operands[1] in (ExecutionMode.LOCAL_SIZE, ExecutionMode.LOCAL_SIZE_ID):
+                    self.local_sizes[operands[0]] = (operands[1] == ExecutionMode.LOCAL_SIZE_ID, operands[2:5])
+            case Op.DECORATE:
                 self.decorations.setdefault(operands[0], {})[operands[1]] = operands[2] if len(operands) > 2 else 1
-            case _Op.MEMBER_DECORATE:
+            case Op.MEMBER_DECORATE:
                 members = self.member_decorations.setdefault(operands[0], {})
                 members.setdefault(operands[1], {})[operands[2]] = operands[3] if len(operands) > 3 else 1
             case _ if opcode in _TYPES:
                 self.types[operands[0]] = (opcode, *operands[1:])
-            case _Op.CONSTANT_TRUE | _Op.CONSTANT_FALSE:
-                self.constants[operands[1]] = opcode == _Op.CONSTANT_TRUE
-            case _Op.CONSTANT:
+            case Op.CONSTANT_TRUE | Op.CONSTANT_FALSE:
+                self.constants[operands[1]] = opcode == Op.CONSTANT_TRUE
+            case Op.CONSTANT:
                 self.constants[operands[1]] = self._literal(operands[0], operands[2:])
-            case _Op.SPEC_CONSTANT_TRUE | _Op.SPEC_CONSTANT_FALSE:
-                self._spec_constant(operands[1], operands[0], opcode == _Op.SPEC_CONSTANT_TRUE)
-            case _Op.SPEC_CONSTANT:
+            case Op.SPEC_CONSTANT_TRUE | Op.SPEC_CONSTANT_FALSE:
+                self._spec_constant(operands[1], operands[0], opcode == Op.SPEC_CONSTANT_TRUE)
+            case Op.SPEC_CONSTANT:
                 self._spec_constant(operands[1], operands[0], self._literal(operands[0], operands[2:]))
-            case _Op.SPEC_CONSTANT_OP:
+            case Op.SPEC_CONSTANT_OP:
                 arguments = [self.constants.get(operand) for operand in operands[3:]]
                 operation = _SPEC_OPERATIONS.get(operands[2])
                 if operation is not None and None not in arguments:
                     self.constants[operands[1]] = operation(*arguments)
-            case _Op.VARIABLE:
+            case Op.VARIABLE:
                 self.variables.append((operands[1], operands[0], operands[2]))
 
     def _spec_constant(self, result: int, type_id: int, default) -> None:
-        spec_id = self.decorations[result][_SPEC_ID]
+        spec_id = self.decorations[result][Decoration.SPEC_ID]
         constant = SpecConstant(spec_id, self.names.get(result, f"spec{spec_id}"), self._type_name(type_id), default)
         self.spec_constants[result] = constant
         self.constants[result] = self._spec.get(constant.name, default)
 
     def _type_name(self, type_id: int) -> str:
         opcode, *rest = self.types[type_id]
-        if opcode == _Op.TYPE_BOOL:
+        if opcode == Op.TYPE_BOOL:
             return "bool"
-        if opcode == _Op.TYPE_INT:  # width, signedness
+        if opcode == Op.TYPE_INT:  # width, signedness
             return f"{'int' if rest[1] else 'uint'}{rest[0]}"
         return f"float{rest[0]}"
 
     def _literal(self, type_id: int, words: tuple[int, ...]):
         data = struct.pack(f"<{len(words)}I", *words)
         opcode, width, *rest = self.types[type_id]
-        if opcode == _Op.TYPE_INT:
+        if opcode == Op.TYPE_INT:
             return int.from_bytes(data[: max(width // 8, 1)], "little", signed=bool(rest[0]))
         return struct.unpack({16: "<e", 32: "<f", 64: "<d"}[width], data[: width // 8])[0]
 
@@ -233,21 +172,21 @@ class _Module:
         """Bytes of a type: by its offsets and strides, or (not `strided`: shared memory) packed."""
         opcode, *rest = self.types[type_id]
         match opcode:
-            case _Op.TYPE_BOOL:
+            case Op.TYPE_BOOL:
                 return 4
-            case _Op.TYPE_INT | _Op.TYPE_FLOAT:
+            case Op.TYPE_INT | Op.TYPE_FLOAT:
                 return rest[0] // 8
-            case _Op.TYPE_VECTOR | _Op.TYPE_MATRIX:
+            case Op.TYPE_VECTOR | Op.TYPE_MATRIX:
                 return rest[1] * self.size(rest[0], strided)
-            case _Op.TYPE_ARRAY:
-                stride = self.decorations.get(type_id, {}).get(_ARRAY_STRIDE) if strided else None
+            case Op.TYPE_ARRAY:
+                stride = self.decorations.get(type_id, {}).get(Decoration.ARRAY_STRIDE) if strided else None
                 return self.constants[rest[1]] * (stride or self.size(rest[0], strided))
-            case _Op.TYPE_STRUCT:
+            case Op.TYPE_STRUCT:
                 if not strided:
                     return sum(self.size(member, strided) for member in rest)
                 offsets = self.member_decorations.get(type_id, {})
-                return max((offsets[i][_OFFSET] + self.size(m) for i, m in enumerate(rest)), default=0)
-            case _Op.TYPE_POINTER:
+                return max((offsets[i][Decoration.OFFSET] + self.size(m) for i, m in enumerate(rest)), default=0)
+            case Op.TYPE_POINTER:
                 return 8
         raise ValueError(f"no size is known for SPIR-V type opcode {opcode}")
 
@@ -267,7 +206,7 @@ def reflect(code: bytes, entry: str | None = None, spec: dict[str, int | float |
         raise ValueError(f"{len(points)} compute entry points{f' called {entry!r}' if entry else ''}, not 1")
     ((name, point),) = points.items()
 
-    unknown = sorted(c for c in module.capabilities if c not in _CAPABILITY_NAMES)
+    unknown = sorted(c for c in module.capabilities if c not in set(Capability))
     if unknown:
         raise ValueError(
             f"{name}: unknown SPIR-V capabilities {unknown}; add them to vk_kernels/spirv/reflect.py and features.py"
@@ -275,13 +214,13 @@ def reflect(code: bytes, entry: str | None = None, spec: dict[str, int | float |
 
     bindings, push_constant_bytes, shared_bytes = [], 0, 0
     for variable, pointer, storage_class in module.variables:
-        if storage_class == _STORAGE_BUFFER:
+        if storage_class == StorageClass.STORAGE_BUFFER:
             bindings.append(_binding(module, variable, pointer, name))
-        elif storage_class == _PUSH_CONSTANT:
+        elif storage_class == StorageClass.PUSH_CONSTANT:
             push_constant_bytes = (module.size(module.pointee(pointer)) + 3) // 4 * 4
-        elif storage_class == _WORKGROUP:
+        elif storage_class == StorageClass.WORKGROUP:
             shared_bytes += module.size(module.pointee(pointer), strided=False)
-        elif storage_class in (_UNIFORM, _UNIFORM_CONSTANT):
+        elif storage_class in (StorageClass.UNIFORM, StorageClass.UNIFORM_CONSTANT):
             raise ValueError(f"{name}: {module.names.get(variable)!r} is no storage buffer; kernels take nothing else")
     by_id, sizes = module.local_sizes[point]
     workgroup = tuple(_axis(module, size) if by_id else size for size in sizes)
@@ -293,19 +232,23 @@ def reflect(code: bytes, entry: str | None = None, spec: dict[str, int | float |
         bindings=tuple(sorted(bindings, key=lambda binding: binding.binding)),
         push_constant_bytes=push_constant_bytes,
         shared_bytes=shared_bytes,
-        capabilities=tuple(sorted(_CAPABILITY_NAMES[c] for c in module.capabilities)),
+        capabilities=tuple(sorted(Capability(c).name for c in module.capabilities)),
     )
 
 
 def _binding(module: _Module, variable: int, pointer: int, entry: str) -> Binding:
     decorations = module.decorations[variable]
     name = module.names.get(variable, "")
-    if decorations[_DESCRIPTOR_SET] != 0:
-        raise ValueError(f"{entry}: buffer {name!r} is in descriptor set {decorations[_DESCRIPTOR_SET]}; use set 0")
+    if decorations[Decoration.DESCRIPTOR_SET] != 0:
+        raise ValueError(
+            f"{entry}: buffer {name!r} is in descriptor set {decorations[Decoration.DESCRIPTOR_SET]}; use set 0"
+        )
     block = module.pointee(pointer)
     members = module.member_decorations.get(block, {})
-    read_only = _NON_WRITABLE in decorations or (members and all(_NON_WRITABLE in m for m in members.values()))
-    return Binding(decorations[_BINDING], name, not read_only)
+    read_only = Decoration.NON_WRITABLE in decorations or (
+        members and all(Decoration.NON_WRITABLE in m for m in members.values())
+    )
+    return Binding(decorations[Decoration.BINDING], name, not read_only)
 
 
 def _axis(module: _Module, size_id: int) -> int | str:

@@ -35,10 +35,12 @@ from typing import Any
 
 from vk_kernels.runtime.features import CAPABILITIES
 from vk_kernels.spirv.reflect import reflect
+from vk_kernels.spirv.spec import Capability, Op
 from vk_kernels.tools.arguments import BAD_INPUT, ArgumentParser, run_tool
 
 PACKAGE = Path(__file__).parents[1]
 
+_UNIFORM_AND_STORAGE_BUFFER_16_BIT_ACCESS = 4434  # a capability: more than kernels that bind no uniforms need
 # -O0: Slang's own optimizer is not in the wheel; spirv-opt comes after. 1.5 is what Vulkan 1.2 takes.
 SLANGC_FLAGS = (
     *("-target", "spirv", "-profile", "spirv_1_5", "-O0", "-fvk-use-entrypoint-name", "-stage", "compute"),
@@ -200,9 +202,9 @@ def _portable(binary: bytes) -> bytes:
     while position < len(words):
         count, opcode = words[position] >> 16, words[position] & 0xFFFF
         instruction = list(words[position : position + count])
-        if opcode == 17 and instruction[1] == 4434:  # OpCapability UniformAndStorageBuffer16BitAccess
-            instruction[1] = 4433  # StorageBuffer16BitAccess
-        if opcode != 3:  # OpSource
+        if opcode == Op.CAPABILITY and instruction[1] == _UNIFORM_AND_STORAGE_BUFFER_16_BIT_ACCESS:
+            instruction[1] = Capability.StorageBuffer16BitAccess
+        if opcode != Op.SOURCE:
             kept += instruction
         position += count
     return struct.pack(f"<{len(kept)}I", *kept)

@@ -13,7 +13,8 @@ import numpy as np
 
 from vk_kernels.compiler.codegen.scalars import ELEMENTWISE, Scalars, threefry2x32
 from vk_kernels.compiler.ir import Function, Graph, Literal, Node, Value
-from vk_kernels.spirv.builder import Buffer, Code, Id, Module, Op
+from vk_kernels.spirv.builder import Buffer, Code, Id, Module
+from vk_kernels.spirv.spec import Op
 
 Coords = tuple[Id, ...]
 Question = tuple[Value | Literal, Sequence[Id]]

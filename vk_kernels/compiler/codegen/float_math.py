@@ -13,7 +13,8 @@ import math
 
 import numpy as np
 
-from vk_kernels.spirv.builder import Ext, Id, Module, Op
+from vk_kernels.spirv.builder import Id, Module
+from vk_kernels.spirv.spec import Ext, Op
 
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _LOG2E = math.log2(math.e)

@@ -40,7 +40,8 @@ from vk_kernels.compiler.codegen.sections import (
     levels,
 )
 from vk_kernels.compiler.ir import Graph, Literal, Node, Value
-from vk_kernels.spirv.builder import Buffer, Code, Id, Module, Op
+from vk_kernels.spirv.builder import Buffer, Code, Id, Module
+from vk_kernels.spirv.spec import Op
 
 RANKS = frozenset({"sort", "top_k"})
 # Made of many elements each.

@@ -12,7 +12,8 @@ import numpy as np
 from vk_kernels.compiler.codegen.emitter import Coords, Emitter, dtype_of, handles, shape_of, size_of
 from vk_kernels.compiler.codegen.scalars import kind
 from vk_kernels.compiler.ir import Literal, Node, Value
-from vk_kernels.spirv.builder import Code, Ext, Id, Op
+from vk_kernels.spirv.builder import Code, Id
+from vk_kernels.spirv.spec import Ext, Op
 
 
 def _offset(e: Emitter, c: Id, by: int) -> Id:

@@ -11,7 +11,8 @@ import numpy as np
 from vk_kernels.compiler.codegen.emitter import Coords, Emitter, dtype_of, handles, shape_of
 from vk_kernels.compiler.codegen.scalars import Scalars, kind
 from vk_kernels.compiler.ir import Node
-from vk_kernels.spirv.builder import Code, Ext, Id, Op
+from vk_kernels.spirv.builder import Code, Id
+from vk_kernels.spirv.spec import Ext, Op
 
 F32 = np.dtype(np.float32)
 

@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from vk_kernels.compiler.codegen.float_math import FloatMath
-from vk_kernels.spirv.builder import Ext, Id, Module, Op
+from vk_kernels.spirv.builder import Id, Module
+from vk_kernels.spirv.spec import Ext, Op
 
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 

@@ -17,7 +17,8 @@ from vk_kernels.compiler.codegen.emitter import Emitter, dtype_of, shape_of, siz
 from vk_kernels.compiler.codegen.reductions import Reducer, reduced_axes, whole_place
 from vk_kernels.compiler.codegen.scalars import Scalars, kind
 from vk_kernels.compiler.ir import Literal, Node, Value
-from vk_kernels.spirv.builder import Buffer, Code, Ext, Id, Module, Op, Shared
+from vk_kernels.spirv.builder import Buffer, Code, Id, Module, Shared
+from vk_kernels.spirv.spec import Ext, Op
 
 THREADS = 256  # of a workgroup
 _COLUMNS = 32  # neighbouring outputs that a workgroup reduces together, where the last axis is kept
