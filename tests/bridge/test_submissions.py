@@ -77,8 +77,11 @@ def test_results_are_the_same_bits_however_a_program_is_cut():
 
 
 @needs_vulkan
-@pytest.mark.parametrize("is_submitted", [True, False], ids=["after the second", "before it"])
-def test_an_interrupt_between_two_submissions_leaves_no_array_half_written(monkeypatch, is_submitted):
+@pytest.mark.parametrize(
+    ("is_submitted", "error"),
+    [(True, KeyboardInterrupt), (False, KeyboardInterrupt), (True, TimeoutError), (False, SystemExit)],
+)
+def test_what_a_signal_raises_between_two_submissions_leaves_no_array_half_written(monkeypatch, is_submitted, error):
     device = open_device(SELECTOR)
     whole, *_ = run(0)
     monkeypatch.setattr(device, "submit_ms", SHORT)
@@ -94,11 +97,11 @@ def test_an_interrupt_between_two_submissions_leaves_no_array_half_written(monke
         calls.append(self)
         submission = submit(self) if is_submitted or len(calls) != 2 else None
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            raise error
         return submission
 
     monkeypatch.setattr(command_buffer.Recorder, "submit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         step(state, x)
     assert len(set(calls)) == step.cost(*start()).barriers + 1
     assert len(calls) == len(set(calls)) + (not is_submitted)

@@ -380,16 +380,25 @@ class Chain:
         return self._recorders[-1].last_use
 
     def submit(self) -> Submission:
-        """Hands them to the device, one submission each; gives the last one."""
-        before = [recorder.last_use for recorder in self._recorders]
-        try:
-            for recorder in self._recorders:
-                submission = self._submit(recorder)
-        except KeyboardInterrupt:  # the rest, too: half of a program would leave an array half written
-            for recorder, last_use in zip(self._recorders, before, strict=True):
-                if recorder.last_use == last_use:
+        """Hands them to the device, one submission each; returns the last one.
+
+        All of them, also where something is raised in between, as signal handlers may: half of a program would leave an
+        array half written. Only where the device refuses one, nothing after it may run.
+        """
+        queue = self._recorders[0].queue
+        raised: BaseException | None = None
+        for recorder in self._recorders:
+            newest = queue.submitted
+            try:
+                submission = recorder.submit() if raised else self._submit(recorder)
+            except BaseException as error:
+                raised = raised or error
+                if recorder.last_use <= newest:  # not handed over
+                    if isinstance(error, VulkanError):
+                        break
                     recorder.submit()
-            raise
+        if raised:
+            raise raised
         return submission
 
     def _submit(self, recorder: Recorder) -> Submission:
