@@ -15,6 +15,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 import vk_kernels
 from vk_kernels import ops
 from vk_kernels.errors import BufferSizeError, UnsupportedError
+from vk_kernels.runtime import lifetime
 from vk_kernels.runtime.executable import RECORDINGS
 from vk_kernels.runtime.memory import Buffer, Memory
 from vk_kernels.runtime.open_devices import open_device
@@ -314,6 +315,21 @@ def test_a_loop_is_left_for_another_structure_or_type():
     np.testing.assert_allclose(state[0], X + 6 + X + X, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "other", [lambda x: (x,), lambda x: [x, x], lambda x: x, lambda x: {"a": x}, lambda x: (x, {})]
+)
+def test_calls_with_structures_in_turn_copy_nothing_to_the_host(other, monkeypatch):
+    double = vjit(lambda tree, *more: jax.tree.map(lambda x: x * 2, tree))
+    x = vk_kernels.device_put(X, SELECTOR)
+    calls = [((x, x),), (other(x),), ((x, x), x)]
+    copies, numpy = [], vk_kernels.Array.numpy
+    monkeypatch.setattr(vk_kernels.Array, "numpy", lambda self: copies.append(self) or numpy(self))
+    for args in [*calls, *calls]:
+        double(*args)
+    assert copies == []
+    assert "0.12573" in repr(x)
+
+
 def test_donated_arrays_are_read_before_they_are_written():
     def rotate(a, b, c):
         return b, c + a.sum(), a[::-1]
@@ -553,6 +569,19 @@ def test_a_result_that_moves_while_it_is_read_is_read_again(monkeypatch):
 def test_results_that_are_held_stay_as_they_are():
     double = vjit(lambda x: x * 2)
     held = [double(X + i) for i in range(20)]
+    for i, found in enumerate(held):
+        np.testing.assert_array_equal(found, (X + i) * 2)
+
+
+def test_without_reference_counts_results_and_states_are_the_same(monkeypatch):
+    """In a Python whose counts say nothing: more is copied, and no object is taken again."""
+    monkeypatch.setattr(lifetime, "_BASE_REFCOUNT", None)
+    double, step = vjit(lambda x: x * 2), vjit(lambda s, x: ({"a": s["a"] + x}, s["a"].sum()), donate_argnums=0)
+    state, held = {"a": np.zeros_like(X)}, []
+    for i in range(2 * RECORDINGS):
+        state, _ = step(state, X)
+        held.append(double(X + i))
+    np.testing.assert_allclose(state["a"], 2 * RECORDINGS * X, rtol=1e-5)
     for i, found in enumerate(held):
         np.testing.assert_array_equal(found, (X + i) * 2)
 

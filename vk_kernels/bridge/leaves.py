@@ -9,7 +9,7 @@ from jax.extend import source_info_util
 from vk_kernels.bridge.array_methods import to_jax
 from vk_kernels.compiler.avals import is_array, on_host, to_device
 from vk_kernels.errors import UnsupportedError
-from vk_kernels.runtime.array import Array, ArrayType, array_type
+from vk_kernels.runtime.array import Array, ArrayType, array_type, repr_style
 
 _TRACED = jax.core.Tracer, jax.ShapeDtypeStruct
 _OWNED = Array, jax.Array
@@ -58,10 +58,13 @@ def leaves_at(tree: Any, x: Any) -> list[Any] | None:
 
     A part may be a tree itself.
     """
+    repr_style.has_contents = False  # JAX puts the arrays that it finds into an error, which nobody reads
     try:
         return tree.flatten_up_to(x)
     except ValueError:
         return None
+    finally:
+        repr_style.has_contents = True
 
 
 def delete(x: Any) -> None:

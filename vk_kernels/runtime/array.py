@@ -1,6 +1,7 @@
 """Arrays that live on a Vulkan device, without JAX, whose methods `bridge.array_methods` adds to them."""
 
 import functools
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,13 @@ class ArrayType(NamedTuple):
 array_type = functools.lru_cache(maxsize=65_536)(ArrayType)
 
 
+class _ReprStyle(threading.local):
+    """The style of `repr` in this thread: without contents it copies nothing from the device."""
+
+    has_contents = True
+
+
+repr_style = _ReprStyle()
 _OWN = DonationState()  # of arrays that are donated one by one
 
 
@@ -175,4 +183,6 @@ class Array:
     def __repr__(self) -> str:
         if self.is_deleted():
             return f"Array({self.type}, deleted)"
+        if not repr_style.has_contents:
+            return f"Array({self.type})"
         return f"Array({self.numpy()}, {self.type})"
