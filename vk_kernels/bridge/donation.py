@@ -96,6 +96,7 @@ class _Carry(NamedTuple):
 
     @classmethod
     def find(cls, in_tree: Any, out_tree: Any, aliases: Mapping[int, int]) -> "_Carry | None":
+        """The first such state of a function, None if it has none."""
         (arguments, keywords), results = (tree.children() for tree in (in_tree, out_tree))
         arguments = arguments.children()
         if keywords.num_leaves or out_tree != treedef_tuple(results):

@@ -57,7 +57,7 @@ def jit(
 ) -> Any:
     """`fn` as one submission to a Vulkan device; without `fn`, a decorator with these options.
 
-    Its hot operations (`vk_kernels.ops`) run as their kernels; everything else as kernels generated for it.
+    Operations of `vk_kernels.ops` run as their own kernels, everything else as kernels generated for it.
 
     Args:
       fn: a pure function of pytrees of arrays to a pytree of arrays.
@@ -75,8 +75,8 @@ def jit(
 
     Raises TypeError or ValueError for options that are not taken, or that do not fit `fn`. When called:
       UnsupportedError: what no kernel is there for, with the primitive, its shapes and the line.
-      ValueError: a static argument that is not hashable; an array that is donated and passed a second time; what a hot
-        operation refuses, with the line.
+      ValueError: a static argument that is not hashable; an array that is donated and passed a second time; arguments
+        that an operation refuses, with the line.
       RuntimeError: an array that was donated or deleted.
       FloatingPointError: under jax_debug_nans or jax_debug_infs, a result that has one.
       NoDeviceError: no loader, no driver, or no such device.
@@ -115,7 +115,7 @@ def device_get(tree: Any) -> Any:
 
 
 class Jitted:
-    """What `jit` gives. Compiled once for each set of shapes, dtypes and static arguments, on each device."""
+    """A jitted function, compiled once for each set of shapes, dtypes and static arguments, on each device."""
 
     __wrapped__: Callable[..., Any]
 
@@ -170,7 +170,7 @@ class Jitted:
                 return compiled.caller.call(leaves)
 
     def _in_trace(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A call that is part of what JAX traces."""
+        """A call inside of a function that JAX traces."""
         with self._using():
             return self._jitted(*args, **kwargs)
 
@@ -186,7 +186,7 @@ class Jitted:
             return self.__wrapped__(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        """As a method, its first argument is the instance."""
+        """Binds it to an instance, which is then the first argument."""
         return self if instance is None else MethodType(self, instance)
 
     def __reduce__(self) -> Any:
@@ -253,7 +253,7 @@ class Jitted:
         return {n % count for n in self._static_numbers if -count <= n < count}
 
     def _split(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The arguments of a call that are arrays, and what else it is compiled for."""
+        """The dynamic arguments of a call; and the static ones, with JAX's configuration and the target of `use`."""
         static: tuple = ()
         if self._static_numbers or self._static_names:
             numbers = self._static_positions(len(args))
@@ -266,10 +266,10 @@ class Jitted:
                 check_hashable(name, kind, x)
             args = tuple(x for n, x in enumerate(args) if n not in numbers)
             kwargs = {name: x for name, x in kwargs.items() if name not in self._static_names}
-        return (args, kwargs), (static, trace_context())  # which has the target of `use`, too
+        return (args, kwargs), (static, trace_context())  # the target of `use` is in it
 
     def _key(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
-        """What a call is compiled for (structure, static arguments and configuration, types), and its leaves."""
+        """(structure, static arguments with JAX's configuration, types): the key of what is compiled; and the leaves."""
         dynamic, static = self._split(args, kwargs)
         leaves, tree = jax.tree.flatten(dynamic)
         return (tree, static, tuple(map(type_of, leaves))), leaves
@@ -309,8 +309,7 @@ class Jitted:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Puts garbage collection off: one looks at all that JAX is made of, for a tenth of a second, and a trace with what
-    is made of it sets off several, while nearly all that it makes is kept."""
+    """Puts garbage collection off. A trace sets off several, each a tenth of a second, and nearly nothing is garbage."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -77,7 +77,7 @@ class Compiled:
         return results
 
     def as_text(self) -> str:
-        """The program: every dispatch with what it reads and writes, and where a barrier is."""
+        """The program in words: each dispatch with the memory that it reads and writes, and each barrier."""
         cost = self.cost()
         lines = [
             f"{cost.dispatches} dispatches, {cost.barriers} barriers, {cost.bytes:,} bytes moved, "
@@ -98,6 +98,7 @@ class Compiled:
         return "\n".join(lines)
 
     def cost(self) -> Cost:
+        """The cost of a call, as planned."""
         commands = self.program.commands
         return Cost(
             flops=sum(command.flops for command in commands),
@@ -118,7 +119,7 @@ class Compiled:
 
 
 class Lowered:
-    """A function for arguments of given types. It is not called itself: `compile` gives what is."""
+    """A function lowered for arguments of given types. It is not callable: `compile` returns the callable."""
 
     def __init__(self, compiled: Compiled):
         self._compiled = compiled
@@ -127,10 +128,11 @@ class Lowered:
         return self._compiled
 
     def as_text(self) -> str:
-        """The program: every dispatch with what it reads and writes, and where a barrier is."""
+        """The program in words: each dispatch with the memory that it reads and writes, and each barrier."""
         return self._compiled.as_text()
 
     def cost(self) -> Cost:
+        """The cost of a call, as planned."""
         return self._compiled.cost()
 
     @property
@@ -171,7 +173,7 @@ class Lowered:
 
 
 class Traced:
-    """A traced function: what JAX knows of it, and the way to the device."""
+    """A traced function, as `jax.stages.Traced`; `lower` lowers it for a Vulkan device."""
 
     def __init__(self, traced: Any, lower: Callable[[], Lowered]):
         """traced: a `jax.stages.Traced`, which would be lowered for XLA."""

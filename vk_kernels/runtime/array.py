@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ArrayType(NamedTuple):
-    """What is known of an array before it is computed. weak_type: as JAX has it, of Python numbers."""
+    """An array's shape and dtype. weak_type: JAX's mark of a type that came from a Python number."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -72,7 +72,7 @@ class Array:
 
     @property
     def buffer(self) -> Buffer:
-        """Its memory. Raises RuntimeError where it was donated or deleted."""
+        """The array's memory. Raises RuntimeError where it was donated or deleted."""
         if self._buffer is None or self._donation.donated:
             raise RuntimeError(f"this array, {self.type}, was donated or deleted: use what the function gave back")
         return self._buffer
@@ -135,7 +135,7 @@ class Array:
         self._donation.all_alive = False
 
     def move_to(self, buffer: Buffer) -> None:
-        """From here on its memory is `buffer`, where its content has been copied."""
+        """Makes `buffer` its memory, where its content has been copied."""
         self._buffer = buffer
 
     def item(self) -> Any:
@@ -171,7 +171,7 @@ class Array:
         return self.shape[0]
 
     def copy(self) -> "Array":
-        """In memory of its own."""
+        """A copy in memory of its own."""
         return Array(self.device.upload(self.numpy()), self.type)
 
     def __copy__(self) -> "Array":

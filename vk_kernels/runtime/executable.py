@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from vk_kernels.runtime.device import Device
     from vk_kernels.runtime.kernel import Kernel
 
-RECORDINGS = 4  # that an executable keeps: for other buffers, and so that a call need not wait for the one before
+# Kept by an executable: for other buffers, and so that a call need not wait for the one before.
+RECORDINGS = 4
 
 
 def group_stages(seconds: Sequence[float], limit: float) -> list[int]:
@@ -112,11 +113,13 @@ class Executable:
         self._misses: Counter[int] = Counter()
 
     def __call__(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Array]:
-        """Submits the program; gives the outputs at once, computed or not, but for those in an input's memory.
+        """Submits the program; returns at once the outputs that are not in an input's memory, computed or not.
 
-        arguments: by number, a buffer on the device each, or a host array, which is uploaded; of aliased inputs always
-        a buffer, or nothing at all, where it is the one of the last call. Raises ValueError for an argument of another
-        size than the input has, and where two inputs are in the same memory, one of which is an output's.
+        arguments: by number; a buffer on the device, or a host array, which is uploaded. For an aliased input a buffer,
+        or no entry if it is the last call's.
+
+        Raises ValueError for an argument of another size than the input's, and for two inputs in the same memory, one
+        of which is an output's.
         """
         self._check_sizes(arguments)
         recording = self._find_or_record(self._bind(arguments))
@@ -283,7 +286,7 @@ class Executable:
         return self.arena[block].slice(offset, place.nbytes)
 
     def time(self, arguments: Sequence[Buffer | np.ndarray]) -> list["Timing"]:
-        """Device time of each command, one after another; the arguments stay as they are."""
+        """Device time of each command, run one at a time; the arguments stay as they are."""
         self._check_sizes(dict(enumerate(arguments)))
         inputs = [self.device.buffer(x.size) if isinstance(x, Buffer) else self.device.upload(x) for x in arguments]
         self._copy([(x, copy) for x, copy in zip(arguments, inputs, strict=True) if isinstance(x, Buffer)])

@@ -130,6 +130,7 @@ class Buffer:
             tracker.freed = self.size
 
     def untrack(self, tracker: UsageTracker) -> None:
+        """Ends `track`; the submissions so far still count."""
         self._last_use = max(self._last_use, tracker.last_use)
         self._trackers.pop(id(tracker), None)
 
@@ -167,8 +168,7 @@ class Buffer:
         ffi.memmove(self.block.bytes[start : start + nbytes], source, nbytes)
 
     def mapped(self, dtype: Any, shape: tuple[int, ...]) -> np.ndarray | None:
-        """Its start as an array in host memory, or None where the host does not see it. Whoever writes there waits for
-        `last_use` first."""
+        """A view of its start in host memory, None where the host does not see it. Writers wait for `last_use` first."""
         if self.block.bytes is None:
             return None
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize

@@ -14,7 +14,7 @@ from vk_kernels.runtime.hazards import PendingAccesses, Range
 
 
 class BufferSlice(NamedTuple):
-    """Where an array lies: the `index`-th input, output or constant, or `index` bytes into the arena."""
+    """A range of memory: the whole `index`-th input, output or constant, or `nbytes` at `index` in the arena."""
 
     space: str
     index: int
@@ -26,10 +26,10 @@ class BufferSlice(NamedTuple):
 
 @dataclass(frozen=True)
 class Command:
-    """One dispatch. kernel: one that ships, or SPIR-V. operands: in binding order.
+    """One dispatch.
 
-    scope: the names around what it does (`jax.named_scope`). flops: useful floating-point operations, roughly.
-    parts: see `plan.Dispatch`.
+    kernel: one that ships, or SPIR-V. operands: in binding order. scope: the `jax.named_scope`s around it, joined by /.
+    flops: useful floating-point operations, roughly. parts: see `dispatch_plan.Dispatch`.
     """
 
     label: str
@@ -44,10 +44,10 @@ class Command:
 
 @dataclass(frozen=True)
 class Program:
-    """Commands in order.
+    """A function's commands in order, with the arrays that they work on.
 
-    aliases: output -> the donated input in whose memory it is. arena_bytes: in blocks of arena_block bytes, and what is
-    left; no array is in two.
+    aliases: output -> the donated input in whose memory it is.
+    arena_bytes: cut into blocks of arena_block bytes, the last one shorter; no array spans two.
     """
 
     commands: tuple[Command, ...]
