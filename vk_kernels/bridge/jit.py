@@ -269,7 +269,7 @@ class Jitted:
         return (args, kwargs), (static, trace_context())  # the target of `use` is in it
 
     def _key(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
-        """(structure, static arguments with JAX's configuration, types): the key of what is compiled; and the leaves."""
+        """(structure, static arguments with JAX's configuration, types), the key of what is compiled; the leaves."""
         dynamic, static = self._split(args, kwargs)
         leaves, tree = jax.tree.flatten(dynamic)
         return (tree, static, tuple(map(type_of, leaves))), leaves
@@ -309,7 +309,7 @@ class Jitted:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Puts garbage collection off. A trace sets off several, each a tenth of a second, and nearly nothing is garbage."""
+    """Puts garbage collection off: a trace sets off several, a tenth of a second each, and finds nearly nothing."""
     was_on = gc.isenabled()
     gc.disable()
     try:

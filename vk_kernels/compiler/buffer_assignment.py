@@ -31,7 +31,7 @@ _COPIES = 32  # of outputs, that one kernel does
 class _Dispatch:
     """A dispatch whose operands index into (*inputs, *outputs, *scratch) of its step.
 
-    writes: whether it does, each. parts: see `plan.Dispatch`.
+    writes: whether it does, each. parts: see `dispatch_plan.Dispatch`.
     """
 
     label: str

@@ -168,7 +168,7 @@ class Buffer:
         ffi.memmove(self.block.bytes[start : start + nbytes], source, nbytes)
 
     def mapped(self, dtype: Any, shape: tuple[int, ...]) -> np.ndarray | None:
-        """A view of its start in host memory, None where the host does not see it. Writers wait for `last_use` first."""
+        """A view of its start in host memory, None where the host does not see it. Writers wait for `last_use`."""
         if self.block.bytes is None:
             return None
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
