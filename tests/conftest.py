@@ -48,8 +48,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         raise pytest.UsageError(f"VK_KERNELS_REQUIRE is set: {layer_skip_reason()}")
 
 
+# Files that take long: scripts/test.sh hands out files in this order, and one that began last would run alone.
+LONGEST = (
+    *("test_campaign", "test_train", "test_train_device", "test_jit", "test_run_folder", "test_ops_in_training"),
+    *("test_train_vulkan", "test_train_mistakes", "test_attention", "test_matmul", "test_checkpoint", "test_jit_train"),
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))  # stable: the others stay as they are
     for item in items:
         needs_layer = item.get_closest_marker("validation_layer") is not None
         if needs_layer or not {"device", "opened"}.isdisjoint(getattr(item, "fixturenames", ())):

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
-import pytest
 from ml_collections import ConfigDict
 
 from configs import chat_tiny
@@ -13,10 +11,8 @@ from gpt_jax.runs.metrics import read_lines
 STEPS, EVERY = 12, 4
 
 
-@pytest.fixture(scope="module", name="corpus")
-def two_dialogues(tmp_path_factory) -> Path:
-    """Sixty small dialogues."""
-    file = tmp_path_factory.mktemp("corpus") / "chats.jsonl"
+def write_chats(file: Path) -> Path:
+    """Writes sixty small dialogues."""
     words = ["sun", "moon", "star", "sea", "hill", "tree", "bird", "stone", "wind", "rain"]
     with file.open("w") as out:
         for i in range(60):
@@ -24,19 +20,6 @@ def two_dialogues(tmp_path_factory) -> Path:
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": f"{reply} {i}"}]
             out.write(json.dumps({"messages": turns}) + "\n")
     return file
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """What one run of a module has compiled, the others take from a folder."""
-    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
-    settings |= {"jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def tiny(corpus: Path, **changes) -> ConfigDict:

@@ -1,7 +1,4 @@
-"""Runs as a user starts them, in a process of their own, and what two of them are compared by.
-
-Import what a test module needs by name, the fixtures `chats` (corpus) and `straight_run` (straight) too.
-"""
+"""Runs as a user starts them, in a process of their own, and what two of them are compared by."""
 
 import atexit
 import json
@@ -15,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -42,10 +38,8 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module", name="corpus")
-def chats(tmp_path_factory) -> Path:
-    """A few hundred small dialogues."""
-    file = tmp_path_factory.mktemp("corpus") / "chats.jsonl"
+def write_chats(file: Path) -> Path:
+    """Writes a few hundred small dialogues."""
     rng = np.random.default_rng(0)
     words = ["sun", "moon", "star", "sea", "hill", "tree", "bird", "stone", "wind", "rain"]
     with file.open("w") as out:
@@ -117,15 +111,6 @@ def flatten(tree: dict, prefix: str = ""):
             yield from flatten(value, f"{prefix}{name}/")
         else:
             yield prefix + name, value
-
-
-@pytest.fixture(scope="module", name="straight")
-def straight_run(corpus, tmp_path_factory) -> Path:
-    """A run from start to end, without incident."""
-    workdir = tmp_path_factory.mktemp("straight") / "run"
-    done = run(corpus, workdir)
-    assert done.returncode == 0, done.stderr
-    return workdir
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:

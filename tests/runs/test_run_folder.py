@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny_run import compiled_once, steps_saved, tiny, two_dialogues, written  # noqa: F401
+from tiny_run import steps_saved, tiny, written
 
 from gpt_jax.config import UserError
 from gpt_jax.data import token_cache
@@ -17,6 +17,8 @@ from gpt_jax.runs.metrics import read_lines
 from gpt_jax.storage.files import StorageError
 from gpt_jax.storage.lock import lock
 from gpt_jax.training.trainer import Run, train_and_evaluate
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

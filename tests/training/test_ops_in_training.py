@@ -1,4 +1,4 @@
-"""A hundred steps of a tiny model, dropout on, by the kernels under jax.jit and by XLA."""
+"""Fifty steps of a tiny model, dropout on, by the kernels under jax.jit and by XLA."""
 
 import collections
 import functools
@@ -19,7 +19,7 @@ from vk_kernels.bridge.custom_call import counts
 
 pytestmark = [needs_vulkan, pytest.mark.timeout(300)]
 
-STEPS = 100
+STEPS, REPEATED = 50, 5  # of a run, and of a second one
 LAYERS = 2
 
 
@@ -27,7 +27,7 @@ def tiny_config():
     config = chat_tiny.get_config()
     config.batch_size = 4
     config.model.update(vocab_size=80, block_size=24, num_layers=LAYERS, num_heads=2, embed_dim=48, dropout_rate=0.1)
-    config.optimizer.update(warmup_steps=10, decay_steps=STEPS)
+    config.optimizer.update(warmup_steps=5, decay_steps=STEPS)
     return config
 
 
@@ -43,9 +43,9 @@ def batch_of(step: int) -> dict[str, np.ndarray]:
     return {"inputs": walk[:, :-1].astype(np.int32), "targets": targets.astype(np.int32)}
 
 
-class Run(NamedTuple):
-    losses: np.ndarray  # (STEPS,)
-    params: dict
+class Outcome(NamedTuple):
+    losses: np.ndarray  # (steps,)
+    params: dict  # after REPEATED steps
     kernels: dict[str, int]  # how often each ran
 
 
@@ -62,15 +62,16 @@ STEP = jax.jit(
 )
 
 
-def train(implementation: str) -> Run:
+def train(implementation: str, steps: int = STEPS) -> Outcome:
     state = jax.jit(lambda: init_state(init_params(MODEL, CONFIG.seed), OPTIMIZER))()
-    before, losses = collections.Counter(counts()), []
+    before, losses, params = collections.Counter(counts()), [], {}
     with use(implementation):
-        for i in range(STEPS):
+        for i in range(steps):
             state, metrics = STEP(state, batch_of(i))
             losses.append(metrics["loss"])
-    params = jax.tree.map(np.asarray, state.params)
-    return Run(np.array(losses), params, dict(collections.Counter(counts()) - before))
+            if i + 1 == REPEATED:
+                params = jax.tree.map(np.array, state.params)
+    return Outcome(np.array(losses), params, dict(collections.Counter(counts()) - before))
 
 
 def use(implementation: str):
@@ -78,12 +79,12 @@ def use(implementation: str):
 
 
 @pytest.fixture(scope="module")
-def on_vulkan() -> Run:
+def on_vulkan() -> Outcome:
     return train("vulkan")
 
 
 @pytest.fixture(scope="module")
-def on_xla() -> Run:
+def on_xla() -> Outcome:
     return train("xla")
 
 
@@ -107,10 +108,12 @@ def test_the_kernels_did_it(on_vulkan, on_xla):
 
 
 def test_a_second_run_is_the_same_bit_for_bit(on_vulkan):
-    again = train("vulkan")
-    assert again.losses.tobytes() == on_vulkan.losses.tobytes()
+    again = train("vulkan", REPEATED)
+    assert again.losses.tobytes() == on_vulkan.losses[:REPEATED].tobytes()
     jax.tree.map(np.testing.assert_array_equal, again.params, on_vulkan.params)
-    assert again.kernels == on_vulkan.kernels
+    assert {name: count / REPEATED for name, count in again.kernels.items()} == {
+        name: count / STEPS for name, count in on_vulkan.kernels.items()
+    }
 
 
 def test_dropout_masks_are_those_of_xla():

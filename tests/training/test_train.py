@@ -1,29 +1,30 @@
 """Whole runs that go well, are killed, or are interrupted."""
 
 import contextlib
+import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from whole_run import (  # noqa: F401
+from whole_run import (
     ROOT,
     assert_same_results,
-    chats,
     command,
     configuration,
     environment,
     flatten,
     results,
     run,
-    straight_run,
     train_lines,
     wait_until,
 )
@@ -57,45 +58,51 @@ def test_a_run_leaves_all_that_it_should(straight):
     assert {sample["step"] for sample in samples} == {60}
 
 
-def test_a_finished_run_started_again_does_nothing_more(straight, corpus):
-    before = (straight / "metrics.jsonl").read_text()
-    done = run(corpus, straight)
-    assert done.returncode == 0, done.stderr
-    after = [line for line in (straight / "metrics.jsonl").read_text().splitlines() if '"event"' not in line]
-    assert after == [line for line in before.splitlines() if '"event"' not in line]
+def test_a_finished_run_started_again_does_nothing_more(straight, corpus, tmp_path):
+    workdir = shutil.copytree(straight, tmp_path / "run")
+    assert train_and_evaluate(configuration(corpus), workdir) is None
+    files = [folder / name for name in ("metrics.jsonl", "samples.jsonl") for folder in (straight, workdir)]
+    before, after, *samples = [
+        [line for line in file.read_text().splitlines() if '"event"' not in line] for file in files
+    ]
+    assert after == before
+    assert samples[0] == samples[1]
+    assert saved_steps(workdir / "checkpoints") == saved_steps(straight / "checkpoints")
 
 
-def test_killed_and_resumed_is_bit_identical(straight, corpus, tmp_path):
+def start(corpus: Path, workdir: Path) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command(corpus, workdir), cwd=ROOT, env=environment(), text=True, **pipes)
+
+
+def trains_again(workdir: Path, resumed: int) -> bool:
+    """Whether a run has made a step since it was resumed for this many times."""
+    splits = [line["split"] for line in read_lines(workdir / "metrics.jsonl")]
+    return splits.count("event") == resumed and splits[-1] == "train"
+
+
+def test_killed_and_stopped_by_signals_and_resumed_it_is_bit_identical(straight, corpus, tmp_path):
+    """One run that is killed, and stopped by Ctrl-C and by SIGTERM when it goes on."""
     workdir = tmp_path / "run"
-    process = subprocess.Popen(
-        command(corpus, workdir), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start(corpus, workdir)
     wait_until((workdir / "checkpoints" / "10").is_dir, process)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
+    for resumed, (number, code) in enumerate(((signal.SIGINT, 130), (signal.SIGTERM, 143)), start=1):
+        process = start(corpus, workdir)
+        wait_until(functools.partial(trains_again, workdir, resumed), process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == code, err
+        assert "Traceback" not in err
+        assert "initialised from this run's checkpoint at step" in out
+        assert f"stopped by {number.name} at step" in out
+        assert json.loads((workdir / "run.json").read_text())["status"] == "interrupted"
     done = run(corpus, workdir)
     assert done.returncode == 0, done.stderr
-    assert "initialised from this run's checkpoint at step" in done.stdout
     assert_same_results(straight, workdir)
     saved = json.loads((workdir / "checkpoints" / "60" / "position.json").read_text())["position"]
     assert json.loads((workdir / "run.json").read_text())["elapsed_seconds"] >= saved["elapsed_seconds"]
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_by_a_signal_saves_and_goes_on_bit_identically(straight, corpus, tmp_path, number, code):
-    workdir = tmp_path / "run"
-    process = subprocess.Popen(
-        command(corpus, workdir), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_until(lambda: len(train_lines(workdir)) >= 3, process)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
-    assert "Traceback" not in err
-    assert f"stopped by {number.name} at step" in out
-    assert json.loads((workdir / "run.json").read_text())["status"] == "interrupted"
-    assert run(corpus, workdir).returncode == 0
-    assert_same_results(straight, workdir)
 
 
 def test_a_signal_while_samples_are_drawn_saves_too(corpus, tmp_path, monkeypatch):
@@ -155,6 +162,7 @@ def test_another_batch_size_goes_on_with_the_next_window(corpus, tmp_path, monke
             del record["crc32"], record["position"]["next_window"], record["position"]["order"]
             position_file.write_text(json.dumps(record | {"crc32": _crc32_of_json(record)}))
     assert [len(batch["inputs"]) for batch in taken] == [4, 4, 4, 8, 8, 2]
+    assert "config.batch_size was 8, now 2" in (tmp_path / "log.txt").read_text()
     config = configuration(corpus)
     tokens = token_cache.prepare(config.data, 300, log=lambda line: None).train
     [straight] = token_cache.windows(tokens, block_size=24, batch_size=30, seed=config.seed).slice(slice(0, 1))

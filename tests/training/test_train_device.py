@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from vulkan_devices import SELECTOR, needs_vulkan
-from whole_run import chats, configuration  # noqa: F401
+from whole_run import configuration
 
 import vk_kernels.runtime.device
 from gpt_jax import backend
@@ -22,7 +22,10 @@ from vk_kernels.runtime.memory import Memory
 from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.runtime.queue import Queue
 
-SHORT = ["--config.num_steps=30", "--config.sample.every=20"]  # kernels are those of test_train_vulkan.py
+SHORT = [
+    *("--config.num_steps=6", "--config.sample.every=4", "--config.checkpoint.every=2"),
+    *("--config.model.num_layers=1", "--config.eval.every=6", "--config.sample.temperature=0.0"),
+]
 
 
 def after(calls: int, original, error: Exception):
@@ -74,7 +77,7 @@ def test_a_device_that_is_lost_costs_one_line_whatever_it_was_doing(phase, vulka
     original = getattr(Run, phase)
 
     def lose(self, *args):
-        if self.step >= 20 or phase == "evaluate":
+        if self.step >= 4 or phase == "evaluate":
             for name in ("_await", "completed"):
                 monkeypatch.setattr(Queue, name, after(0, None, lost))
         return original(self, *args)
@@ -90,7 +93,7 @@ def test_a_device_that_is_lost_costs_one_line_whatever_it_was_doing(phase, vulka
     steps = [record["step"] for record in read_lines(tmp_path / "metrics.jsonl") if record["split"] == "train"]
     assert steps == list(range(1, len(steps) + 1))
     if phase == "sample":
-        assert len(steps) == 20
+        assert len(steps) == 4
         assert len(made) == 4  # train, evaluation and diagnostics, planned before the data, and the sampler: each once
     monkeypatch.undo()  # the device closes as it is
 
@@ -115,7 +118,7 @@ def test_a_device_that_fills_up_later_ends_the_run(vulkan, corpus, tmp_path, mon
         return original(self)
 
     monkeypatch.setattr(Run, "sample", fill)
-    with pytest.raises(TrainingFailed, match=r"step 20: .*no room for a buffer; these take less memory: ") as failed:
+    with pytest.raises(TrainingFailed, match=r"step 4: .*no room for a buffer; these take less memory: ") as failed:
         train_and_evaluate(configuration(corpus, *vulkan), tmp_path)
     assert_ended_whole(tmp_path, str(failed.value))
 

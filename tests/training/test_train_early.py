@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from absl import flags
-from whole_run import ROOT, chats, configuration, environment  # noqa: F401
+from whole_run import ROOT, configuration, environment
 
 from gpt_jax import sample
 from gpt_jax.backend import enter_backend
@@ -46,14 +47,19 @@ def forbidden(*_: object, **__: object) -> None:
     raise AssertionError("the corpus was tokenised before the mistake was said")
 
 
-@pytest.fixture
-def old_run(corpus, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def saved(corpus, tmp_path_factory) -> Path:
     """A run's folder with one checkpoint, of zeros."""
-    workdir = tmp_path / "old"
+    workdir = tmp_path_factory.mktemp("saved") / "run"
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_state(configuration(corpus, *TINY)))
     with Checkpointer(workdir / "checkpoints", keep_last=1, keep_every=None) as checkpointer:
         checkpointer.save(2, state, {"elapsed_seconds": 1.0, "data_fingerprint": "x"})
     return workdir
+
+
+@pytest.fixture
+def old_run(saved, tmp_path) -> Path:
+    return shutil.copytree(saved, tmp_path / "old")
 
 
 def too_small(folder: Path) -> Path:

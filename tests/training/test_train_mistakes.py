@@ -1,68 +1,74 @@
 """Whole runs that meet damage, bad numbers and mistakes, and what else is started from a run."""
 
 import json
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
 import pytest
-from whole_run import (  # noqa: F401
+from whole_run import (
     ROOT,
     assert_same_results,
-    chats,
     configuration,
     environment,
     run,
-    straight_run,
     train_lines,
 )
 
+from gpt_jax import main
 from gpt_jax.config import UserError
+from gpt_jax.data.corpus import Turn
+from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.runs.metrics import read_lines
-from gpt_jax.sample import load_for_sampling
-from gpt_jax.training.trainer import train_and_evaluate
+from gpt_jax.sample import answer, load_for_sampling, make_sampler
+from gpt_jax.training.trainer import TrainingFailed, train_and_evaluate
+
+# Nothing but steps: no evaluation, sample or diagnostics to compile.
+ONLY_STEPS = [f"--config.{name}=0" for name in ("eval.every", "sample.every", "log.diagnostics_every")]
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_and_named(straight, corpus, tmp_path):
-    workdir = tmp_path / "run"
-    assert run(corpus, workdir, "--config.num_steps=20").returncode == 0
-    newest = workdir / "checkpoints" / "20"
+    workdir = shutil.copytree(straight, tmp_path / "run")
+    newest = workdir / "checkpoints" / "60"
     largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     done = run(corpus, workdir)
     assert done.returncode == 0, done.stderr
     assert str(newest) in done.stderr
-    assert "initialised from this run's checkpoint at step 10" in done.stdout
-    assert "config.num_steps was 20, now 60" in done.stdout
+    assert "initialised from this run's checkpoint at step 50" in done.stdout
     assert_same_results(straight, workdir)
 
 
-def test_nonfinite_steps_are_named_and_end_the_run(corpus, tmp_path):
+def test_nonfinite_steps_are_named_and_end_the_run(corpus, tmp_path, monkeypatch, capsys):
     poison = ["--config.optimizer.learning_rate=1e38", "--config.optimizer.warmup_steps=1"]
-    done = run(corpus, tmp_path / "run", *poison, "--config.model.num_layers=1")
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: step ")
-    assert "is not finite" in last
-    assert "5 in a row, so the run stops" in last
+    config = configuration(corpus, *poison, *ONLY_STEPS, "--config.model.num_layers=1")
+    with pytest.raises(TrainingFailed, match=r"^step \d+: .*is not finite .*; 5 in a row, so the run stops$") as failed:
+        train_and_evaluate(config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     events = [line["text"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["split"] == "event"]
     assert len(events) == 5
     assert all("update skipped" in event for event in events)
 
+    def fail(*_):
+        raise failed.value
+
+    monkeypatch.setattr("gpt_jax.training.trainer.train_and_evaluate", fail)
+    monkeypatch.setattr(main, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(config=config, workdir=None)))
+    monkeypatch.setattr(main, "exit_on_interrupt", lambda: None)
+    assert main.main(["main"]) == 1
+    assert capsys.readouterr().err == f"error: {failed.value}\n"
+
 
 def test_finetuning_says_what_it_took(straight, corpus, tmp_path):
-    done = run(
-        corpus,
-        tmp_path / "run",
-        f"--config.init_from={straight}",
-        "--config.num_steps=6",
-        "--config.model.num_layers=3",
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"{straight}/checkpoints/" in done.stdout
-    assert "0 dropped, 0 mismatched and kept fresh, 8 new" in done.stdout
-    assert "new h_2/qkv/kernel" in done.stdout
+    changes = ["--config.num_steps=1", "--config.model.num_layers=3", *ONLY_STEPS]
+    train_and_evaluate(configuration(corpus, f"--config.init_from={straight}", *changes), tmp_path / "run")
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"{straight}/checkpoints/" in log
+    assert "0 dropped, 0 mismatched and kept fresh, 8 new" in log
+    assert "new h_2/qkv/kernel" in log
     first = train_lines(tmp_path / "run")[0]
     assert first["step"] == 1
     assert first["loss"] < train_lines(straight)[0]["loss"] - 0.2
@@ -94,14 +100,17 @@ def test_mistakes_about_runs_and_data_cost_one_line(straight, corpus, tmp_path):
 
 
 def test_sampling_from_a_run_on_the_command_line(straight):
+    """A chat, whose answers are those of the function, since the seed and the words are the same."""
     ask = [sys.executable, "-m", "gpt_jax.sample", f"--workdir={straight}", "--seed=1", "--max_tokens=5"]
     options = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": 120, "check": False}
-    one = subprocess.run([*ask, "--prompt=moon?"], **options)
-    assert one.returncode == 0, one.stderr
-    answer = one.stdout.split("one answer\n")[1].removesuffix("\n")
     chat = subprocess.run(ask, input="moon?\n\nmoon?\n", **options)
     assert chat.returncode == 0, chat.stderr
     replies = [part.split("\nyou> ")[0] for part in chat.stdout.split("gpt> ")[1:]]
-    assert replies == [answer, answer]  # the empty line started anew, with the same seed
+    config, params, tokenizer, _ = load_for_sampling(straight)
+    sampler = make_sampler(GPT(ModelConfig.from_config(config.model)), config.sample.temperature, config.sample.top_k)
+    key = jax.random.fold_in(jax.random.key(1), 1)
+    sizes = {"block_size": config.model.block_size, "max_tokens": 5}
+    [expected] = answer(sampler, params, tokenizer, [[Turn("user", "moon?")]], key=key, **sizes)
+    assert replies == [expected.text.strip()] * 2  # the empty line started anew, with the same seed
     with pytest.raises(UserError, match="nowhere is no run folder"):
         load_for_sampling(Path("nowhere"))

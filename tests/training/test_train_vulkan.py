@@ -7,14 +7,12 @@ import subprocess
 import numpy as np
 import pytest
 from vulkan_devices import SELECTOR, needs_vulkan
-from whole_run import (  # noqa: F401
+from whole_run import (
     ROOT,
     assert_same_results,
-    chats,
     command,
     environment,
     run,
-    straight_run,
     train_lines,
     wait_until,
 )
