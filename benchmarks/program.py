@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import vk_kernels
-from gpt_jax.model.gpt import GPT, ModelConfig
+from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.training.steps import init_params, init_state, on_leaves, train_step
+from gpt_jax.training.steps import init_state, on_leaves, train_step
 from vk_kernels.runtime.open_devices import open_device
 
 

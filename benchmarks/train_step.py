@@ -282,7 +282,7 @@ def table(names: list[str], sides: list[str], steps: int, warm: bool) -> Iterato
 def line(name: str, side: str, found: dict[str, Any], again: dict[str, Any], ours: dict[str, Any] | None) -> str:
     if "error" in found:
         return f"{name:<16} {side:<7} failed: {found['error']}"
-    from gpt_jax.runs.metrics import device_peak_flops
+    from gpt_jax.runs.flops import device_peak_flops
 
     ms = found["ms"]
     dtype = case_of(name).load().model.dtype

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 import vk_kernels
 from gpt_jax.config import UserError
-from gpt_jax.runs.metrics import device_facts, device_peak_bytes
+from gpt_jax.runs.info import device_facts, device_peak_bytes
 from vk_kernels.errors import NoDeviceError, SettingError, VulkanError
 from vk_kernels.ops.attention import MAX_HEAD_DIM
 from vk_kernels.runtime.instance import validation_mode
@@ -118,3 +118,15 @@ def check_heads(model: ConfigDict, backend: Backend) -> None:
             f"and the Vulkan kernels take at most {MAX_HEAD_DIM}: num_heads of {-(-width // MAX_HEAD_DIM)} or more, or "
             f"--config.backend=xla (sampling: --backend=xla), which has no limit (the backend is {backend})"
         )
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether Vulkan, XLA's allocator or Python's ran into what the machine lacks, or lost the device."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, (VulkanError, MemoryError))
+
+
+def describe(error: BaseException) -> str:
+    """Says what happened, in one line."""
+    return " ".join(str(error).split()) or "out of memory"  # a bare MemoryError says nothing

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_jax.runs.metrics import MetricsWriter, RunInfo, write_json
+from gpt_jax.runs.info import RunInfo, write_json
+from gpt_jax.runs.metrics import MetricsWriter
 
 LAYERS = ("wte", "wpe", "h_0", "h_1", "ln_f", "head")
 SPIKE_STEP, SPIKE_LAYER = 137, "h_1"

@@ -28,12 +28,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import grain
 import numpy as np
 from tokenizers import Tokenizer
 
-from gpt_jax.config import TARGETS, UserError
+from gpt_jax.config import UserError
 from gpt_jax.data import corpus, tokenizer
+from gpt_jax.data.dialogue import Dialogue
 from gpt_jax.data.rows import Reading
 from gpt_jax.storage.files import StorageError, explain
 from gpt_jax.storage.json_file import VERSION, read_object
@@ -43,13 +43,10 @@ from gpt_jax.storage.lock import wait_for_lock
 FORMAT_VERSION = 3
 
 NEW_TOKENIZER = "new"  # in place of a tokenizer's path: trains one, where else the donor's would be taken
-MASKED = -1  # the target that no loss counts
 TOKENIZER_CHARACTERS = 500_000_000  # what a BPE is trained on at most: its word table must fit in memory
 
-_ENDLESS = 2**62  # windows: grain adds to the length of what is endless, and it must stay an index
 _BATCH_CHARACTERS = 1_000_000  # encoded at a time
 _LOG_CHARACTERS = 100_000_000  # between two lines of progress
-_SCANNED = 2**24  # tokens looked at a time
 _ABANDONED = 3600  # seconds without a write after which a build is taken for dead
 _FEW = 1000  # different sources are counted up to here
 _SPLITS = ("train", "validation")
@@ -57,7 +54,6 @@ _ARRAYS = tuple(f"{split}.{kind}" for split in _SPLITS for kind in ("tokens", "a
 _TOKENIZER = "tokenizer.json"
 _CHECKED = (*_ARRAYS, _TOKENIZER)
 
-Batch = dict[str, np.ndarray]
 Log = Callable[[str], None]
 
 
@@ -187,132 +183,6 @@ def _prepare_anew(
     return prepared
 
 
-def check_windows(prepared: Corpus, block_size: int, targets: str) -> None:
-    """Raises UserError if a split has no window of `block_size` tokens with a target that counts."""
-    for tokens, split in ((prepared.train, "training"), (prepared.validation, "validation")):
-        _windows(tokens, block_size, 1, targets, split, lambda line: None)
-
-
-def windows(
-    tokens: Tokens,
-    *,
-    block_size: int,
-    batch_size: int,
-    seed: int,
-    targets: str = "all",
-    seen: int = 0,
-    log: Log = logging.info,
-) -> grain.MapDataset[Batch]:
-    """Endless shuffled batches with random access: `ds[n]` is a pure function of (seed, seen, n).
-
-    A window is `block_size + 1` tokens, the last of them the first of the next, so that each token but the
-    first is a target once an epoch (up to a remainder shorter than a window). Every epoch has its own order;
-    a batch may span two epochs, so no window is dropped.
-
-    Args:
-      seed: in [0, 2**32).
-      targets: 'all', or 'assistant': targets that the assistant does not say are MASKED (-1). Who says a
-        token is stored with it, so this is exact in a window that starts in the middle of a turn. Windows
-        without any other target are left out: a batch of them would teach nothing.
-      seen: windows of the endless order that `ds[0]` comes after. A run that goes on with another batch size
-        gives how many it has seen, and each window is still seen once an epoch.
-      log: takes a line about the windows left out.
-
-    Returns:
-      A dataset of {'inputs': (batch_size, block_size) int32, 'targets': (batch_size, block_size) int32}.
-
-    Raises:
-      UserError: the tokens are fewer than one window, no window has a target, or `targets` is neither.
-    """
-    order, gather = _windows(tokens, block_size, batch_size, targets, "training", log)
-    return order.shuffle(seed=seed).repeat().slice(slice(seen, _ENDLESS)).batch(batch_size, batch_fn=gather)
-
-
-def evaluation_batches(
-    tokens: Tokens,
-    *,
-    block_size: int,
-    batch_size: int,
-    batches: int,
-    targets: str = "all",
-    log: Log = logging.info,
-) -> grain.MapDataset[Batch]:
-    """The same `batches` batches at every call, or fewer if all windows fit in fewer; none is seen twice.
-
-    The windows are drawn from the whole stream in one fixed order, so that a few batches stand for all of
-    it. A last batch that is not full is filled up with MASKED targets: shapes never change.
-
-    Returns and raises: as `windows`, but finite.
-    """
-    order, gather = _windows(tokens, block_size, batch_size, targets, "validation", log)
-    return order.shuffle(seed=0).batch(batch_size, batch_fn=gather).slice(slice(0, batches))
-
-
-def loader(dataset: grain.MapDataset[Batch], start: int = 0, prefetch: int = 2) -> grain.DatasetIterator[Batch]:
-    """Iterates from batch `start` on, found in O(1), with `prefetch` batches made ahead by one thread.
-
-    `close()` ends the thread. The thread touches numpy only, and there is no child process.
-    """
-    options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
-    iterator = iter(dataset.to_iter_dataset(options))
-    iterator.set_state({"next_index": start})
-    return iterator
-
-
-def _windows(
-    tokens: Tokens, block_size: int, batch_size: int, targets: str, split: str, log: Log
-) -> tuple[grain.MapDataset[int], Callable[[Iterable[int]], Batch]]:
-    """The windows of a split that have a target, numbered in their order, and what makes a batch of such numbers."""
-    if targets not in TARGETS:
-        raise UserError(f"data.targets is {targets!r}: it must be 'all' or 'assistant'")
-    remedy = ("" if split == "training" else "raise data.validation_fraction, ") + "give more data"
-    if len(tokens) <= block_size:
-        raise UserError(
-            f"block_size is {block_size} but the {split} data has {len(tokens)} tokens, and a window needs "
-            f"{block_size + 1}: lower block_size, {remedy}"
-        )
-    count = (len(tokens) - 1) // block_size
-    kept = _windows_with_a_target(tokens, block_size, count, targets)
-    if not len(kept):
-        remedy += ", or set data.targets=all" if targets == "assistant" else ""
-        raise UserError(
-            f"none of the {count:,} windows of the {split} data has a target that data.targets={targets} counts: "
-            + remedy
-        )
-    if len(kept) < count:
-        left_out = count - len(kept)
-        log(f"data: {left_out:,} of {count:,} {split} windows have no counted target; they are left out")
-    offsets = np.arange(block_size + 1)
-
-    def gather(numbers: Iterable[int]) -> Batch:
-        positions = kept[np.asarray(numbers)][:, None] * block_size + offsets  # (windows, T + 1)
-        block = tokens.ids[positions].astype(np.int32)
-        inputs = block[:, :-1]
-        wanted = np.where(_counted(tokens.assistant[positions[:, 1:]], targets), block[:, 1:], np.int32(MASKED))
-        missing = ((0, batch_size - len(block)), (0, 0))
-        return {
-            "inputs": np.pad(inputs, missing),
-            "targets": np.pad(wanted, missing, constant_values=MASKED),
-        }
-
-    return grain.MapDataset.range(len(kept)), gather
-
-
-def _counted(assistant: np.ndarray, targets: str) -> np.ndarray:
-    return assistant == tokenizer.SAID if targets == "assistant" else assistant != tokenizer.UNCOUNTED
-
-
-def _windows_with_a_target(tokens: Tokens, block_size: int, count: int, targets: str) -> np.ndarray:
-    """Numbers of the windows that have one, int64."""
-    found = []
-    step = max(_SCANNED // block_size, 1)  # windows at a time, so that memory stays flat
-    for first in range(0, count, step):
-        last = min(first + step, count)
-        said = tokens.assistant[1 + first * block_size : 1 + last * block_size].reshape(-1, block_size)  # by target
-        found.append(first + np.flatnonzero(_counted(said, targets).any(axis=1)))
-    return np.concatenate(found)
-
-
 # ---- the cache
 
 
@@ -417,7 +287,7 @@ def _checksum(meta: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps({name: meta[name] for name in meta if name != "checksum"}, sort_keys=True).encode())
 
 
-def _training_texts(dialogues: Iterable[corpus.Dialogue], fraction: float) -> Iterator[str]:
+def _training_texts(dialogues: Iterable[Dialogue], fraction: float) -> Iterator[str]:
     characters = 0
     for dialogue in dialogues:
         if corpus.is_validation(dialogue.source, fraction):
@@ -429,7 +299,7 @@ def _training_texts(dialogues: Iterable[corpus.Dialogue], fraction: float) -> It
             return
 
 
-def _batches(dialogues: Iterable[corpus.Dialogue]) -> Iterator[list[corpus.Dialogue]]:
+def _batches(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
     batch, characters = [], 0
     for dialogue in dialogues:
         batch.append(dialogue)
@@ -441,7 +311,7 @@ def _batches(dialogues: Iterable[corpus.Dialogue]) -> Iterator[list[corpus.Dialo
         yield batch
 
 
-def _length(dialogue: corpus.Dialogue) -> int:
+def _length(dialogue: Dialogue) -> int:
     return sum(len(turn.text) for turn in dialogue.turns)
 
 

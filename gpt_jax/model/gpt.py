@@ -184,3 +184,10 @@ class GPT(nn.Module):
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         matrix = self.output_matrix()
         return ops.matmul(hidden, matrix.T if self.config.tie_head else matrix).astype(jnp.float32)
+
+
+def init_params(model: GPT, seed: int) -> Any:
+    """Fresh f32 parameters, a pure function of the seed."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    method = type(model).losses  # touches every parameter, the output layer's too
+    return model.init(jax.random.key(seed), tokens, tokens, method=method)["params"]

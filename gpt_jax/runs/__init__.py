@@ -1,12 +1,8 @@
 """What a run writes, and how it is read again: `runs.plot_loss(runs.load_metrics(folder))`."""
 
-from gpt_jax.runs.load import (
-    Run,
+from gpt_jax.runs.load import Run, find_runs, load_metrics, load_run, load_samples
+from gpt_jax.runs.plots import (
     compare,
-    find_runs,
-    load_metrics,
-    load_run,
-    load_samples,
     plot_attention,
     plot_grad_norm,
     plot_layer_grad_norms,

@@ -9,7 +9,7 @@ from typing import TextIO
 
 from gpt_jax.config import UserError
 from gpt_jax.output import Log, make_log, print_line
-from gpt_jax.runs.metrics import INFO_FILE
+from gpt_jax.runs.info import INFO_FILE
 from gpt_jax.storage.files import StorageError
 from gpt_jax.storage.lock import LockedError, lock
 

@@ -15,40 +15,18 @@ line, of a write that a crash or kill cut short; readers leave it out.
 """
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import re
-import secrets
-import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from gpt_jax.config import UserError, types_of_fields
-from gpt_jax.storage.files import StorageError, sync_folder, writing
-from gpt_jax.storage.json_file import NUMBER, VERSION, Types, read_object
+from gpt_jax.config import UserError
+from gpt_jax.storage.files import StorageError, replacing, writing
 
-METRICS_FILE, SAMPLES_FILE, INFO_FILE = "metrics.jsonl", "samples.jsonl", "run.json"
-CONFIG_FILE, TENSORBOARD = "config.json", "tensorboard"
-FORMAT_VERSION = 1  # of run.json and config.json; raise it when an older program would misread them
-_INFO_TYPES: Types = {
-    **dict.fromkeys(("run_id", "name", "domain", "status", "command", "backend", "started", "ended"), str),
-    **dict.fromkeys(("elapsed_seconds", "peak_flops", "starts", "parameters", "vocabulary", "last_checkpoint"), NUMBER),
-    **dict.fromkeys(("versions", "git", "data"), dict),
-    "device": {"platform": str, "kind": str, "count": int},
-    "host": {"platform": str, "cpu_count": int, "memory_bytes": NUMBER},
-    "peak_memory_bytes": {"host": NUMBER, "device": NUMBER},
-}
-_CONFIG_TYPES: Types = types_of_fields()
-STATUSES = ("running", "completed", "interrupted", "failed")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+METRICS_FILE, SAMPLES_FILE, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
 
 
 class MetricsWriter:
@@ -159,39 +137,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     return (record for _, record in _whole_lines(path))
 
 
-def read_json(path: Path, types: Types | None = None) -> dict[str, Any]:
-    """The object in a JSON file of a run, without its version; an empty one if there is no file.
-
-    Raises:
-      UserError: the file is damaged, a field is not of its type, or a newer program wrote it.
-    """
-    if not path.exists():
-        return {}
-    value = read_object(path, FORMAT_VERSION, types)
-    value.pop(VERSION, None)
-    return value
-
-
-def read_info(workdir: Path) -> dict[str, Any]:
-    """The facts of `run.json`; none if there is no such file. Raises as `read_json`."""
-    return read_json(workdir / INFO_FILE, _INFO_TYPES)
-
-
-def read_config(workdir: Path) -> dict[str, Any]:
-    """The config of a run as `config.json` has it; empty if there is no such file. Raises as `read_json`.
-
-    Values are of the kind that the table of settings says, but may be out of range; settings may be missing.
-    """
-    return read_json(workdir / CONFIG_FILE, _CONFIG_TYPES)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file so that, whatever happens, either the old or the new one is there, whole."""
-    with _replacing(path) as file:
-        json.dump({VERSION: FORMAT_VERSION, **value}, file, indent=2)
-        file.write("\n")
-
-
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line as it stands and as an object."""
     if not path.exists():
@@ -236,217 +181,7 @@ def _spell_nonfinite(value: Any) -> Any:
 def _open_after(path: Path, last_kept: int) -> TextIO:
     """Opens a JSON-lines file to append to, without its lines of later steps than `last_kept`."""
     if path.exists():
-        with _replacing(path) as kept:
+        with replacing(path) as kept:
             kept.writelines(line for line, record in _whole_lines(path) if record["step"] <= last_kept)
     with writing(path):
         return open(path, "a", buffering=1, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    """A file that takes the place of `path` at the end, in one go, if all went well."""
-    temporary = path.with_name(f"{path.name}.tmp")  # a kill may leave it, and the next time takes its place
-    with writing(path):
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
-        finally:
-            with contextlib.suppress(OSError):  # its folder may be gone or read-only
-                temporary.unlink(missing_ok=True)
-
-
-class RunInfo:
-    """`run.json`: what the run is, where it ran and how it stands. Whole on disk at all times."""
-
-    def __init__(
-        self,
-        workdir: str | Path,
-        *,
-        name: str,
-        domain: str,
-        backend: str,
-        command: str | None = None,
-        device: dict[str, Any] | None = None,
-        peak_bytes: Callable[[], int | None] | None = None,
-        spent_seconds: float = 0.0,
-        **facts: Any,
-    ) -> None:
-        """Begins the run of the folder, or goes on with it: then its id, start and time spent stay.
-
-        Args:
-          command: what was typed; None: the command line of this process.
-          device: platform, kind and count of the devices; None: those that JAX sees.
-          peak_bytes: gives the most memory used so far on one of them; None: as JAX knows it.
-          spent_seconds: by this run before, as its checkpoint says: a part that was killed has not told the file.
-          **facts: more to save, as JSON values: parameters, tokenizer, data, ...
-        """
-        self._path = Path(workdir) / INFO_FILE
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        earlier = read_info(self._path.parent)
-        self._peak_bytes = peak_bytes or device_peak_bytes
-        self._begun = time.monotonic()
-        self._spent_before = max(earlier.get("elapsed_seconds", 0.0), spent_seconds)
-        self.fields: dict[str, Any] = {
-            "run_id": earlier.get("run_id") or new_run_id(),
-            "name": name,
-            "domain": domain,
-            "status": "running",
-            "command": shlex.join(sys.orig_argv) if command is None else command,
-            "backend": backend,
-            "versions": versions(),
-            "device": device_facts() if device is None else device,
-            "host": host_facts(),
-            "git": git_facts(Path(__file__).parent),
-            "starts": earlier.get("starts", 0) + 1,
-            "started": earlier.get("started") or _now(),
-            "ended": None,
-        }
-        self.update(**facts)
-
-    @property
-    def run_id(self) -> str:
-        return self.fields["run_id"]
-
-    def update(self, **facts: Any) -> None:
-        """Adds or changes facts, brings the time and memory used up to date, and saves."""
-        self.fields |= facts
-        self.fields["elapsed_seconds"] = self._spent_before + time.monotonic() - self._begun
-        self.fields["peak_memory_bytes"] = {"host": _host_peak_bytes(), "device": self._peak_bytes()}
-        write_json(self._path, self.fields)
-
-    def finish(self, status: str, **facts: Any) -> None:
-        """Saves how the run ended: one of `STATUSES`."""
-        if status not in STATUSES:
-            raise ValueError(f"status must be one of {', '.join(STATUSES)}; found {status!r}")
-        self.update(status=status, ended=_now(), **facts)
-
-
-def mark_failed(workdir: Path, **facts: Any) -> None:
-    """Saves that a run failed, also one that never began; facts: as for RunInfo, for a folder that has none."""
-    earlier = read_info(workdir)
-    if earlier:
-        write_json(workdir / INFO_FILE, {**earlier, "status": "failed", "ended": _now()})
-    else:
-        RunInfo(workdir, **facts).finish("failed")
-
-
-def new_run_id(now: datetime | None = None) -> str:
-    """YYYYMMDDHHMMSS_xxxx: the time (UTC now, if not given) and four random letters or digits."""
-    now = now or datetime.now(UTC)
-    letters = "".join(secrets.choice("0123456789abcdefghijklmnopqrstuvwxyz") for _ in range(4))
-    return f"{now:%Y%m%d%H%M%S}_{letters}"
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that a result depends on."""
-    found = {package.removesuffix("-checkpoint"): importlib.metadata.version(package) for package in PACKAGES}
-    return {"python": platform.python_version(), **found}
-
-
-def device_facts() -> dict[str, Any]:
-    """Platform, kind and number of the devices that JAX sees."""
-    import jax
-
-    device = jax.devices()[0]
-    return {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}
-
-
-def host_facts() -> dict[str, Any]:
-    """Operating system, processors and bytes of memory; the latter None where the system does not tell."""
-    memory = None
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # not every system knows these names
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"platform": platform.platform(), "cpu_count": os.cpu_count(), "memory_bytes": memory}
-
-
-def git_facts(folder: Path) -> dict[str, Any]:
-    """Commit that the tracked files of a folder are at, and whether they were changed since; None if unknown."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", ".")  # a package installed below a stranger's repository is not its
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _host_peak_bytes() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def device_peak_bytes() -> int | None:
-    """Most bytes in use at one time on JAX's first device; None where it does not tell."""
-    import jax
-
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-# Dense peaks in TFLOP/s (bfloat16 with f32 accumulation, tf32, float32 without tensor cores), by the whole name that
-# JAX gives a device: a slice of a GPU (MIG), a laptop's or an unlisted variant has none rather than a wrong one.
-# Sources: NVIDIA's data sheets of A100, H100, H200, L4, L40S, T4 and V100 (figures "with sparsity" halved) and its
-# GA102 and Ada papers; Google Cloud's TPU system architecture pages. T4 and V100 have no bf16; a TPU's f32
-# is made of several bf16 passes, and has no published peak.
-PEAK_TFLOPS: tuple[tuple[str, float | None, float | None, float | None], ...] = (
-    (r"NVIDIA A100-(SXM4|PCIE)-(40|80)GB|NVIDIA A100 80GB PCIe", 312, 156, 19.5),
-    (r"NVIDIA H100 80GB HBM3", 989.4, 494.7, 66.9),
-    (r"NVIDIA H100 PCIe", 756, 378, 51.2),
-    (r"NVIDIA H100 NVL", 835, 417, 60),
-    (r"NVIDIA H200", 989.4, 494.7, 66.9),
-    (r"NVIDIA H200 NVL", 835, 417, 60),
-    (r"NVIDIA L4", 121, 60, 30.3),
-    (r"NVIDIA L40S", 362, 183, 91.6),
-    (r"Tesla T4", None, None, 8.1),
-    (r"Tesla V100-SXM2-(16|32)GB", None, None, 15.7),
-    (r"Tesla V100-PCIE-(16|32)GB", None, None, 14.0),
-    (r"NVIDIA GeForce RTX 3090", 71, 35.6, 35.6),
-    (r"NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6),
-    (r"TPU v4", 275, None, None),
-    (r"TPU v5( lite|e)", 197, None, None),
-    (r"TPU v5p?", 459, None, None),
-    (r"TPU v6( lite|e)", 918, None, None),
-)
-
-
-def device_peak_flops(device_kind: str, dtype: str) -> float | None:
-    """FLOP/s that a device can do at most in dense matrix products; None if that is not known.
-
-    Args:
-      device_kind: as `jax.Device.device_kind` says it.
-      dtype: bfloat16, tf32 (f32 operands, rounded inside the product) or float32.
-    """
-    column = {"bfloat16": 0, "tf32": 1, "float32": 2}[dtype]
-    for pattern, *peaks in PEAK_TFLOPS:
-        if re.fullmatch(pattern, device_kind):
-            return peaks[column] and peaks[column] * 1e12
-    return None
-
-
-def model_flops_per_token(matrix_parameters: int, layers: int, width: int, block: int) -> int:
-    """FLOPs of forward and backward pass, a token: 6 N + 12 layers width block.
-
-    6 N is a multiply and an add, once forward and twice backward, with each parameter; the rest is the attention's two
-    products, the causal mask's saving not counted. Source: Chowdhery et al., "PaLM" (2022), appendix B.
-
-    Args:
-      matrix_parameters: N, without the embeddings, which are looked up; the output layer counts, tied or not.
-      layers: of the transformer.
-      width: of the residual stream, heads * head size.
-      block: tokens that attention sees.
-    """
-    return 6 * matrix_parameters + 12 * layers * width * block

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from gpt_jax.config import UserError
 
@@ -79,3 +80,20 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A file that takes the place of `path` at the end, in one go, if all went well."""
+    temporary = path.with_name(f"{path.name}.tmp")  # a kill may leave it, and the next time takes its place
+    with writing(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):  # its folder may be gone or read-only
+                temporary.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from vk_kernels.errors import BufferSizeError, DeviceLostError, DeviceTimeoutError, FeatureError, VulkanError
@@ -10,18 +9,6 @@ from vk_kernels.errors import BufferSizeError, DeviceLostError, DeviceTimeoutErr
 # A driver with a watchdog gives a device up after 2 seconds (Windows) to 10 (Linux) of one submission.
 LONG_STEP = 0.5  # seconds; in a longer one the watchdog may well be why a device was lost
 SUBMIT_MS = 500.0  # that is suggested then
-
-
-def is_device_error(error: BaseException) -> bool:
-    """Whether Vulkan, XLA's allocator or Python's ran into what the machine lacks, or lost the device."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        return "RESOURCE_EXHAUSTED" in str(error)
-    return isinstance(error, (VulkanError, MemoryError))
-
-
-def describe(error: BaseException) -> str:
-    """Says what happened, in one line."""
-    return " ".join(str(error).split()) or "out of memory"  # a bare MemoryError says nothing
 
 
 def remedies(error: BaseException, config: ConfigDict, step_seconds: float | None = None) -> str:

@@ -16,7 +16,7 @@ from gpt_jax.checkpoint import CHECKPOINTS, saved_steps
 from gpt_jax.config import UserError
 from gpt_jax.data import tokenizer
 from gpt_jax.data.token_cache import NEW_TOKENIZER
-from gpt_jax.runs.metrics import read_info
+from gpt_jax.runs.info import read_info
 
 FROM_DONOR = "from the donor"  # in run.json: where the run's tokenizer is from
 _TOKENIZER = "tokenizer.json"

@@ -7,7 +7,8 @@ from typing import Any
 
 from gpt_jax.checkpoint import CHECKPOINTS, saved_steps
 from gpt_jax.config import UserError
-from gpt_jax.runs.metrics import INFO_FILE, METRICS_FILE, SAMPLES_FILE, read_config, read_json, read_lines
+from gpt_jax.runs.info import INFO_FILE, read_config, read_json
+from gpt_jax.runs.metrics import METRICS_FILE, SAMPLES_FILE, read_lines
 
 LAST_CHECKPOINT = "last_checkpoint"  # field of run.json: step of the newest checkpoint that was committed, or None
 

@@ -11,7 +11,7 @@ from gpt_jax.config import UserError
 from gpt_jax.data import tokenizer
 from gpt_jax.data.corpus import check_source
 from gpt_jax.data.token_cache import NEW_TOKENIZER
-from gpt_jax.runs.metrics import read_config, read_info
+from gpt_jax.runs.info import read_config, read_info
 from gpt_jax.training.finetune import tokenizer_to_keep
 
 _TRAINED = (None, "", NEW_TOKENIZER)  # values that name no file

@@ -8,17 +8,16 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from gpt_jax.backend import Backend, check_heads
+from gpt_jax.backend import Backend, check_heads, describe, is_device_error
 from gpt_jax.config import UserError
-from gpt_jax.model.gpt import GPT, ModelConfig
-from gpt_jax.sample import make_sampler
-from gpt_jax.training.failures import describe, is_device_error, remedies, remedies_of_model, smaller
+from gpt_jax.inference.generate import make_sampler
+from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+from gpt_jax.training.failures import remedies, remedies_of_model, smaller
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import (
     TrainState,
     diagnostics_step,
     eval_step,
-    init_params,
     init_state,
     nonfinite_places,
     on_leaves,

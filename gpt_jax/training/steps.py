@@ -28,13 +28,6 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
 
 
-def init_params(model: GPT, seed: int) -> Any:
-    """Fresh f32 parameters, a pure function of the seed."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    method = type(model).losses  # touches every parameter, the output layer's too
-    return model.init(jax.random.key(seed), tokens, tokens, method=method)["params"]
-
-
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """State before the first step."""
     return TrainState(

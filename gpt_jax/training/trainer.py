@@ -21,26 +21,29 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from gpt_jax.backend import Backend, enter_backend
-from gpt_jax.checkpoint import CHECKPOINTS, Checkpointer, merge_parameters, restore_parameters, saved_steps
+from gpt_jax.backend import Backend, describe, enter_backend, is_device_error
+from gpt_jax.checkpoint import CHECKPOINTS, Checkpointer, restore_parameters, saved_steps
 from gpt_jax.config import leaves, validate
-from gpt_jax.data import token_cache, tokenizer
-from gpt_jax.data.corpus import Turn
-from gpt_jax.model.gpt import GPT, ModelConfig
+from gpt_jax.data import batches, token_cache, tokenizer
+from gpt_jax.data.dialogue import Turn
+from gpt_jax.inference.generate import answer
+from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+from gpt_jax.model.parameters import merge_parameters
 from gpt_jax.output import Log
-from gpt_jax.report import write_report
-from gpt_jax.runs import metrics
+from gpt_jax.runs.flops import device_peak_flops, model_flops_per_token
 from gpt_jax.runs.folder import open_folder
-from gpt_jax.sample import answer
+from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, mark_failed, new_run_id, read_config, write_json
+from gpt_jax.runs.metrics import METRICS_FILE, MetricsWriter
+from gpt_jax.runs.report import write_report
 from gpt_jax.signals import StopSignal
 from gpt_jax.storage.files import StorageError, writing
 from gpt_jax.training import finetune
-from gpt_jax.training.failures import describe, is_device_error, remedies
+from gpt_jax.training.failures import remedies
 from gpt_jax.training.history import LAST_CHECKPOINT, NOTHING, Recorded, check_history, read_recorded
 from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.preflight import check_start
 from gpt_jax.training.programs import Programs, abstract_state, plan_programs
-from gpt_jax.training.steps import Batch, TrainState, init_params, init_state
+from gpt_jax.training.steps import Batch, TrainState, init_state
 
 READ_BACK_LAG = 2  # steps whose metrics may still be on their way while the next one is dispatched
 SAMPLING = 1  # purpose of a random key; dropout needs none, its bits are keyed by seed and step
@@ -118,8 +121,8 @@ class Run:
         position: dict[str, Any] | None,
         recorded: Recorded,
         checkpointer: Checkpointer,
-        writer: metrics.MetricsWriter,
-        info: metrics.RunInfo,
+        writer: MetricsWriter,
+        info: RunInfo,
         log: Log,
     ) -> None:
         self.config, self.workdir, self.corpus, self.model = config, workdir, corpus, model
@@ -152,18 +155,16 @@ class Run:
         }
         self.order = {"seed": config.seed, "targets": config.data.targets}  # what the order of the windows follows from
         self.first_step, self.first_window = self.step, self._windows_seen(position)
-        self.train_batches = token_cache.windows(corpus.train, seed=config.seed, seen=self.first_window, **shape)
-        self.validation_batches = token_cache.evaluation_batches(
-            corpus.validation, batches=config.eval.batches, **shape
-        )
+        self.train_batches = batches.windows(corpus.train, seed=config.seed, seen=self.first_window, **shape)
+        self.validation_batches = batches.evaluation_batches(corpus.validation, batches=config.eval.batches, **shape)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         embeddings = sum(state.params[name].size for name in ("wte", "wpe"))
         if config.model.tie_head:
             embeddings -= state.params["wte"].size  # it is a matrix product as well
-        self.flops_per_token = metrics.model_flops_per_token(
+        self.flops_per_token = model_flops_per_token(
             parameters - embeddings, config.model.num_layers, config.model.embed_dim, config.model.block_size
         )
-        self.peak_flops = metrics.device_peak_flops(backend.device["kind"], self._matmul_kind())
+        self.peak_flops = device_peak_flops(backend.device["kind"], self._matmul_kind())
 
     def _windows_seen(self, position: dict[str, Any]) -> int:
         """How many windows of the endless order the run has had, by the position of its checkpoint."""
@@ -198,8 +199,8 @@ class Run:
           StorageError: a file could not be written.
         """
         config = self.config
-        loader = token_cache.loader(self.train_batches, prefetch=config.data.prefetch)
-        with contextlib.closing(loader) as batches, self.trace:
+        loader = batches.loader(self.train_batches, prefetch=config.data.prefetch)
+        with contextlib.closing(loader) as loaded, self.trace:
             while True:
                 # Read once: a signal that comes while this pass does what is due ends the next one, which saves.
                 last, stopping = self.step >= config.num_steps, stop.received is not None
@@ -207,7 +208,7 @@ class Run:
                 if last or stopping:
                     return stop.received
                 with self.clock.phase("data"):
-                    batch = next(batches)
+                    batch = next(loaded)
                 self.profile(batch)
                 self.leaves, device_metrics = self.train_step(self.leaves, batch)
                 jax.tree.map(lambda leaf: leaf.copy_to_host_async(), device_metrics)
@@ -429,7 +430,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
       TrainingFailed: too many steps in a row had a non-finite loss or gradient; the device failed, or memory ran out.
     """
     validate(config)
-    run_id = metrics.new_run_id()
+    run_id = new_run_id()
     workdir = Path("runs") / run_id if workdir is None else workdir
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
@@ -448,7 +449,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
         corpus = token_cache.prepare(config.data, config.model.vocab_size, log, kept_tokenizer, expected)
         if saved is not None:
             finetune.check_words(workdir, corpus.tokenizer)
-        token_cache.check_windows(corpus, config.model.block_size, config.data.targets)
+        batches.check_windows(corpus, config.model.block_size, config.data.targets)
         stop.check()
         model = GPT(ModelConfig.from_config(config.model))
         checkpointer = stack.enter_context(
@@ -462,9 +463,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
         stop.check()
 
         # Only now is it certain that this config and data are those of the folder: from here on it is written to.
-        is_new = not (workdir / metrics.INFO_FILE).exists()
+        is_new = not (workdir / INFO_FILE).exists()
         resume_step = None if position is None else int(state.step)
-        info = metrics.RunInfo(
+        info = RunInfo(
             workdir,
             name=config.name,
             domain=config.domain,
@@ -485,13 +486,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             tokenizer.save(corpus.tokenizer, workdir / "tokenizer.json")
         log(f"parameters\n{parameter_table(state.params)}")
 
-        writer = stack.enter_context(metrics.MetricsWriter(workdir, resume_step, config.log.tensorboard))
+        writer = stack.enter_context(MetricsWriter(workdir, resume_step, config.log.tensorboard))
         recorded = NOTHING
         if resume_step is not None:
             recorded = read_recorded(workdir, resume_step)
             text = f"resumed from {resume_step}"
             if recorded.last_step < resume_step:
-                text += f"; {metrics.METRICS_FILE} ends at step {recorded.last_step}, what came between is not in it"
+                text += f"; {METRICS_FILE} ends at step {recorded.last_step}, what came between is not in it"
                 log(f"warning: {text}")
             writer.write(resume_step, "event", {"text": text})
         run = Run(
@@ -546,7 +547,7 @@ class DeviceFailure:
     def ended_by(self, text: str) -> TrainingFailed:
         """The error to raise for a run that is marked as failed by then, whether it had begun or not."""
         names = {"name": self._config.name, "domain": self._config.domain, "backend": str(self._backend)}
-        metrics.mark_failed(self._workdir, device=self._backend.device, peak_bytes=self._backend.peak_bytes, **names)
+        mark_failed(self._workdir, device=self._backend.device, peak_bytes=self._backend.peak_bytes, **names)
         steps = saved_steps(self._workdir / CHECKPOINTS)
         line = f"{text}; no checkpoint was written yet"
         if steps:
@@ -554,9 +555,7 @@ class DeviceFailure:
         return TrainingFailed(line)
 
 
-def finish_if_failed(
-    info: metrics.RunInfo, checkpointer: Checkpointer, error: type[BaseException] | None, *_: object
-) -> None:
+def finish_if_failed(info: RunInfo, checkpointer: Checkpointer, error: type[BaseException] | None, *_: object) -> None:
     """Marks a run that an exception ends, where the disk still takes that."""
     if error is not None:
         with contextlib.suppress(StorageError):  # the exception that is on its way says more
@@ -566,10 +565,10 @@ def finish_if_failed(
 
 def save_config(config: ConfigDict, workdir: Path, log: Log) -> None:
     """Writes config.json, and tells what differs from the config that the run had until now."""
-    before = dict(leaves(metrics.read_config(workdir)))
+    before = dict(leaves(read_config(workdir)))
     saved = json.loads(config.to_json_best_effort())
     now = dict(leaves(saved))
     for name in sorted(before.keys() | now.keys()) if before else ():
         if before.get(name) != now.get(name):
             log(f"config.{name} was {before.get(name)!r}, now {now.get(name)!r}")
-    metrics.write_json(workdir / metrics.CONFIG_FILE, saved)
+    write_json(workdir / CONFIG_FILE, saved)

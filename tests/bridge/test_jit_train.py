@@ -11,10 +11,10 @@ from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
 from configs import chat
-from gpt_jax.model.gpt import GPT, ModelConfig
-from gpt_jax.sample import next_token
+from gpt_jax.inference.generate import next_token
+from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.training.steps import diagnostics_step, eval_step, init_params, init_state, nonfinite_places, train_step
+from gpt_jax.training.steps import diagnostics_step, eval_step, init_state, nonfinite_places, train_step
 
 pytestmark = needs_vulkan
 

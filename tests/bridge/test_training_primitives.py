@@ -11,8 +11,8 @@ from test_jit_train import MODEL, make_batch, make_step
 from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
+from gpt_jax.inference.generate import next_token
 from gpt_jax.model.gpt import GPT, ModelConfig
-from gpt_jax.sample import next_token
 from gpt_jax.training.steps import diagnostics_step, eval_step, nonfinite_places
 from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.tools.conformance.suite import names

@@ -12,8 +12,8 @@ from collections import Counter, defaultdict
 import pytest
 
 from gpt_jax.config import UserError
-from gpt_jax.data import corpus
-from gpt_jax.data.corpus import Dialogue, Turn
+from gpt_jax.data import corpus, default_corpus
+from gpt_jax.data.dialogue import Dialogue, Turn
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,9 @@ def test_stage_directions_are_dropped_and_interrupted_speeches_joined():
 **B C**  \n*[Reads.]*\n[Within]_\nFour\\--five.\n
 **A**  \n_Sleeps_\n
 ### SCENE II\n\n**A**\nAlone.\n"""
-    assert list(corpus._speeches("play", play)) == [Dialogue("scene: play 2", chat("One two,\nthree.", "Four--five."))]
+    assert list(default_corpus._speeches("play", play)) == [
+        Dialogue("scene: play 2", chat("One two,\nthree.", "Four--five."))
+    ]
 
 
 def test_requests_vary_within_a_quote_and_over_interpretations(default):
@@ -339,7 +341,7 @@ def test_fingerprint_of_a_dataset_follows_its_files(tmp_path, dataset):
 
 MEASURE = """
 import re, sys
-from gpt_jax.data import corpus
+from gpt_jax.data import corpus, default_corpus
 def peak():  # KiB
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
 before = peak()

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gpt_jax.config import UserError
 from gpt_jax.data import tokenizer as tk
-from gpt_jax.data.corpus import MARKERS, Dialogue, Turn, render
+from gpt_jax.data.corpus import render
+from gpt_jax.data.dialogue import MARKERS, Dialogue, Turn
 
 TEXTS = ["the quality of mercy is not strained", "it droppeth as the gentle rain", "the rain, the mercy"] * 5
 

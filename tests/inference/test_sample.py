@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from gpt_jax import sample
-from gpt_jax.data.corpus import Turn
+from gpt_jax.data.dialogue import Turn
 from gpt_jax.data.tokenizer import encode_prompt, marker_ids, train_tokenizer
-from gpt_jax.model.gpt import GPT, ModelConfig
-from gpt_jax.sample import answer, generate, make_sampler, next_token
-from gpt_jax.training.steps import init_params
+from gpt_jax.inference.generate import answer, generate, make_sampler, next_token
+from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from vk_kernels.errors import DeviceLostError
 
 MODEL = GPT(ModelConfig(vocab_size=270, block_size=10, num_layers=1, num_heads=2, embed_dim=16))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configs import chat, gpt2_124m
-from gpt_jax.model.gpt import GPT, ModelConfig
-from gpt_jax.training.steps import diagnostics_step, init_params
+from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+from gpt_jax.training.steps import diagnostics_step
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -12,18 +12,19 @@ from absl import flags
 from synthetic_run import write_run
 
 from configs import chat_tiny
-from gpt_jax import checkpoint, sample
+from gpt_jax import sample
 from gpt_jax.checkpoint import Checkpointer, restore_parameters
 from gpt_jax.cli import parse_flags
 from gpt_jax.config import UserError
 from gpt_jax.data.tokenizer import save, train_tokenizer
-from gpt_jax.model.gpt import GPT, ModelConfig
-from gpt_jax.report import make_report
-from gpt_jax.runs import metrics
+from gpt_jax.inference import generate
+from gpt_jax.inference.generate import load_for_sampling
+from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+from gpt_jax.runs import info
+from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, read_json, write_json
 from gpt_jax.runs.load import load_run
-from gpt_jax.runs.metrics import CONFIG_FILE, INFO_FILE, RunInfo, read_json, write_json
-from gpt_jax.sample import load_for_sampling
-from gpt_jax.training.steps import init_params
+from gpt_jax.runs.report import make_report
+from gpt_jax.storage import checkpoint_files
 from gpt_jax.training.trainer import save_config
 
 GOOD = {INFO_FILE: {"run_id": "1", "status": "completed"}, CONFIG_FILE: {"num_steps": 5, "model": {"vocab_size": 9}}}
@@ -119,14 +120,14 @@ def test_a_field_of_another_type_is_named(name, change, message, run):
 def test_files_carry_their_version_and_older_ones_without_it_are_read(run):
     for name in (INFO_FILE, CONFIG_FILE):
         content = json.loads((run / name).read_text())
-        assert content.pop("format_version") == metrics.FORMAT_VERSION
+        assert content.pop("format_version") == info.FORMAT_VERSION
         (run / name).write_text(json.dumps(content))
         assert "format_version" not in read_json(run / name)
     before = make_report(load_run(run))
     write_json(run / CONFIG_FILE, read_json(run / CONFIG_FILE))
     assert make_report(load_run(run)) == before
     record = json.loads((run / "checkpoints" / "2" / "position.json").read_text())
-    assert record.pop("format_version") == checkpoint.FORMAT_VERSION
+    assert record.pop("format_version") == checkpoint_files.FORMAT_VERSION
     del record["crc32"]
     rewrite(run / "checkpoints" / "2", record)
     assert load_for_sampling(run)[3].endswith("(best validation loss 5.0000)")
@@ -134,7 +135,7 @@ def test_files_carry_their_version_and_older_ones_without_it_are_read(run):
 
 
 def rewrite(step: Path, record: dict) -> None:
-    (step / "position.json").write_text(json.dumps(record | {"crc32": checkpoint._crc32_of_json(record)}))
+    (step / "position.json").write_text(json.dumps(record | {"crc32": checkpoint_files.crc32_of_json(record)}))
 
 
 @pytest.mark.parametrize("content", [content for content, _ in DAMAGE], ids=DAMAGE_IDS)
@@ -224,5 +225,5 @@ def test_the_coldest_temperatures_answer_as_0_does(finished):
     config, params, _, _ = load_for_sampling(finished)
     model, key = GPT(ModelConfig.from_config(config.model)), jax.random.key(0)
     arguments = params, np.array([[4, 5], [6, 7]], np.int32), np.array([1, 1], np.int32), key
-    coldest, zero = (sample.make_sampler(model, temperature, 40)(*arguments) for temperature in (1e-38, 0.0))
+    coldest, zero = (generate.make_sampler(model, temperature, 40)(*arguments) for temperature in (1e-38, 0.0))
     np.testing.assert_array_equal(coldest, zero)

@@ -17,17 +17,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from gpt_jax.config import UserError
-from gpt_jax.runs.metrics import (
-    MetricsWriter,
-    RunInfo,
-    device_peak_flops,
-    git_facts,
-    model_flops_per_token,
-    new_run_id,
-    read_json,
-    read_lines,
-    write_json,
-)
+from gpt_jax.runs.flops import device_peak_flops, model_flops_per_token
+from gpt_jax.runs.info import RunInfo, git_facts, new_run_id, read_json, write_json
+from gpt_jax.runs.metrics import MetricsWriter, read_lines
 from gpt_jax.storage.files import StorageError
 
 ROOT = Path(__file__).parents[2]

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from synthetic_run import CONFIG, SPIKE_LAYER, SPIKE_STEP, loss_at, write_run
 
-from gpt_jax import report
 from gpt_jax.config import UserError
-from gpt_jax.runs import load
-from gpt_jax.runs.metrics import MetricsWriter, write_json
+from gpt_jax.runs import load, plots, report
+from gpt_jax.runs.analysis import text_statistics
+from gpt_jax.runs.info import write_json
+from gpt_jax.runs.markdown import NO_DATA
+from gpt_jax.runs.metrics import MetricsWriter
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +50,7 @@ def test_a_report_has_every_section(workdir):
     text = path.read_text()
     assert path == workdir / "report.md"
     assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == list(report.SECTIONS)
-    assert report.NO_DATA not in text
+    assert NO_DATA not in text
     assert "- status: completed\n" in text
     assert "- parameters: 6,838,784\n" in text
 
@@ -57,14 +59,14 @@ def test_a_run_without_data_says_so_in_each_section(tmp_path):
     run = empty_run(tmp_path)
     for name, section in report.SECTIONS.items():
         if name not in ("Summary", "Events"):
-            assert report.NO_DATA in section(run), name
+            assert NO_DATA in section(run), name
 
 
 @pytest.mark.parametrize("lines", [1, 2, 30, 101, 160])
 def test_a_run_is_reported_at_any_moment(workdir, tmp_path, lines):
     text = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(text[:lines]) + text[lines][:40])
-    assert f"- steps: {report.load_run(tmp_path).last_step}" in report.make_report(load.load_run(tmp_path))
+    assert f"- steps: {load.load_run(tmp_path).last_step}" in report.make_report(load.load_run(tmp_path))
 
 
 def test_loss_by_range(run):
@@ -124,9 +126,9 @@ def test_peak_and_utilisation(tmp_path):
 
 def test_sample_statistics():
     sample = {"text": "a b a b a b", "tokens": 7, "ended": True}
-    quality = report.text_statistics([sample, {"text": "c", "tokens": 1, "ended": None}])
+    quality = text_statistics([sample, {"text": "c", "tokens": 1, "ended": None}])
     assert quality == {"tokens": 4.0, "distinct_2": 2 / 5, "repetition": 1 - 2 / 4, "ended": 1.0}
-    assert report.text_statistics([{"text": "", "tokens": 0}])["ended"] is None
+    assert text_statistics([{"text": "", "tokens": 0}])["ended"] is None
 
 
 def test_sample_text_cannot_leave_its_fence(tmp_path):
@@ -262,20 +264,20 @@ def test_runs_of_one_name_are_told_apart(workdir, tmp_path):
 def test_smoothing_halves_a_value_in_a_half_life():
     pd = pytest.importorskip("pandas")
     step = pd.Series([0.0] * 500 + [1.0] * 10)
-    assert load.smooth(step, half_life=10).iloc[-1] == pytest.approx(0.5, abs=1e-6)
-    constant = load.smooth(pd.Series([3.0, np.nan, np.inf, 3.0]), half_life=2)
+    assert plots.smooth(step, half_life=10).iloc[-1] == pytest.approx(0.5, abs=1e-6)
+    constant = plots.smooth(pd.Series([3.0, np.nan, np.inf, 3.0]), half_life=2)
     np.testing.assert_allclose(constant, 3.0)
-    assert load.smooth(step, half_life=0) is step
+    assert plots.smooth(step, half_life=0) is step
 
 
 def test_spikes(df):
-    found = load.spikes(df, threshold=10)
+    found = plots.spikes(df, threshold=10)
     assert found["run"].tolist() == ["plain", "other"]
     assert set(found["step"]) == {SPIKE_STEP}
     assert set(found["layer"]) == {SPIKE_LAYER}
-    assert load.spikes(df, threshold=1e4).empty
+    assert plots.spikes(df, threshold=1e4).empty
     df.loc[5, "grad_norm"] = np.nan
-    worst = load.spikes(df).iloc[0]
+    worst = plots.spikes(df).iloc[0]
     df.loc[5, "grad_norm"] = 1.0
     assert worst["step"] == 6
 
@@ -287,7 +289,7 @@ def test_a_spike_is_in_a_layer_that_its_run_has(workdir, tmp_path):
         for step, norm in ((1, 0.5), (2, 80.0), (3, math.nan)):
             layers = {"grad_norm/wte": 0.1, "grad_norm/h_0": norm}
             writer.write(step, "train", {"loss": 1.0, "grad_norm": norm, **layers})
-    found = load.spikes(load.load_metrics(workdir, shallow))
+    found = plots.spikes(load.load_metrics(workdir, shallow))
     mine = found[found["run"] == "shallow"]
     assert mine["step"].tolist() == [3, 2]
     assert mine["layer"].tolist() == ["h_0", "h_0"]
@@ -295,7 +297,7 @@ def test_a_spike_is_in_a_layer_that_its_run_has(workdir, tmp_path):
 
 
 def test_compare(df):
-    table = load.compare(df, steps=(1, 500))
+    table = plots.compare(df, steps=(1, 500))
     assert list(table.columns) == ["plain", "other"]
     assert table.loc["loss at 1", "plain"] == pytest.approx(loss_at(1))
     assert np.isnan(table.loc["loss at 500", "other"])
@@ -308,14 +310,14 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best_of_a_comparison(
     rows = df.index[df["split"] == "validation"]
     df.loc[rows[:2], "loss"] = [np.nan, -np.inf]
     df.loc[df["run"] == "other", "loss"] = np.nan
-    table = load.compare(df, steps=(1,))
+    table = plots.compare(df, steps=(1,))
     assert table.loc["at step", "plain"] == 600
     assert np.isfinite(table.loc["best validation loss", "plain"])
     assert np.isnan(table.loc["best validation loss", "other"])
 
 
 def test_validation_gap(df):
-    gap = load.validation_gap(df)
+    gap = plots.validation_gap(df)
     assert gap[["run", "step"]].to_numpy().tolist()[-2:] == [["other", 100], ["other", 200]]
     np.testing.assert_allclose(gap["gap"], gap["validation"] - gap["train"])
 
@@ -323,12 +325,12 @@ def test_validation_gap(df):
 @pytest.mark.parametrize(
     "plot",
     [
-        load.plot_loss,
-        load.plot_validation_gap,
-        load.plot_learning_rate,
-        load.plot_grad_norm,
-        load.plot_layer_grad_norms,
-        load.plot_attention,
+        plots.plot_loss,
+        plots.plot_validation_gap,
+        plots.plot_learning_rate,
+        plots.plot_grad_norm,
+        plots.plot_layer_grad_norms,
+        plots.plot_attention,
     ],
 )
 def test_every_figure_draws(df, plot, tmp_path):
@@ -340,14 +342,14 @@ def test_every_figure_draws(df, plot, tmp_path):
 
 
 def test_layer_map_shows_the_spike(df):
-    image = load.plot_layer_grad_norms(df, bins=100).axes[0].images[0].get_array()
+    image = plots.plot_layer_grad_norms(df, bins=100).axes[0].images[0].get_array()
     layer, stretch = np.unravel_index(image.argmax(), image.shape)
     assert (layer, stretch) == (3, (SPIKE_STEP - 1) * 100 // 600)
 
 
 def test_a_figure_without_its_data_says_so(df):
     with pytest.raises(UserError, match="run 'absent' has no diagnostics metrics; there are plain, other"):
-        load.plot_attention(df, run="absent")
+        plots.plot_attention(df, run="absent")
 
 
 def test_a_missing_notebook_package_names_the_extra(workdir, monkeypatch):

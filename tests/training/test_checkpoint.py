@@ -29,8 +29,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from gpt_jax import checkpoint
-from gpt_jax.checkpoint import Checkpointer, merge_parameters, restore_parameters
+from gpt_jax.checkpoint import Checkpointer, restore_parameters
 from gpt_jax.config import UserError
+from gpt_jax.model.parameters import merge_parameters
 from gpt_jax.storage.files import StorageError
 
 OPTIMIZER = optax.chain(

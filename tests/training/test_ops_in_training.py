@@ -11,9 +11,9 @@ from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
 from configs import chat_tiny
-from gpt_jax.model.gpt import GPT, ModelConfig
+from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.training.steps import init_params, init_state, train_step
+from gpt_jax.training.steps import init_state, train_step
 from vk_kernels import ops
 from vk_kernels.bridge.custom_call import counts
 

@@ -7,9 +7,8 @@ import optax
 import pytest
 
 from configs import chat
-from gpt_jax.model.gpt import GPT, ModelConfig
+from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
-from gpt_jax.training.steps import init_params
 
 CONFIG = chat.get_config().optimizer
 

@@ -9,16 +9,9 @@ import optax
 import pytest
 
 from configs import chat
-from gpt_jax.model.gpt import GPT, ModelConfig
+from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.training.steps import (
-    eval_step,
-    init_params,
-    init_state,
-    loss_and_gradient,
-    nonfinite_places,
-    train_step,
-)
+from gpt_jax.training.steps import eval_step, init_state, loss_and_gradient, nonfinite_places, train_step
 
 SEED = 42
 init = jax.jit(init_params, static_argnums=(0, 1))

@@ -29,10 +29,11 @@ from whole_run import (
     wait_until,
 )
 
-from gpt_jax.checkpoint import _crc32_of_json, restore_parameters, saved_steps
+from gpt_jax.checkpoint import restore_parameters, saved_steps
 from gpt_jax.config import UserError
-from gpt_jax.data import token_cache
+from gpt_jax.data import batches, token_cache
 from gpt_jax.runs.metrics import read_lines
+from gpt_jax.storage.checkpoint_files import crc32_of_json
 from gpt_jax.training.trainer import Run, train_and_evaluate
 
 
@@ -151,8 +152,8 @@ def losses(monkeypatch):
 
 
 def test_another_batch_size_goes_on_with_the_next_window(corpus, tmp_path, monkeypatch, losses):
-    taken, load = [], token_cache.loader
-    monkeypatch.setattr(token_cache, "loader", lambda *args, **options: Recorded(load(*args, **options), taken))
+    taken, load = [], batches.loader
+    monkeypatch.setattr(batches, "loader", lambda *args, **options: Recorded(load(*args, **options), taken))
     for number, (size, steps) in enumerate(((4, 3), (8, 5), (2, 6))):
         changes = [f"--config.batch_size={size}", f"--config.num_steps={steps}", "--config.model.num_layers=1"]
         train_and_evaluate(configuration(corpus, *changes), tmp_path)
@@ -160,12 +161,12 @@ def test_another_batch_size_goes_on_with_the_next_window(corpus, tmp_path, monke
             position_file = tmp_path / "checkpoints" / "3" / "position.json"
             record = json.loads(position_file.read_text())
             del record["crc32"], record["position"]["next_window"], record["position"]["order"]
-            position_file.write_text(json.dumps(record | {"crc32": _crc32_of_json(record)}))
+            position_file.write_text(json.dumps(record | {"crc32": crc32_of_json(record)}))
     assert [len(batch["inputs"]) for batch in taken] == [4, 4, 4, 8, 8, 2]
     assert "config.batch_size was 8, now 2" in (tmp_path / "log.txt").read_text()
     config = configuration(corpus)
     tokens = token_cache.prepare(config.data, 300, log=lambda line: None).train
-    [straight] = token_cache.windows(tokens, block_size=24, batch_size=30, seed=config.seed).slice(slice(0, 1))
+    [straight] = batches.windows(tokens, block_size=24, batch_size=30, seed=config.seed).slice(slice(0, 1))
     np.testing.assert_array_equal(np.concatenate([batch["inputs"] for batch in taken]), straight["inputs"])
 
     train_and_evaluate(configuration(corpus, *changes, "--config.num_steps=7", "--config.seed=1"), tmp_path)

@@ -20,10 +20,10 @@ from whole_run import (
 
 from gpt_jax import main
 from gpt_jax.config import UserError
-from gpt_jax.data.corpus import Turn
+from gpt_jax.data.dialogue import Turn
+from gpt_jax.inference.generate import answer, load_for_sampling, make_sampler
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.runs.metrics import read_lines
-from gpt_jax.sample import answer, load_for_sampling, make_sampler
 from gpt_jax.training.trainer import TrainingFailed, train_and_evaluate
 
 # Nothing but steps: no evaluation, sample or diagnostics to compile.

@@ -1,0 +1,105 @@
+"""The folders of checkpoints: the record beside the arrays, its checksums, and which steps are kept."""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from gpt_jax.storage.files import sync_folder
+from gpt_jax.storage.json_file import DamagedError, check_version, read_object
+
+FORMAT_VERSION = 1  # of position.json; raise it when an older program would misread it
+STATE, POSITION = "state", "position.json"
+STEP = re.compile(r"0|[1-9][0-9]*")
+NEW, OLD = ".new", ".old"  # endings of a step being written, and of one being removed
+LEFTOVER = re.compile(r"[0-9]+(\.new|\.old|\.orbax-checkpoint-tmp.*)")
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint whose content is not what was saved; the message says why in one line.
+
+    A disk that does not let it be read just now is another thing, a StorageError: the checkpoint may be whole, so no
+    older one takes its place and nothing is removed.
+    """
+
+
+def crc32_of_file(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def crc32_of_json(record: dict) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def step_directories(directory: Path) -> dict[int, Path]:
+    return {int(path.name): path for path in directory.iterdir() if STEP.fullmatch(path.name)}
+
+
+def best_step(losses: Mapping[int, float | None]) -> int | None:
+    return min((s for s in losses if losses[s] is not None), key=lambda s: (losses[s], s), default=None)
+
+
+def steps_to_keep(losses: Mapping[int, float | None], keep_last: int, keep_every: int | None) -> set[int]:
+    steps = sorted(losses)
+    best = best_step(losses)
+    return (
+        set(steps[-keep_last:])
+        | {step for step in steps if keep_every and step % keep_every == 0}
+        | (set() if best is None else {best})
+    )
+
+
+def delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def remove(path: Path) -> None:
+    """Deletes what stands at a step's place; if that is cut short, no half of it stands there."""
+    old = path.rename(path.with_name(path.name + OLD))
+    delete(old)
+
+
+def read_record(path: Path) -> dict:
+    """The JSON of a checkpoint: position, validation_loss, leaves {name: spec}, files {name: CRC-32}."""
+    try:
+        record = read_object(path / POSITION, known=None)
+    except DamagedError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            raise DamagedCheckpoint(f"it has no {POSITION}") from error
+        raise DamagedCheckpoint(f"its {str(error).removeprefix(f'{path}{os.sep}')}") from error
+    if record.pop("crc32", None) != crc32_of_json(record):  # first: a flipped bit must not pass for a newer version
+        raise DamagedCheckpoint(f"its {POSITION} fails its checksum")
+    check_version(path / POSITION, record, FORMAT_VERSION)
+    return record
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Writes what `read_record` reads: whole, or the one before stays."""
+    new = path / (POSITION + NEW)
+    with new.open("w") as file:
+        file.write(json.dumps(record | {"crc32": crc32_of_json(record)}))
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path / POSITION)
+    sync_folder(path)
+
+
+def read_losses(directory: Path) -> dict[int, float | None]:
+    """The validation losses of the steps whose JSON is good."""
+    losses = {}
+    for step, path in step_directories(directory).items():
+        try:
+            losses[step] = read_record(path)["validation_loss"]
+        except DamagedCheckpoint:
+            continue  # told by whoever goes on to restore it
+    return losses
