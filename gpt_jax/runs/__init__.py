@@ -1,6 +1,6 @@
 """What a run writes, and how it is read again: `runs.plot_loss(runs.load_metrics(folder))`."""
 
-from gpt_jax.runs.load import Run, find_runs, load_metrics, load_run, load_samples
+from gpt_jax.runs.load import RunData, find_runs, load_metrics, load_run, load_samples
 from gpt_jax.runs.plots import (
     compare,
     plot_attention,
@@ -15,7 +15,7 @@ from gpt_jax.runs.plots import (
 )
 
 __all__ = [
-    "Run",
+    "RunData",
     "compare",
     "find_runs",
     "load_metrics",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax.runs.load import NORM, Run
+from gpt_jax.runs.load import NORM, RunData
 
 TRAIN_WINDOW = 50  # steps whose mean loss stands for the training loss at a step: one batch alone is noisy
 
@@ -32,7 +32,7 @@ def text_statistics(samples: Sequence[dict[str, Any]]) -> dict[str, float | None
     }
 
 
-def evaluations(run: Run) -> Iterable[tuple[int, float, float, float]]:
+def evaluations(run: RunData) -> Iterable[tuple[int, float, float, float]]:
     """Step, training loss around it, validation loss and their gap."""
     steps, loss = run.series("train", "loss")
     for step, validation in zip(*run.series("validation", "loss"), strict=True):
@@ -41,7 +41,7 @@ def evaluations(run: Run) -> Iterable[tuple[int, float, float, float]]:
         yield int(step), train, validation, validation - train
 
 
-def worst_steps(run: Run, count: int = 5) -> list[tuple[int, float, str, float]]:
+def worst_steps(run: RunData, count: int = 5) -> list[tuple[int, float, str, float]]:
     """Steps with the largest gradient norms: step, norm, and the layer with the largest part and its norm."""
     table = run.tables["train"]
     steps, norms = run.series("train", "grad_norm")
@@ -55,7 +55,7 @@ def worst_steps(run: Run, count: int = 5) -> list[tuple[int, float, str, float]]
     return found
 
 
-def phases(run: Run) -> Iterable[tuple[str, np.ndarray, float]]:
+def phases(run: RunData) -> Iterable[tuple[str, np.ndarray, float]]:
     """Name, milliseconds of each measurement and seconds in all, of what the run spent its time on."""
     logged, step_ms = run.series("train", "step_ms")
     data_steps, data_ms = run.series("train", "data_ms")

@@ -45,7 +45,7 @@ class SavedCheckpoint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunData:
     """All that a run folder says but the parameters themselves. What is not there yet is empty."""
 
     workdir: Path
@@ -76,7 +76,7 @@ class Run:
         return forward_order(name.removeprefix(NORM) for name in self.tables.get("train", {}) if name.startswith(NORM))
 
 
-def load_run(workdir: str | Path) -> Run:
+def load_run(workdir: str | Path) -> RunData:
     """Reads a run folder, of a run that may still be going on.
 
     Raises:
@@ -88,7 +88,7 @@ def load_run(workdir: str | Path) -> Run:
     if not (workdir / INFO_FILE).exists() and not (workdir / METRICS_FILE).exists():
         raise UserError(f"no run at {workdir}: the folder has neither {INFO_FILE} nor {METRICS_FILE}")
     tables, events = _read_tables(workdir / METRICS_FILE)
-    return Run(
+    return RunData(
         workdir=workdir,
         info=read_info(workdir),
         config=read_config(workdir),

@@ -6,17 +6,17 @@ from collections.abc import Callable
 import numpy as np
 
 from gpt_jax.runs.analysis import evaluations, worst_steps
-from gpt_jax.runs.load import SPIKE, Run
+from gpt_jax.runs.load import SPIKE, RunData
 
 
-def _note_status(run: Run) -> str | None:
+def _note_status(run: RunData) -> str | None:
     status = run.info.get("status")
     if status == "running":
         return "The run is still marked as running: this is a view of it so far, or it was killed."
     return f"The run did not reach its end: {status}." if status in ("interrupted", "failed") else None
 
 
-def _note_start(run: Run) -> str | None:
+def _note_start(run: RunData) -> str | None:
     """A model that knows nothing has a loss near the logarithm of the vocabulary's size."""
     vocab = run.config.get("model", {}).get("vocab_size")
     steps, loss = run.series("train", "loss")
@@ -27,7 +27,7 @@ def _note_start(run: Run) -> str | None:
     return f"The first loss is {loss[0]:.3f}; guessing over {vocab:,} tokens has {math.log(vocab):.3f}: {verdict}."
 
 
-def _note_nonfinite(run: Run) -> str | None:
+def _note_nonfinite(run: RunData) -> str | None:
     finite = run.tables.get("train", {}).get("finite")
     if finite is None:
         return None
@@ -37,7 +37,7 @@ def _note_nonfinite(run: Run) -> str | None:
     return f"{len(bad):,} updates were skipped for a non-finite loss or gradient, the first at step {bad[0]:,}."
 
 
-def _note_spikes(run: Run) -> str | None:
+def _note_spikes(run: RunData) -> str | None:
     steps, norms = run.series("train", "grad_norm")
     if not len(norms):
         return None
@@ -51,7 +51,7 @@ def _note_spikes(run: Run) -> str | None:
     return f"Gradient norms above {SPIKE:g}: {count:,} ({count / len(norms):.1%} of the steps), {where}."
 
 
-def _note_clipping(run: Run) -> str | None:
+def _note_clipping(run: RunData) -> str | None:
     clip = run.config.get("optimizer", {}).get("clip_norm")
     _, norms = run.series("train", "grad_norm")
     if not clip or not len(norms):
@@ -59,7 +59,7 @@ def _note_clipping(run: Run) -> str | None:
     return f"The clip at {clip:g} acted on {(norms > clip).mean():.1%} of the steps."
 
 
-def _note_progress(run: Run) -> str | None:
+def _note_progress(run: RunData) -> str | None:
     _, loss = run.series("train", "loss")
     part = len(loss) // 10
     if part < 10:
@@ -75,7 +75,7 @@ def _note_progress(run: Run) -> str | None:
     return f"Training loss has levelled off (change {change:+.4f} over the last tenth, noise {noise:.4f})."
 
 
-def _note_overfitting(run: Run) -> str | None:
+def _note_overfitting(run: RunData) -> str | None:
     rows = [row for row in evaluations(run) if not math.isnan(row[3])]  # step 0 has no training loss
     if len(rows) < 3:
         return None
@@ -87,7 +87,7 @@ def _note_overfitting(run: Run) -> str | None:
     return f"No overfitting: validation loss {last[2]:.4f}, best {best[2]:.4f} at step {best[0]:,}; {gap}."
 
 
-def _note_attention(run: Run) -> str | None:
+def _note_attention(run: RunData) -> str | None:
     table = run.tables.get("diagnostics", {})
     scores = {name: v[-1] for name, v in table.items() if name.startswith("attention_max/")}
     cap = run.config.get("model", {}).get("soft_cap")
@@ -98,7 +98,7 @@ def _note_attention(run: Run) -> str | None:
     return f"The largest attention score is {scores[name]:.1f} ({name.split('/', 1)[1]}), {where}."
 
 
-def _note_data_wait(run: Run) -> str | None:
+def _note_data_wait(run: RunData) -> str | None:
     _, data = run.series("train", "data_ms")
     _, step = run.series("train", "step_ms")
     if not len(data) or not len(step):
@@ -108,7 +108,7 @@ def _note_data_wait(run: Run) -> str | None:
     return f"Waiting for data is {share:.1%} of a step: {verdict}."
 
 
-def _note_speed(run: Run) -> str | None:
+def _note_speed(run: RunData) -> str | None:
     steps, step = run.series("train", "step_ms")
     steady, slow = steps[1:], step[1:] > 2 * np.median(step[1:]) if len(step) > 1 else np.empty(0, bool)
     if not slow.any():
@@ -117,7 +117,7 @@ def _note_speed(run: Run) -> str | None:
     return f"{slow.sum():,} of {len(slow):,} logging intervals took over twice the median step (at steps {where})."
 
 
-NOTES: tuple[Callable[[Run], str | None], ...] = (
+NOTES: tuple[Callable[[RunData], str | None], ...] = (
     _note_status,
     _note_start,
     _note_nonfinite,

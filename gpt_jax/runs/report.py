@@ -21,7 +21,7 @@ from gpt_jax.runs.analysis import (
     trailing_mean,
     worst_steps,
 )
-from gpt_jax.runs.load import NORM, Run, forward_order, load_run
+from gpt_jax.runs.load import NORM, RunData, forward_order, load_run
 from gpt_jax.runs.markdown import (
     NO_DATA,
     bullet_list,
@@ -53,13 +53,13 @@ def write_report(workdir: str | Path) -> Path:
     return path
 
 
-def make_report(run: Run) -> str:
+def make_report(run: RunData) -> str:
     """The report, in Markdown."""
     title = f"# Run {run.info.get('run_id', run.workdir.resolve().name)}"
     return "\n\n".join([title, *(f"## {name}\n\n{section(run)}" for name, section in SECTIONS.items())]) + "\n"
 
 
-def summary(run: Run) -> str:
+def summary(run: RunData) -> str:
     info = run.info
     rows = [(name, info.get(name)) for name in ("name", "domain", "status", "started", "ended")]
     total = run.config.get("num_steps")
@@ -72,7 +72,7 @@ def summary(run: Run) -> str:
     return bullet_list(rows)
 
 
-def infrastructure(run: Run) -> str:
+def infrastructure(run: RunData) -> str:
     info = run.info
     device, host, git = (info.get(key) or {} for key in ("device", "host", "git"))
     peak = info.get("peak_memory_bytes") or {}
@@ -90,17 +90,17 @@ def infrastructure(run: Run) -> str:
     return bullet_list(rows)
 
 
-def configuration(run: Run) -> str:
+def configuration(run: RunData) -> str:
     rows = [(name, f"`{value}`", FIELDS[name].meaning if name in FIELDS else "") for name, value in leaves(run.config)]
     return make_table(("setting", "value", "what"), rows)
 
 
-def model_and_data(run: Run) -> str:
+def model_and_data(run: RunData) -> str:
     facts = {name: value for name, value in run.info.items() if name not in SHOWN_ELSEWHERE}
     return bullet_list((name, f"{value:,}" if type(value) is int else value) for name, value in leaves(facts))
 
 
-def checkpoints(run: Run) -> str:
+def checkpoints(run: RunData) -> str:
     validation = dict(zip(*run.series("validation", "loss"), strict=True))
     best = min(validation, key=validation.get, default=None)
     rows = [
@@ -118,7 +118,7 @@ def checkpoints(run: Run) -> str:
     )
 
 
-def loss_by_range(run: Run) -> str:
+def loss_by_range(run: RunData) -> str:
     steps, loss = run.series("train", "loss")
     rows = []
     for start, end in itertools.pairwise((0, *RANGE_ENDS, math.inf)):
@@ -129,7 +129,7 @@ def loss_by_range(run: Run) -> str:
     return make_table(("steps", "first", "last", "mean", "lowest"), rows)
 
 
-def loss_milestones(run: Run) -> str:
+def loss_milestones(run: RunData) -> str:
     steps, loss = run.series("train", "loss")
     if not len(loss):
         return NO_DATA
@@ -146,7 +146,7 @@ def loss_milestones(run: Run) -> str:
     return make_table(columns, rows) + "\n\n" + _values_at(run, "loss", LOSS_STEPS, ".4f")
 
 
-def evaluation(run: Run) -> str:
+def evaluation(run: RunData) -> str:
     rows = [
         (step, format_number(train), format_number(validation), format_number(gap, "+.4f"))
         for step, train, validation, gap in evaluations(run)
@@ -158,7 +158,7 @@ def evaluation(run: Run) -> str:
     return make_table(("step", "training loss", "validation loss", "gap"), rows) + (note if rows else "")
 
 
-def gradient_norms(run: Run) -> str:
+def gradient_norms(run: RunData) -> str:
     _, total = run.series("train", "grad_norm")
     if not len(total):
         return NO_DATA
@@ -181,7 +181,7 @@ def gradient_norms(run: Run) -> str:
     )
 
 
-def attention(run: Run) -> str:
+def attention(run: RunData) -> str:
     table = run.tables.get("diagnostics", {})
     layers = forward_order(name.split("/")[1] for name in table if name.startswith("attention_max/"))
     rows = []
@@ -197,11 +197,11 @@ def attention(run: Run) -> str:
     return make_table(columns, rows)
 
 
-def learning_rate(run: Run) -> str:
+def learning_rate(run: RunData) -> str:
     return _values_at(run, "learning_rate", LEARNING_RATE_STEPS, ".4g")
 
 
-def timing(run: Run) -> str:
+def timing(run: RunData) -> str:
     rows = [
         (name, len(each), *map(format_number, phase_figures(each)), format_duration(total))
         for name, each, total in phases(run)
@@ -215,7 +215,7 @@ def timing(run: Run) -> str:
     return make_table(columns, rows) + (first + note if rows else "")
 
 
-def throughput(run: Run) -> str:
+def throughput(run: RunData) -> str:
     _, tokens = run.series("train", "tokens_per_second")
     tokens = tokens[1:] if len(tokens) > 1 else tokens  # the first holds the compilation
     _, mfu = run.series("train", "mfu")
@@ -233,7 +233,7 @@ def throughput(run: Run) -> str:
     return bullet_list(rows)
 
 
-def samples(run: Run) -> str:
+def samples(run: RunData) -> str:
     steps = sorted({sample["step"] for sample in run.samples})
     if not steps:
         return NO_DATA
@@ -247,7 +247,7 @@ def samples(run: Run) -> str:
     return "\n\n".join(parts)
 
 
-def sample_quality(run: Run) -> str:
+def sample_quality(run: RunData) -> str:
     steps = sorted({sample["step"] for sample in run.samples})
     rows = []
     for step in _spread(steps, 20):
@@ -270,19 +270,19 @@ def sample_quality(run: Run) -> str:
     return make_table(("step", "mean tokens", "distinct-2", "repetition", "ended"), rows) + (note if rows else "")
 
 
-def events(run: Run) -> str:
+def events(run: RunData) -> str:
     rows = [(event["step"], event.get("text", "")) for event in run.events]
     hidden = len(rows) - 40
     more = f"\n\n{hidden:,} more in metrics.jsonl." if hidden > 0 else ""
     return make_table(("step", "event"), rows[:40]) + more if rows else "None."
 
 
-def notes(run: Run) -> str:
+def notes(run: RunData) -> str:
     found = [note for rule in NOTES if (note := rule(run))]
     return "\n".join(f"- {note}" for note in found) or NO_DATA
 
 
-SECTIONS: dict[str, Callable[[Run], str]] = {
+SECTIONS: dict[str, Callable[[RunData], str]] = {
     "Summary": summary,
     "Notes": notes,
     "Infrastructure": infrastructure,
@@ -303,7 +303,7 @@ SECTIONS: dict[str, Callable[[Run], str]] = {
 }
 
 
-def _values_at(run: Run, name: str, steps: Sequence[int], form: str) -> str:
+def _values_at(run: RunData, name: str, steps: Sequence[int], form: str) -> str:
     values = dict(zip(*run.series("train", name), strict=True))
     rows = [(step, format(values[step], form)) for step in steps if step in values]
     return make_table(("step", name.replace("_", " ")), rows)

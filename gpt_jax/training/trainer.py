@@ -105,7 +105,7 @@ def initial_state(
     return init_state(params, optimizer), None
 
 
-class Run:
+class Trainer:
     """One run on its way. The methods are the parts of the loop, `loop` puts them together."""
 
     def __init__(
@@ -204,7 +204,7 @@ class Run:
             while True:
                 # Read once: a signal that comes while this pass does what is due ends the next one, which saves.
                 last, stopping = self.step >= config.num_steps, stop.received is not None
-                self.housekeeping(last=last, stopping=stopping, asked=stop.take_save_request())
+                self.run_due_actions(last=last, stopping=stopping, asked=stop.take_save_request())
                 if last or stopping:
                     return stop.received
                 with self.clock.phase("data"):
@@ -218,7 +218,7 @@ class Run:
                 self.pending.append((self.step, device_metrics))
                 self.read_back(READ_BACK_LAG)
 
-    def housekeeping(self, *, last: bool, stopping: bool, asked: bool) -> None:
+    def run_due_actions(self, *, last: bool, stopping: bool, asked: bool) -> None:
         """Checkpoint, then evaluation, diagnostics and samples, where they are due; and a checkpoint where the
         evaluation, after step 0, is the best of all that have one.
 
@@ -495,7 +495,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
                 text += f"; {METRICS_FILE} ends at step {recorded.last_step}, what came between is not in it"
                 log(f"warning: {text}")
             writer.write(resume_step, "event", {"text": text})
-        run = Run(
+        trainer = Trainer(
             config,
             workdir,
             backend=backend,
@@ -510,15 +510,15 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             info=info,
             log=log,
         )
-        failure.run = run
+        failure.trainer = trainer
         stop.defer()
-        stopped_by = run.loop(stop)
+        stopped_by = trainer.loop(stop)
         checkpointer.wait()
         writer.flush()
         status = "interrupted" if stopped_by else "completed"
-        info.finish(status, peak_flops=run.peak_flops, **{LAST_CHECKPOINT: checkpointer.newest})
+        info.finish(status, peak_flops=trainer.peak_flops, **{LAST_CHECKPOINT: checkpointer.newest})
         if stopped_by:
-            log(f"stopped by {stopped_by.name} at step {run.step}, saved; go on with --workdir={workdir}")
+            log(f"stopped by {stopped_by.name} at step {trainer.step}, saved; go on with --workdir={workdir}")
         with writing(workdir / "report.md"):
             log(f"report: {write_report(workdir)}")
         return stopped_by
@@ -532,7 +532,7 @@ class DeviceFailure:
 
     def __init__(self, config: ConfigDict, workdir: Path, backend: Backend) -> None:
         self._config, self._workdir, self._backend = config, workdir, backend
-        self.run: Run | None = None  # once there is one
+        self.trainer: Trainer | None = None  # once there is one
 
     def __enter__(self) -> "DeviceFailure":
         return self
@@ -540,7 +540,7 @@ class DeviceFailure:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is None or not is_device_error(error):
             return
-        step, seconds = (None, None) if self.run is None else (self.run.step, self.run.step_seconds)
+        step, seconds = (None, None) if self.trainer is None else (self.trainer.step, self.trainer.step_seconds)
         text = f"{describe(error)}; {remedies(error, self._config, seconds)}"
         raise self.ended_by(text if step is None else f"step {step}: {text}") from error
 

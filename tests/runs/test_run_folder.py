@@ -16,7 +16,7 @@ from gpt_jax.data.tokenizer import save, train_tokenizer
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.storage.files import StorageError
 from gpt_jax.storage.lock import lock
-from gpt_jax.training.trainer import Run, train_and_evaluate
+from gpt_jax.training.trainer import Trainer, train_and_evaluate
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -153,9 +153,9 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("place", ["evaluate", "diagnose", "sample"])
 def test_what_is_due_is_saved_first_and_the_rest_made_up_for(finished, corpus, tmp_path, monkeypatch, place):
-    whole = getattr(Run, place)
+    whole = getattr(Trainer, place)
 
-    def killed(self: Run) -> None:
+    def killed(self: Trainer) -> None:
         if self.step == 8:
             if place == "sample":  # between two samples
                 monkeypatch.setattr(self.writer, "sample", self.writer.sample)
@@ -168,7 +168,7 @@ def test_what_is_due_is_saved_first_and_the_rest_made_up_for(finished, corpus, t
     def kill() -> None:
         raise Killed
 
-    monkeypatch.setattr(Run, place, killed)
+    monkeypatch.setattr(Trainer, place, killed)
     with pytest.raises(Killed):
         train_and_evaluate(tiny(corpus), tmp_path / "run")
     assert steps_saved(tmp_path / "run") == [4, 8]
@@ -188,14 +188,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def test_signals_save_and_stop_or_go_on(finished, corpus, tmp_path, monkeypatch):
     sent = {2: signal.SIGUSR1, 5: signal.SIGHUP, 7: signal.SIGTERM, 9: signal.SIGINT}
-    read_back = Run.read_back
+    read_back = Trainer.read_back
 
-    def send(self: Run, lag: int) -> None:
+    def send(self: Trainer, lag: int) -> None:
         if self.step in sent:
             os.kill(os.getpid(), sent.pop(self.step))
         read_back(self, lag)
 
-    monkeypatch.setattr(Run, "read_back", send)
+    monkeypatch.setattr(Trainer, "read_back", send)
     stopped = [train_and_evaluate(tiny(corpus, checkpoint__keep_last=9), tmp_path) for _ in range(4)]
     assert stopped == [signal.SIGHUP, signal.SIGTERM, signal.SIGINT, None]
     assert steps_saved(tmp_path) == [2, 4, 5, 7, 8, 9, 12]
@@ -226,15 +226,15 @@ class Disk:
         self.monkeypatch, self.mend = monkeypatch, []
 
     def fail_at(self, step: int, failure) -> None:
-        housekeeping = Run.housekeeping
+        run_due_actions = Trainer.run_due_actions
 
-        def hooked(run: Run, **due: bool) -> None:
+        def hooked(run: Trainer, **due: bool) -> None:
             if run.step == step:
                 run.checkpointer.wait()
                 failure()
-            housekeeping(run, **due)
+            run_due_actions(run, **due)
 
-        self.monkeypatch.setattr(Run, "housekeeping", hooked)
+        self.monkeypatch.setattr(Trainer, "run_due_actions", hooked)
 
     def limit(self, what: int, value: int) -> None:
         soft, hard = resource.getrlimit(what)

@@ -34,7 +34,7 @@ from gpt_jax.config import UserError
 from gpt_jax.data import batches, token_cache
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.storage.checkpoint_files import crc32_of_json
-from gpt_jax.training.trainer import Run, train_and_evaluate
+from gpt_jax.training.trainer import Trainer, train_and_evaluate
 
 
 def test_a_run_leaves_all_that_it_should(straight):
@@ -108,7 +108,7 @@ def test_killed_and_stopped_by_signals_and_resumed_it_is_bit_identical(straight,
 
 def test_a_signal_while_samples_are_drawn_saves_too(corpus, tmp_path, monkeypatch):
     """With one step more: what is due is done once a step."""
-    monkeypatch.setattr(Run, "sample", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(Trainer, "sample", lambda self: os.kill(os.getpid(), signal.SIGTERM))
     config = configuration(corpus, "--config.sample.every=10", "--config.checkpoint.every=60")
     assert train_and_evaluate(config, tmp_path) == signal.SIGTERM
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["11"]
@@ -132,7 +132,7 @@ class Recorded:
 @pytest.fixture
 def losses(monkeypatch):
     """Validation losses to come; steps that compute nothing, so that a run of a few costs little."""
-    losses, initialise = [], Run.__init__
+    losses, initialise = [], Trainer.__init__
 
     def initialise_without_steps(self, *args, **options):
         initialise(self, *args, **options)
@@ -145,9 +145,9 @@ def losses(monkeypatch):
         self.train_step = step
         self.eval_step = lambda params, batch: (losses.pop(0) if losses else 1.0, 1.0)
 
-    monkeypatch.setattr(Run, "__init__", initialise_without_steps)
-    monkeypatch.setattr(Run, "sample", lambda self: None)
-    monkeypatch.setattr(Run, "diagnose", lambda self: None)
+    monkeypatch.setattr(Trainer, "__init__", initialise_without_steps)
+    monkeypatch.setattr(Trainer, "sample", lambda self: None)
+    monkeypatch.setattr(Trainer, "diagnose", lambda self: None)
     return losses
 
 
@@ -198,7 +198,7 @@ def test_a_profile_is_of_the_steps_in_its_window_that_a_start_makes(start, end, 
         running.pop()
 
     monkeypatch.setattr("jax.profiler.trace", trace)
-    run = object.__new__(Run)
+    run = object.__new__(Trainer)
     run.config = ConfigDict({"log": {"profile_step": 3, "profile_steps": 4}})
     run.workdir, run.backend, run.leaves, run.log = tmp_path, types.SimpleNamespace(name="xla"), (), lambda line: None
     run.trace, run.tracing = contextlib.ExitStack(), False

@@ -15,7 +15,7 @@ from gpt_jax.config import UserError
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.training import programs
 from gpt_jax.training.failures import remedies, smaller
-from gpt_jax.training.trainer import Run, TrainingFailed, train_and_evaluate
+from gpt_jax.training.trainer import Trainer, TrainingFailed, train_and_evaluate
 from vk_kernels.bridge import jit
 from vk_kernels.errors import BufferSizeError, DeviceLostError, FeatureError, OutOfMemoryError
 from vk_kernels.runtime.memory import Memory
@@ -74,7 +74,7 @@ def test_a_device_that_is_lost_costs_one_line_whatever_it_was_doing(phase, vulka
     made, compiled = [], jit.Compiled.__init__
     monkeypatch.setattr(jit.Compiled, "__init__", lambda self, *args: made.append(self) or compiled(self, *args))
     lost = DeviceLostError("the device was lost while running attention; open it again to go on")
-    original = getattr(Run, phase)
+    original = getattr(Trainer, phase)
 
     def lose(self, *args):
         if self.step >= 4 or phase == "evaluate":
@@ -82,7 +82,7 @@ def test_a_device_that_is_lost_costs_one_line_whatever_it_was_doing(phase, vulka
                 monkeypatch.setattr(Queue, name, after(0, None, lost))
         return original(self, *args)
 
-    monkeypatch.setattr(Run, phase, lose)
+    monkeypatch.setattr(Trainer, phase, lose)
     with pytest.raises(TrainingFailed) as failed:
         train_and_evaluate(configuration(corpus, *vulkan), tmp_path)
     line = str(failed.value)
@@ -111,13 +111,13 @@ def test_a_full_device_is_found_out_before_the_data(vulkan, corpus, tmp_path, mo
 
 @needs_vulkan
 def test_a_device_that_fills_up_later_ends_the_run(vulkan, corpus, tmp_path, monkeypatch):
-    original = Run.sample
+    original = Trainer.sample
 
     def fill(self):
         monkeypatch.setattr(Memory, "_allocated", after(0, None, OutOfMemoryError("no room for a buffer")))
         return original(self)
 
-    monkeypatch.setattr(Run, "sample", fill)
+    monkeypatch.setattr(Trainer, "sample", fill)
     with pytest.raises(TrainingFailed, match=r"step 4: .*no room for a buffer; these take less memory: ") as failed:
         train_and_evaluate(configuration(corpus, *vulkan), tmp_path)
     assert_ended_whole(tmp_path, str(failed.value))
@@ -213,7 +213,7 @@ def test_what_is_named_as_enough_is_the_least_change_that_is(error, possible, wa
 
 @pytest.mark.parametrize(
     ("where", "line"),
-    [("gpt_jax.training.trainer.Run.evaluate", "step 0: "), ("gpt_jax.training.trainer.initial_state", "")],
+    [("gpt_jax.training.trainer.Trainer.evaluate", "step 0: "), ("gpt_jax.training.trainer.initial_state", "")],
 )
 def test_memory_that_xla_does_not_get_costs_one_line_too(where, line, corpus, tmp_path, monkeypatch):
     """Also before the run has begun."""
