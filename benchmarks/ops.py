@@ -5,7 +5,8 @@
 Vulkan: device time, the sum of the timestamps of a plan's dispatches, median over the repeats; no copies to or from the
 host are in it. XLA: wall time of the reference under jax.jit, forward and (forward +) backward as XLA sees fit, calls
 back to back so that launches overlap, divided by their number. GB/s counts every operand and result once, TFLOP/s the
-products' multiplications and additions, a causal attention's at half. The ceilings are a copy, and a large product.
+useful multiplications and additions: half of a causal attention's, and none that a kernel makes again. The ceilings are
+a copy, and a large product.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,13 +24,14 @@ import numpy as np
 
 from vk_kernels.bridge.use import use
 from vk_kernels.compiler.op_call import CallSite, encode_call, make_plan
+from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.errors import FeatureError
 from vk_kernels.runtime.command_buffer import Recorder
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.dispatch_plan import Array, Plan, record
 from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.tools.check_ops import VARIANTS
-from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, Case, Sizes
+from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, Case
 
 ROW = "{:<30} {:<9} {:<5} {:<9} {:<6} {:>10} {:>9} {:>9} {:>10} {:>6}"
 
@@ -113,20 +116,10 @@ def device_seconds(
         recorder.close()
 
 
-def product_flops(name: str, sizes: Sizes, reads: list[Array]) -> float:
-    """Of the matrix products of one primitive; 0 where there is none."""
-    rows = sizes.batch * sizes.length
-    if name.startswith("matmul"):
-        x, w = reads[1:3] if "backward" in name else reads[:2]
-        products = 2 if "backward" in name else 1
-        return products * 2.0 * (x.size // x.shape[-1]) * w.shape[0] * w.shape[1]
-    if "attention" in name:
-        products = 5 if "backward" in name else 2
-        return products * rows * sizes.length * sizes.width  # 2 a multiply-add, half of it below the diagonal
-    if name.startswith("linear_cross_entropy"):
-        products = 3 if "backward" in name else 1
-        return products * 2.0 * rows * sizes.width * sizes.vocab
-    return 0.0
+def useful_flops(name: str, reads: list[Array], writes: list[Array]) -> float:
+    """FLOPs of the products of a primitive, as the compiler counts them; 0 where there are none."""
+    flops = kernel_op(name).flops
+    return 0.0 if flops is None else float(flops(SimpleNamespace(inputs=reads, outputs=writes)))
 
 
 def xla_seconds(case: Case, operands: Sequence[np.ndarray], backward: bool, repeats: int) -> float:
@@ -232,7 +225,7 @@ def measure(device: Device, selector: str, case: Case, size: str, dtype: np.dtyp
             total += seconds
             backward = name.endswith("_backward")
             moved = sum(array.nbytes for array in (*reads, *writes)) / seconds / 1e9
-            flops = product_flops(name, sizes, reads) / seconds / 1e12
+            flops = useful_flops(name, reads, writes) / seconds / 1e12
             reference = xla(backward)
             print(
                 ROW.format(

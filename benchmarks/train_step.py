@@ -91,8 +91,7 @@ def run_side(side: str, case: Case, steps: int, profile: bool) -> dict[str, Any]
             timed(step, batches, 1)
         times = timed(step, batches, max(1, steps // 10))
         found |= {"ms": 1e3 * statistics.median(times), "least_ms": 1e3 * min(times), "loss": float(loss())}
-    tokens = config.batch_size * config.model.block_size
-    return found | {"tokens": tokens, "flops": model_flops(config)} | finish(profile)
+    return found | {"tokens": config.batch_size * config.model.block_size} | finish(profile)
 
 
 def timed(step: Callable[[Any], Any], batches: list[Any], tens: int) -> list[float]:
@@ -105,15 +104,6 @@ def timed(step: Callable[[Any], Any], batches: list[Any], tens: int) -> list[flo
         float(loss())
         times.append((time.perf_counter() - start) / 10)
     return times
-
-
-def model_flops(config: Any) -> float:
-    """Of a step: 6 a weight in a product and token, and 6 T D a token of each layer's causal attention (as PaLM's
-    appendix B counts, halved for what the mask hides)."""
-    model = config.model
-    weights = 12 * model.num_layers * model.embed_dim**2 + model.vocab_size * model.embed_dim
-    attention = 6 * model.num_layers * model.block_size * model.embed_dim
-    return (6.0 * weights + attention) * config.batch_size * model.block_size
 
 
 def vulkan_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[str, Any]]]:
@@ -207,8 +197,13 @@ def profile_rows(jitted: Any, state: Any, batch: Any, device: Any, config: Any) 
 
 
 def dispatch_flops(command: Any, config: Any) -> float:
-    """Of a product or of attention; 0 for all else, which is bound by bytes."""
+    """FLOPs that a dispatch executes in products, attention's scores where it makes them again too: what bounds it.
+
+    0 for all else, which is bound by bytes. The useful ones of a whole call are its `cost`.
+    """
     import struct
+
+    from vk_kernels.ops.attention import forward_flops
 
     name, model = command.label, config.model
     if name.startswith("matmul") and not name.startswith(("matmul_finish", "matmul_column")):
@@ -216,7 +211,7 @@ def dispatch_flops(command: Any, config: Any) -> float:
         return 2.0 * m * n * k * batches
     products = {"attention_forward": 2, "attention_dq": 3, "attention_dkv": 4}
     count = next((n for kernel, n in products.items() if name.startswith(kernel)), 0)
-    return count * float(config.batch_size * model.block_size**2 * model.embed_dim)  # half of 2 T T D: causal
+    return count / 2 * forward_flops((config.batch_size, model.block_size, 1, model.embed_dim))
 
 
 # All sides.
@@ -282,16 +277,17 @@ def table(names: list[str], sides: list[str], steps: int, warm: bool) -> Iterato
 def line(name: str, side: str, found: dict[str, Any], again: dict[str, Any], ours: dict[str, Any] | None) -> str:
     if "error" in found:
         return f"{name:<16} {side:<7} failed: {found['error']}"
-    from gpt_jax.runs.flops import device_peak_flops
+    from gpt_jax.runs.flops import device_peak_flops, model_flops_utilisation
 
-    ms = found["ms"]
-    dtype = case_of(name).load().model.dtype
-    peak = device_peak_flops(found["device"].split(" (")[0], dtype)
-    mfu = f"{100 * found['flops'] / (ms / 1e3) / peak:.0f}%" if peak else "-"
+    ms, model = found["ms"], case_of(name).load().model
+    tokens_per_second = found["tokens"] / ms * 1e3
+    peak = device_peak_flops(found["device"].split(" (")[0], model.dtype)
+    utilisation = model_flops_utilisation(model, tokens_per_second, peak)
+    mfu = "-" if utilisation is None else f"{100 * utilisation:.0f}%"
     memory = f"{found['memory'] / 1e6:,.0f} MB" if found.get("memory") else "-"
     ratio = f"{ms / ours['ms']:.2f}" if ours and "ms" in ours else "-"
     first = f"{again['first_s']:.1f}" if "first_s" in again else "-"
-    numbers = (f"{found['tokens'] / ms * 1e3:,.0f}", mfu, memory, f"{found['first_s']:.1f}", first)
+    numbers = (f"{tokens_per_second:,.0f}", mfu, memory, f"{found['first_s']:.1f}", first)
     return ROW.format(name, side, f"{ms:.3f}", ratio, *numbers, found.get("dispatches", "-"))
 
 

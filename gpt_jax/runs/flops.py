@@ -1,6 +1,10 @@
-"""FLOPs of a model, and the peaks of devices that they are measured by."""
+"""FLOPs of a model, the peaks of devices, and the one by the other: MFU."""
 
 import re
+
+from ml_collections import ConfigDict
+
+from vk_kernels.ops.attention import backward_flops, forward_flops
 
 # Dense peaks in TFLOP/s (bfloat16 with f32 accumulation, tf32, float32 without tensor cores), by the whole name that
 # JAX gives a device: a slice of a GPU (MIG), a laptop's or an unlisted variant has none rather than a wrong one.
@@ -42,16 +46,26 @@ def device_peak_flops(device_kind: str, dtype: str) -> float | None:
     return None
 
 
-def model_flops_per_token(matrix_parameters: int, layers: int, width: int, block: int) -> int:
-    """FLOPs of forward and backward pass, a token: 6 N + 12 layers width block.
+def model_flops_per_token(model: ConfigDict) -> int:
+    """FLOPs of the forward and the backward pass, a token: 6 N + 6 L T D.
 
-    6 N is a multiply and an add, once forward and twice backward, with each parameter; the rest is the attention's two
-    products, the causal mask's saving not counted. Source: Chowdhery et al., "PaLM" (2022), appendix B.
+    N weights stand in matrix products, the output layer's among them, and the embeddings not, which are looked up: a
+    multiplication and an addition each, once forward and twice backward. Attention's two products forward and four
+    backward take T D each over the keys that a causal mask lets a token see, T / 2 on average. What a kernel computes
+    again, and what the mask hides, is no work of the model and does not count.
+
+    Sources: Chowdhery et al., "PaLM" (2022), appendix B, for 6 N and the attention of an unmasked model, 12 L T D; Dao,
+    "FlashAttention-2" (2023), section 4.1, for the half under a causal mask.
 
     Args:
-      matrix_parameters: N, without the embeddings, which are looked up; the output layer counts, tied or not.
-      layers: of the transformer.
-      width: of the residual stream, heads * head size.
-      block: tokens that attention sees.
+      model: `config.model`: L num_layers, T block_size, D embed_dim.
     """
-    return 6 * matrix_parameters + 12 * layers * width * block
+    shape = (1, model.block_size, model.num_heads, model.embed_dim // model.num_heads)  # (B, T, H, D)
+    attention = model.num_layers * (forward_flops(shape) + backward_flops(shape)) // model.block_size
+    weights = 12 * model.num_layers * model.embed_dim**2 + model.vocab_size * model.embed_dim
+    return 6 * weights + attention
+
+
+def model_flops_utilisation(model: ConfigDict, tokens_per_second: float, peak_flops: float | None) -> float | None:
+    """MFU: the share that the model's FLOPs are of what the device could do at most; None where that is not known."""
+    return None if peak_flops is None else tokens_per_second * model_flops_per_token(model) / peak_flops

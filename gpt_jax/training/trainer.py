@@ -30,7 +30,7 @@ from gpt_jax.inference.generate import answer
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.model.parameters import merge_parameters
 from gpt_jax.output import Log
-from gpt_jax.runs.flops import device_peak_flops, model_flops_per_token
+from gpt_jax.runs.flops import device_peak_flops, model_flops_utilisation
 from gpt_jax.runs.folder import open_folder
 from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, mark_failed, new_run_id, read_config, write_json
 from gpt_jax.runs.metrics import METRICS_FILE, MetricsWriter
@@ -157,13 +157,6 @@ class Trainer:
         self.first_step, self.first_window = self.step, self._windows_seen(position)
         self.train_batches = batches.windows(corpus.train, seed=config.seed, seen=self.first_window, **shape)
         self.validation_batches = batches.evaluation_batches(corpus.validation, batches=config.eval.batches, **shape)
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        embeddings = sum(state.params[name].size for name in ("wte", "wpe"))
-        if config.model.tie_head:
-            embeddings -= state.params["wte"].size  # it is a matrix product as well
-        self.flops_per_token = model_flops_per_token(
-            parameters - embeddings, config.model.num_layers, config.model.embed_dim, config.model.block_size
-        )
         self.peak_flops = device_peak_flops(backend.device["kind"], self._matmul_kind())
 
     def _windows_seen(self, position: dict[str, Any]) -> int:
@@ -290,13 +283,13 @@ class Trainer:
             "eta_seconds": (self.config.num_steps - step) * seconds,
         }
         measured |= {f"{name}_ms": 1e3 * spent for name, spent in phases.items()}
-        mfu = ""
-        if self.peak_flops is not None:
-            measured["mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops
-            mfu = f"  MFU {measured['mfu']:.1%}"
+        mfu = model_flops_utilisation(self.config.model, tokens_per_second, self.peak_flops)
+        if mfu is not None:
+            measured["mfu"] = mfu
         self.log(
             f"step {step:>6}/{self.config.num_steps}  loss {values['loss']:.4f}  grad {values['grad_norm']:.2f}  "
-            f"lr {values['learning_rate']:.2e}  {measured['step_ms']:.1f} ms  {tokens_per_second:,.0f} tok/s{mfu}  "
+            f"lr {values['learning_rate']:.2e}  {measured['step_ms']:.1f} ms  {tokens_per_second:,.0f} tok/s  "
+            f"{'' if mfu is None else f'MFU {mfu:.1%}  '}"
             f"ETA {format_seconds(measured['eta_seconds'])}"
         )
         return measured

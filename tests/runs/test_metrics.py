@@ -12,12 +12,15 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from configs import chat, gpt2_124m
 from gpt_jax.config import UserError
-from gpt_jax.runs.flops import device_peak_flops, model_flops_per_token
+from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+from gpt_jax.runs.flops import device_peak_flops, model_flops_per_token, model_flops_utilisation
 from gpt_jax.runs.info import RunInfo, git_facts, new_run_id, read_json, write_json
 from gpt_jax.runs.metrics import MetricsWriter, read_lines
 from gpt_jax.storage.files import StorageError
@@ -279,7 +282,24 @@ def test_peak_of_a_device(kind, dtype, peak):
     assert device_peak_flops(kind, dtype) == (peak and pytest.approx(peak))
 
 
-def test_model_flops():
-    # GPT-2 124M: 6 x (12 x 12 x 768^2 weights in matrices + 50257 x 768 in the head) + 12 x 12 x 768 x 1024
-    matrices = 12 * 12 * 768**2 + 50_257 * 768
-    assert model_flops_per_token(matrices, layers=12, width=768, block=1024) == 854_438_400
+def test_model_flops_a_token_are_those_of_the_maths_alone():
+    """GPT-2 124M: 6 (12 x 12 x 768^2 + 50,257 x 768) for the matrices, 6 x 12 x 1,024 x 768 for causal attention."""
+    assert model_flops_per_token(gpt2_124m.get_config().model) == 741_192_192 + 56_623_104
+    assert model_flops_per_token(chat.get_config().model) == 34_455_552 + 2_359_296
+
+
+def test_model_flops_utilisation():
+    model = chat.get_config().model  # 36,814,848 FLOPs a token
+    assert model_flops_utilisation(model, 1e6, 989.4e12) == pytest.approx(0.0372092662, rel=1e-8)
+    assert model_flops_utilisation(model, 1e6, None) is None
+
+
+@pytest.mark.parametrize("get_config", [chat.get_config, gpt2_124m.get_config])
+def test_the_weights_that_count_are_those_of_the_model_in_matrix_products(get_config):
+    config = get_config().model
+    params = jax.eval_shape(lambda: init_params(GPT(ModelConfig.from_config(config)), 0))
+    counted = dict(params) if config.tie_head else {name: params[name] for name in params if name != "wte"}
+    del counted["wpe"]
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(counted) if leaf.ndim == 2)
+    attention = 6 * config.num_layers * config.block_size * config.embed_dim
+    assert model_flops_per_token(config) == 6 * matrices + attention
