@@ -29,7 +29,7 @@ SMALL = [
         "--config.model.vocab_size=300",
         "--config.model.dropout_rate=0.1",
         "--config.model.block_size=24",
-        "--config.model.num_layers=2",
+        "--config.model.num_layers=1",
     ),
     *("--config.model.num_heads=2", "--config.model.embed_dim=48", "--config.optimizer.warmup_steps=5"),
     *("--config.optimizer.decay_steps=60", "--config.eval.every=20", "--config.eval.batches=2"),

@@ -53,7 +53,7 @@ def test_a_run_leaves_all_that_it_should(straight):
     assert info["status"] == "completed"
     assert info["parameters"] == sum(leaf.size for _, leaf in flatten(results(straight)[1]))
     log = (straight / "log.txt").read_text()
-    assert "h_1/qkv/kernel" in log
+    assert "h_0/qkv/kernel" in log
     assert f"{info['parameters']:,}" in log
     samples = list(read_lines(straight / "samples.jsonl"))
     assert {sample["step"] for sample in samples} == {60}

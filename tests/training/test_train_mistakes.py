@@ -63,12 +63,12 @@ def test_nonfinite_steps_are_named_and_end_the_run(corpus, tmp_path, monkeypatch
 
 
 def test_finetuning_says_what_it_took(straight, corpus, tmp_path):
-    changes = ["--config.num_steps=1", "--config.model.num_layers=3", *ONLY_STEPS]
+    changes = ["--config.num_steps=1", "--config.model.num_layers=2", *ONLY_STEPS]
     train_and_evaluate(configuration(corpus, f"--config.init_from={straight}", *changes), tmp_path / "run")
     log = (tmp_path / "run" / "log.txt").read_text()
     assert f"{straight}/checkpoints/" in log
     assert "0 dropped, 0 mismatched and kept fresh, 8 new" in log
-    assert "new h_2/qkv/kernel" in log
+    assert "new h_1/qkv/kernel" in log
     first = train_lines(tmp_path / "run")[0]
     assert first["step"] == 1
     assert first["loss"] < train_lines(straight)[0]["loss"] - 0.2
