@@ -39,7 +39,6 @@ from gpt_jax.storage.checkpoint_files import (
     STEP,
     DamagedCheckpoint,
     best_step,
-    crc32_of_file,
     delete,
     read_losses,
     read_record,
@@ -48,6 +47,7 @@ from gpt_jax.storage.checkpoint_files import (
     steps_to_keep,
     write_record,
 )
+from gpt_jax.storage.checksum import crc32_of_file
 from gpt_jax.storage.files import StorageError, explain, is_absent, os_error_of, sync_folder, unreadable
 from gpt_jax.storage.json_file import VERSION
 

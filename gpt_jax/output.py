@@ -8,14 +8,13 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TextIO
 
+from gpt_jax.log import Log
 from gpt_jax.storage.files import StorageError, explain, writing
 
 CLOSED_PIPE = 128 + getattr(signal, "SIGPIPE", 13)  # exit code
-
-Log = Callable[[str], None]
 
 
 def open_streams() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 
 from gpt_jax.config import TARGETS, UserError
 from gpt_jax.data import tokenizer
-from gpt_jax.data.token_cache import Corpus, Log, Tokens
+from gpt_jax.data.token_cache import Corpus, Tokens
+from gpt_jax.log import Log
 
 MASKED = -1  # the target that no loss counts
 _ENDLESS = 2**62  # windows: grain adds to the length of what is endless, and it must stay an index

@@ -23,7 +23,7 @@ import tempfile
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +35,9 @@ from gpt_jax.config import UserError
 from gpt_jax.data import corpus, tokenizer
 from gpt_jax.data.dialogue import Dialogue
 from gpt_jax.data.rows import Reading
-from gpt_jax.storage.files import StorageError, explain
+from gpt_jax.log import Log
+from gpt_jax.storage.checksum import crc32_of_file, crc32_of_json
+from gpt_jax.storage.files import StorageError, explain, replacing
 from gpt_jax.storage.json_file import VERSION, read_object
 from gpt_jax.storage.lock import wait_for_lock
 
@@ -53,8 +55,6 @@ _SPLITS = ("train", "validation")
 _ARRAYS = tuple(f"{split}.{kind}" for split in _SPLITS for kind in ("tokens", "assistant"))
 _TOKENIZER = "tokenizer.json"
 _CHECKED = (*_ARRAYS, _TOKENIZER)
-
-Log = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +270,7 @@ def _build(
     _check_splits(stats, source, fraction, reading, sources)
     tokenizer.save(trained, folder / _TOKENIZER)
     checksums = {name: output.crc for name, output in outputs.items()}
-    checksums[_TOKENIZER] = _crc32(folder / _TOKENIZER)
+    checksums[_TOKENIZER] = crc32_of_file(folder / _TOKENIZER)
     meta = {
         VERSION: FORMAT_VERSION,
         "dtype": dtype.name,
@@ -279,12 +279,13 @@ def _build(
         "checksums": checksums,
     }
     meta["checksum"] = _checksum(meta)
-    (folder / "stats.json").write_text(json.dumps(meta, indent=2))
+    with replacing(folder / "stats.json") as file:
+        json.dump(meta, file, indent=2)
 
 
 def _checksum(meta: dict[str, Any]) -> int:
     """CRC-32 of what stats.json says, but of itself."""
-    return zlib.crc32(json.dumps({name: meta[name] for name in meta if name != "checksum"}, sort_keys=True).encode())
+    return crc32_of_json({name: meta[name] for name in meta if name != "checksum"})
 
 
 def _training_texts(dialogues: Iterable[Dialogue], fraction: float) -> Iterator[str]:
@@ -360,21 +361,12 @@ def _open(folder: Path) -> Corpus:
         for name in _ARRAYS
     }
     with ThreadPoolExecutor(len(_ARRAYS)) as pool:  # zlib lets go of the interpreter
-        for name, crc in zip(_CHECKED, pool.map(lambda name: _crc32(folder / name), _CHECKED), strict=True):
+        for name, crc in zip(_CHECKED, pool.map(lambda name: crc32_of_file(folder / name), _CHECKED), strict=True):
             if meta["checksums"][name] != crc:
                 raise ValueError(f"{name} fails its checksum")
     splits = [Tokens(arrays[f"{split}.tokens"], arrays[f"{split}.assistant"]) for split in _SPLITS]
     loaded = tokenizer.load(folder / _TOKENIZER)
     return Corpus(*splits, loaded, folder.name, meta["stats"], tuple(meta["notes"]))
-
-
-def _crc32(path: Path) -> int:
-    """Read piece by piece: pages of a map would count as memory of this process."""
-    crc = 0
-    with path.open("rb") as file:
-        while piece := file.read(2**16):
-            crc = zlib.crc32(piece, crc)
-    return crc
 
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.memmap:

@@ -5,7 +5,6 @@ The markers are the first three ids of a tokenizer trained here: 0 `<|user|>`, 1
 `encode_prompt` put markers down, so no text can forge a turn.
 """
 
-import contextlib
 import logging
 import re
 import threading
@@ -19,6 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gpt_jax.config import UserError
 from gpt_jax.data.dialogue import ASSISTANT, END, MARKERS, USER, Context, Dialogue, Turn
+from gpt_jax.log import Log
+from gpt_jax.storage.files import replacing
 
 SAID, UNCOUNTED = 1, 2  # of a token: the assistant says it; it is never a target
 SMALLEST_VOCABULARY = 256 + len(MARKERS)  # every byte, and the markers
@@ -32,7 +33,7 @@ _LONG_WORD = re.compile(
 _SIGN_OF_LIFE = 30  # seconds between two lines while a tokenizer is trained
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, log: Callable[[str], None] = logging.info) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, log: Log = logging.info) -> Tokenizer:
     """Trains a BPE on `texts`, deterministically. Words of more than 1,000 characters are trained on in pieces.
 
     The result has fewer than `vocab_size` ids where the texts hold too few pairs to merge that occur twice.
@@ -61,7 +62,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, log: Callable[[str], 
     return tokenizer
 
 
-def _in_pieces(texts: Iterable[str], log: Callable[[str], None]) -> Iterator[str]:
+def _in_pieces(texts: Iterable[str], log: Log) -> Iterator[str]:
     """The texts, those with a very long word cut inside it."""
     told = False
     for text in texts:
@@ -79,7 +80,7 @@ def _in_pieces(texts: Iterable[str], log: Callable[[str], None]) -> Iterator[str
         yield text[start:]
 
 
-def _in_thread(train: Callable[[], None], log: Callable[[str], None]) -> None:
+def _in_thread(train: Callable[[], None], log: Log) -> None:
     """Waits for `train` in a way that a signal can end, which Rust's code alone would not; says that it goes on."""
     # A daemon: Python does not wait for it when it ends early.
     done: Future[None] = Future()
@@ -99,13 +100,8 @@ def _in_thread(train: Callable[[], None], log: Callable[[str], None]) -> None:
 
 def save(tokenizer: Tokenizer, path: str | Path) -> None:
     """Writes tokenizer.json; a reader never sees half of it. Raises OSError."""
-    partial = Path(f"{path}.partial")
-    try:
-        partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with replacing(Path(path)) as file:
+        file.write(tokenizer.to_str(pretty=True))
 
 
 def load(path: str | Path) -> Tokenizer:

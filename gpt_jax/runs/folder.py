@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TextIO
 
 from gpt_jax.config import UserError
-from gpt_jax.output import Log, make_log, print_line
+from gpt_jax.log import Log
+from gpt_jax.output import make_log, print_line
 from gpt_jax.runs.info import INFO_FILE
 from gpt_jax.storage.files import StorageError
 from gpt_jax.storage.lock import LockedError, lock

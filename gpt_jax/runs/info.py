@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.config import types_of_fields
-from gpt_jax.storage.files import replacing
+from gpt_jax.storage.files import replacing, writing
 from gpt_jax.storage.json_file import NUMBER, VERSION, Types, read_object
 
 INFO_FILE, CONFIG_FILE = "run.json", "config.json"
@@ -62,7 +62,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file so that, whatever happens, either the old or the new one is there, whole."""
-    with replacing(path) as file:
+    with writing(path), replacing(path) as file:
         json.dump({VERSION: FORMAT_VERSION, **value}, file, indent=2)
         file.write("\n")
 

@@ -181,7 +181,7 @@ def _spell_nonfinite(value: Any) -> Any:
 def _open_after(path: Path, last_kept: int) -> TextIO:
     """Opens a JSON-lines file to append to, without its lines of later steps than `last_kept`."""
     if path.exists():
-        with replacing(path) as kept:
+        with writing(path), replacing(path) as kept:
             kept.writelines(line for line, record in _whole_lines(path) if record["step"] <= last_kept)
     with writing(path):
         return open(path, "a", buffering=1, encoding="utf-8")

@@ -33,6 +33,7 @@ from gpt_jax.runs.markdown import (
     one_line,
 )
 from gpt_jax.runs.notes import NOTES
+from gpt_jax.storage.files import replacing
 
 RANGE_ENDS = (500, 1000, 2500, 5000, 10_000, 25_000, 50_000)
 MILESTONES = (8, 7, 6.5, 6, 5.5, 5, 4.5, 4, 3.5, 3, 2.5, 2, 1.5, 1)
@@ -49,7 +50,9 @@ SHOWN_ELSEWHERE = {  # facts of run.json that have a place outside the section o
 def write_report(workdir: str | Path) -> Path:
     """Writes report.md into a run folder and returns its path. Raises UserError if there is no run."""
     path = Path(workdir) / "report.md"
-    path.write_text(make_report(load_run(workdir)), encoding="utf-8")
+    report = make_report(load_run(workdir))
+    with replacing(path) as file:
+        file.write(report)
     return path
 
 

@@ -4,11 +4,11 @@ import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from gpt_jax.storage.files import sync_folder
+from gpt_jax.storage.checksum import crc32_of_json
+from gpt_jax.storage.files import replacing
 from gpt_jax.storage.json_file import DamagedError, check_version, read_object
 
 FORMAT_VERSION = 1  # of position.json; raise it when an older program would misread it
@@ -24,18 +24,6 @@ class DamagedCheckpoint(Exception):
     A disk that does not let it be read just now is another thing, a StorageError: the checkpoint may be whole, so no
     older one takes its place and nothing is removed.
     """
-
-
-def crc32_of_file(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            crc = zlib.crc32(chunk, crc)
-    return crc
-
-
-def crc32_of_json(record: dict) -> int:
-    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def step_directories(directory: Path) -> dict[int, Path]:
@@ -85,13 +73,8 @@ def read_record(path: Path) -> dict:
 
 def write_record(path: Path, record: dict) -> None:
     """Writes what `read_record` reads: whole, or the one before stays."""
-    new = path / (POSITION + NEW)
-    with new.open("w") as file:
-        file.write(json.dumps(record | {"crc32": crc32_of_json(record)}))
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path / POSITION)
-    sync_folder(path)
+    with replacing(path / POSITION) as file:
+        json.dump(record | {"crc32": crc32_of_json(record)}, file)
 
 
 def read_losses(directory: Path) -> dict[int, float | None]:

@@ -84,16 +84,19 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """A file that takes the place of `path` at the end, in one go, if all went well."""
+    """A text file that takes the place of `path` in one go when it is whole and on the disk.
+
+    Raises:
+      OSError: it could not be written; what stood at `path` stands there still.
+    """
     temporary = path.with_name(f"{path.name}.tmp")  # a kill may leave it, and the next time takes its place
-    with writing(path):
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
-        finally:
-            with contextlib.suppress(OSError):  # its folder may be gone or read-only
-                temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # its folder may be gone or read-only
+            temporary.unlink(missing_ok=True)

@@ -19,9 +19,11 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+
+from gpt_jax.log import Log
 
 try:
     import fcntl
@@ -30,8 +32,6 @@ except ImportError:  # Windows
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _BETWEEN_TRIES = 0.2  # seconds
-
-Log = Callable[[str], None]
 
 
 class LockedError(Exception):

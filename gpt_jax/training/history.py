@@ -1,18 +1,16 @@
 """Reads what a run folder says of the run's past, before anything in it is changed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt_jax.checkpoint import CHECKPOINTS, saved_steps
 from gpt_jax.config import UserError
+from gpt_jax.log import Log
 from gpt_jax.runs.info import INFO_FILE, read_config, read_json
 from gpt_jax.runs.metrics import METRICS_FILE, SAMPLES_FILE, read_lines
 
 LAST_CHECKPOINT = "last_checkpoint"  # field of run.json: step of the newest checkpoint that was committed, or None
-
-Log = Callable[[str], None]
 
 
 def check_history(workdir: Path, log: Log) -> None:

@@ -27,9 +27,9 @@ from gpt_jax.config import leaves, validate
 from gpt_jax.data import batches, token_cache, tokenizer
 from gpt_jax.data.dialogue import Turn
 from gpt_jax.inference.generate import answer
+from gpt_jax.log import Log
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.model.parameters import merge_parameters
-from gpt_jax.output import Log
 from gpt_jax.runs.flops import device_peak_flops, model_flops_utilisation
 from gpt_jax.runs.folder import open_folder
 from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, mark_failed, new_run_id, read_config, write_json

@@ -25,6 +25,7 @@ from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, read_json, write_
 from gpt_jax.runs.load import load_run
 from gpt_jax.runs.report import make_report
 from gpt_jax.storage import checkpoint_files
+from gpt_jax.storage.checksum import crc32_of_json
 from gpt_jax.training.trainer import save_config
 
 GOOD = {INFO_FILE: {"run_id": "1", "status": "completed"}, CONFIG_FILE: {"num_steps": 5, "model": {"vocab_size": 9}}}
@@ -135,7 +136,7 @@ def test_files_carry_their_version_and_older_ones_without_it_are_read(run):
 
 
 def rewrite(step: Path, record: dict) -> None:
-    (step / "position.json").write_text(json.dumps(record | {"crc32": checkpoint_files.crc32_of_json(record)}))
+    (step / "position.json").write_text(json.dumps(record | {"crc32": crc32_of_json(record)}))
 
 
 @pytest.mark.parametrize("content", [content for content, _ in DAMAGE], ids=DAMAGE_IDS)
