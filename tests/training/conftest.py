@@ -1,8 +1,10 @@
-"""Fixtures of runs as a user starts them."""
+"""Fixtures of runs as a user starts them, and of checkpoints."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from checkpoint_states import make_state, open_
 from whole_run import run, write_chats
 
 
@@ -19,3 +21,18 @@ def straight(corpus, tmp_path_factory) -> Path:
     done = run(corpus, workdir)
     assert done.returncode == 0, done.stderr
     return workdir
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> Path:
+    """A directory with the checkpoints 100 and 200: states of seed 100 and 200."""
+    directory = tmp_path_factory.mktemp("two") / "checkpoints"
+    with open_(directory) as checkpointer:
+        for step in (100, 200):
+            checkpointer.save(step, make_state(step), {"next_batch": step})
+    return directory
+
+
+@pytest.fixture
+def copy(two_steps: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(two_steps, tmp_path / "run" / "checkpoints"))
