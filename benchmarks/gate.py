@@ -1,4 +1,4 @@
-"""Whether the train step got slower: this tree and an older one by turns on the same device, against a table of ratios.
+"""A gate for the step's time: this tree and an older one by turns on the same device, against a table of ratios.
 
     python benchmarks/gate.py [--base REVISION or FOLDER] [--cases chat-bf16,124m-plain-b4] [--turns 3]
     python benchmarks/gate.py --write      keep what was measured as the table

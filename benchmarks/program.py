@@ -63,7 +63,7 @@ def random_batch(config: Any, seed: int) -> dict[str, np.ndarray]:
 
 
 def fresh_leaves(shapes: Any) -> tuple[np.ndarray, ...]:
-    """Of a state to time a step with: small random parameters, zeros for the optimizer's and the counters."""
+    """Leaves of a state to time a step with: small random parameters, zeros for the optimizer's and the counters."""
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     params = jax.tree.map(lambda x: (0.02 * rng.standard_normal(x.shape, np.float32)).astype(x.dtype), shapes.params)

@@ -67,7 +67,7 @@ class GPT(nn.Module):
 
 
 def make_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[str, Any]]]:
-    """As `train_step.vulkan_side`."""
+    """Makes torch.compile's side, as `train_step.vulkan_side` makes ours."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
     model = GPT(config.model).cuda().train()

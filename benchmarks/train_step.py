@@ -72,7 +72,7 @@ def case_of(name: str) -> Case:
 
 
 def run_side(side: str, case: Case, steps: int, profile: bool) -> dict[str, Any]:
-    """What the table and the profile are made of."""
+    """Runs one side of a case; returns the figures of the table and of the profile."""
     config = case.load()
     if side == "torch":
         from torch_step import make_side

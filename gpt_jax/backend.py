@@ -1,4 +1,4 @@
-"""What the steps of a run run on: XLA, or a Vulkan device, where each step is one recorded submission."""
+"""The backend of a run: XLA, or a Vulkan device, where each step is one recorded submission."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ from vk_kernels.runtime.physical_device import choose, list_devices
 
 @dataclass(frozen=True)
 class Backend:
-    """How a run compiles its functions and where its state lives.
+    """The compiler of a run's functions and the place of its state.
 
     device: its facts: platform, kind and count. jit: `jax.jit`, or `vk_kernels.jit`, which takes the same arguments.
     put: a pytree of host arrays to the device. peak_bytes: the most of its memory that was in use; None: not known.

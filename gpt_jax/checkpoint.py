@@ -79,7 +79,7 @@ _print_unraisable, sys.unraisablehook = sys.unraisablehook, _print_unless_late
 
 
 class Restored(NamedTuple):
-    """What `Checkpointer.restore_latest` found."""
+    """The checkpoint that `Checkpointer.restore_latest` found."""
 
     state: Any  # pytree like the abstract state, of jax arrays
     position: dict

@@ -1,4 +1,4 @@
-"""How every command of the package starts and fails."""
+"""The start and the failures of every command of the package."""
 
 import os
 import signal

@@ -48,7 +48,7 @@ class StopSignal:
             raise Interrupted(self.received)
 
     def defer(self) -> None:
-        """From here on there is something to save."""
+        """Notes signals from here on, where there is something to save."""
         self.check()
         self._deferred = True
 

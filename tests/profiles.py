@@ -1,4 +1,4 @@
-"""How many inputs the tests draw: HYPOTHESIS_PROFILE is 'ci', a few and always the same, or 'night', many new ones.
+"""The inputs that the tests draw: HYPOTHESIS_PROFILE is 'ci', a few and always the same, or 'night', many new ones.
 
 `@PROFILE` above `@given` has a test follow it.
 """

@@ -20,7 +20,7 @@ CONFIG = {
 
 
 def loss_at(step: int) -> float:
-    """Of the made-up training curve, before its noise."""
+    """Loss of the made-up training curve, before its noise."""
     return 4 + (math.log(4000) - 4) * math.exp(-(step - 1) / 200)
 
 

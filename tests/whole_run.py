@@ -60,7 +60,7 @@ def command(corpus: Path, workdir: Path, *changes: str) -> list[str]:
 
 
 def configuration(corpus: Path, *changes: str) -> ConfigDict:
-    """What `command` runs."""
+    """The config that `command` runs."""
     values, arguments = flags.FlagValues(), ["main", *config_flags_of(corpus, *changes)]
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     values(arguments)
@@ -68,7 +68,7 @@ def configuration(corpus: Path, *changes: str) -> ConfigDict:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For runs that compile alike: what one has compiled, the others take from the cache on disk."""
+    """Variables of runs that compile alike: what one has compiled, the others take from the cache on disk."""
     cache = {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **cache, **more}
 
@@ -90,7 +90,7 @@ def train_lines(workdir: Path) -> list[dict]:
 
 
 def results(workdir: Path) -> tuple[list[tuple], dict]:
-    """What must be the same bits in two runs: loss and norms by step, and the last parameters."""
+    """The bits that must be the same in two runs: loss and norms by step, and the last parameters."""
     numbers = [(line["step"], line["loss"], line["grad_norm"], line["update_norm"]) for line in train_lines(workdir)]
     last = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     return numbers, restore_parameters(last)[0]

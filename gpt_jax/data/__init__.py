@@ -1,1 +1,1 @@
-"""From a corpus to batches of tokens."""
+"""The data: corpora, rows, tokens and batches."""

@@ -1,4 +1,4 @@
-"""From a corpus to batches: a token cache on disk, and random access to shuffled windows of it.
+"""The token cache: a corpus, tokenised, on disk.
 
 The cache is a folder named by a fingerprint of the source, how it is read, the tokenizer, the split and
 FORMAT_VERSION:
@@ -7,8 +7,7 @@ FORMAT_VERSION:
   tokenizer.json
   stats.json                             counts, notes about what was read, and the CRC-32 of every other file
 It is built beside its place and renamed into it, so a killed run leaves no half cache. Every checksum is verified
-when it is opened, at 2 GB/s a file. Batch n is a pure function of (seed, n): nothing about the data's position needs
-saving but how many windows were seen.
+when it is opened, at 2 GB/s a file.
 """
 
 import contextlib

@@ -1,1 +1,1 @@
-"""What a trained model says."""
+"""Inference: text from a trained model."""

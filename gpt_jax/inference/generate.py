@@ -24,7 +24,7 @@ COLDEST = 1e-6  # a softmax at lower temperatures is its argmax, and in f32 logi
 
 
 class Sample(NamedTuple):
-    """What the model answered to one prompt."""
+    """The model's answer to one prompt."""
 
     text: str
     tokens: int  # generated, the end marker included
@@ -106,7 +106,7 @@ def answer(
     max_tokens: int,
     key: jax.Array,
 ) -> list[Sample]:
-    """What the assistant says next in each conversation, whose last turn is the user's."""
+    """Generates the assistant's next turn in each conversation, whose last turn is the user's."""
     markers = marker_ids(tokenizer)
     generated = generate(
         sampler,

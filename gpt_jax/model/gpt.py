@@ -39,7 +39,7 @@ class ModelConfig:
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "ModelConfig":
-        """From `config.model`, whose soft_cap of 0 means off."""
+        """Makes it from `config.model`, whose soft_cap of 0 means off."""
         fields = dict(config)
         return cls(**fields | {"soft_cap": fields.get("soft_cap") or None})
 

@@ -12,7 +12,7 @@ from gpt_jax.config import UserError
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge_parameters` did, by path."""
+    """The outcome of `merge_parameters`, by path."""
 
     taken: tuple[str, ...]  # from the checkpoint
     dropped: Mapping[str, str]  # in the checkpoint only: dtype and shape

@@ -1,4 +1,4 @@
-"""What a run writes, and how it is read again: `runs.plot_loss(runs.load_metrics(folder))`."""
+"""The files of a run, written and read again: `runs.plot_loss(runs.load_metrics(folder))`."""
 
 from gpt_jax.runs.load import RunData, find_runs, load_metrics, load_run, load_samples
 from gpt_jax.runs.plots import (

@@ -150,7 +150,7 @@ def new_run_id(now: datetime | None = None) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that a result depends on."""
+    """Versions of Python and of the packages that a result depends on."""
     found = {package.removesuffix("-checkpoint"): importlib.metadata.version(package) for package in PACKAGES}
     return {"python": platform.python_version(), **found}
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its metrics, its samples and the facts of where and how it ran.
+"""The metrics and samples of a run, a line of JSON each.
 
 `metrics.jsonl` has one JSON object a line: {"step", "split", "time" in unix seconds, and scalars}. The splits are
 

@@ -57,7 +57,7 @@ def smaller(config: ConfigDict) -> tuple[list[dict[str, Any]], list[dict[str, An
 
 
 def _divisors(number: int) -> list[int]:
-    """Those above 1, each at least twice the one before, but for the number itself, which is the last."""
+    """Divisors above 1, each at least twice the one before, but for the number itself, which is the last."""
     found = [1]
     for n in range(2, number):
         if number % n == 0 and n >= 2 * found[-1]:

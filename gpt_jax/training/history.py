@@ -61,7 +61,7 @@ def _first_due(config: dict[str, Any]) -> int | None:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the files hold of the step that a run goes on from.
+    """The records of the step that a run goes on from.
 
     That step was saved before it was evaluated and sampled, so a run that was killed may lack some of it.
     """

@@ -40,7 +40,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 
 
 def target_count(batch: Batch) -> jax.Array:
-    """How many targets of a batch count, f32 ()."""
+    """The number of targets of a batch that count, f32 ()."""
     return (batch["targets"] >= 0).sum().astype(jnp.float32)
 
 

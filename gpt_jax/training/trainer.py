@@ -160,7 +160,7 @@ class Trainer:
         self.peak_flops = device_peak_flops(backend.device["kind"], self._matmul_kind())
 
     def _windows_seen(self, position: dict[str, Any]) -> int:
-        """How many windows of the endless order the run has had, by the position of its checkpoint."""
+        """The number of windows of the endless order that the run has had, by the position of its checkpoint."""
         if position.get("order", self.order) != self.order:
             self.log("data: another seed or other targets than before: windows are drawn anew, in another order")
             return 0
@@ -400,7 +400,7 @@ def is_due(step: int, every: int, anyway: bool = False) -> bool:
 
 
 def format_seconds(seconds: float) -> str:
-    """As 1h02m03s, without leading zero parts."""
+    """Writes 1h02m03s, without leading zero parts."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -227,5 +227,5 @@ def inputs(tiny: Tiny, straight: Path, folder: Path, rng: random.Random, count: 
 
 
 def _content(folder: Path) -> set[str]:
-    """What there is, but logs of folders that were there before, and the folder of token caches."""
+    """The paths there are, but logs of folders that were there before, and the folder of token caches."""
     return {str(path) for path in folder.rglob("*") if path.name not in ("log.txt", "cache")}

@@ -14,7 +14,7 @@ Outcome = tuple[str, str]  # kind of fault, and what went wrong; nothing if it w
 
 
 def _wait_for_moment(process: Process, workdir: Path, rng: random.Random) -> None:
-    """From the start on, or from the first step on, where most of the writing is."""
+    """Waits for a random time from the start on, or from the first step on, where most of the writing is."""
     if rng.random() < 0.7:
         while not process.poll() and not lines(workdir, "metrics.jsonl"):
             time.sleep(0.01)

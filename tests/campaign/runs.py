@@ -95,7 +95,7 @@ def written(workdir: Path) -> list[str]:
 
 
 def keys(workdir: Path) -> set[tuple]:
-    """Which lines there are."""
+    """The step and kind of each line there is."""
     metrics = {(record.get("step"), record.get("split")) for record in lines(workdir, "metrics.jsonl")}
     return metrics | {(record.get("step"), record.get("prompt")) for record in lines(workdir, "samples.jsonl")}
 
@@ -112,7 +112,7 @@ def status(workdir: Path) -> str:
 
 
 def difference(one: Path, other: Path) -> str:
-    """What two finished runs differ in, to the last bit of the parameters; nothing if in nothing."""
+    """The difference of two finished runs, to the last bit of the parameters; nothing if there is none."""
     if written(one) != written(other):
         missing = len(set(written(one)) - set(written(other)))
         return f"{missing} lines of metrics or samples differ"

@@ -25,7 +25,7 @@ TRACEBACK = "Traceback (most recent call last)"
 
 @dataclasses.dataclass
 class Ended:
-    """How a process ended. code: its exit code, or minus the signal that ended it; None: it took too long."""
+    """The end of a process. code: its exit code, or minus the signal that ended it; None: it took too long."""
 
     code: int | None
     out: str
@@ -36,7 +36,7 @@ class Ended:
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
     def problem(self, *codes: int) -> str:
-        """What is wrong with an end that should have one of these codes; a failure must be one line."""
+        """The fault of an end that should have one of these codes; a failure must be one line."""
         printed = self.err + self.out
         if TRACEBACK in printed:
             place = printed.index(TRACEBACK)

@@ -25,7 +25,7 @@ def next_token_logits(params, view, last):
 
 
 def logits_after(ids: list[int]) -> np.ndarray:
-    """Of a text without padding, a program for each length."""
+    """Logits after a text without padding, a program for each length."""
     view = jnp.asarray([ids[-10:]])
     return np.asarray(next_token_logits(PARAMS, view, jnp.array([view.shape[1] - 1])))[0]
 

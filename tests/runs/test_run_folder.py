@@ -1,4 +1,4 @@
-"""What a run's folder may lose, and what it may not."""
+"""A run's folder: what it may lose, and what it may not."""
 
 import json
 import os

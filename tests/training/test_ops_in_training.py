@@ -117,7 +117,7 @@ def test_a_second_run_is_the_same_bit_for_bit(on_vulkan):
 
 
 def test_dropout_masks_are_those_of_xla():
-    """Of every place in every layer, in some of the steps, at the shapes of the run."""
+    """Masks of every place in every layer, in some of the steps, at the shapes of the run."""
     tokens, width = CONFIG.batch_size * CONFIG.model.block_size, CONFIG.model.embed_dim
     length, heads = CONFIG.model.block_size, CONFIG.model.num_heads
     identity = np.broadcast_to(np.eye(length, dtype=np.float32)[:, None], (CONFIG.batch_size, length, heads, length))

@@ -86,7 +86,7 @@ runpy.run_module({module!r}, run_name="__main__")
 
 
 def test_an_interrupt_at_any_moment_of_the_start_is_a_line(tmp_path):
-    """Of a real start, while jax is imported; nothing is left."""
+    """A real start, while jax is imported; nothing is left."""
     command = [sys.executable, "-m", "gpt_jax.main", "--config=configs/chat_tiny.py", f"--workdir={tmp_path / 'run'}"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         maps = Path(f"/proc/{process.pid}/maps")

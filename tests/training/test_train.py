@@ -212,7 +212,7 @@ def test_a_profile_is_of_the_steps_in_its_window_that_a_start_makes(start, end, 
 
 
 def test_the_best_evaluation_has_a_checkpoint_whenever_checkpoints_are_due(corpus, tmp_path, losses):
-    """That of step 0 aside: then nothing was learnt that another folder does not hold."""
+    """The evaluation of step 0 aside: then nothing was learnt that another folder does not hold."""
     losses += [0.5, 3.0, 2.0, 2.5, math.nan, 2.2]
     changes = ["--config.eval.batches=1", "--config.eval.every=1", "--config.checkpoint.every=0"]
     train_and_evaluate(

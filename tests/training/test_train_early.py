@@ -1,4 +1,4 @@
-"""What is said, or left out, before a run begins."""
+"""Mistakes that are said before a run begins, and what is left out."""
 
 import contextlib
 import dataclasses

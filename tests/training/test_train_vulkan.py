@@ -24,7 +24,7 @@ pytestmark = needs_vulkan
 
 @pytest.fixture(scope="module", name="vulkan")
 def vulkan_run(corpus, tmp_path_factory):
-    """As the run `straight`, with a profile, through Vulkan."""
+    """A run as `straight`, with a profile, through Vulkan."""
     workdir = tmp_path_factory.mktemp("vulkan") / "run"
     done = run(corpus, workdir, "--config.backend=vulkan", "--config.log.profile_step=3", VK_KERNELS_DEVICE=SELECTOR)
     assert done.returncode == 0, done.stderr
