@@ -97,13 +97,21 @@ def _choose() -> tuple[str, str]:
         return "xla", "auto: JAX has an accelerator of its own"
     try:
         validation_mode(None)  # which only an opened device reads
-        info = choose(list_devices())
+        devices = list_devices()
     except SettingError as error:  # a mistake to mend, not a machine without Vulkan
         raise UserError(f"config.backend=auto: {error}") from None
     except NoDeviceError as error:
         return "xla", f"auto: {error}"
     except VulkanError as error:
         return "xla", f"auto: Vulkan does not work here: {' '.join(str(error).split())}"
+    try:
+        info = choose(devices)
+    except NoDeviceError as error:
+        if os.environ.get("VK_KERNELS_DEVICE"):
+            raise UserError(
+                f"config.backend=auto: {error}: set VK_KERNELS_DEVICE to one of them, unset it, or give backend=xla"
+            ) from None
+        return "xla", f"auto: {error}"
     if info.kind == "cpu":
         return "xla", f"auto: Vulkan has but a processor, {info.name}"
     return "vulkan", "auto: a GPU that JAX itself does not serve"

@@ -150,7 +150,7 @@ def read_row(row: Any, where: str, reading: Reading, marked: Marked) -> Iterator
             yield from read_row({**outer, **inner}, f"{where}, {key}", reading, marked)
             return
     _refuse_what_no_turn_can_say(row, where)
-    identity = None if "id" not in row else f"id {row['id']}"
+    identity = None if row.get("id") in (None, "") else f"id {row['id']}"
     shape, used = _shape(row, where)
     if shape == "text":
         text = _text(row["text"], "text", where)

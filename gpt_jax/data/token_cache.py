@@ -41,7 +41,7 @@ from gpt_jax.storage.json_file import VERSION, read_object
 from gpt_jax.storage.lock import wait_for_lock
 
 # Raise it when the same source and tokenizer would give other tokens or files than before.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 NEW_TOKENIZER = "new"  # in place of a tokenizer's path: trains one, where else the donor's would be taken
 TOKENIZER_CHARACTERS = 500_000_000  # what a BPE is trained on at most: its word table must fit in memory
@@ -51,6 +51,7 @@ _LOG_CHARACTERS = 100_000_000  # between two lines of progress
 _ABANDONED = 3600  # seconds without a write after which a build is taken for dead
 _FEW = 1000  # different sources are counted up to here
 _SPLITS = ("train", "validation")
+_ONCE_IN_HOW = {"skipped": 0, "skipped_first": [], "tools": 0, "context": 0, "unread": {}}  # in older fingerprints
 _ARRAYS = tuple(f"{split}.{kind}" for split in _SPLITS for kind in ("tokens", "assistant"))
 _TOKENIZER = "tokenizer.json"
 _CHECKED = (*_ARRAYS, _TOKENIZER)
@@ -124,16 +125,18 @@ def prepare(
     choices = {name: data_config[name] for name in ("tool_calls", "on_error") if name in data_config}
     source = corpus.source_fingerprint(data_config.source)
     rest = [fraction, given.to_str() if given else vocab_size]
-    how = dataclasses.asdict(Reading(**choices))
+    reading = Reading(**choices)
+    how = {"tool_calls": reading.tool_calls, "on_error": reading.on_error}
     fingerprint = _digest([FORMAT_VERSION, source, how, *rest])
-    if expected not in (None, fingerprint, _digest([2, source, how, *rest]), _digest([1, source, *rest])):
+    older = [_digest([version, source, how | _ONCE_IN_HOW, *rest]) for version in (3, 2)]
+    if expected not in (None, fingerprint, *older, _digest([1, source, *rest])):
         raise UserError(
             f"data source {data_config.source!r}, or how config.data has it read and split, is not what the run's "
             f"checkpoint was trained on (fingerprint {expected}, now {fingerprint}): put both back, or give a new "
             "--workdir with --config.init_from=RUN"
         )
     if expected not in (None, fingerprint):
-        log("data: the checkpoint is of a version that read rows in fewer ways; the source is the same")
+        log("data: the checkpoint is of a version that read some rows in another way; the source is the same")
     root = _cache_root(data_config.cache_dir)
     folder = root / fingerprint
     prepared = _open_if_good(folder)
@@ -145,8 +148,7 @@ def prepare(
                 if not isinstance(prepared, Corpus):
                     if prepared is not None:
                         log(f"warning: the token cache {folder} is damaged ({prepared}): building it again")
-                        gone = folder.rename(root / f"{fingerprint}.{uuid.uuid4().hex}.partial")
-                        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+                        _remove_any(folder.rename(root / f"{fingerprint}.{uuid.uuid4().hex}.partial"))
                     return _prepare_anew(folder, data_config.source, choices, fraction, given, vocab_size, log)
     log(f"data: using the token cache {folder}")
     _log_facts(prepared, vocab_size, log)
@@ -218,9 +220,18 @@ def _writing_cache(root: Path, source: str) -> Iterator[None]:
 
 def _remove_abandoned(root: Path, fingerprint: str) -> None:
     for partial in root.glob(f"{fingerprint}.*.partial"):
-        changed = max(path.stat().st_mtime for path in [partial, *partial.iterdir()])
+        changed = max(path.stat().st_mtime for path in [partial, *partial.glob("*")])
         if time.time() - changed > _ABANDONED:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove_any(partial)
+
+
+def _remove_any(path: Path) -> None:
+    """Removes a folder, or the file that damage left in the place of one, as far as the disk lets it."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 class _Output:

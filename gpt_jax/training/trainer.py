@@ -538,8 +538,13 @@ class DeviceFailure:
         raise self.ended_by(text if step is None else f"step {step}: {text}") from error
 
     def ended_by(self, text: str) -> TrainingFailed:
-        """The error to raise for a run that is marked as failed by then, whether it had begun or not."""
+        """The error to raise for a run that is marked as failed by then, whether it had begun or not.
+
+        A folder that was removed in the meantime is not made again.
+        """
         names = {"name": self._config.name, "domain": self._config.domain, "backend": str(self._backend)}
+        if not self._workdir.is_dir():
+            return TrainingFailed(f"{text}; {self._workdir} is gone, and what was saved in it")
         mark_failed(self._workdir, device=self._backend.device, peak_bytes=self._backend.peak_bytes, **names)
         steps = saved_steps(self._workdir / CHECKPOINTS)
         line = f"{text}; no checkpoint was written yet"

@@ -203,11 +203,12 @@ def test_json_lines_of_every_shape(tmp_path):
 
 def test_source_is_the_id_or_the_text(tmp_path):
     rows = [MESSAGES, MESSAGES | {"id": 7}, MESSAGES | {"id": "7"}, MESSAGES | {"id": 0}, MESSAGES | {"x": 1}]
+    rows += [MESSAGES | {"id": ""}, MESSAGES | {"id": None}]  # which name nothing
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     sources = [dialogue.source for dialogue in corpus.read_corpus(str(path))]
     assert sources[1:4] == ["id 7", "id 7", "id 0"]
-    assert sources[0] == sources[4]  # copies of one text fall on one side of the split
+    assert sources[0] == sources[4] == sources[5] == sources[6]  # copies of one text fall on one side of the split
     assert len(set(sources)) == 3
 
 

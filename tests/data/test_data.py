@@ -1,8 +1,10 @@
 """The token cache and the batches: by source, deterministic, resumable, exact."""
 
+import dataclasses
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from gpt_jax.config import TARGETS, UserError
 from gpt_jax.data import corpus, token_cache
 from gpt_jax.data import tokenizer as tk
 from gpt_jax.data.batches import MASKED, evaluation_batches, loader, windows
+from gpt_jax.data.rows import Reading
 from gpt_jax.storage.files import StorageError
 from gpt_jax.storage.lock import lock
 
@@ -286,6 +289,30 @@ def test_a_second_run_waits_for_the_one_that_builds_and_uses_its_cache(chats):
     prepare(chats, log)
     assert f"held by process {os.getpid()} on " in said[0]
     assert said[1] == f"data: using the token cache {folder}"
+
+
+def test_a_file_in_the_place_of_a_cache_or_of_an_abandoned_build_is_replaced(chats):
+    folder = chats.parent / "cache" / prepare(chats).fingerprint
+    shutil.rmtree(folder)
+    folder.write_text("")
+    abandoned = folder.with_name(f"{folder.name}.0.partial")
+    abandoned.write_text("")
+    os.utime(abandoned, (0, 0))
+    lines = []
+    prepare(chats, lines.append)
+    assert "is damaged" in lines[0]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert folder.is_dir()
+
+
+def test_the_fingerprint_is_of_how_a_source_is_read_and_not_of_what_is_counted_then(chats, monkeypatch):
+    @dataclasses.dataclass
+    class CountsMore(Reading):
+        jokes: int = 0
+
+    before = prepare(chats).fingerprint
+    monkeypatch.setattr(token_cache, "Reading", CountsMore)
+    assert prepare(chats).fingerprint == before
 
 
 def test_a_failed_build_leaves_nothing(chats):

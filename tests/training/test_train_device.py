@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from gpt_jax.config import UserError
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.training import programs
 from gpt_jax.training.failures import remedies, smaller
-from gpt_jax.training.trainer import Trainer, TrainingFailed, train_and_evaluate
+from gpt_jax.training.trainer import DeviceFailure, Trainer, TrainingFailed, train_and_evaluate
 from vk_kernels.bridge import jit
 from vk_kernels.errors import BufferSizeError, DeviceLostError, FeatureError, OutOfMemoryError
 from vk_kernels.runtime.memory import Memory
@@ -142,6 +143,15 @@ def test_what_is_too_large_for_a_buffer_is_answered_with_values_that_were_tried(
         for batch_size in (suggested, 2 * suggested):  # the largest that is enough, and no other than was said
             config.batch_size = batch_size
             assert (programs.plan_programs(config, entered)[1] is None) == (batch_size <= suggested)
+
+
+def test_a_folder_that_was_removed_meanwhile_is_not_made_again(corpus, tmp_path):
+    """A device that fails then still costs one line."""
+    run = tmp_path / "run"
+    named = types.SimpleNamespace(device={"platform": "cpu", "kind": "cpu", "count": 1}, peak_bytes=lambda: None)
+    failed = DeviceFailure(configuration(corpus), run, named).ended_by("the device was lost")
+    assert str(failed) == f"the device was lost; {run} is gone, and what was saved in it"
+    assert not run.exists()
 
 
 def test_more_parts_are_tried_before_a_smaller_batch(corpus):

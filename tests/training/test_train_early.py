@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from whole_run import ROOT, configuration, environment
 
-from gpt_jax import sample
+from gpt_jax import backend, sample
 from gpt_jax.backend import enter_backend
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.config import UserError
@@ -121,12 +121,13 @@ def test_other_data_is_said_before_it_is_tokenised_and_the_fingerprint_of_older_
         train_and_evaluate(config, old_run)
     choices = {name: config.data[name] for name in ("tool_calls", "on_error")}
     how = dataclasses.asdict(Reading(**choices))
-    for first in ([1, source_fingerprint(str(corpus))], [2, source_fingerprint(str(corpus)), how]):
+    source = source_fingerprint(str(corpus))
+    for first in ([1, source], [2, source, how], [3, source, how]):
         older = token_cache._digest([*first, config.data.validation_fraction, config.model.vocab_size])
         lines = []
         with contextlib.suppress(AssertionError):  # of what would tokenise it
             token_cache.prepare(config.data, config.model.vocab_size, lines.append, expected=older)
-        assert any("is of a version that read rows in fewer ways" in line for line in lines)
+        assert any("is of a version that read some rows in another way" in line for line in lines)
 
 
 def test_a_block_larger_than_the_data_leaves_no_folder(corpus, tmp_path):
@@ -166,6 +167,18 @@ def test_a_variable_that_means_nothing_is_no_reason_for_another_backend(name, mo
         pytest.raises(UserError, match=rf"^config.backend={name}: .*VK_KERNELS_VALIDATION.*'nonsense'$"),
     ):
         enter_backend(name, "highest", stack)
+
+
+def test_a_device_that_is_named_and_not_there_is_no_reason_for_another_backend(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(backend, "list_devices", list)
+    monkeypatch.setenv("VK_KERNELS_DEVICE", "nonsense")
+    expected = "^config.backend=auto: no Vulkan device is called 'nonsense'; .*set VK_KERNELS_DEVICE to one of them"
+    with contextlib.ExitStack() as stack, pytest.raises(UserError, match=expected):
+        enter_backend("auto", "highest", stack)
+    monkeypatch.delenv("VK_KERNELS_DEVICE")
+    with contextlib.ExitStack() as stack:
+        assert enter_backend("auto", "highest", stack).name == "xla"
 
 
 def test_sampling_asks_for_a_device_before_it_reads_a_checkpoint(monkeypatch, tmp_path):
