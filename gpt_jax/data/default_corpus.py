@@ -62,6 +62,7 @@ def default_files() -> tuple[Path, list[Path]]:
 
 
 def read_default_corpus() -> Iterator[Dialogue]:
+    """Streams the readings of all quotes, then the speeches of all plays."""
     quotes, plays = default_files()
     yield from _readings(quotes)
     for play in plays:

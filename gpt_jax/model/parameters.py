@@ -97,18 +97,22 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def leaf_spec(leaf: Any) -> str:
+    """Dtype and shape, such as 'float32 (4, 8)'."""
     return f"{leaf.dtype} {leaf.shape}"
 
 
 def shape_of_spec(spec: str) -> str:
+    """The shape in what `leaf_spec` gives."""
     return spec.partition(" ")[2]
 
 
 def nothing_fits(saved: Iterable[str], model: Iterable[str]) -> str:
+    """The error for a checkpoint of which a model can take nothing."""
     return f"no parameter of the checkpoint fits the model: it has {listing(saved)}, the model has {listing(model)}"
 
 
 def leaf_rows(leaves: Mapping[str, Any]) -> list[str]:
+    """A line for each leaf: its name, dtype and shape."""
     return [f"{name}: {leaf_spec(leaf)}" for name, leaf in leaves.items()]
 
 

@@ -76,6 +76,7 @@ def phases(run: RunData) -> Iterable[tuple[str, np.ndarray, float]]:
 
 
 def phase_figures(milliseconds: np.ndarray) -> tuple[float, float, float]:
+    """Median, 90th percentile and largest."""
     return (*np.percentile(milliseconds, (50, 90)), milliseconds.max())
 
 

@@ -190,6 +190,7 @@ def _list_checkpoints(folder: Path) -> list[SavedCheckpoint]:
 
 
 def import_extra(name: str) -> types.ModuleType:
+    """A module of the extra `notebook`. Raises UserError if it is not installed."""
     import importlib
 
     try:

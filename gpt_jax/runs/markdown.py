@@ -17,6 +17,7 @@ def bullet_list(rows: Iterable[tuple[str, Any]]) -> str:
 
 
 def make_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table; NO_DATA if it has no rows."""
     if not rows:
         return NO_DATA
     cells = [[f"{cell:,}" if isinstance(cell, int | np.integer) else one_line(cell) for cell in row] for row in rows]
@@ -24,22 +25,26 @@ def make_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def one_line(text: Any) -> str:
+    """Text in one line, as a table's cell may hold it."""
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def fenced(text: str) -> str:
+    """Text as a block of code, whatever backticks it holds."""
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
 
 
 def format_number(value: float | None, form: str | None = None) -> str:
+    """A number in as few digits as its size asks for, or in `form`; '-' for one that is not known."""
     if value is None or math.isnan(value):
         return "-"
     return format(value, form or (".3g" if abs(value) < 0.01 else ".4f" if abs(value) < 100 else ",.1f"))
 
 
 def format_size(count: float | None) -> str | None:
+    """Bytes, kB, MB or GB; None stays None."""
     if count is None:
         return None
     for unit in ("B", "kB", "MB", "GB"):
@@ -49,6 +54,7 @@ def format_size(count: float | None) -> str | None:
 
 
 def format_duration(seconds: float | None) -> str | None:
+    """Seconds, minutes or hours; None stays None."""
     if seconds is None:
         return None
     if seconds < 60:

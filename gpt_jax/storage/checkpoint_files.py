@@ -27,14 +27,17 @@ class DamagedCheckpoint(Exception):
 
 
 def step_directories(directory: Path) -> dict[int, Path]:
+    """The folders of a directory that are called by a step, by step; damaged ones too."""
     return {int(path.name): path for path in directory.iterdir() if STEP.fullmatch(path.name)}
 
 
 def best_step(losses: Mapping[int, float | None]) -> int | None:
+    """The step with the lowest loss, the earliest of equals; None if none has one."""
     return min((s for s in losses if losses[s] is not None), key=lambda s: (losses[s], s), default=None)
 
 
 def steps_to_keep(losses: Mapping[int, float | None], keep_last: int, keep_every: int | None) -> set[int]:
+    """The last `keep_last` steps, those that are a multiple of `keep_every`, and the best."""
     steps = sorted(losses)
     best = best_step(losses)
     return (
@@ -45,6 +48,7 @@ def steps_to_keep(losses: Mapping[int, float | None], keep_last: int, keep_every
 
 
 def delete(path: Path) -> None:
+    """Deletes a file or a folder."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
