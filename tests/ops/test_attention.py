@@ -457,7 +457,9 @@ def imagined(info, lacks=(), sizes=(16, 16, 16), flexible=(16, 16, 16), subgroup
         ({"lacks": {"shaderBFloat16CooperativeMatrix"}}, 16, 64, "plain"),
         ({"subgroups": (64, 64)}, 16, 64, "plain"),
         ({"shared_memory": 16 << 10}, 16, 64, "plain"),
-        ({"shared_memory": 32 << 10}, 16, 64, "coop2"),
+        ({"shared_memory": 32 << 10}, 16, 64, "plain"),
+        ({"shared_memory": 32 << 10}, 16, 32, "coop2"),
+        ({"shared_memory": 48 << 10}, 16, 64, "coop2"),
     ],
 )
 def test_the_variant_that_a_device_gets(device, there, length, head_dim, wanted):
@@ -473,8 +475,9 @@ def test_the_plans_of_cooperative_matrices(device, cap, bounded):
     for variant in COOPERATIVE:
         (only,) = plan_attention_forward(info, [array] * 3, [array, lse], cap=cap, variant=variant).dispatches
         assert only.variant == f"{variant}_64"
-        assert dict(only.spec) == {"ALIGNED": True, "SOFT_CAP": cap is not None, "DROPOUT": False, "BOUNDED": bounded}
-        assert (only.groups, only.subgroup_size) == ((2 * 3 * 2, 1, 1), 32)
+        wanted = {"ALIGNED": True, "SOFT_CAP": cap is not None, "DROPOUT": False, "BOUNDED": bounded}
+        assert dict(only.spec) == wanted | ({"WHOLE": False} if variant == "coop2" else {})
+        assert (only.groups, only.subgroup_size) == ((2 * 3 * (1 if variant == "coop2" else 2), 1, 1), 32)
         plan = plan_attention_backward(
             info, [*[array] * 4, lse, array], [array] * 3, cap=cap, variant=variant, views=packed((2, 100, 3, 62))
         )
@@ -488,6 +491,25 @@ def test_the_plans_of_cooperative_matrices(device, cap, bounded):
             record = manifest()[f"{made.kernel}.{made.variant}"]
             names = {binding["binding"]: binding["writable"] for binding in record["bindings"]}
             assert names[made.operands.index(dots)] == (made.kernel == kernels[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "whole"),
+    [
+        ((1, 128, 2, 64), [True, True, True]),
+        ((1, 96, 2, 64), [True, True, False]),  # no multiple of the 64 queries that attention_dkv takes at a time
+        ((1, 100, 2, 64), [False, False, False]),
+        ((1, 128, 2, 62), [False, False, False]),
+        ((1, 128, 2, 60), [False, False, False]),
+    ],
+)
+def test_tiles_are_whole_where_all_that_they_have_is_inside(device, shape, whole):
+    info = imagined(device.info)
+    array, lse = Array(shape, BF16), Array((shape[0], shape[2], shape[1]), F32)
+    forward = plan_attention_forward(info, [array] * 3, [array, lse], variant="coop2")
+    backward = plan_attention_backward(info, [*[array] * 4, lse, array], [array] * 3, variant="coop2")
+    made = {made.kernel: dict(made.spec)["WHOLE"] for made in (*forward.dispatches, *backward.dispatches)}
+    assert [made[f"attention_{kernel}"] for kernel in ("forward", "dq", "dkv")] == whole
 
 
 @pytest.mark.parametrize(("variant", "head_dim"), [("coop2", 32), ("coop1", 32), ("coop1", 64), ("plain", 64)])

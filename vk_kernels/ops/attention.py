@@ -33,10 +33,11 @@ VARIANTS = (*_COOPERATIVE, "plain")
 _BOUNDED_CAP = 50.0  # of scores, up to which softmax needs no largest one: attention_bf16.slang says why
 _MATRIX = 16  # rows of a cooperative matrix
 _LANES = 32  # of the subgroups that work on them
+_SUBGROUPS = 4  # of a workgroup that works on them, where its variant does not say it
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _TILED = ("attention_forward", "attention_dkv", "attention_dq")  # kernels that work on tiles of the scores
-_TILE = 64  # keys of a workgroup's tile, and queries with cooperative matrices
+_TILE = 64  # keys of a plain workgroup's tile
 _THREAD_ROWS = 16  # of threads in the plain kernels' workgroups, each with its queries
 _EIGHT = 8  # neighbouring threads of a plain kernel that share queries
 _DOT_ROWS = 16  # that a workgroup of attention_dots takes
@@ -245,7 +246,7 @@ def plan_attention_backward(
     dk, dv, dots = dq + 1, dq + 2, dq + len(outputs)
     read = (0, 1, 2, rng or 0, d_out, lse)
     rows = work.matrices * work.length
-    own_dots = "OWN_DOTS" in manifest()[f"attention_dkv.{work.kernels['attention_dkv'][0]}"]["defines"]
+    own_dots = "OWN_DOTS" in _defines("attention_dkv", work.kernels["attention_dkv"][0])
     if work.family == "coop2" and not own_dots:  # its first kernel makes the dots for the other
         dots_and_dq = work.dispatch("attention_dq", (*read, out, dq, dots))
         return Plan((dots_and_dq, work.dispatch("attention_dkv", (*read, dots, dk, dv))), scratch=(4 * rows,))
@@ -343,8 +344,18 @@ def _plain_kernel(info: "DeviceInfo", kernel: str, element: str, head_dim: int) 
         variant += "_small"
     if kernel == "attention_dkv":
         return variant, _TILE
-    defines = dict(define.split("=") for define in manifest()[f"{kernel}.{variant}"]["defines"])
-    return variant, _THREAD_ROWS * int(defines["ROWS"])
+    return variant, _THREAD_ROWS * int(_defines(kernel, variant)["ROWS"])
+
+
+def _defines(kernel: str, variant: str) -> dict[str, str]:
+    """What a variant's source is compiled with."""
+    pairs = (define.partition("=") for define in manifest()[f"{kernel}.{variant}"]["defines"])
+    return {name: value for name, _, value in pairs}
+
+
+def _strip_rows(kernel: str, variant: str) -> int:
+    """Rows of the strips of a workgroup on cooperative matrices, queries or keys."""
+    return _MATRIX * int(_defines(kernel, variant).get("SUBGROUPS", _SUBGROUPS))
 
 
 def _runs(info: "DeviceInfo", record: dict[str, Any]) -> bool:
@@ -407,7 +418,8 @@ class _Work(NamedTuple):
             kernels = {kernel: _plain_kernel(info, kernel, kind, head_dim) for kernel in _TILED}
             subgroup_size, eights = None, 4
         else:
-            kernels = dict.fromkeys(_TILED, (f"{chosen}_{_padded(head_dim)}", _TILE))
+            cooperative = f"{chosen}_{_padded(head_dim)}"
+            kernels = {kernel: (cooperative, _strip_rows(kernel, cooperative)) for kernel in _TILED}
             softmax = {"BOUNDED": cap is not None and abs(cap) <= _BOUNDED_CAP}
             subgroup_size, eights = _LANES, 8
         spec["ALIGNED"] = all(n % eights == 0 for n in (head_dim, *strides))
@@ -427,6 +439,10 @@ class _Work(NamedTuple):
     def dispatch(self, kernel: str, operands: tuple[int, ...], **more: bool) -> Dispatch:
         variant, rows = self.kernels[kernel]
         tiles = self.matrices * ceil_divide(self.length, rows)
+        if self.family == "coop2":  # whether no tile has a row or a column outside of the matrix
+            defines = _defines(kernel, variant)
+            inside = self.length % int(defines["STEP"]) == 0 and self.head_dim == int(defines["HEAD"])
+            more["WHOLE"] = inside and bool(self.spec["ALIGNED"])
         made = dispatch(kernel, variant, operands, self.push_constants, tiles, **self.spec, **more)
         return dataclasses.replace(made, subgroup_size=self.subgroup_size)
 
