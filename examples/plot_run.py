@@ -1,6 +1,6 @@
 """Draws a run's loss with the model's last answer to each prompt under it, as in README.md.
 
-    python examples/plot_run.py runs/RUN_ID picture.png
+python examples/plot_run.py runs/RUN_ID picture.png
 """
 
 import sys
