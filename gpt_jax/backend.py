@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import vk_kernels
 from gpt_jax.config import UserError
 from gpt_jax.runs.info import device_facts, device_peak_bytes
-from vk_kernels.errors import NoDeviceError, SettingError, VulkanError
+from vk_kernels import NoDeviceError, SettingError, VulkanError
 from vk_kernels.ops.attention import MAX_HEAD_DIM
 from vk_kernels.runtime.instance import validation_mode
 from vk_kernels.runtime.open_devices import open_device

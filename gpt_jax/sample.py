@@ -25,7 +25,7 @@ from gpt_jax.config_file import NUMBER, WHOLE
 from gpt_jax.data.dialogue import Turn
 from gpt_jax.inference.generate import answer, load_for_sampling, make_sampler
 from gpt_jax.model.gpt import GPT, ModelConfig
-from vk_kernels.errors import VulkanError
+from vk_kernels import VulkanError
 
 FLAGS = flags.FLAGS
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vk_kernels.errors import BufferSizeError, DeviceLostError, DeviceTimeoutError, FeatureError, VulkanError
+from vk_kernels import BufferSizeError, DeviceLostError, DeviceTimeoutError, FeatureError, VulkanError
 
 # A driver with a watchdog gives a device up after 2 seconds (Windows) to 10 (Linux) of one submission.
 LONG_STEP = 0.5  # seconds; in a longer one the watchdog may well be why a device was lost

@@ -23,7 +23,7 @@ from gpt_jax.training.steps import (
     on_leaves,
     train_step,
 )
-from vk_kernels.errors import FeatureError, VulkanError
+from vk_kernels import FeatureError, VulkanError
 from vk_kernels.runtime.open_devices import open_device
 
 
