@@ -197,7 +197,8 @@ SIZES = """
 [[vk::constant_id(7)]] const bool CAUSAL = true;
 [[vk::constant_id(8)]] const float SCALE = 0.5;
 [[vk::constant_id(9)]] const int SHIFT = -2;
-struct Params { uint rows; float2 pair; uint64_t seed; uint last; };
+struct Inner { uint counts[3]; uint last; };
+struct Params { uint rows; float2 pair; uint64_t seed; Inner inner; };
 [[vk::push_constant]] Params params;
 [[vk::binding(0)]] StructuredBuffer<float> first;
 [[vk::binding(2)]] RWStructuredBuffer<float4> third;
@@ -208,7 +209,8 @@ groupshared uint total;
 [numthreads(TILE, 2, 1)]
 void sizes(uint3 id : SV_DispatchThreadID, uint3 local : SV_GroupThreadID)
 {
-    tile[local.x][local.y] = first[id.x] * SCALE + params.pair.y + float(params.seed) + float(params.last);
+    tile[local.x][local.y] = first[id.x] * SCALE + params.pair.y + float(params.seed)
+        + float(params.inner.counts[id.x % 3] + params.inner.last);
     if (id.x == 0) total = CAUSAL ? params.rows : uint(SHIFT);
     GroupMemoryBarrierWithGroupSync();
     third[id.x] = tile[local.y][local.x] + float(total) + WaveActiveSum(float(id.x));
@@ -229,8 +231,18 @@ def test_reflection_reads_sizes_constants_and_bindings(package):
         (8, "SCALE", "float32", 0.5),
         (9, "SHIFT", "int32", -2),
     ]
-    assert [(b.binding, b.name, b.writable) for b in found.bindings] == [(0, "first", False), (2, "third", True)]
-    assert found.push_constant_bytes == 28  # 4, 4 of padding, 8, 8, 4
+    assert [(b.binding, b.name, b.writable, b.types) for b in found.bindings] == [
+        (0, "first", False, ("float32",)),
+        (2, "third", True, ("float32",)),
+    ]
+    assert [(c.name, c.type, c.offset, c.count) for c in found.push_constants] == [
+        ("rows", "uint32", 0, 1),
+        ("pair", "float32", 8, 2),
+        ("seed", "uint64", 16, 1),
+        ("inner.counts", "uint32", 24, 3),
+        ("inner.last", "uint32", 36, 1),
+    ]
+    assert found.push_constant_bytes == 40  # 4, 4 of padding, 8, 8, 12, 4
     assert found.shared_bytes == 32 * 33 * 4 + 4
     assert {"Int64", "GroupNonUniformArithmetic"} <= set(found.capabilities)
     assert read_manifest(package / "shaders" / "binaries")["sizes"]["spirv_sha256"] == hashlib.sha256(code).hexdigest()

@@ -4,7 +4,6 @@ The same maths as optax.chain(clip_by_global_norm(clip_norm), adamw(learning_rat
 """
 
 import math
-import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vk_kernels.ops.global_norm import global_norm_reference, plan_norm_of
-from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, require_plain
+from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, planner, require_plain
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
@@ -72,6 +71,7 @@ def adamw_reference(
     return *params, *mus, *nus, jnp.where(finite, next_count, count), norm, finite.astype(jnp.int32), *shadows
 
 
+@planner
 def plan_adamw(
     info: "DeviceInfo",
     inputs: Sequence[Array],
@@ -106,19 +106,42 @@ def plan_adamw(
 
     measure = plan_norm_of([(i, inputs[i]) for i in grads], output=norm, scratch=len(indices))
     scalars = len(indices) + len(measure.scratch)
-    push_constants = struct.pack("<fff", math.inf if clip_norm is None else clip_norm, math.log(b1), math.log(b2))
-    operands = (norm, loss, count, learning_rate, new_count, finite, scalars)
-    dispatches = [*measure.dispatches, dispatch("adamw_scalars", "", operands, push_constants, 1)]
+    clip_norm = math.inf if clip_norm is None else clip_norm
+    share = dispatch(
+        "adamw_scalars",
+        "",
+        1,
+        constants={"clip_norm": clip_norm, "log_b1": math.log(b1), "log_b2": math.log(b2)},
+        norm=norm,
+        loss=loss,
+        count=count,
+        learning_rate=learning_rate,
+        next_count=new_count,
+        finite=finite,
+        scalars=scalars,
+    )
+    rates = {"b1": b1, "rest_of_b1": 1 - b1, "b2": b2, "rest_of_b2": 1 - b2, "epsilon": epsilon}
+    dispatches = [*measure.dispatches, share]
     for i, decays in enumerate(decay):
         elements = inputs[params[i]].size
         if elements == 0:
             continue
-        kind = element(inputs[grads[i]]) + ("_shadow" if shadow else "")
-        operands = (scalars, grads[i], params[i], mus[i], nus[i], new_params[i], new_mus[i], new_nus[i])
-        operands += (shadows[i],) if shadow else ()
-        rates = (b1, 1 - b1, b2, 1 - b2, epsilon, weight_decay if decays else 0.0)
-        push_constants = struct.pack("<I6f", elements, *rates)
-        dispatches.append(dispatch("adamw", kind, operands, push_constants, ceil_divide(elements, 4 * THREADS)))
+        update = dispatch(
+            "adamw",
+            element(inputs[grads[i]]) + ("_shadow" if shadow else ""),
+            ceil_divide(elements, 4 * THREADS),
+            constants={"count": elements, **rates, "weight_decay": weight_decay if decays else 0.0},
+            scalars=scalars,
+            gradient=grads[i],
+            parameter=params[i],
+            mu=mus[i],
+            nu=nus[i],
+            new_parameter=new_params[i],
+            new_mu=new_mus[i],
+            new_nu=new_nus[i],
+            **({"shadow": shadows[i]} if shadow else {}),
+        )
+        dispatches.append(update)
     return Plan(tuple(dispatches), (*measure.scratch, _SCALARS_BYTES))
 
 

@@ -3,10 +3,9 @@
 The kernels never hold more of the (T, T) scores than a tile; the references hold them all.
 """
 
-import dataclasses
+import itertools
 import math
-import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 
 from vk_kernels.errors import FeatureError
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
-from vk_kernels.ops.launch import aligned, ceil_divide, dispatch, element, has_lanes
+from vk_kernels.ops.launch import aligned, ceil_divide, dispatch, element, has_lanes, operands_of, planner
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 from vk_kernels.runtime.kernel import manifest
 
@@ -194,6 +193,7 @@ def packed(shape: tuple[int, int, int, int]) -> tuple[View, View, View]:
     return q, k, v
 
 
+@planner
 def plan_attention_forward(
     info: "DeviceInfo",
     inputs: Sequence[Array],
@@ -213,14 +213,16 @@ def plan_attention_forward(
     Raises ValueError for a dtype, head dim or variant that there are no kernels for, FeatureError for a variant
     that the device cannot run.
     """
-    out = len(inputs)
-    rng = 3 if out > 3 else None
-    work = _Work.of(info, inputs[0], outputs[0].shape, rng, scale, cap, dropout_rate, stream, views, variant)
+    (q, k, v, *rng), (out, lse), _ = operands_of(inputs, outputs)
+    rng = rng[0] if rng else None
+    work = _Work.of(info, inputs[q], outputs[0].shape, rng, scale, cap, dropout_rate, stream, views, variant)
     if work.empty:
         return Plan(())
-    return Plan((work.dispatch("attention_forward", (0, 1, 2, rng or 0, out, out + 1), **work.softmax),))
+    run = work.dispatch("attention_forward", work.softmax, q=q, k=k, v=v, rng=rng, result=out, log_sums=lse)
+    return Plan((run,))
 
 
+@planner
 def plan_attention_backward(
     info: "DeviceInfo",
     inputs: Sequence[Array],
@@ -238,40 +240,35 @@ def plan_attention_backward(
     views: where q, k and v are in their buffers, and dq, dk and dv likewise in theirs; dense if None. out and d_out
     are dense. Otherwise as `plan_attention_forward`.
     """
-    out, lse, d_out, dq = 3, 4, 5, len(inputs)
-    rng = 6 if dq > 6 else None
-    work = _Work.of(info, inputs[0], inputs[out].shape, rng, scale, cap, dropout_rate, stream, views, variant)
+    (q, k, v, out, lse, d_out, *rng), (dq, dk, dv), dots = operands_of(inputs, outputs)
+    rng = rng[0] if rng else None
+    work = _Work.of(info, inputs[q], inputs[out].shape, rng, scale, cap, dropout_rate, stream, views, variant)
     if work.empty:
         return Plan(())
-    dk, dv, dots = dq + 1, dq + 2, dq + len(outputs)
-    read = (0, 1, 2, rng or 0, d_out, lse)
+    read = {"q": q, "k": k, "v": v, "rng": rng, "d_out": d_out, "log_sums": lse}
     rows = work.matrices * work.length
     own_dots = "OWN_DOTS" in _defines("attention_dkv", work.kernels["attention_dkv"][0])
     if work.family == "coop2" and not own_dots:  # its first kernel makes the dots for the other
-        dots_and_dq = work.dispatch("attention_dq", (*read, out, dq, dots))
-        return Plan((dots_and_dq, work.dispatch("attention_dkv", (*read, dots, dk, dv))), scratch=(4 * rows,))
-    read += (out if own_dots else dots,)
+        dots_and_dq = work.dispatch("attention_dq", **read, result=out, dq=dq, dots=dots)
+        dk_and_dv = work.dispatch("attention_dkv", **read, dots=dots, dk=dk, dv=dv)
+        return Plan((dots_and_dq, dk_and_dv), scratch=(4 * rows,))
+    read |= {"result": out} if own_dots else {"dots": dots}
     # Side by side, also where the three gradients are one array.
-    by_keys = dataclasses.replace(work.dispatch("attention_dkv", (*read, dk, dv)), parts=(7, 8))
-    by_queries = dataclasses.replace(work.dispatch("attention_dq", (*read, dq)), parts=(7,))
+    by_keys = work.dispatch("attention_dkv", parts=("dk", "dv"), **read, dk=dk, dv=dv)
+    by_queries = work.dispatch("attention_dq", parts=("dq",), **read, dq=dq)
     if own_dots:
         return Plan((by_keys, by_queries))
-    dots_constants = struct.pack("<4I", rows, work.heads, work.length, work.head_dim)
-    return Plan(
-        (
-            dispatch(
-                "attention_dots",
-                work.element,
-                (out, d_out, dots),
-                dots_constants,
-                ceil_divide(rows, _DOT_ROWS),
-                ALIGNED=aligned(work.head_dim),
-            ),
-            by_keys,
-            by_queries,
-        ),
-        scratch=(4 * rows,),
+    make_dots = dispatch(
+        "attention_dots",
+        work.element,
+        ceil_divide(rows, _DOT_ROWS),
+        constants={"rows": rows, "heads": work.heads, "length": work.length, "head_dim": work.head_dim},
+        spec={"ALIGNED": aligned(work.head_dim)},
+        result=out,
+        d_result=d_out,
+        dots=dots,
     )
+    return Plan((make_dots, by_keys, by_queries), scratch=(4 * rows,))
 
 
 def choose_variant(info: "DeviceInfo", dtype: np.dtype, length: int, head_dim: int, variant: str | None = None) -> str:
@@ -386,7 +383,7 @@ class _Work(NamedTuple):
     spec: dict[str, int | bool]
     softmax: dict[str, bool]  # more of it, for attention_forward
     subgroup_size: int | None
-    push_constants: bytes
+    constants: dict[str, Any]  # Params of shaders/attention/attention_common.slang
 
     @classmethod
     def of(
@@ -408,7 +405,7 @@ class _Work(NamedTuple):
         if not 1 <= head_dim <= MAX_HEAD_DIM:
             raise ValueError(f"the head dim of attention must be from 1 to {MAX_HEAD_DIM}, found {head_dim}")
         chosen = choose_variant(info, q.dtype, length, head_dim, variant)
-        strides = [n for view in views or (dense(shape),) * 3 for n in view]
+        views = views or (dense(shape),) * 3
         threshold = dropout_threshold(dropout_rate) if rng is not None else 0
         spec, softmax = {"SOFT_CAP": cap is not None, "DROPOUT": threshold > 0}, {}
         if chosen == "plain" and _has_vectors(info, kind, head_dim):
@@ -422,29 +419,43 @@ class _Work(NamedTuple):
             kernels = {kernel: (cooperative, _strip_rows(kernel, cooperative)) for kernel in _TILED}
             softmax = {"BOUNDED": cap is not None and abs(cap) <= _BOUNDED_CAP}
             subgroup_size, eights = _LANES, 8
-        spec["ALIGNED"] = all(n % eights == 0 for n in (head_dim, *strides))
-        push_constants = struct.pack(
-            "<18I3f",
-            *strides,
-            *(batch * heads, heads, length, head_dim, stream, threshold),
-            *(dropout_scale(dropout_rate), _scale(scale, head_dim), cap or 0.0),
-        )
-        sizes = batch * heads, heads, length, head_dim
-        return cls(kind, chosen, kernels, *sizes, spec, softmax, subgroup_size, push_constants)
+        spec["ALIGNED"] = all(n % eights == 0 for n in (head_dim, *itertools.chain(*views)))
+        sizes = {"matrices": batch * heads, "heads": heads, "length": length, "head_dim": head_dim}
+        constants = {
+            **dict(zip("qkv", views, strict=True)),
+            **sizes,
+            "stream": stream,
+            "threshold": threshold,
+            "kept_scale": dropout_scale(dropout_rate),
+            "scale": _scale(scale, head_dim),
+            "cap": cap or 0.0,
+        }
+        return cls(kind, chosen, kernels, *sizes.values(), spec, softmax, subgroup_size, constants)
 
     @property
     def empty(self) -> bool:
         return self.matrices * self.length == 0
 
-    def dispatch(self, kernel: str, operands: tuple[int, ...], **more: bool) -> Dispatch:
+    def dispatch(
+        self, kernel: str, spec: Mapping[str, bool] | None = None, parts: Sequence[str] = (), **buffers: int | None
+    ) -> Dispatch:
+        """`spec`: constants beside those of all."""
         variant, rows = self.kernels[kernel]
-        tiles = self.matrices * ceil_divide(self.length, rows)
+        spec = {**self.spec, **(spec or {})}
         if self.family == "coop2":  # whether no tile has a row or a column outside of the matrix
             defines = _defines(kernel, variant)
             inside = self.length % int(defines["STEP"]) == 0 and self.head_dim == int(defines["HEAD"])
-            more["WHOLE"] = inside and bool(self.spec["ALIGNED"])
-        made = dispatch(kernel, variant, operands, self.push_constants, tiles, **self.spec, **more)
-        return dataclasses.replace(made, subgroup_size=self.subgroup_size)
+            spec["WHOLE"] = inside and bool(self.spec["ALIGNED"])
+        return dispatch(
+            kernel,
+            variant,
+            self.matrices * ceil_divide(self.length, rows),
+            constants=self.constants,
+            spec=spec,
+            subgroup_size=self.subgroup_size,
+            parts=parts,
+            **buffers,
+        )
 
 
 def forward_flops(shape: Sequence[int]) -> int:

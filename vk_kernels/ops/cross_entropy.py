@@ -1,6 +1,5 @@
 """The output layer and its loss in one operation, so that an implementation need not hold the logits."""
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ from vk_kernels.ops.gemm import (
     plan_epilogue,
     plan_gemm,
 )
-from vk_kernels.ops.launch import ceil_divide, dispatch, element
+from vk_kernels.ops.launch import ceil_divide, dispatch, element, operands_of, planner
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
@@ -101,6 +100,7 @@ def linear_cross_entropy_both_passes_reference(
     return *found, *linear_cross_entropy_backward_reference(*reads, transposed=transposed)
 
 
+@planner
 def plan_linear_cross_entropy_forward(
     info: "DeviceInfo",
     inputs: Sequence[Array],
@@ -118,17 +118,28 @@ def plan_linear_cross_entropy_forward(
     Raises:
       ValueError: no row of logits fits a buffer of the device; as `plan_gemm`.
     """
-    work = _Work(scratch=5)
-    head = _Head.of(info, inputs, work, transposed, chunk_rows, variant, F32)
+    (x, w, targets), (losses, log_normalizers), scratch = operands_of(inputs, outputs)
+    work = _Work(scratch)
+    head = _Head.of(info, inputs, (x, w), work, transposed, chunk_rows, variant, F32)
     logits = head.own_logits(work, F32)
     head.pad_weights(work)
     for first, rows in head.chunks:
-        head.multiply(work, head.rows_of(0, first, rows), head.chunk_of_logits(logits, F32, rows))
-        constants = head.constants(first, rows)
-        work.add(Plan((dispatch("cross_entropy_loss", "f32", (logits, 2, 4, 3), constants, rows),)))
+        head.multiply(work, head.rows_of(x, first, rows), head.chunk_of_logits(logits, F32, rows))
+        loss = dispatch(
+            "cross_entropy_loss",
+            "f32",
+            rows,
+            constants=head.constants(first, rows),
+            logits=logits,
+            targets=targets,
+            log_normalizers=log_normalizers,
+            losses=losses,
+        )
+        work.add(Plan((loss,)))
     return work.plan()
 
 
+@planner
 def plan_linear_cross_entropy_backward(
     info: "DeviceInfo",
     inputs: Sequence[Array],
@@ -143,21 +154,23 @@ def plan_linear_cross_entropy_backward(
     Each chunk makes its logits again, which become their gradient before they are stored, and adds its part to dw, in
     f32.
     """
-    work = _Work(scratch=7)
-    dtype = inputs[0].dtype
-    head = _Head.of(info, inputs, work, transposed, chunk_rows, variant, dtype)
+    (x, w, targets, log_normalizers, dlosses), (dx, dw), scratch = operands_of(inputs, outputs)
+    work = _Work(scratch)
+    dtype = inputs[x].dtype
+    head = _Head.of(info, inputs, (x, w), work, transposed, chunk_rows, variant, dtype)
     dlogits = head.own_logits(work, dtype)
-    gradients = _Gradients.of(head, work, 5, matrix(6, dtype, *inputs[1].shape), head.chunks)
+    gradients = _Gradients.of(head, work, x, dx, matrix(dw, dtype, *inputs[w].shape), head.chunks)
     head.pad_weights(work)
     for first, rows in head.chunks or [(0, 0)]:  # of no tokens, dw is 0
         part = head.chunk_of_logits(dlogits, dtype, rows)
-        gradient = SoftmaxGradient(2, 3, 4, first, head.vocab)
-        head.multiply(work, head.rows_of(0, first, rows), part, Epilogue(softmax_gradient=gradient))
+        gradient = SoftmaxGradient(targets, log_normalizers, dlosses, first, head.vocab)
+        head.multiply(work, head.rows_of(x, first, rows), part, Epilogue(softmax_gradient=gradient))
         gradients.add(work, part, first, rows)
     gradients.end(work)
     return work.plan()
 
 
+@planner
 def plan_linear_cross_entropy_both_passes(
     info: "DeviceInfo",
     inputs: Sequence[Array],
@@ -172,25 +185,36 @@ def plan_linear_cross_entropy_both_passes(
 
     As the two plans above, but the logits become their gradient when their loss is known, and are not made again.
     """
-    work = _Work(scratch=8)
-    dtype, kernel = inputs[0].dtype, f"gradient_{element(inputs[0])}"
-    head = _Head.of(info, inputs, work, transposed, chunk_rows, variant, F32)
+    (x, w, targets, dlosses), (losses, log_normalizers, dx, dw), scratch = operands_of(inputs, outputs)
+    work = _Work(scratch)
+    dtype, kernel = inputs[x].dtype, f"gradient_{element(inputs[x])}"
+    head = _Head.of(info, inputs, (x, w), work, transposed, chunk_rows, variant, F32)
     logits = dlogits = head.own_logits(work, F32)
     chunks = head.chunks  # of the gradients, which hold one or more of those of logits
     if dtype != F32:
-        largest = _chunk_rows(info, inputs[0].shape[0], head.stride, dtype, chunk_rows)
+        largest = _chunk_rows(info, inputs[x].shape[0], head.stride, dtype, chunk_rows)
         largest = max(1, largest // head.largest) * head.largest
-        chunks = _chunks(inputs[0].shape[0], largest)
+        chunks = _chunks(inputs[x].shape[0], largest)
         dlogits = work.own(dtype.itemsize * largest * head.stride)
-    gradients = _Gradients.of(head, work, 6, matrix(7, dtype, *inputs[1].shape), chunks)
+    gradients = _Gradients.of(head, work, x, dx, matrix(dw, dtype, *inputs[w].shape), chunks)
     head.pad_weights(work)
     for first, rows in chunks or [(0, 0)]:
         for start, count in _chunks(rows, head.largest):
             chunk = head.chunk_of_logits(logits, F32, count)
-            head.multiply(work, head.rows_of(0, first + start, count), chunk)
-            constants = head.constants(first + start, count, start)
-            operands = logits, 2, 5, 4, 3, *(() if dlogits == logits else (dlogits,))
-            work.add(Plan((dispatch("cross_entropy_loss", kernel, operands, constants, count),)))
+            head.multiply(work, head.rows_of(x, first + start, count), chunk)
+            loss = dispatch(
+                "cross_entropy_loss",
+                kernel,
+                count,
+                constants=head.constants(first + start, count, start),
+                logits=logits,  # and in their place the gradient, unless it has another
+                targets=targets,
+                log_normalizers=log_normalizers,
+                losses=losses,
+                dlosses=dlosses,
+                **({} if dlogits == logits else {"gradient": dlogits}),
+            )
+            work.add(Plan((loss,)))
         gradients.add(work, head.chunk_of_logits(dlogits, dtype, rows), first, rows)
     gradients.end(work)
     return work.plan()
@@ -245,18 +269,19 @@ class _Head:
         cls,
         info: "DeviceInfo",
         inputs: Sequence[Array],
+        operands: tuple[int, int],
         work: _Work,
         transposed: bool,
         chunk_rows: int | None,
         variant: str | None,
         held: np.dtype,
     ) -> "_Head":
-        """held: dtype of the logits, or of their gradients."""
-        x, w = inputs[:2]
+        """operands: x and w; held: dtype of the logits, or of their gradients."""
+        x, w = (inputs[i] for i in operands)
         element(x)
         width, vocab = reversed(w.shape) if transposed else w.shape
         stride = ceil_divide(vocab, _PADDING) * _PADDING
-        given = weights = matrix(1, w.dtype, *w.shape)
+        given = weights = matrix(operands[1], w.dtype, *w.shape)
         family = choose_variant(info, w.dtype, variant)
         if family != "plain":
             whole = ceil_divide(vocab, _TILE_COLUMNS) * _TILE_COLUMNS
@@ -300,9 +325,10 @@ class _Head:
         width = self.x.shape[1]
         return Matrix(operand, self.x.dtype, rows, width, width, offset=first * width)
 
-    def constants(self, first: int, rows: int, first_gradient: int = 0) -> bytes:
+    def constants(self, first: int, rows: int, first_gradient: int = 0) -> dict[str, int]:
         """Params of shaders/cross_entropy/cross_entropy.slang."""
-        return struct.pack("<5I", rows, self.vocab, self.stride, first, first_gradient)
+        sizes = {"rows": rows, "columns": self.vocab, "stride": self.stride}
+        return {**sizes, "first": first, "first_gradient": first_gradient}
 
 
 @dataclass(frozen=True)
@@ -310,23 +336,26 @@ class _Gradients:
     """The products of the logits' gradient, chunk by chunk: dx, and what each adds to dw."""
 
     head: _Head
+    x: int
     dx: int
     dw: Matrix
     total: Matrix  # where dw is summed up
 
     @classmethod
-    def of(cls, head: _Head, work: _Work, dx: int, dw: Matrix, chunks: Sequence[tuple[int, int]]) -> "_Gradients":
+    def of(
+        cls, head: _Head, work: _Work, x: int, dx: int, dw: Matrix, chunks: Sequence[tuple[int, int]]
+    ) -> "_Gradients":
         """dw takes the sum over chunks itself where it has the dtype for it, and its rows are as long as those of w."""
         total, columns = dw, head.weights.columns
         summed = F32 if len(chunks) > 1 else dw.dtype
         if (summed, columns) != (dw.dtype, dw.columns):
             total = matrix(work.own(summed.itemsize * dw.rows * columns), summed, dw.rows, columns)
-        return cls(head, dx, dw, total)
+        return cls(head, x, dx, dw, total)
 
     def add(self, work: _Work, part: Matrix, first: int, rows: int) -> None:
         """part: the gradient of the logits of `rows` tokens from the `first` on."""
         head, transposed = self.head, self.head.transposed
-        x, dx = (head.rows_of(i, first, rows) for i in (0, self.dx))
+        x, dx = (head.rows_of(i, first, rows) for i in (self.x, self.dx))
         factors = (replace(part, columns=head.vocab), x) if transposed else (x, part)
         options = {"scratch": work.free, "variant": head.variant}
         accumulate = Epilogue(accumulate=first > 0)

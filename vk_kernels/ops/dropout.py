@@ -1,14 +1,22 @@
 """Dropout with recomputable, implementation-independent bits."""
 
 import math
-import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, require_plain
+from vk_kernels.ops.launch import (
+    THREADS,
+    aligned,
+    ceil_divide,
+    dispatch,
+    element,
+    operands_of,
+    planner,
+    require_plain,
+)
 from vk_kernels.ops.philox import BITS_PER_DRAW, random_uint16
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
@@ -73,11 +81,12 @@ def dropout_backward_reference(dy: jax.Array, rng: jax.Array, *, rate: float, st
     return dropout(dy, rng, rate=rate, stream=stream)
 
 
-def dropout_constants(rate: float, stream: int) -> bytes:
+def dropout_constants(rate: float, stream: int) -> dict[str, int | float]:
     """The push constants of shaders/common/elementwise.slang's Dropout."""
-    return struct.pack("<IIf", stream, dropout_threshold(rate), dropout_scale(rate))
+    return {"stream": stream, "threshold": dropout_threshold(rate), "scale": dropout_scale(rate)}
 
 
+@planner
 def plan_dropout_forward(
     info: "DeviceInfo",
     inputs: Sequence[Array],
@@ -89,13 +98,21 @@ def plan_dropout_forward(
 ) -> Plan:
     """inputs: x, rng; outputs: y. See `dropout`. In the backward pass: dy, rng; dx."""
     require_plain(variant)
-    x = inputs[0]
-    if x.size == 0:
+    (x, rng), (y,), _ = operands_of(inputs, outputs)
+    if inputs[x].size == 0:
         return Plan(())
-    rows, columns = _grid(x.shape)
-    push_constants = struct.pack("<II", rows, columns) + dropout_constants(rate, stream)
-    groups = ceil_divide(rows * ceil_divide(columns, 8), THREADS)
-    return Plan((dispatch("dropout", element(x), (0, 1, 2), push_constants, groups, ALIGNED=aligned(columns)),))
+    rows, columns = _grid(inputs[x].shape)
+    run = dispatch(
+        "dropout",
+        element(inputs[x]),
+        ceil_divide(rows * ceil_divide(columns, 8), THREADS),
+        constants={"rows": rows, "columns": columns, "dropout": dropout_constants(rate, stream)},
+        spec={"ALIGNED": aligned(columns)},
+        x=x,
+        rng=rng,
+        y=y,
+    )
+    return Plan((run,))
 
 
 plan_dropout_backward = plan_dropout_forward

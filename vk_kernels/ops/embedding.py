@@ -1,6 +1,5 @@
 """Table look-up, with a gradient that is the same bit for bit every time."""
 
-import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -8,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vk_kernels.ops.launch import MAX_GROUPS, THREADS, aligned, ceil_divide, dispatch, element, require_plain
+from vk_kernels.ops.launch import (
+    MAX_GROUPS,
+    THREADS,
+    aligned,
+    ceil_divide,
+    dispatch,
+    element,
+    operands_of,
+    planner,
+    require_plain,
+)
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
@@ -42,22 +51,31 @@ def _inside(ids: jax.Array, rows: int) -> jax.Array:
     return jnp.where(ids < 0, jnp.asarray(rows, ids.dtype), ids)
 
 
+@planner
 def plan_embedding_forward(
     info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
 ) -> Plan:
     """inputs: table, ids (int32 or uint32); outputs: rows. See `embedding`."""
     require_plain(variant)
-    (table, ids), (rows,) = inputs, outputs
-    _check_ids(ids)
-    if rows.size == 0:
+    (table, ids), (rows,), _ = operands_of(inputs, outputs)
+    _check_ids(inputs[ids])
+    if outputs[0].size == 0:
         return Plan(())
-    table_rows, columns = table.shape
-    push_constants = struct.pack("<III", ids.size, columns, table_rows)
-    groups = ceil_divide(ids.size * ceil_divide(columns, 8), THREADS)
-    spec = {"ALIGNED": aligned(columns)}
-    return Plan((dispatch("embedding", element(table), (0, 1, 2), push_constants, groups, **spec),))
+    tokens, (table_rows, columns) = inputs[ids].size, inputs[table].shape
+    run = dispatch(
+        "embedding",
+        element(inputs[table]),
+        ceil_divide(tokens * ceil_divide(columns, 8), THREADS),
+        constants={"tokens": tokens, "columns": columns, "table_rows": table_rows},
+        spec={"ALIGNED": aligned(columns)},
+        table=table,
+        ids=ids,
+        y=rows,
+    )
+    return Plan((run,))
 
 
+@planner
 def plan_embedding_backward(
     info: "DeviceInfo",
     inputs: Sequence[Array],
@@ -75,41 +93,46 @@ def plan_embedding_backward(
       ValueError: a dtype without kernels, or more than 16 million tokens or rows.
     """
     require_plain(variant)
-    (ids, dy), (dtable,) = inputs, outputs
-    _check_ids(ids)
-    if dtable.size == 0:
+    (ids, dy), (dtable,), scratch = operands_of(inputs, outputs)
+    _check_ids(inputs[ids])
+    if outputs[0].size == 0:
         return Plan(())
-    tokens, columns = ids.size, dtable.shape[1]
+    tokens, columns = inputs[ids].size, outputs[0].shape[1]
     blocks = max(1, ceil_divide(tokens, THREADS))
     if max(tokens, table_rows + 1) > MAX_GROUPS * THREADS:
         raise ValueError(
             f"the gradient of an embedding takes {MAX_GROUPS * THREADS:,} tokens and rows at most, "
             f"found {tokens:,} and {table_rows:,}"
         )
-    counts, starts, *orders = range(3, 7)  # scratch
+    counts, starts, *orders = range(scratch, scratch + 4)
     passes = ceil_divide(max(1, table_rows.bit_length()), _DIGIT_BITS)  # ids outside the table sort as table_rows
-    order = 0  # the first pass reads none
+    order = None  # the first pass reads none
     dispatches: list[Dispatch] = []
+
+    def sort(kernel: str, groups: int, shift: int, **buffers: int | None) -> None:
+        constants = {"tokens": tokens, "table_rows": table_rows, "blocks": blocks, "shift": shift}
+        dispatches.append(dispatch(f"embedding_sort_{kernel}", "", groups, constants=constants, **buffers))
+
     for i in range(passes):
-        push_constants = struct.pack("<IIII", tokens, table_rows, blocks, i * _DIGIT_BITS)
-        target = orders[i % 2]
-        for kernel, operands, groups in (
-            ("count", (0, order, counts), blocks),
-            ("scan", (0, order, counts), 1),
-            ("scatter", (0, order, counts, target), blocks),
-        ):
-            dispatches.append(dispatch(f"embedding_sort_{kernel}", "", operands, push_constants, groups))
-        order = target
-    operands, groups = (0, order, counts, starts), ceil_divide(table_rows + 1, THREADS)
-    dispatches.append(dispatch("embedding_sort_starts", "", operands, push_constants, groups))
-    groups = ceil_divide(table_rows, _ROWS) * ceil_divide(columns, _COLUMNS)
-    push_constants = struct.pack("<II", table_rows, columns)
-    spec = {"ALIGNED": aligned(columns)}
-    dispatches.append(
-        dispatch("embedding_backward", element(dy), (1, order, starts, 2), push_constants, groups, **spec)
+        shift, result = i * _DIGIT_BITS, orders[i % 2]
+        sort("count", blocks, shift, ids=ids, order=order, counts=counts)
+        sort("scan", 1, shift, counts=counts)
+        sort("scatter", blocks, shift, ids=ids, order=order, counts=counts, result=result)
+        order = result
+    sort("starts", ceil_divide(table_rows + 1, THREADS), shift, ids=ids, order=order, result=starts)
+    add = dispatch(
+        "embedding_backward",
+        element(inputs[dy]),
+        ceil_divide(table_rows, _ROWS) * ceil_divide(columns, _COLUMNS),
+        constants={"table_rows": table_rows, "columns": columns},
+        spec={"ALIGNED": aligned(columns)},
+        dy=dy,
+        order=order,
+        starts=starts,
+        dtable=dtable,
     )
     order_bytes = 4 * max(1, tokens)
-    return Plan(tuple(dispatches), (4 * blocks * _DIGITS, 4 * (table_rows + 1), *[order_bytes] * min(passes, 2)))
+    return Plan((*dispatches, add), (4 * blocks * _DIGITS, 4 * (table_rows + 1), *[order_bytes] * min(passes, 2)))
 
 
 def _check_ids(ids: Array) -> None:

@@ -1,14 +1,22 @@
 """GELU in the tanh form that GPT-2 uses."""
 
 import math
-import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, require_plain
+from vk_kernels.ops.launch import (
+    THREADS,
+    aligned,
+    ceil_divide,
+    dispatch,
+    element,
+    operands_of,
+    planner,
+    require_plain,
+)
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
@@ -38,25 +46,28 @@ def gelu_backward_reference(x: jax.Array, dy: jax.Array) -> jax.Array:
     return (dy.astype(jnp.float32) * slope).astype(x.dtype)
 
 
+@planner
 def plan_gelu_forward(
     info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
 ) -> Plan:
     """inputs: x; outputs: y. See `gelu`."""
-    return _plan("gelu_forward", (0, 1), inputs, variant)
+    (x,), (y,), _ = operands_of(inputs, outputs)
+    return _plan("gelu_forward", inputs[x], variant, x=x, result=y)
 
 
+@planner
 def plan_gelu_backward(
     info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
 ) -> Plan:
     """inputs: x, dy; outputs: dx. See `gelu_backward_reference`."""
-    return _plan("gelu_backward", (0, 2, 1), inputs, variant)
+    (x, dy), (dx,), _ = operands_of(inputs, outputs)
+    return _plan("gelu_backward", inputs[x], variant, x=x, dy=dy, result=dx)
 
 
-def _plan(kernel: str, operands: tuple[int, ...], inputs: Sequence[Array], variant: str | None) -> Plan:
+def _plan(kernel: str, array: Array, variant: str | None, **buffers: int) -> Plan:
     require_plain(variant)
-    x = inputs[0]
-    if x.size == 0:
+    size = array.size
+    if size == 0:
         return Plan(())
-    groups = ceil_divide(x.size, 8 * THREADS)
-    push_constants = struct.pack("<I", x.size)
-    return Plan((dispatch(kernel, element(x), operands, push_constants, groups, ALIGNED=aligned(x.size)),))
+    groups, spec = ceil_divide(size, 8 * THREADS), {"ALIGNED": aligned(size)}
+    return Plan((dispatch(kernel, element(array), groups, constants={"count": size}, spec=spec, **buffers),))

@@ -11,7 +11,6 @@ them up, always in the same order, so that a product is the same bit for bit eve
 
 import functools
 import math
-import struct
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -356,29 +355,30 @@ def plan_column_sums(a: Matrix, c: Matrix, *, scratch: int) -> Plan:
         return Plan(())
     strips = max(1, ceil_divide(a.rows, _STRIP_ROWS))
     partial = matrix(scratch, F32, 1, a.columns)
-    work = _Work(a.rows, a.columns, splits=strips, slice_k=_STRIP_ROWS)
+    work = _Work(a.rows, a.columns, splits=strips, split_k=_STRIP_ROWS)
+    groups = strips * ceil_divide(a.columns, _STRIP_COLUMNS)
     first = dispatch(
         "matmul_column_sums",
         _SHORT[a.dtype],
-        _operands(a, a, partial, NOTHING)[:6],
-        _push_constants(work, a, a, partial, NOTHING, workgroups := strips * ceil_divide(a.columns, _STRIP_COLUMNS)),
-        workgroups,
-        ALIGNED_A=a.whole(4),
-        ALIGNED_C=partial.whole(4),
+        groups,
+        constants=_constants(work, a, a, partial, NOTHING, groups),
+        spec={"ALIGNED_A": a.whole(4), "ALIGNED_C": partial.whole(4)},
+        a=a.operand,
+        c=partial.operand,
     )
     last = _finish(_Work(1, a.columns, splits=strips), partial, c, NOTHING)
     return Plan((first, last), (4 * strips * a.columns,))
 
 
 class _Work(NamedTuple):
-    """The sizes that open the push constants of every kernel here."""
+    """The sizes that open the push constants of every kernel here, under their names there."""
 
     m: int
     n: int
     k: int = 0
-    batch: int = 1
+    batches: int = 1
     splits: int = 1
-    slice_k: int = 0
+    split_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -397,11 +397,12 @@ class _Multiply:
         """C = the epilogue of the product, or of each of its partial sums."""
         tile, work, a, b = self.tile, self.work, self.a, self.b
         spec = {"TRANSPOSE_A": self.transpose_a, "TRANSPOSE_B": self.transpose_b}
+        buffers = {"a": a.operand, "b": b.operand, **_epilogue_buffers(epilogue), "c": c.operand}
         if self.variant == "coop2":
             edges = _sticks_out(tile, work.m, work.n, work.k)
             spec |= {"EDGES": edges, "ALIGNED_A": a.aligned(8), "ALIGNED_B": b.aligned(8)}
             spec |= _epilogue_spec(epilogue, c.aligned(8))
-            del spec["DROPOUT"], spec["SOFTMAX_GRADIENT"]
+            del spec["DROPOUT"], spec["SOFTMAX_GRADIENT"], buffers["rng"]
         else:
             at_once = 8 if self.variant == "coop1" else 4  # elements of an operand
             if self.variant == "coop1" or not tile.lanes:  # matmul_lanes reads by element where it is not WHOLE
@@ -409,11 +410,11 @@ class _Multiply:
             whole_k = work.k > 0 and work.k % tile.k == 0  # of each slice, then
             spec["WHOLE"] = tile.unbounded and whole_k and a.aligned(at_once) and b.aligned(at_once)
             spec |= _epilogue_spec(epilogue, c.whole(at_once))
-        groups = work.batch * work.splits * ceil_divide(work.m, tile.m) * ceil_divide(work.n, tile.n)
-        push_constants = _push_constants(work, a, b, c, epilogue, groups)
-        names = _kernel(self.variant, tile, a, c)
-        made = dispatch(*names, _operands(a, b, c, epilogue), push_constants, groups, **spec)
-        return replace(made, subgroup_size=tile.lanes or None)
+        groups = work.batches * work.splits * ceil_divide(work.m, tile.m) * ceil_divide(work.n, tile.n)
+        constants = _constants(work, a, b, c, epilogue, groups)
+        kernel, kind = _kernel(self.variant, tile, a, c)
+        lanes = tile.lanes or None
+        return dispatch(kernel, kind, groups, constants=constants, spec=spec, subgroup_size=lanes, **buffers)
 
 
 def _kernel(variant: str, tile: Tile, a: Matrix, c: Matrix) -> tuple[str, str]:
@@ -433,40 +434,44 @@ def _fits(info: DeviceInfo, kernel: str, kind: str, tile: Tile) -> bool:
 
 def _finish(work: _Work, a: Matrix, c: Matrix, epilogue: Epilogue) -> Dispatch:
     """C = epilogue(the sum of A over splits)."""
-    groups = ceil_divide(work.batch * work.m * ceil_divide(work.n, 4), THREADS)
+    groups = ceil_divide(work.batches * work.m * ceil_divide(work.n, 4), THREADS)
     spec = {"ALIGNED_A": a.whole(4), **_epilogue_spec(epilogue, c.whole(4))}
-    push_constants = _push_constants(work._replace(k=a.columns), a, a, c, epilogue, groups)
-    return dispatch("matmul_finish", _types(a, c), _operands(a, a, c, epilogue), push_constants, groups, **spec)
+    constants = _constants(work._replace(k=a.columns), a, a, c, epilogue, groups)
+    buffers = {"a": a.operand, **_epilogue_buffers(epilogue), "c": c.operand}
+    return dispatch("matmul_finish", _types(a, c), groups, constants=constants, spec=spec, **buffers)
 
 
 def _types(a: Matrix, c: Matrix) -> str:
     return _SHORT[a.dtype] if a.dtype == c.dtype else f"{_SHORT[a.dtype]}_{_SHORT[c.dtype]}"
 
 
-def _operands(a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue) -> tuple[int, ...]:
-    """In the order of the bindings. What a kernel does not use must be bound all the same: to anything."""
-    residual = epilogue.residual if epilogue.gelu_slope_of is None else epilogue.gelu_slope_of
-    found = epilogue.bias, residual, epilogue.rng
-    if (loss := epilogue.softmax_gradient) is not None:
-        found = loss.log_normalizers, loss.dlosses, loss.targets
-    reads = (a.operand if operand is None else operand for operand in found)
-    saved = c.operand if epilogue.save_pre_activation is None else epilogue.save_pre_activation
-    return (a.operand, b.operand, *reads, c.operand, saved)
+def _epilogue_buffers(epilogue: Epilogue) -> dict[str, int | None]:
+    buffers = {
+        "bias": epilogue.bias,
+        "residual": epilogue.residual if epilogue.gelu_slope_of is None else epilogue.gelu_slope_of,
+        "rng": epilogue.rng,
+        "pre_activation": epilogue.save_pre_activation,
+    }
+    if (loss := epilogue.softmax_gradient) is not None:  # takes the places of what it excludes
+        buffers |= {"bias": loss.log_normalizers, "residual": loss.dlosses, "rng": loss.targets}
+    return buffers
 
 
-def _push_constants(work: _Work, a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue, workgroups: int) -> bytes:
-    """Params of shaders/matmul/matmul_common.slang."""
-    of_epilogue = epilogue.stream, epilogue.threshold, epilogue.scale
-    if (loss := epilogue.softmax_gradient) is not None:
-        of_epilogue = loss.first, loss.columns, 1.0
-    return struct.pack(
-        "<18If",
-        *(*work, min(workgroups, MAX_GROUPS)),
-        *(a.stride, b.stride, c.stride),
-        *(a.offset, b.offset, c.offset),
-        *(a.batch_stride, b.batch_stride, c.batch_stride),
-        *of_epilogue,
-    )
+def _constants(
+    work: _Work, a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue, workgroups: int
+) -> dict[str, int | float]:
+    """The push constants of every kernel here: Params of shaders/matmul/matmul_common.slang."""
+    loss = epilogue.softmax_gradient
+    return {
+        **work._asdict(),
+        "groups_x": min(workgroups, MAX_GROUPS),
+        **{f"stride_{name}": matrix.stride for name, matrix in (("a", a), ("b", b), ("c", c))},
+        **{f"offset_{name}": matrix.offset for name, matrix in (("a", a), ("b", b), ("c", c))},
+        **{f"batch_{name}": matrix.batch_stride for name, matrix in (("a", a), ("b", b), ("c", c))},
+        "stream": epilogue.stream if loss is None else loss.first,
+        "threshold": epilogue.threshold if loss is None else loss.columns,
+        "scale": epilogue.scale if loss is None else 1.0,
+    }
 
 
 def _epilogue_spec(epilogue: Epilogue, aligned: bool) -> dict[str, int | bool]:

@@ -1,13 +1,12 @@
 """The Euclidean norm of many arrays taken as one vector."""
 
-import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, require_plain
+from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, operands_of, planner, require_plain
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
@@ -24,12 +23,14 @@ def global_norm_reference(*arrays: jax.Array) -> jax.Array:
     return jnp.sqrt(sum(squares, start=jnp.float32(0)))
 
 
+@planner
 def plan_global_norm(
     info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
 ) -> Plan:
     """inputs: the arrays; outputs: their norm. See `global_norm_reference`."""
     require_plain(variant)
-    return plan_norm_of(list(enumerate(inputs)), output=len(inputs), scratch=len(inputs) + 1)
+    arrays, (norm,), scratch = operands_of(inputs, outputs)
+    return plan_norm_of([(i, inputs[i]) for i in arrays], output=norm, scratch=scratch)
 
 
 def plan_norm_of(arrays: Sequence[tuple[int, Array]], output: int, scratch: int) -> Plan:
@@ -44,12 +45,17 @@ def plan_norm_of(arrays: Sequence[tuple[int, Array]], output: int, scratch: int)
     def add(variant: str, level: Sequence[tuple[int, int]], groups: int, square: bool, root: bool) -> tuple[int, int]:
         """A run over (operand, elements) pairs: the operand and the number of its sums."""
         target = output if root else scratch + len(sizes)
-        counts = [count for _, count in level] + [0] * (_ARRAYS - len(level))
         operands = [operand for operand, _ in level] or [output]
-        operands += operands[:1] * (_ARRAYS - len(operands))
-        push_constants = struct.pack(f"<{_ARRAYS + 1}I", *counts, groups)
-        spec = {"SQUARE": square, "ROOT": root}
-        dispatches.append(dispatch("global_norm", variant, (*operands, target), push_constants, groups, **spec))
+        run = dispatch(
+            "global_norm",
+            variant,
+            groups,
+            constants={"counts": [n for _, n in level] + [0] * (_ARRAYS - len(level)), "groups": groups},
+            spec={"SQUARE": square, "ROOT": root},
+            **{f"array{i}": operands[i] if i < len(operands) else None for i in range(_ARRAYS)},
+            sums=target,
+        )
+        dispatches.append(run)
         if not root:
             sizes.append(4 * groups)
         return target, groups

@@ -1,11 +1,14 @@
 """What the planners of the operations on rows and elements share. Knows no JAX."""
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
-from vk_kernels.runtime.dispatch_plan import Array, Dispatch
+from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan, check_operands
+from vk_kernels.runtime.kernel_signature import signature
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.physical_device import DeviceInfo
@@ -36,15 +39,56 @@ def ceil_divide(a: int, b: int) -> int:
 def dispatch(
     kernel: str,
     variant: str,
-    operands: tuple[int, ...],
-    push_constants: bytes,
     workgroups: int,
-    **spec: int | bool,
+    *,
+    constants: Mapping[str, Any],
+    spec: Mapping[str, int | bool] | None = None,
+    subgroup_size: int | None = None,
+    parts: Sequence[str] = (),
+    **buffers: int | None,
 ) -> Dispatch:
-    """A dispatch of `workgroups`, which the kernel numbers along x, then y."""
+    """A dispatch of `workgroups`, which the kernel numbers along x, then y.
+
+    Args:
+      constants: the push constants by name.
+      spec: the specialization constants.
+      parts: as of a Dispatch, by the buffers' names.
+      buffers: each buffer of the kernel, by name: its index in (*inputs, *outputs, *scratch) of the plan, or None for
+        one that the kernel, so specialized, does not use.
+
+    Raises:
+      TypeError: a buffer or a push constant that is missing, unknown or of another type.
+    """
+    takes = signature(kernel, variant)
     across = max(1, min(workgroups, MAX_GROUPS))
-    groups = (across, ceil_divide(workgroups, across), 1)
-    return Dispatch(kernel, variant, tuple(sorted(spec.items())), operands, push_constants, groups)
+    return Dispatch(
+        kernel,
+        variant,
+        tuple(sorted((spec or {}).items())),
+        takes.operands(buffers),
+        takes.pack(constants),
+        groups=(across, ceil_divide(workgroups, across), 1),
+        subgroup_size=subgroup_size,
+        parts=tuple(takes.buffers[name].binding for name in parts),
+    )
+
+
+def operands_of(inputs: Sequence[Array], outputs: Sequence[Array]) -> tuple[range, range, int]:
+    """The indices of the inputs and of the outputs in (*inputs, *outputs, *scratch), and that of the first scratch."""
+    end = len(inputs) + len(outputs)
+    return range(len(inputs)), range(len(inputs), end), end
+
+
+def planner(plan: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Checks what `plan(info, inputs, outputs, ...)` binds: see `check_operands`."""
+
+    @functools.wraps(plan)
+    def checked(info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], **parameters: Any) -> Plan:
+        made = plan(info, inputs, outputs, **parameters)
+        check_operands(made, inputs, outputs)
+        return made
+
+    return checked
 
 
 def has_lanes(info: "DeviceInfo", count: int) -> bool:

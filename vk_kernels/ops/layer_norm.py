@@ -1,7 +1,6 @@
 """Layer normalisation over the last axis, alone and behind a residual branch with dropout."""
 
 import math
-import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from vk_kernels.ops.dropout import dropout, dropout_constants
-from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, require_plain
+from vk_kernels.ops.launch import (
+    THREADS,
+    aligned,
+    ceil_divide,
+    dispatch,
+    element,
+    operands_of,
+    planner,
+    require_plain,
+)
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
@@ -19,6 +27,9 @@ EPSILON = 1e-5  # GPT-2's
 
 _MOST_STRIPS = 512  # of rows, in the backward pass: workgroups that fill a device, whose sums are soon added up
 _SUM_COLUMNS = 32  # of a workgroup of layer_norm_parameters
+
+Buffers = dict[str, int | None]  # of a kernel, by name
+DropoutConstants = dict[str, int | float]
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float = EPSILON) -> jax.Array:
@@ -146,6 +157,7 @@ def _backward_in_f32(x, scale, mean, rstd, dy):
     return dx, (dy * normed).sum(axis=rows), dy.sum(axis=rows)
 
 
+@planner
 def plan_layer_norm_forward(
     info: "DeviceInfo",
     inputs: Sequence[Array],
@@ -156,10 +168,12 @@ def plan_layer_norm_forward(
 ) -> Plan:
     """inputs: x, scale, bias; outputs: y, mean, rstd. See `layer_norm_forward_reference`."""
     require_plain(variant)
-    x, constants = inputs[0], dropout_constants(0.0, 0)
-    return _plan_forward(element(x), (0, 1, 2, 3, 4, 5), x, constants, epsilon)
+    (x, scale, bias), (y, mean, rstd), _ = operands_of(inputs, outputs)
+    buffers = {"input": x, "scale": scale, "bias": bias, "y": y, "mean": mean, "rstd": rstd}
+    return _plan_forward(element(inputs[x]), inputs[x], dropout_constants(0.0, 0), epsilon, buffers)
 
 
+@planner
 def plan_residual_layer_norm_forward(
     info: "DeviceInfo",
     inputs: Sequence[Array],
@@ -175,21 +189,26 @@ def plan_residual_layer_norm_forward(
     See `residual_layer_norm_forward_reference`.
     """
     require_plain(variant)
-    x, first = inputs[0], len(inputs)
-    rng, constants = _rng_and_constants(inputs, 4, dropout_rate, stream)
-    operands = (0, 2, 3, first + 1, first + 2, first + 3, 1, rng, first)
-    return _plan_forward(f"residual_{element(x)}", operands, x, constants, epsilon)
+    (x, branch, scale, bias, *rng), (total, y, mean, rstd), _ = operands_of(inputs, outputs)
+    rng, drawing = _drawing(rng, dropout_rate, stream)
+    buffers = {"input": x, "scale": scale, "bias": bias, "y": y, "mean": mean, "rstd": rstd}
+    buffers |= {"branch": branch, "rng": rng, "sum": total}
+    return _plan_forward(f"residual_{element(inputs[x])}", inputs[x], drawing, epsilon, buffers)
 
 
+@planner
 def plan_layer_norm_backward(
     info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
 ) -> Plan:
     """inputs: x, scale, mean, rstd, dy; outputs: dx, dscale, dbias. See `layer_norm_backward_reference`."""
     require_plain(variant)
-    x, constants = inputs[0], dropout_constants(0.0, 0)
-    return _plan_backward(element(x), (0, 1, 2, 3, 4, 5), (6, 7), (), x, constants)
+    (x, scale, mean, rstd, dy), (dx, dscale, dbias), scratch = operands_of(inputs, outputs)
+    buffers = {"x": x, "scale": scale, "mean": mean, "rstd": rstd, "dy": dy, "dx": dx}
+    drawing = dropout_constants(0.0, 0)
+    return _plan_backward(element(inputs[x]), inputs[x], drawing, buffers, dscale, dbias, scratch)
 
 
+@planner
 def plan_residual_layer_norm_backward(
     info: "DeviceInfo",
     inputs: Sequence[Array],
@@ -204,17 +223,17 @@ def plan_residual_layer_norm_backward(
     See `residual_layer_norm_backward_reference`.
     """
     require_plain(variant)
-    x, first = inputs[0], len(inputs)
-    rng, constants = _rng_and_constants(inputs, 6, dropout_rate, stream)
-    operands, residual = (0, 1, 2, 3, 5, first), (4, rng, first + 1)
-    return _plan_backward(f"residual_{element(x)}", operands, (first + 2, first + 3), residual, x, constants)
+    (total, scale, mean, rstd, dtotal, dy, *rng), outs, scratch = operands_of(inputs, outputs)
+    dx, dbranch, dscale, dbias = outs
+    rng, drawing = _drawing(rng, dropout_rate, stream)
+    buffers = {"x": total, "scale": scale, "mean": mean, "rstd": rstd, "dy": dy, "dx": dx}
+    buffers |= {"direct": dtotal, "rng": rng, "dbranch": dbranch}
+    return _plan_backward(f"residual_{element(inputs[total])}", inputs[total], drawing, buffers, dscale, dbias, scratch)
 
 
-def _rng_and_constants(inputs: Sequence[Array], index: int, rate: float, stream: int) -> tuple[int, bytes]:
-    """The operand for the kernel's rng, and its constants of dropout; without an rng, any operand and none."""
-    if len(inputs) > index:
-        return index, dropout_constants(rate, stream)
-    return 0, dropout_constants(0.0, 0)
+def _drawing(rng: list[int], rate: float, stream: int) -> tuple[int | None, DropoutConstants]:
+    """The rng, if there is one, and the constants of dropout, of none without it."""
+    return (rng[0], dropout_constants(rate, stream)) if rng else (None, dropout_constants(0.0, 0))
 
 
 def _rows_and_columns(x: Array) -> tuple[int, int]:
@@ -227,41 +246,56 @@ def _rows_at_once(x: Array) -> int:
 
 
 def _dispatch(
-    kernel: str, variant: str, operands: tuple[int, ...], x: Array, strip_rows: int, dropout: bytes, epsilon: float = 0
+    kernel: str, variant: str, x: Array, strip_rows: int, dropout: DropoutConstants, epsilon: float, buffers: Buffers
 ) -> Dispatch:
     """One workgroup for each strip of rows."""
     rows, columns = _rows_and_columns(x)
-    push_constants = struct.pack("<IIIf", rows, columns, strip_rows, epsilon) + dropout
-    spec = {"ROW_THREADS": THREADS // _rows_at_once(x), "ALIGNED": aligned(columns)}
-    return dispatch(kernel, variant, operands, push_constants, max(1, ceil_divide(rows, strip_rows)), **spec)
+    return dispatch(
+        kernel,
+        variant,
+        max(1, ceil_divide(rows, strip_rows)),
+        constants={
+            "rows": rows,
+            "columns": columns,
+            "strip_rows": strip_rows,
+            "epsilon": epsilon,
+            "dropout": dropout,
+        },
+        spec={"ROW_THREADS": THREADS // _rows_at_once(x), "ALIGNED": aligned(columns)},
+        **buffers,
+    )
 
 
-def _plan_forward(variant: str, operands: tuple[int, ...], x: Array, dropout: bytes, epsilon: float) -> Plan:
+def _plan_forward(variant: str, x: Array, dropout: DropoutConstants, epsilon: float, buffers: Buffers) -> Plan:
     if x.size == 0:
         return Plan(())
-    return Plan((_dispatch("layer_norm", variant, operands, x, _rows_at_once(x), dropout, epsilon),))
+    return Plan((_dispatch("layer_norm", variant, x, _rows_at_once(x), dropout, epsilon, buffers),))
 
 
 def _plan_backward(
-    variant: str,
-    operands: tuple[int, ...],
-    outputs: tuple[int, int],
-    residual: tuple[int, ...],
-    x: Array,
-    dropout: bytes,
+    variant: str, x: Array, dropout: DropoutConstants, buffers: Buffers, dscale: int, dbias: int, scratch: int
 ) -> Plan:
-    """outputs: dscale and dbias, the last ones; operands, residual: of the kernel, before and after those."""
+    """buffers: of the kernel, but for dscale and dbias, which are sums over strips of rows first."""
     rows, columns = _rows_and_columns(x)
     if columns == 0:
         return Plan(())
     at_once = _rows_at_once(x)
     strip_rows = max(1, ceil_divide(rows, at_once * _MOST_STRIPS)) * at_once
     strips = max(1, ceil_divide(rows, strip_rows))
-    sums = outputs if strips == 1 else (outputs[1] + 1, outputs[1] + 2)
-    first = _dispatch("layer_norm_backward", variant, (*operands, *sums, *residual), x, strip_rows, dropout)
+    scale_parts, bias_parts = (dscale, dbias) if strips == 1 else (scratch, scratch + 1)
+    buffers = {**buffers, "dscale": scale_parts, "dbias": bias_parts}
+    first = _dispatch("layer_norm_backward", variant, x, strip_rows, dropout, 0.0, buffers)
     if strips == 1:
         return Plan((first,))
-    push_constants = struct.pack("<II", strips, columns)
-    groups, spec = 2 * ceil_divide(columns, _SUM_COLUMNS), {"ALIGNED": aligned(columns)}
-    last = dispatch("layer_norm_parameters", "", (*sums, *outputs), push_constants, groups, **spec)
+    last = dispatch(
+        "layer_norm_parameters",
+        "",
+        2 * ceil_divide(columns, _SUM_COLUMNS),
+        constants={"rows": strips, "columns": columns},
+        spec={"ALIGNED": aligned(columns)},
+        scale_parts=scale_parts,
+        bias_parts=bias_parts,
+        dscale=dscale,
+        dbias=dbias,
+    )
     return Plan((first, last), (4 * strips * columns,) * 2)

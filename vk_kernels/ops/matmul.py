@@ -11,6 +11,7 @@ from vk_kernels.compiler.ir import Node
 from vk_kernels.ops.dropout import dropout, dropout_scale, dropout_threshold
 from vk_kernels.ops.gelu import gelu, gelu_backward_reference
 from vk_kernels.ops.gemm import Epilogue, Matrix, matrix, plan_column_sums, plan_epilogue, plan_gemm
+from vk_kernels.ops.launch import planner
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def matmul_backward_reference(
     return (*gradients, dsums.astype(jnp.float32).sum(axis=0).astype(x.dtype)) if has_bias else gradients
 
 
+@planner
 def plan_matmul_forward(
     info: "DeviceInfo",
     inputs: Sequence[Array],
@@ -173,6 +175,7 @@ def plan_matmul_forward(
     return plan_gemm(info, x, w, _rows(y, outputs[0]), epilogue=epilogue, scratch=scratch, variant=variant)
 
 
+@planner
 def plan_matmul_backward(
     info: "DeviceInfo",
     inputs: Sequence[Array],

@@ -17,6 +17,7 @@ from vk_kernels.ops.attention import (
     plan_attention_backward,
     plan_attention_forward,
 )
+from vk_kernels.ops.launch import planner
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def packed_attention_backward_reference(
     return jnp.stack(gradients, axis=2)
 
 
+@planner
 def plan_packed_attention_forward(
     info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], **options: Any
 ) -> Plan:
@@ -75,6 +77,7 @@ def plan_packed_attention_forward(
     return _with_operands(plan, (0, 0, 0, *range(1, len(inputs) + len(outputs))))
 
 
+@planner
 def plan_packed_attention_backward(
     info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], **options: Any
 ) -> Plan:

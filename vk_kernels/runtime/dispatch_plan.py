@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vk_kernels.runtime.kernel import Spec
+from vk_kernels.runtime.kernel_signature import signature
 from vk_kernels.runtime.memory import Buffer
 
 if TYPE_CHECKING:
@@ -66,6 +67,19 @@ class Plan:
 
     dispatches: tuple[Dispatch, ...]
     scratch: tuple[int, ...] = ()
+
+
+def check_operands(plan: Plan, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+    """Raises TypeError, naming kernel and buffer, for one that is not what the kernel reads or that it must not write.
+
+    Of scratch no dtype is known.
+    """
+    arrays = (*inputs, *outputs)
+    for dispatch in plan.dispatches:
+        kernel = signature(dispatch.kernel, dispatch.variant)
+        for operand in dict.fromkeys(dispatch.operands):
+            if operand < len(arrays):
+                kernel.check_operand(operand, dispatch.operands, arrays[operand].dtype, operand < len(inputs))
 
 
 def kernel_of(device: "Device", dispatch: Dispatch) -> "Kernel":

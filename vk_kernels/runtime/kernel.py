@@ -18,7 +18,7 @@ SPIRV = Path(__file__).parents[1] / "shaders" / "binaries"
 
 _REQUIRE_FULL_SUBGROUPS = 0x2  # VK_PIPELINE_SHADER_STAGE_CREATE_..._BIT, which the package knows without its value
 
-_PACKING = {"uint32": "I", "int32": "i", "float32": "f", "bool": "I", "uint64": "Q", "int64": "q", "float64": "d"}
+PACKING = {"uint32": "I", "int32": "i", "float32": "f", "bool": "I", "uint64": "Q", "int64": "q", "float64": "d"}
 
 # (name, value) pairs that set specialization constants; sorted, so that it can be a cache key.
 Spec = tuple[tuple[str, int | float | bool], ...]
@@ -30,15 +30,24 @@ def manifest() -> dict[str, dict[str, Any]]:
     return json.loads((SPIRV / "manifest.json").read_text())["kernels"]
 
 
-def load(name: str, variant: str = "") -> tuple[bytes, Reflection]:
-    """The SPIR-V of a kernel that ships, and its reflection. Raises ValueError naming what there is."""
-    binary = f"{name}.{variant}" if variant else name
-    record = manifest().get(binary)
+def reflection_of(name: str, variant: str = "") -> Reflection:
+    """The manifest's reflection of a kernel that ships. Raises ValueError naming what there is."""
+    record = manifest().get(binary_name(name, variant))
     if record is None:
         variants = sorted(r["variant"] for r in manifest().values() if r["entry"] == name)
         known = f"its variants are {variants}" if variants else f"there are {sorted(manifest())}"
-        raise ValueError(f"no kernel is called {binary!r}; {known}")
-    return (SPIRV / f"{binary}.spv").read_bytes(), Reflection.from_json(record)
+        raise ValueError(f"no kernel is called {binary_name(name, variant)!r}; {known}")
+    return Reflection.from_json(record)
+
+
+def load(name: str, variant: str = "") -> tuple[bytes, Reflection]:
+    """The SPIR-V of a kernel that ships, and its reflection. Raises ValueError naming what there is."""
+    reflection = reflection_of(name, variant)
+    return (SPIRV / f"{binary_name(name, variant)}.spv").read_bytes(), reflection
+
+
+def binary_name(kernel: str, variant: str = "") -> str:
+    return f"{kernel}.{variant}" if variant else kernel
 
 
 class Kernel:
@@ -243,7 +252,7 @@ def _specialization(reflection: Reflection, spec: dict) -> Any:
         return ffi.NULL
     entries, data = ffi.new("VkSpecializationMapEntry[]", len(chosen)), b""
     for i, constant in enumerate(chosen):
-        packed = struct.pack("<" + _PACKING[constant.type], spec[constant.name])
+        packed = struct.pack("<" + PACKING[constant.type], spec[constant.name])
         entries[i] = {"constantID": constant.id, "offset": len(data), "size": len(packed)}
         data += packed
     return vulkan.struct(

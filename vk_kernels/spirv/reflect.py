@@ -5,6 +5,7 @@ Source: the SPIR-V specification 1.6 (binary form, section 2.3; instructions, se
 
 import operator
 import struct
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,9 +47,22 @@ class SpecConstant:
 
 @dataclass(frozen=True)
 class Binding:
+    """A storage buffer. `types`: the scalars that the kernel reads and writes it as; bf16 may be uint16."""
+
     binding: int
     name: str
     writable: bool
+    types: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PushConstant:
+    """A scalar, or `count` of them in an array, `offset` bytes from the first. A struct's are named `struct.member`."""
+
+    name: str
+    type: str  # as of a SpecConstant
+    offset: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,7 @@ class Reflection:
     workgroup: tuple[int | str, ...]
     spec_constants: tuple[SpecConstant, ...]
     bindings: tuple[Binding, ...]
+    push_constants: tuple[PushConstant, ...]
     push_constant_bytes: int
     shared_bytes: int
     capabilities: tuple[str, ...]
@@ -73,7 +88,8 @@ class Reflection:
             **{name: record[name] for name in ("entry", "spirv_version", "push_constant_bytes", "shared_bytes")},
             workgroup=tuple(record["workgroup"]),
             spec_constants=tuple(SpecConstant(**constant) for constant in record["spec_constants"]),
-            bindings=tuple(Binding(**binding) for binding in record["bindings"]),
+            bindings=tuple(Binding(**{**binding, "types": tuple(binding["types"])}) for binding in record["bindings"]),
+            push_constants=tuple(PushConstant(**constant) for constant in record["push_constants"]),
             capabilities=tuple(record["capabilities"]),
         )
 
@@ -92,6 +108,7 @@ class _Module:
             raise ValueError("not SPIR-V: the first word is not the magic number")
         self.version = f"{words[1] >> 16 & 0xFF}.{words[1] >> 8 & 0xFF}"
         self.names: dict[int, str] = {}
+        self.member_names: dict[tuple[int, int], str] = {}
         self.decorations: dict[int, dict[int, int]] = {}
         self.member_decorations: dict[int, dict[int, dict[int, int]]] = {}
         self.types: dict[int, tuple] = {}
@@ -118,6 +135,8 @@ class _Module:
                 self.capabilities.add(operands[0])
             case Op.NAME:
                 self.names[operands[0]] = _string(operands[1:])
+            case Op.MEMBER_NAME:
+                self.member_names[operands[0], operands[1]] = _string(operands[2:])
             case Op.ENTRY_POINT:
                 if operands[0] == COMPUTE_MODEL:
                     self.entry_points[operands[1]] = _string(operands[2:])
@@ -159,7 +178,32 @@ class _Module:
             return "bool"
         if opcode == Op.TYPE_INT:  # width, signedness
             return f"{'int' if rest[1] else 'uint'}{rest[0]}"
-        return f"float{rest[0]}"
+        if opcode == Op.TYPE_STRUCT:
+            return "struct"
+        return "bfloat16" if len(rest) > 1 else f"float{rest[0]}"  # width, and an encoding that is not IEEE's
+
+    def element(self, pointer: int) -> tuple[str, bool]:
+        """(scalar type, whether in vectors) of the runtime array that is all of a storage buffer."""
+        _, array = self.types[self.pointee(pointer)]
+        _, element = self.types[array]
+        opcode, *rest = self.types[element]
+        return (self._type_name(rest[0]), True) if opcode == Op.TYPE_VECTOR else (self._type_name(element), False)
+
+    def members(self, struct_type: int, prefix: str = "", base: int = 0) -> Iterator[PushConstant]:
+        """The scalars of a struct and of the structs in it."""
+        for i, member in enumerate(self.types[struct_type][1:]):
+            name = prefix + self.member_names.get((struct_type, i), f"member{i}")
+            offset = base + self.member_decorations[struct_type][i][Decoration.OFFSET]
+            count, (opcode, *rest) = 1, self.types[member]
+            if opcode == Op.TYPE_STRUCT:
+                yield from self.members(member, f"{name}.", offset)
+                continue
+            if opcode == Op.TYPE_ARRAY:
+                member, count = rest[0], self.constants[rest[1]]
+                name = name.removesuffix(".data")  # Slang wraps an array in a struct of one member
+            elif opcode == Op.TYPE_VECTOR:
+                member, count = rest
+            yield PushConstant(name, self._type_name(member), offset, count)
 
     def _literal(self, type_id: int, words: tuple[int, ...]):
         data = struct.pack(f"<{len(words)}I", *words)
@@ -212,11 +256,13 @@ def reflect(code: bytes, entry: str | None = None, spec: dict[str, int | float |
             f"{name}: unknown SPIR-V capabilities {unknown}; add them to vk_kernels/spirv/reflect.py and features.py"
         )
 
-    bindings, push_constant_bytes, shared_bytes = [], 0, 0
+    views: dict[int, list[tuple[int, int]]] = {}  # by binding: (variable, pointer type) of each
+    push_constants, push_constant_bytes, shared_bytes = (), 0, 0
     for variable, pointer, storage_class in module.variables:
         if storage_class == StorageClass.STORAGE_BUFFER:
-            bindings.append(_binding(module, variable, pointer, name))
+            views.setdefault(module.decorations[variable][Decoration.BINDING], []).append((variable, pointer))
         elif storage_class == StorageClass.PUSH_CONSTANT:
+            push_constants = tuple(module.members(module.pointee(pointer)))
             push_constant_bytes = (module.size(module.pointee(pointer)) + 3) // 4 * 4
         elif storage_class == StorageClass.WORKGROUP:
             shared_bytes += module.size(module.pointee(pointer), strided=False)
@@ -229,26 +275,32 @@ def reflect(code: bytes, entry: str | None = None, spec: dict[str, int | float |
         spirv_version=module.version,
         workgroup=workgroup,
         spec_constants=tuple(sorted(module.spec_constants.values(), key=lambda constant: constant.id)),
-        bindings=tuple(sorted(bindings, key=lambda binding: binding.binding)),
+        bindings=tuple(_binding(module, binding, views[binding], name) for binding in sorted(views)),
+        push_constants=push_constants,
         push_constant_bytes=push_constant_bytes,
         shared_bytes=shared_bytes,
         capabilities=tuple(sorted(Capability(c).name for c in module.capabilities)),
     )
 
 
-def _binding(module: _Module, variable: int, pointer: int, entry: str) -> Binding:
-    decorations = module.decorations[variable]
-    name = module.names.get(variable, "")
-    if decorations[Decoration.DESCRIPTOR_SET] != 0:
-        raise ValueError(
-            f"{entry}: buffer {name!r} is in descriptor set {decorations[Decoration.DESCRIPTOR_SET]}; use set 0"
+def _binding(module: _Module, binding: int, views: list[tuple[int, int]], entry: str) -> Binding:
+    """The buffer that is bound there; Slang declares one that is read in several types once for each."""
+    name = module.names.get(views[0][0], "").removeprefix("entryPointParams.")
+    writable = False
+    for variable, pointer in views:
+        decorations = module.decorations[variable]
+        if decorations[Decoration.DESCRIPTOR_SET] != 0:
+            raise ValueError(
+                f"{entry}: buffer {name!r} is in descriptor set {decorations[Decoration.DESCRIPTOR_SET]}; use set 0"
+            )
+        members = module.member_decorations.get(module.pointee(pointer), {})
+        read_only = Decoration.NON_WRITABLE in decorations or (
+            members and all(Decoration.NON_WRITABLE in m for m in members.values())
         )
-    block = module.pointee(pointer)
-    members = module.member_decorations.get(block, {})
-    read_only = Decoration.NON_WRITABLE in decorations or (
-        members and all(Decoration.NON_WRITABLE in m for m in members.values())
-    )
-    return Binding(decorations[Decoration.BINDING], name, not read_only)
+        writable |= not read_only
+    elements = [module.element(pointer) for _, pointer in views]
+    scalars = {kind for kind, is_vector in elements if not is_vector}  # vectors only say how much is read at a time
+    return Binding(binding, name, writable, tuple(sorted(scalars or {kind for kind, _ in elements})))
 
 
 def _axis(module: _Module, size_id: int) -> int | str:

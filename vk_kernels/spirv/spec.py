@@ -13,6 +13,7 @@ class Op(IntEnum):
 
     SOURCE = 3
     NAME = 5
+    MEMBER_NAME = 6
     EXT_INST_IMPORT = 11
     EXT_INST = 12
     MEMORY_MODEL = 14

