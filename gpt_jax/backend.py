@@ -13,7 +13,7 @@ import vk_kernels
 from gpt_jax.config import UserError
 from gpt_jax.runs.info import device_facts, device_peak_bytes
 from vk_kernels import NoDeviceError, SettingError, VulkanError
-from vk_kernels.ops.attention import MAX_HEAD_DIM
+from vk_kernels.ops.attention.planner import MAX_HEAD_DIM
 from vk_kernels.runtime.instance import validation_mode
 from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.runtime.physical_device import choose, list_devices

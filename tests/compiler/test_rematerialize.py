@@ -14,13 +14,13 @@ from vk_kernels.compiler import pipeline
 from vk_kernels.compiler.ir import producers
 from vk_kernels.compiler.passes.rematerialize import LEAST_BYTES, rematerialize
 from vk_kernels.compiler.passes.simplify import simplify
-from vk_kernels.ops.layer_norm import (
+from vk_kernels.ops.layer_norm.reference import (
     layer_norm_forward_reference,
     layer_norm_rule,
     residual_layer_norm_forward_reference,
     residual_layer_norm_rule,
 )
-from vk_kernels.ops.matmul import matmul_forward_reference, matmul_rule
+from vk_kernels.ops.matmul.reference import matmul_forward_reference, matmul_rule
 
 ROWS, WIDTH, LAYERS = 4096, 64, 4
 X = normal(ROWS, WIDTH)

@@ -13,16 +13,15 @@ from vulkan_devices import needs_vulkan
 
 from vk_kernels.errors import FeatureError
 from vk_kernels.ops import launch
-from vk_kernels.ops.attention import (
+from vk_kernels.ops.attention.planner import (
     VARIANTS,
-    attention_backward_reference,
-    attention_forward_reference,
     choose_variant,
     dense,
     packed,
     plan_attention_backward,
     plan_attention_forward,
 )
+from vk_kernels.ops.attention.reference import attention_backward_reference, attention_forward_reference
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
 from vk_kernels.runtime.dispatch_plan import Array, execute
 from vk_kernels.runtime.features import CooperativeMatrix, Features

@@ -11,10 +11,11 @@ from run_plan import BF16, DTYPES, F32, FILL, GUARD, assert_accurate, normal, ru
 from vulkan_devices import SELECTOR, needs_vulkan
 
 from vk_kernels.errors import FeatureError
-from vk_kernels.ops import gemm, launch
+from vk_kernels.ops import launch
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
-from vk_kernels.ops.gelu import gelu
-from vk_kernels.ops.gemm import (
+from vk_kernels.ops.gelu import gelu_forward_reference
+from vk_kernels.ops.matmul import gemm
+from vk_kernels.ops.matmul.gemm import (
     CPU_TILES,
     TILES,
     VARIANTS,
@@ -27,13 +28,8 @@ from vk_kernels.ops.gemm import (
     plan_epilogue,
     plan_gemm,
 )
-from vk_kernels.ops.matmul import (
-    matmul,
-    matmul_backward_reference,
-    matmul_forward_reference,
-    plan_matmul_backward,
-    plan_matmul_forward,
-)
+from vk_kernels.ops.matmul.planner import plan_matmul_backward, plan_matmul_forward
+from vk_kernels.ops.matmul.reference import matmul_backward_reference, matmul_forward_reference, matmul_reference
 from vk_kernels.runtime.dispatch_plan import Plan, execute
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
@@ -387,7 +383,7 @@ def test_gradients(device, variant, dtype, has_bias, activation, has_residual, r
     exact += [dsums.sum(axis=0)] if has_bias else []
 
     def loss(x, w, bias, rng=p["rng"]):
-        return matmul(x, w, bias, activation=activation, rng=rng, dropout_rate=rate, stream=5)
+        return matmul_reference(x, w, bias, activation=activation, rng=rng, dropout_rate=rate, stream=5)
 
     plain = jax.jit(lambda dy, *xs: jax.vjp(loss, *xs)[1](dy))(dy, p["x"], p["w"], p["bias"])
     explicit = jax.jit(functools.partial(matmul_backward_reference, **static))(*inputs)
@@ -509,7 +505,7 @@ def test_gradients_through_the_activation_of_the_input(device, variant, dtype, r
     rows, k, n = shape
     z, dy = normal(*rows, k, seed=6, dtype=dtype), normal(*rows, n, seed=4, dtype=dtype)
     p = problem(rows, k, n, dtype, False, False, rate)
-    x = np.asarray(gelu(z))
+    x = np.asarray(gelu_forward_reference(z))
     pre = x.astype(np.float64) @ p["w"].astype(np.float64)
     inputs = present(dy, x, p["w"], pre.astype(dtype), p["rng"], z)
     static["input_activation"] = "gelu"
@@ -520,7 +516,9 @@ def test_gradients_through_the_activation_of_the_input(device, variant, dtype, r
     exact = dx, x.reshape(-1, k).astype(np.float64).T @ dsums.reshape(-1, n)
 
     def through(z, w):
-        return matmul(gelu(z), w, activation="gelu", rng=p["rng"], dropout_rate=rate, stream=5)
+        return matmul_reference(
+            gelu_forward_reference(z), w, activation="gelu", rng=p["rng"], dropout_rate=rate, stream=5
+        )
 
     plain = jax.jit(lambda dy, *xs: jax.vjp(through, *xs)[1](dy))(dy, z, p["w"])
     explicit = jax.jit(functools.partial(matmul_backward_reference, **static))(*inputs)

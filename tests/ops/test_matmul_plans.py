@@ -8,7 +8,7 @@ from run_plan import BF16, F32
 from vulkan_devices import SELECTOR, needs_vulkan
 
 from vk_kernels.errors import FeatureError
-from vk_kernels.ops.gemm import (
+from vk_kernels.ops.matmul.gemm import (
     CPU_TILES,
     NOTHING,
     TILES,
@@ -19,7 +19,7 @@ from vk_kernels.ops.gemm import (
     matrix,
     plan_gemm,
 )
-from vk_kernels.ops.matmul import plan_matmul_forward
+from vk_kernels.ops.matmul.planner import plan_matmul_forward
 from vk_kernels.runtime.dispatch_plan import Array
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]

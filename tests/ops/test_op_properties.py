@@ -23,8 +23,8 @@ from vulkan_devices import SELECTOR, needs_vulkan
 import vk_kernels
 from vk_kernels import ops
 from vk_kernels.errors import FeatureError
-from vk_kernels.ops.attention import MAX_HEAD_DIM
-from vk_kernels.ops.gemm import VARIANTS, Matrix, choose_variant, plan_gemm
+from vk_kernels.ops.attention.planner import MAX_HEAD_DIM
+from vk_kernels.ops.matmul.gemm import VARIANTS, Matrix, choose_variant, plan_gemm
 from vk_kernels.tools.check_ops import QUICK_TO_COMPILE, compare
 from vk_kernels.tools.op_cases import BF16, CASES, F32, RNG, Operands, Sizes, numbers, random_bits
 

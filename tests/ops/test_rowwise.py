@@ -11,7 +11,6 @@ from run_plan import BF16, DTYPES, F32, assert_accurate, normal, run, same_bits
 from vulkan_devices import needs_vulkan
 
 from vk_kernels.ops.dropout import (
-    dropout,
     dropout_backward_reference,
     dropout_forward_reference,
     dropout_mask,
@@ -20,30 +19,26 @@ from vk_kernels.ops.dropout import (
     plan_dropout_forward,
 )
 from vk_kernels.ops.embedding import (
-    embedding,
     embedding_backward_reference,
+    embedding_forward_reference,
     plan_embedding_backward,
     plan_embedding_forward,
 )
-from vk_kernels.ops.gelu import (
-    gelu,
-    gelu_backward_reference,
-    gelu_forward_reference,
-    plan_gelu_backward,
-    plan_gelu_forward,
-)
+from vk_kernels.ops.gelu import gelu_backward_reference, gelu_forward_reference, plan_gelu_backward, plan_gelu_forward
 from vk_kernels.ops.launch import MAX_GROUPS, dispatch
-from vk_kernels.ops.layer_norm import (
-    layer_norm,
-    layer_norm_backward_reference,
-    layer_norm_forward_reference,
+from vk_kernels.ops.layer_norm.planner import (
     plan_layer_norm_backward,
     plan_layer_norm_forward,
     plan_residual_layer_norm_backward,
     plan_residual_layer_norm_forward,
-    residual_layer_norm,
+)
+from vk_kernels.ops.layer_norm.reference import (
+    layer_norm_backward_reference,
+    layer_norm_forward_reference,
+    layer_norm_reference,
     residual_layer_norm_backward_reference,
     residual_layer_norm_forward_reference,
+    residual_layer_norm_reference,
 )
 from vk_kernels.runtime.dispatch_plan import Array
 
@@ -99,7 +94,7 @@ def test_layer_norm_gradients(device, shape, dtype):
     _, mean, rstd = map(np.asarray, jax.jit(layer_norm_forward_reference)(x, scale, bias))
     inputs = (x, scale, mean, rstd, dy)
     actual = run(device, plan_layer_norm_backward, layer_norm_backward_reference, *inputs)
-    plain = jax.jit(lambda *xs: jax.vjp(layer_norm, *xs)[1](dy))(x, scale, bias)
+    plain = jax.jit(lambda *xs: jax.vjp(layer_norm_reference, *xs)[1](dy))(x, scale, bias)
     exact = exact_norm_gradients(x, scale, dy)
     for name, ours, theirs, true in zip(("dx", "dscale", "dbias"), actual, plain, exact, strict=True):
         assert_accurate(ours, theirs, true, 3, name)
@@ -153,25 +148,25 @@ def test_the_backward_references_are_the_gradients_of_the_forward_ones():
     x, scale, bias = map(jnp.asarray, norm_inputs((4, 9), F32))
     dy, dtotal = jnp.asarray(normal(4, 9, seed=3)), jnp.asarray(normal(4, 9, seed=4))
     _, mean, rstd = layer_norm_forward_reference(x, scale, bias)
-    expected = jax.vjp(layer_norm, x, scale, bias)[1](dy)
+    expected = jax.vjp(layer_norm_reference, x, scale, bias)[1](dy)
     found = layer_norm_backward_reference(x, scale, mean, rstd, dy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
     rng, parameters = jnp.asarray(RNG), {"dropout_rate": 0.3, "stream": 1}
 
     def residual(x, branch, scale, bias):
-        return residual_layer_norm(x, branch, scale, bias, rng, **parameters)
+        return residual_layer_norm_reference(x, branch, scale, bias, rng, **parameters)
 
     total, _, mean, rstd = residual_layer_norm_forward_reference(x, 2 * x, scale, bias, rng, **parameters)
     expected = jax.vjp(residual, x, 2 * x, scale, bias)[1]((dtotal, dy))
     found = residual_layer_norm_backward_reference(total, scale, mean, rstd, dtotal, dy, rng, **parameters)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
-    expected = jax.vjp(gelu, x)[1](dy)[0]
+    expected = jax.vjp(gelu_forward_reference, x)[1](dy)[0]
     np.testing.assert_allclose(gelu_backward_reference(x, dy), expected, rtol=1e-4, atol=1e-5)
 
     ids = jnp.array([3, 1, 1, 0], jnp.int32)
-    expected = jax.vjp(lambda table: embedding(table, ids), normal(5, 9))[1](dy)[0]
+    expected = jax.vjp(lambda table: embedding_forward_reference(table, ids), normal(5, 9))[1](dy)[0]
     np.testing.assert_allclose(embedding_backward_reference(ids, dy, table_rows=5), expected, rtol=1e-6)
 
 
@@ -194,8 +189,8 @@ def test_dropout_draws_the_bits_of_the_mask(device, shape, dtype):
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 def test_dropout_is_the_reference_bit_for_bit(device, rate, dtype):
     x = normal(9, 100, dtype=dtype)
-    (y,) = run(device, plan_dropout_forward, dropout, x, RNG, rate=rate, stream=1)
-    np.testing.assert_array_equal(y, np.asarray(dropout(x, RNG, rate=rate, stream=1)))
+    (y,) = run(device, plan_dropout_forward, dropout_forward_reference, x, RNG, rate=rate, stream=1)
+    np.testing.assert_array_equal(y, np.asarray(dropout_forward_reference(x, RNG, rate=rate, stream=1)))
 
 
 def exact_gelu(x):
@@ -212,15 +207,15 @@ def test_gelu(device, shape, dtype):
     x, dy = (4 * normal(*shape)).astype(dtype), normal(*shape, seed=1).astype(dtype)
     y, slope = exact_gelu(x)
     (actual,) = run(device, plan_gelu_forward, gelu_forward_reference, x)
-    assert_accurate(actual, jax.jit(gelu)(x), y)
+    assert_accurate(actual, jax.jit(gelu_forward_reference)(x), y)
     (actual,) = run(device, plan_gelu_backward, gelu_backward_reference, x, dy)
-    plain = jax.jit(lambda x: jax.vjp(gelu, x)[1](dy)[0])(x)
+    plain = jax.jit(lambda x: jax.vjp(gelu_forward_reference, x)[1](dy)[0])(x)
     assert_accurate(actual, plain, dy.astype(np.float64) * slope, 3)
 
 
 def test_gelu_of_large_numbers(device):
     x = np.array([1e4, 1e18, 3e38, -1e4, -1e18, -3e38, np.inf, 0, -0.0], np.float32)
-    (y,) = run(device, plan_gelu_forward, gelu, x)
+    (y,) = run(device, plan_gelu_forward, gelu_forward_reference, x)
     np.testing.assert_array_equal(y, np.where(x > 0, x, 0))
     dy = np.ones_like(x)[:6]
     (dx,) = run(device, plan_gelu_backward, gelu_backward_reference, x[:6], dy)
@@ -232,8 +227,8 @@ def test_gelu_of_large_numbers(device):
 def test_embedding(device, ids_shape, columns, dtype):
     table = normal(50, columns, dtype=dtype)
     ids = np.random.default_rng(1).integers(-2, 52, ids_shape).astype(np.int32)
-    (rows,) = run(device, plan_embedding_forward, embedding, table, ids)
-    assert rows.tobytes() == np.asarray(embedding(table, ids)).tobytes()
+    (rows,) = run(device, plan_embedding_forward, embedding_forward_reference, table, ids)
+    assert rows.tobytes() == np.asarray(embedding_forward_reference(table, ids)).tobytes()
     outside = (ids < 0) | (ids >= 50)
     assert (np.isnan(rows.astype(np.float32)).all(axis=-1) == outside).all()
 
@@ -298,10 +293,10 @@ def test_nan_passes_through_its_own_row_alone(device, dtype):
     dx, *_ = run(device, plan_layer_norm_backward, layer_norm_backward_reference, *inputs)
     assert np.isnan(dx.astype(np.float32)).all(axis=-1).tolist() == [False, False, True, False, False]
     for plan, reference in (
-        (plan_gelu_forward, gelu),
-        (plan_dropout_forward, dropout),
+        (plan_gelu_forward, gelu_forward_reference),
+        (plan_dropout_forward, dropout_forward_reference),
     ):
-        parameters = {} if reference is gelu else {"rate": 0.0, "stream": 0}
+        parameters = {} if reference is gelu_forward_reference else {"rate": 0.0, "stream": 0}
         (y,) = run(device, plan, reference, x, *([RNG] if parameters else []), **parameters)
         np.testing.assert_array_equal(np.isnan(y.astype(np.float32)), np.isnan(x.astype(np.float32)))
 
@@ -315,10 +310,10 @@ def test_no_rows(device, shape):
     _, dscale, dbias = run(device, plan_layer_norm_backward, layer_norm_backward_reference, *inputs)
     assert not dscale.any()
     assert not dbias.any()
-    assert run(device, plan_gelu_forward, gelu, x)[0].shape == shape
-    assert run(device, plan_dropout_forward, dropout, x, RNG, rate=0.1, stream=0)[0].size == 0
+    assert run(device, plan_gelu_forward, gelu_forward_reference, x)[0].shape == shape
+    assert run(device, plan_dropout_forward, dropout_forward_reference, x, RNG, rate=0.1, stream=0)[0].size == 0
     ids = np.zeros(shape[:-1], np.int32)
-    rows = run(device, plan_embedding_forward, embedding, normal(3, 4), ids)
+    rows = run(device, plan_embedding_forward, embedding_forward_reference, normal(3, 4), ids)
     assert rows[0].shape == (*shape[:-1], 4)
 
 

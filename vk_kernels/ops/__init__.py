@@ -1,20 +1,16 @@
-"""The hot operations of a transformer, each with its pure-XLA reference and its Vulkan kernels (see `api`)."""
+"""The kernel ops of a transformer, each with its reference in plain JAX and its Vulkan kernels (see `public`)."""
 
-from vk_kernels.ops.api import (
-    adamw,
-    attention,
-    dropout,
-    embedding,
-    gelu,
-    global_norm,
-    layer_norm,
-    linear_cross_entropy,
-    matmul,
-    packed_attention,
-    residual_layer_norm,
-)
-from vk_kernels.ops.attention import attention_scores
-from vk_kernels.ops.cross_entropy import IGNORED
+from vk_kernels.ops.adamw import adamw
+from vk_kernels.ops.attention.api import attention, packed_attention
+from vk_kernels.ops.attention.reference import attention_scores
+from vk_kernels.ops.cross_entropy.api import linear_cross_entropy
+from vk_kernels.ops.cross_entropy.reference import IGNORED
+from vk_kernels.ops.dropout import dropout
+from vk_kernels.ops.embedding import embedding
+from vk_kernels.ops.gelu import gelu
+from vk_kernels.ops.global_norm import global_norm
+from vk_kernels.ops.layer_norm.api import layer_norm, residual_layer_norm
+from vk_kernels.ops.matmul.api import matmul
 
 __all__ = [
     "IGNORED",

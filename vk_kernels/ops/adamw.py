@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from vk_kernels.bridge.primitive import make_primitive, vary_alike
+from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.ops.global_norm import global_norm_reference, plan_norm_of
 from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, planner, require_plain
+from vk_kernels.ops.public import check_arrays, public
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
@@ -149,3 +152,24 @@ def _split(operands: Sequence, size: int) -> tuple[Sequence, Sequence, Sequence,
     """(parameters, gradients, first moments, second moments, scalars), `size` of each of the first four."""
     parts = (operands[i * size : (i + 1) * size] for i in range(4))
     return (*parts, operands[4 * size :])
+
+
+_adamw_primitive = make_primitive("adamw", adamw_reference, KernelOp(plan_adamw))
+
+
+@public(adamw_reference)
+def adamw(target, *operands, decay, **parameters):
+    size = len(decay)
+    if len(operands) != 4 * size + 3:
+        raise ValueError(f"adamw: {size} parameters need {4 * size + 3} operands, found {len(operands)}")
+    for i in range(size):
+        x, gradient, mu, nu = operands[i : 4 * size : size]
+        shape = jnp.shape(x)
+        state = {f"parameter {i}": x, f"first moment {i}": mu, f"second moment {i}": nu}
+        check_arrays("adamw", **{name: (array, shape, jnp.float32) for name, array in state.items()})
+        check_arrays("adamw", **{f"gradient {i}": (gradient, shape, jnp.result_type(gradient))})
+    count, learning_rate, loss = operands[4 * size :]
+    scalars = {"count": (count, (), jnp.int32), "learning_rate": (learning_rate, (), jnp.float32)}
+    check_arrays("adamw", **scalars, loss=(loss, (), jnp.float32))
+    parameters["decay"] = tuple(map(bool, decay))
+    return tuple(_adamw_primitive.bind(*vary_alike(*operands), target=target, **parameters))

@@ -7,17 +7,12 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from vk_kernels.ops.launch import (
-    THREADS,
-    aligned,
-    ceil_divide,
-    dispatch,
-    element,
-    operands_of,
-    planner,
-    require_plain,
-)
+from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.primitive import make_primitive
+from vk_kernels.compiler.op_registry import KernelOp
+from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, operands_of, planner, require_plain
 from vk_kernels.ops.philox import BITS_PER_DRAW, random_uint16
+from vk_kernels.ops.public import as_rows, check_arrays, public
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
@@ -51,7 +46,7 @@ def dropout_mask(rng: jax.Array, stream: int, rate: float, shape: tuple[int, ...
     return (bits >= jnp.uint32(dropout_threshold(rate))).reshape(shape)
 
 
-def dropout(x: jax.Array, rng: jax.Array | None, *, rate: float, stream: int) -> jax.Array:
+def dropout_forward_reference(x: jax.Array, rng: jax.Array | None, *, rate: float, stream: int) -> jax.Array:
     """Zero each element with probability `rate` and scale the others, in f32, so that the mean stays.
 
     Args:
@@ -73,12 +68,9 @@ def dropout(x: jax.Array, rng: jax.Array | None, *, rate: float, stream: int) ->
     return jnp.where(mask, scaled, jnp.float32(0)).astype(x.dtype)
 
 
-dropout_forward_reference = dropout
-
-
 def dropout_backward_reference(dy: jax.Array, rng: jax.Array, *, rate: float, stream: int) -> jax.Array:
     """dx: the same function of dy as y is of x."""
-    return dropout(dy, rng, rate=rate, stream=stream)
+    return dropout_forward_reference(dy, rng, rate=rate, stream=stream)
 
 
 def dropout_constants(rate: float, stream: int) -> dict[str, int | float]:
@@ -121,3 +113,44 @@ plan_dropout_backward = plan_dropout_forward
 def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of the mask of an array."""
     return math.prod(shape[:-1]), math.prod(shape[-1:])
+
+
+def drawing_of(rng: jax.Array | None, rate: float, stream: int) -> tuple[jax.Array | None, float, int]:
+    """(rng, rate, stream) of a dropout; without one, the same three whatever was given.
+
+    Raises ValueError for a rate outside [0, 1) or a stream that is no 32-bit number.
+    """
+    if rng is None or dropout_threshold(rate) == 0:
+        return None, 0.0, 0
+    if not 0 <= stream < 2**32:
+        raise ValueError(f"dropout stream must be in [0, 2**32), found {stream}")
+    return rng, float(rate), int(stream)
+
+
+_dropout_backward = make_primitive(
+    "dropout_backward",
+    dropout_backward_reference,
+    KernelOp(plan_dropout_backward, shapeless=("stream",)),
+)
+
+
+def _dropout_gradients(target, operands, results, cotangents, **drawing):
+    _, rng = operands
+    return *_dropout_backward.bind(*cotangents, rng, target=target, **drawing), None
+
+
+_dropout_operation = make_operation(
+    make_primitive("dropout", dropout_forward_reference, KernelOp(plan_dropout_forward, shapeless=("stream",))),
+    _dropout_gradients,
+)
+
+
+@public(dropout_forward_reference)
+def dropout(target, x, rng, *, rate, stream):
+    rng, rate, stream = drawing_of(rng, rate, stream)
+    if rng is None:
+        return x
+    check_arrays("dropout", rng=(rng, (2,), jnp.uint32))
+    rows = as_rows(x) if x.ndim else x.reshape(1, 1)
+    (y,) = _dropout_operation(target, rows, rng, rate=rate, stream=stream)
+    return y.reshape(x.shape)

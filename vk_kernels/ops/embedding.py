@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.primitive import make_primitive
+from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.ops.launch import (
     MAX_GROUPS,
     THREADS,
@@ -18,6 +21,7 @@ from vk_kernels.ops.launch import (
     planner,
     require_plain,
 )
+from vk_kernels.ops.public import public
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
@@ -28,12 +32,9 @@ _DIGITS = 1 << _DIGIT_BITS
 _ROWS, _COLUMNS = THREADS // 32, 4 * 32  # of the table, a workgroup of embedding_backward
 
 
-def embedding(table: jax.Array, ids: jax.Array) -> jax.Array:
+def embedding_forward_reference(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of `table`, (V, D), at integer `ids`, (...): (..., D). An id outside [0, V) gives a row of NaN."""
     return jnp.take(table, _inside(ids, table.shape[0]), axis=0, mode="fill", fill_value=jnp.nan)
-
-
-embedding_forward_reference = embedding
 
 
 def embedding_backward_reference(ids: jax.Array, dy: jax.Array, *, table_rows: int) -> jax.Array:
@@ -138,3 +139,31 @@ def plan_embedding_backward(
 def _check_ids(ids: Array) -> None:
     if ids.dtype not in (np.dtype(np.int32), np.dtype(np.uint32)):
         raise ValueError(f"ids must be int32 or uint32, found {ids}")
+
+
+_embedding_backward = make_primitive(
+    "embedding_backward", embedding_backward_reference, KernelOp(plan_embedding_backward)
+)
+
+
+def _embedding_gradients(target, operands, results, cotangents):
+    table, ids = operands
+    return *_embedding_backward.bind(ids, *cotangents, target=target, table_rows=table.shape[0]), None
+
+
+_embedding_operation = make_operation(
+    make_primitive(
+        "embedding",
+        embedding_forward_reference,
+        KernelOp(plan_embedding_forward, batch_axes=lambda: (False, True)),
+    ),
+    _embedding_gradients,
+)
+
+
+@public(embedding_forward_reference)
+def embedding(target, table, ids):
+    if table.ndim != 2:
+        raise ValueError(f"embedding: table must be (V, D), found {table.shape}")
+    (rows,) = _embedding_operation(target, table, ids.reshape(-1))
+    return rows.reshape(*ids.shape, table.shape[1])

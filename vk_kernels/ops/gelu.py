@@ -7,16 +7,11 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from vk_kernels.ops.launch import (
-    THREADS,
-    aligned,
-    ceil_divide,
-    dispatch,
-    element,
-    operands_of,
-    planner,
-    require_plain,
-)
+from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.primitive import make_primitive
+from vk_kernels.compiler.op_registry import KernelOp
+from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, operands_of, planner, require_plain
+from vk_kernels.ops.public import public
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
@@ -25,7 +20,7 @@ if TYPE_CHECKING:
 _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
-def gelu(x: jax.Array) -> jax.Array:
+def gelu_forward_reference(x: jax.Array) -> jax.Array:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), computed in f32; any shape, same dtype out.
 
     Source: Hendrycks and Gimpel, "Gaussian error linear units" (2016), section 2.
@@ -33,9 +28,6 @@ def gelu(x: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)
     inner = _SLOPE * (y + _CUBIC * y * y * y)
     return (0.5 * y * (1 + jnp.tanh(inner))).astype(x.dtype)
-
-
-gelu_forward_reference = gelu
 
 
 def gelu_backward_reference(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -71,3 +63,21 @@ def _plan(kernel: str, array: Array, variant: str | None, **buffers: int) -> Pla
         return Plan(())
     groups, spec = ceil_divide(size, 8 * THREADS), {"ALIGNED": aligned(size)}
     return Plan((dispatch(kernel, element(array), groups, constants={"count": size}, spec=spec, **buffers),))
+
+
+_gelu_backward = make_primitive(
+    "gelu_backward",
+    gelu_backward_reference,
+    KernelOp(plan_gelu_backward, batch_axes=lambda: (True, True)),
+)
+
+_gelu_operation = make_operation(
+    make_primitive("gelu", gelu_forward_reference, KernelOp(plan_gelu_forward, batch_axes=lambda: (True,))),
+    lambda target, operands, results, cotangents: _gelu_backward.bind(*operands, *cotangents, target=target),
+)
+
+
+@public(gelu_forward_reference)
+def gelu(target, x):
+    (y,) = _gelu_operation(target, x.reshape(-1))
+    return y.reshape(x.shape)

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from vk_kernels.bridge.primitive import make_primitive, vary_alike
+from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, operands_of, planner, require_plain
+from vk_kernels.ops.public import public
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
@@ -74,3 +77,11 @@ def plan_norm_of(arrays: Sequence[tuple[int, Array]], output: int, scratch: int)
 
 def _eights(items: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
     return [items[i : i + _ARRAYS] for i in range(0, len(items), _ARRAYS)]
+
+
+_global_norm_primitive = make_primitive("global_norm", global_norm_reference, KernelOp(plan_global_norm))
+
+
+@public(global_norm_reference)
+def global_norm(target, *arrays):
+    return _global_norm_primitive.bind(*vary_alike(*arrays), target=target)[0]

@@ -1,20 +1,19 @@
-"""Causal self-attention with a soft cap and dropout on the weights.
+"""Plans of attention: which kernels run, on what.
 
-The kernels never hold more of the (T, T) scores than a tile; the references hold them all.
+Packed q, k and v are not taken apart: the kernels read them, and write their gradients, in place.
 """
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from vk_kernels.errors import FeatureError
-from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
+from vk_kernels.ops.attention.reference import scale_of
+from vk_kernels.ops.dropout import dropout_scale, dropout_threshold
 from vk_kernels.ops.launch import aligned, ceil_divide, dispatch, element, has_lanes, operands_of, planner
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 from vk_kernels.runtime.kernel import manifest
@@ -22,152 +21,23 @@ from vk_kernels.runtime.kernel import manifest
 if TYPE_CHECKING:
     from vk_kernels.runtime.physical_device import DeviceInfo
 
-MASKED = -1e30  # a score that softmax turns into 0; finite, so that no inf - inf can arise
 MAX_HEAD_DIM = 128  # of the kernels: a query's sums must fit in registers
 
 # The variants on cooperative matrices, in order of preference, and their largest head dims. coop2, on those of
 # VK_NV_cooperative_matrix2, keeps scores in registers, where more sums would leave no room; coop1 in shared memory.
 _COOPERATIVE = {"coop2": 64, "coop1": MAX_HEAD_DIM}
+
 VARIANTS = (*_COOPERATIVE, "plain")
 _BOUNDED_CAP = 50.0  # of scores, up to which softmax needs no largest one: attention_bf16.slang says why
 _MATRIX = 16  # rows of a cooperative matrix
 _LANES = 32  # of the subgroups that work on them
 _SUBGROUPS = 4  # of a workgroup that works on them, where its variant does not say it
-
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _TILED = ("attention_forward", "attention_dkv", "attention_dq")  # kernels that work on tiles of the scores
 _TILE = 64  # keys of a plain workgroup's tile
 _THREAD_ROWS = 16  # of threads in the plain kernels' workgroups, each with its queries
 _EIGHT = 8  # neighbouring threads of a plain kernel that share queries
 _DOT_ROWS = 16  # that a workgroup of attention_dots takes
-
-
-def soft_cap(scores: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(scores / cap), or the scores as they are for None. Source: Gemma 2 (2024), section 2."""
-    return scores if cap is None else cap * jnp.tanh(scores / cap)
-
-
-def attention_scores(q: jax.Array, k: jax.Array, *, scale: float, cap: float | None) -> jax.Array:
-    """Scores before the mask, f32 (B, H, T, T), of q and k, each (B, T, H, D)."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-    return soft_cap(scores * scale, cap)
-
-
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rng: jax.Array | None = None,
-    *,
-    scale: float | None = None,
-    cap: float | None = None,
-    dropout_rate: float = 0.0,
-    stream: int = 0,
-) -> jax.Array:
-    """dropout(softmax(causal(soft_cap(scale * q k^T)))) v, with f32 scores and softmax.
-
-    Args:
-      q, k, v: (B, T, H, D), one floating dtype.
-      rng: uint32 (2,): seed and step of the dropout, or None for none. The mask's grid is (B * H, T, T).
-      scale: of the scores; 1 / sqrt(D) if None.
-      cap: soft cap of the scores, or None.
-      dropout_rate, stream: as for `dropout`.
-
-    Returns:
-      (B, T, H, D) in q's dtype.
-
-    Source: Vaswani et al., "Attention is all you need" (2017).
-    """
-    return attention_forward_reference(q, k, v, rng, scale=scale, cap=cap, dropout_rate=dropout_rate, stream=stream)[0]
-
-
-def attention_forward_reference(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rng: jax.Array | None = None,
-    *,
-    scale: float | None = None,
-    cap: float | None = None,
-    dropout_rate: float = 0.0,
-    stream: int = 0,
-) -> tuple[jax.Array, jax.Array]:
-    """What `attention` returns, and the log of each query's sum of exp(score): f32 (B, H, T)."""
-    scores = attention_scores(q, k, scale=_scale(scale, q.shape[-1]), cap=cap)
-    scores = jnp.where(_causal(q.shape[1]), scores, MASKED)
-    lse = jax.nn.logsumexp(scores, axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)  # (B, H, T, T)
-    mask = _kept(rng, stream, dropout_rate, weights.shape)
-    if mask is not None:
-        weights = jnp.where(mask, weights * dropout_scale(dropout_rate), 0.0)
-    out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype), lse
-
-
-def attention_backward_reference(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    out: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    rng: jax.Array | None = None,
-    *,
-    scale: float | None = None,
-    cap: float | None = None,
-    dropout_rate: float = 0.0,
-    stream: int = 0,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of q, k and v, each (B, T, H, D) in its dtype, from that of out.
-
-    out, lse: what `attention_forward_reference` gave for the other arguments; d_out: like out.
-
-    Source: Dao et al., "FlashAttention" (2022), appendix B.
-    """
-    scale = _scale(scale, q.shape[-1])
-    scores = attention_scores(q, k, scale=scale, cap=None)
-    slopes = 1.0
-    if cap is not None:
-        tanh = jnp.tanh(scores / cap)
-        scores, slopes = cap * tanh, 1 - tanh * tanh
-    causal = _causal(q.shape[1])
-    weights = jnp.where(causal, jnp.exp(jnp.where(causal, scores, MASKED) - lse[..., None]), 0.0)
-    d_weights = jnp.einsum("bqhd,bkhd->bhqk", d_out, v, preferred_element_type=jnp.float32)
-    dropped = weights
-    mask = _kept(rng, stream, dropout_rate, weights.shape)
-    if mask is not None:
-        dropped = jnp.where(mask, weights * dropout_scale(dropout_rate), 0.0)
-        d_weights = jnp.where(mask, d_weights * dropout_scale(dropout_rate), 0.0)
-    dots = jnp.einsum("bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32)
-    d_scores = (weights * (d_weights - dots[..., None]) * slopes * scale).astype(q.dtype)
-
-    def times(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32).astype(y.dtype)
-
-    dq = times("bhqk,bkhd->bqhd", d_scores, k)
-    dk = times("bhqk,bqhd->bkhd", d_scores, q)
-    dv = times("bhqk,bqhd->bkhd", dropped.astype(d_out.dtype), d_out)
-    return dq, dk, dv
-
-
-def default_scale(head_dim: int) -> float:
-    """Of the scores of heads of that dim, 1 where they have none."""
-    return 1 / math.sqrt(max(head_dim, 1))
-
-
-def _scale(scale: float | None, head_dim: int) -> float:
-    return default_scale(head_dim) if scale is None else scale
-
-
-def _causal(length: int) -> jax.Array:
-    return jnp.tril(jnp.ones((1, 1, length, length), bool))
-
-
-def _kept(rng: jax.Array | None, stream: int, rate: float, shape: tuple[int, ...]) -> jax.Array | None:
-    """Which weights dropout keeps, bool (B, H, T, T); None where it keeps all."""
-    if rng is None or dropout_threshold(rate) == 0:
-        return None
-    return dropout_mask(rng, stream, rate, shape)
 
 
 class View(NamedTuple):
@@ -269,6 +139,47 @@ def plan_attention_backward(
         dots=dots,
     )
     return Plan((make_dots, by_keys, by_queries), scratch=(4 * rows,))
+
+
+@planner
+def plan_packed_attention_forward(
+    info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], **options: Any
+) -> Plan:
+    """inputs: qkv and, for dropout, rng; outputs: out, lse. options and what is raised: as `plan_attention_forward`."""
+    qkv, *rest = inputs
+    one = _one(qkv)
+    plan = plan_attention_forward(info, [one] * 3 + rest, outputs, views=packed(one.shape), **options)
+    return _with_operands(plan, (0, 0, 0, *range(1, len(inputs) + len(outputs))))
+
+
+@planner
+def plan_packed_attention_backward(
+    info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], **options: Any
+) -> Plan:
+    """inputs: qkv, out, lse, d_out and, for dropout, rng; outputs: dqkv. Otherwise as `plan_attention_backward`."""
+    qkv, *rest = inputs
+    one, dqkv = _one(qkv), len(inputs)
+    plan = plan_attention_backward(info, [one] * 3 + rest, [one] * 3, views=packed(one.shape), **options)
+    return _with_operands(plan, (0, 0, 0, *range(1, len(inputs)), dqkv, dqkv, dqkv))
+
+
+def _one(qkv: Array) -> Array:
+    """Like q, k or v."""
+    batch, length, _, heads, head_dim = qkv.shape
+    return Array((batch, length, heads, head_dim), qkv.dtype)
+
+
+def _with_operands(plan: Plan, places: Sequence[int]) -> Plan:
+    """The plan with the operands' other places; scratch follows the last of them."""
+    gone = len(places) - 1 - max(places)
+
+    def place(i: int) -> int:
+        return places[i] if i < len(places) else i - gone
+
+    return replace(
+        plan,
+        dispatches=tuple(replace(one, operands=tuple(map(place, one.operands))) for one in plan.dispatches),
+    )
 
 
 def choose_variant(info: "DeviceInfo", dtype: np.dtype, length: int, head_dim: int, variant: str | None = None) -> str:
@@ -427,7 +338,7 @@ class _Work(NamedTuple):
             "stream": stream,
             "threshold": threshold,
             "kept_scale": dropout_scale(dropout_rate),
-            "scale": _scale(scale, head_dim),
+            "scale": scale_of(scale, head_dim),
             "cap": cap or 0.0,
         }
         return cls(kind, chosen, kernels, *sizes.values(), spec, softmax, subgroup_size, constants)

@@ -1,15 +1,14 @@
-"""The output layer and its loss in one operation, so that an implementation need not hold the logits."""
+"""Plans of output layer and loss: logits are made for a chunk of tokens at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vk_kernels.compiler.ir import Node
-from vk_kernels.ops.gemm import (
+from vk_kernels.ops.launch import ceil_divide, dispatch, element, operands_of, planner
+from vk_kernels.ops.matmul.gemm import (
     F32,
     NOTHING,
     Epilogue,
@@ -20,84 +19,25 @@ from vk_kernels.ops.gemm import (
     plan_epilogue,
     plan_gemm,
 )
-from vk_kernels.ops.launch import ceil_divide, dispatch, element, operands_of, planner
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.physical_device import DeviceInfo
-
-IGNORED = -1  # a target that counts for nothing
 
 # Logits are made for a chunk of tokens at a time, so that they are never all in memory: a quarter of the tokens, or as
 # many as a cache holds, and no more than these bytes. Fewer, larger chunks keep the matrix products efficient: each
 # adds to all of dw. Their gradients in bf16 are in chunks for many tokens alone: the sum of dw over chunks would take
 # an array in f32.
 _CHUNKS, _CHUNK_BYTES = 4, 256 << 20
+
 _BF16_CHUNKS, _BF16_CHUNK_BYTES = 1, 512 << 20
 _CACHED_BYTES = 32 << 20
 _CHUNK_STEP = 128  # rows: whole tiles of the matrix products
 _PADDING = 8  # elements: what the kernels read at a time
+
 # Columns of a whole tile of cooperative matrices: they take twice the time where tiles stick out. Not where it adds
 # more than a part in _MOST_PADDED.
 _TILE_COLUMNS, _MOST_PADDED = 256, 32
-
-
-def linear_cross_entropy(x: jax.Array, w: jax.Array, targets: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """-log softmax(x @ w)[target] for each row, in f32.
-
-    Args:
-      x: (N, D) f32 or bf16.
-      w: (D, V), same dtype as x; `transposed`: (V, D), as the table of an embedding lies.
-      targets: int32 (N,), in [0, V), or negative (`IGNORED`) for a row whose loss and gradient are 0. A target past V
-        gives NaN.
-
-    Returns:
-      f32 (N,).
-    """
-    return linear_cross_entropy_forward_reference(x, w, targets, transposed=transposed)[0]
-
-
-def _subscripts(transposed: bool) -> str:
-    return "vd" if transposed else "dv"
-
-
-def linear_cross_entropy_forward_reference(
-    x: jax.Array, w: jax.Array, targets: jax.Array, *, transposed: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """(losses, log normalizers): `linear_cross_entropy`, and log sum exp of the logits, f32 (N,)."""
-    logits = jnp.einsum(f"nd,{_subscripts(transposed)}->nv", x, w, preferred_element_type=jnp.float32)
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    target_logit = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
-    return jnp.where(targets < 0, 0.0, log_normalizer - target_logit), log_normalizer
-
-
-def linear_cross_entropy_backward_reference(
-    x: jax.Array,
-    w: jax.Array,
-    targets: jax.Array,
-    log_normalizers: jax.Array,
-    dlosses: jax.Array,
-    *,
-    transposed: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """(dx, dw) in x's dtype, which the gradient of the logits is rounded to for the products. dlosses: f32 (N,)."""
-    of_w = _subscripts(transposed)
-    logits = jnp.einsum(f"nd,{of_w}->nv", x, w, preferred_element_type=jnp.float32)
-    hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
-    dlogits = jnp.exp(logits - log_normalizers[:, None]) - hit.astype(jnp.float32)
-    dlogits = jnp.where(targets[:, None] < 0, 0.0, dlogits * dlosses[:, None]).astype(x.dtype)
-    dx = jnp.einsum(f"nv,{of_w}->nd", dlogits, w, preferred_element_type=jnp.float32)
-    dw = jnp.einsum(f"nd,nv->{of_w}", x, dlogits, preferred_element_type=jnp.float32)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
-
-
-def linear_cross_entropy_both_passes_reference(
-    x: jax.Array, w: jax.Array, targets: jax.Array, dlosses: jax.Array, *, transposed: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(losses, log normalizers, dx, dw), for a `dlosses` that is known before the losses are."""
-    found = linear_cross_entropy_forward_reference(x, w, targets, transposed=transposed)
-    reads = x, w, targets, found[1], dlosses
-    return *found, *linear_cross_entropy_backward_reference(*reads, transposed=transposed)
 
 
 @planner

@@ -1,0 +1,118 @@
+"""Causal self-attention with a soft cap and dropout on the weights, of three arrays or of one that holds all three."""
+
+import jax.numpy as jnp
+
+from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.primitive import make_primitive
+from vk_kernels.compiler.op_registry import KernelOp
+from vk_kernels.ops.attention.planner import (
+    backward_flops,
+    forward_flops,
+    plan_attention_backward,
+    plan_attention_forward,
+    plan_packed_attention_backward,
+    plan_packed_attention_forward,
+)
+from vk_kernels.ops.attention.reference import (
+    attention_backward_reference,
+    attention_forward_reference,
+    attention_reference,
+    default_scale,
+    packed_attention_backward_reference,
+    packed_attention_forward_reference,
+    packed_attention_reference,
+)
+from vk_kernels.ops.dropout import drawing_of
+from vk_kernels.ops.public import check_arrays, present, public
+
+_attention_backward = make_primitive(
+    "attention_backward",
+    attention_backward_reference,
+    KernelOp(
+        plan_attention_backward,
+        batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * 6,
+        flops=lambda node: backward_flops(node.inputs[0].shape),
+        shapeless=("stream",),
+    ),
+)
+
+
+def _attention_gradients(target, operands, results, cotangents, **parameters):
+    *qkv, rng = operands
+    reads = present(*qkv, *results, *cotangents, rng)
+    return *_attention_backward.bind(*reads, target=target, **parameters), None
+
+
+_attention_operation = make_operation(
+    make_primitive(
+        "attention",
+        attention_forward_reference,
+        KernelOp(
+            plan_attention_forward,
+            batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * 3,
+            flops=lambda node: forward_flops(node.inputs[0].shape),
+            shapeless=("stream",),
+        ),
+    ),
+    _attention_gradients,
+)
+
+
+def _scoring(head_dim, scale, cap, rng, dropout_rate, stream):
+    """(rng, the parameters of the primitives)."""
+    rng, dropout_rate, stream = drawing_of(rng, dropout_rate, stream)
+    scale = default_scale(head_dim) if scale is None else float(scale)
+    cap = None if cap is None else float(cap)
+    return rng, {"scale": scale, "cap": cap, "dropout_rate": dropout_rate, "stream": stream}
+
+
+@public(attention_reference)
+def attention(target, q, k, v, rng=None, *, scale=None, cap=None, dropout_rate=0.0, stream=0):
+    if q.ndim != 4:
+        raise ValueError(f"attention: q must be (B, T, H, D), found {q.shape}")
+    rng, parameters = _scoring(q.shape[-1], scale, cap, rng, dropout_rate, stream)
+    check_arrays("attention", k=(k, q.shape, q.dtype), v=(v, q.shape, q.dtype), rng=(rng, (2,), jnp.uint32))
+    return _attention_operation(target, q, k, v, rng, **parameters)[0]
+
+
+_packed_attention_backward = make_primitive(
+    "packed_attention_backward",
+    packed_attention_backward_reference,
+    KernelOp(
+        plan_packed_attention_backward,
+        batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * 4,
+        flops=lambda node: backward_flops(node.inputs[0].shape),
+        shapeless=("stream",),
+    ),
+)
+
+
+def _packed_attention_gradients(target, operands, results, cotangents, **parameters):
+    qkv, rng = operands
+    return *_packed_attention_backward.bind(
+        *present(qkv, *results, *cotangents, rng), target=target, **parameters
+    ), None
+
+
+_packed_attention_operation = make_operation(
+    make_primitive(
+        "packed_attention",
+        packed_attention_forward_reference,
+        KernelOp(
+            plan_packed_attention_forward,
+            batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,),
+            flops=lambda node: forward_flops(node.inputs[0].shape),
+            shapeless=("stream",),
+        ),
+    ),
+    _packed_attention_gradients,
+)
+
+
+@public(packed_attention_reference)
+def packed_attention(target, qkv, rng=None, *, scale=None, cap=None, dropout_rate=0.0, stream=0):
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"packed_attention: qkv must be (B, T, 3, H, D), found {qkv.shape}")
+    rng, parameters = _scoring(qkv.shape[-1], scale, cap, rng, dropout_rate, stream)
+    check_arrays("packed_attention", rng=(rng, (2,), jnp.uint32))
+    return _packed_attention_operation(target, qkv, rng, **parameters)[0]

@@ -1,0 +1,70 @@
+"""Public ops: each runs as its reference, compiled by XLA with all around it, or as its Vulkan kernels.
+
+On Vulkan an op is a primitive for its forward and one for its backward pass (`bridge.make_primitive`), tied by
+`bridge.make_operation`; optional operands stand last, and are left out where absent. What an op's api does is what
+kernels leave to their caller: to check shapes and dtypes, and to bring the operands into the form that kernels take.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from vk_kernels.bridge.use import target_of
+
+R = TypeVar("R")
+
+_IMPLEMENTATION = """
+
+implementation: 'xla', 'vulkan', or None for what `vk_kernels.use` says, else 'xla'. 'vulkan' raises NoDeviceError
+without a device, ValueError or FeatureError for what the kernels or the device cannot do.
+"""
+
+
+def public(reference: Callable[..., R]) -> Callable[[Callable[..., Any]], Callable[..., R]]:
+    """Makes a reference, and a function `kernels(target, ...)` of the same arguments, one public operation."""
+
+    def decorate(kernels: Callable[..., Any]) -> Any:
+        @functools.wraps(reference)
+        def operation(*arguments: Any, implementation: str | None = None, **options: Any) -> Any:
+            target = target_of(implementation)
+            if target is None:
+                return reference(*arguments, **options)
+            return kernels(target, *arguments, **options)
+
+        signature = inspect.signature(reference)
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        added = inspect.Parameter("implementation", keyword, default=None, annotation=str | None)
+        parameters = [*signature.parameters.values()]
+        keywords_end = next((i for i, p in enumerate(parameters) if p.kind == p.VAR_KEYWORD), len(parameters))
+        parameters.insert(keywords_end, added)
+        operation.__name__ = operation.__qualname__ = kernels.__name__
+        operation.__signature__ = signature.replace(parameters=parameters)
+        operation.__doc__ = inspect.cleandoc(reference.__doc__) + _IMPLEMENTATION
+        return operation
+
+    return decorate
+
+
+def check_arrays(operation: str, **arrays: tuple[Any, tuple[int, ...], Any]) -> None:
+    """Raises ValueError for an array, given as (array, shape, dtype), that is not of that shape and dtype."""
+    for name, (array, shape, dtype) in arrays.items():
+        if array is not None and (jnp.shape(array) != shape or jnp.result_type(array) != dtype):
+            wanted, found = (
+                f"{jnp.dtype(kind).name}[{','.join(map(str, sizes))}]"
+                for sizes, kind in ((shape, dtype), (jnp.shape(array), jnp.result_type(array)))
+            )
+            raise ValueError(f"{operation}: {name} must be {wanted}, found {found}")
+
+
+def as_rows(x: jax.Array) -> jax.Array:
+    """(..., D) as (rows, D)."""
+    return x.reshape(math.prod(x.shape[:-1]), *x.shape[-1:])
+
+
+def present(*operands: jax.Array | None) -> list[jax.Array]:
+    return [x for x in operands if x is not None]
