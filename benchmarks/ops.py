@@ -1,6 +1,6 @@
 """Times every operation's kernels on a Vulkan device, beside XLA on the best JAX device.
 
-    python benchmarks/ops.py [--device gpu] [--sizes seed,124M] [--ops matmul,attention] [--repeats 30]
+    python benchmarks/ops.py [--device gpu] [--sizes chat,124M] [--ops matmul,attention] [--repeats 30]
 
 Vulkan: device time, the sum of the timestamps of a plan's dispatches, median over the repeats; no copies to or from the
 host are in it. XLA: wall time of the reference under jax.jit, forward and (forward +) backward as XLA sees fit, calls
@@ -180,7 +180,7 @@ def print_ceilings(device: Device, repeats: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="", help="of Vulkan: index, 'gpu', 'cpu' or part of a name")
-    parser.add_argument("--sizes", default="seed,124M", help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--sizes", default="chat,124M", help=f"of {', '.join(SIZES)}")
     parser.add_argument("--ops", default="", help="comma-separated; default: all")
     parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args(arguments)

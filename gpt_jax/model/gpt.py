@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from vk_kernels import ops
 
-ATTENTION_SITE, PROJECTION_SITE, MLP_SITE = range(3)  # where dropout acts; with the layer, its stream of bits
+ATTENTION_SITE, PROJECTION_SITE, MLP_SITE = range(3)  # where dropout acts; with the layer, what its bits follow from
 DIAGNOSTICS = "diagnostics"  # the collection that attention statistics are sown into, when it is mutable
 
 initializer = nn.initializers.normal(0.02)
@@ -88,7 +88,7 @@ class LayerNorm(nn.Module):
 
 def dropout_at(site: int, layer: int, config: ModelConfig, rng: jax.Array | None) -> dict[str, Any]:
     """The arguments of an operation that drops out."""
-    return {"rng": rng, "dropout_rate": config.dropout_rate, "stream": 3 * layer + site}
+    return {"rng": rng, "dropout_rate": config.dropout_rate, "site": 3 * layer + site}
 
 
 class Block(nn.Module):

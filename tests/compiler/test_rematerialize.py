@@ -96,10 +96,10 @@ def test_a_rule_gives_what_the_operation_gave(dtype):
     results = layer_norm_forward_reference(x, scale, bias)
     again = layer_norm_rule((x, scale, bias), results, epsilon=1e-5)
     np.testing.assert_allclose(np.float32(again[0]), np.float32(results[0]), rtol=1e-6, atol=1e-6)
-    results = residual_layer_norm_forward_reference(x, x + 1, scale, bias, dropout_rate=0.0, stream=0)
-    again = residual_layer_norm_rule((x, x + 1, scale, bias), results, dropout_rate=0.0, stream=0)
+    results = residual_layer_norm_forward_reference(x, x + 1, scale, bias, dropout_rate=0.0, site=0)
+    again = residual_layer_norm_rule((x, x + 1, scale, bias), results, dropout_rate=0.0, site=0)
     np.testing.assert_allclose(np.float32(again[1]), np.float32(results[1]), rtol=1e-6, atol=1e-6)
-    options = {"activation": "gelu", "has_bias": False, "has_residual": False, "dropout_rate": 0.0, "stream": 0}
+    options = {"activation": "gelu", "has_bias": False, "has_residual": False, "dropout_rate": 0.0, "site": 0}
     results = matmul_forward_reference(x, jnp.asarray(PARAMS["into"][0], dtype), **options)
     again = matmul_rule((x, None), results, **options)
     np.testing.assert_array_equal(again[0], results[0])

@@ -69,7 +69,7 @@ def row(seed, *shape):
 
 
 def matmul_loss(x, w, bias, residual):
-    y = ops.matmul(x, w, bias, activation="gelu", residual=residual, rng=jnp.asarray(RNG), dropout_rate=0.2, stream=1)
+    y = ops.matmul(x, w, bias, activation="gelu", residual=residual, rng=jnp.asarray(RNG), dropout_rate=0.2, site=1)
     return jnp.sum(jnp.square(y))
 
 
@@ -85,15 +85,15 @@ VMAPPED = {
     ),
     "attention": (lambda x: ops.attention(x, x, x), (3, 2, 5, 2, 4)),
     "attention with cap and dropout": (
-        lambda x: ops.attention(x, x, x, jnp.asarray(RNG), cap=20.0, dropout_rate=0.3, stream=2),
+        lambda x: ops.attention(x, x, x, jnp.asarray(RNG), cap=20.0, dropout_rate=0.3, site=2),
         (3, 2, 5, 2, 4),
     ),
     "packed_attention": (
-        lambda qkv: ops.packed_attention(qkv, jnp.asarray(RNG), cap=20.0, dropout_rate=0.3, stream=2),
+        lambda qkv: ops.packed_attention(qkv, jnp.asarray(RNG), cap=20.0, dropout_rate=0.3, site=2),
         (3, 2, 5, 3, 2, 4),
     ),
     "gelu of numbers": (ops.gelu, (7,)),
-    "dropout": (lambda x: ops.dropout(x, jnp.asarray(RNG), rate=0.3, stream=2), (4, 3, 6)),
+    "dropout": (lambda x: ops.dropout(x, jnp.asarray(RNG), rate=0.3, site=2), (4, 3, 6)),
     "embedding": (lambda table: ops.embedding(table, jnp.array([[0, 2], [1, 2]], jnp.int32)), (3, 4, 5)),
     "linear_cross_entropy": (
         lambda x: ops.linear_cross_entropy(x, row(1, 6, 9), jnp.array([1, -1, 8], jnp.int32)),
@@ -149,7 +149,7 @@ def test_data_parallel():
         table, w, scale = parameters
         x = ops.embedding(table, tokens)
         x = ops.layer_norm(x + ops.attention(*[x.reshape(2, 5, 3, 12)] * 3).reshape(x.shape), scale, scale)
-        x = ops.dropout(x, jnp.asarray(RNG), rate=0.1, stream=1)
+        x = ops.dropout(x, jnp.asarray(RNG), rate=0.1, site=1)
         return ops.linear_cross_entropy(x.reshape(-1, 36), w, tokens.reshape(-1)).mean()
 
     def mean_of_shards(parameters, tokens):
@@ -174,7 +174,7 @@ def test_dropout_of_shards(implementation):
     halves = PartitionSpec("data")
 
     def value_and_gradient(x):
-        y, pullback = jax.vjp(lambda x: ops.dropout(x, jnp.asarray(RNG), rate=0.4, stream=5), x)
+        y, pullback = jax.vjp(lambda x: ops.dropout(x, jnp.asarray(RNG), rate=0.4, site=5), x)
         return y, *pullback(x)
 
     sharded = jax.shard_map(value_and_gradient, mesh=mesh, in_specs=halves, out_specs=halves)
@@ -187,7 +187,7 @@ def test_dropout_of_shards(implementation):
 
 def test_dropout_masks_are_those_of_the_reference():
     x = jnp.ones((3, 37))
-    found, expected = on_both(lambda x: ops.dropout(x, jnp.asarray(RNG), rate=0.4, stream=5), x)
+    found, expected = on_both(lambda x: ops.dropout(x, jnp.asarray(RNG), rate=0.4, site=5), x)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -223,7 +223,7 @@ def test_no_rows(shape):
 
     def loss(x, scale, w):
         y = ops.matmul(ops.gelu(ops.layer_norm(x, scale, scale)), w)
-        return jnp.sum(ops.dropout(y, jnp.asarray(RNG), rate=0.5, stream=1))
+        return jnp.sum(ops.dropout(y, jnp.asarray(RNG), rate=0.5, site=1))
 
     assert_close(*on_both(jax.value_and_grad(loss, argnums=(0, 1, 2)), row(0, *shape), row(1, 6), row(2, 6, 5)))
 
@@ -304,9 +304,9 @@ REFUSED = {
         lambda: ops.layer_norm(Q, np.ones(1, np.float32), np.ones(8, np.float32)),
         r"scale must be float32\[8\]",
     ),
-    "rng": (lambda: ops.dropout(Q, np.zeros(2, np.int32), rate=0.1, stream=0), r"rng must be uint32\[2\]"),
-    "rate": (lambda: ops.dropout(Q, RNG, rate=1.0, stream=0), r"rate must be in \[0, 1\), found 1.0"),
-    "stream": (lambda: ops.dropout(Q, RNG, rate=0.1, stream=-1), "stream must be in"),
+    "rng": (lambda: ops.dropout(Q, np.zeros(2, np.int32), rate=0.1, site=0), r"rng must be uint32\[2\]"),
+    "rate": (lambda: ops.dropout(Q, RNG, rate=1.0, site=0), r"rate must be in \[0, 1\), found 1.0"),
+    "site": (lambda: ops.dropout(Q, RNG, rate=0.1, site=-1), "site must be in"),
     "ids": (lambda: ops.embedding(np.zeros((3, 4), np.float32), np.zeros(2, np.int16)), "int32 or uint32"),
     "table of another shape": (
         lambda: ops.linear_cross_entropy(

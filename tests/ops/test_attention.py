@@ -12,7 +12,7 @@ from run_plan import BF16, F32, assert_accurate, normal, run, same_bits
 from vulkan_devices import needs_vulkan
 
 from vk_kernels.errors import FeatureError
-from vk_kernels.ops import launch
+from vk_kernels.ops import planning
 from vk_kernels.ops.attention.planner import (
     VARIANTS,
     choose_variant,
@@ -34,7 +34,7 @@ pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 RNG = np.array([1234, 77], np.uint32)
 NOTHING = {}
 CAP = {"cap": 3.0}
-DROPOUT = {"dropout_rate": 0.3, "stream": 9}
+DROPOUT = {"dropout_rate": 0.3, "site": 9}
 
 # (B, T, H, D) and options: every length and head dim at a tile's edges, in few kernels (each takes lavapipe seconds).
 # 4 texts of 17 tokens: of one alone, XLA's error is small by chance.
@@ -74,7 +74,7 @@ def kept(shape, options):
     if "dropout_rate" not in options:
         return np.ones((batch, heads, length, length))
     rate = options["dropout_rate"]
-    bits = random_bits(RNG, options["stream"], (batch * heads, length, length))
+    bits = random_bits(RNG, options["site"], (batch * heads, length, length))
     return (bits >= dropout_threshold(rate)).reshape(batch, heads, length, length) * dropout_scale(rate)
 
 
@@ -125,7 +125,7 @@ def sees(length):
     return np.tri(length, dtype=bool)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "cap", "dropout_rate", "stream"))
+@functools.partial(jax.jit, static_argnames=("scale", "cap", "dropout_rate", "site"))
 def by_xla(q, k, v, d_out, rng, **options):
     """(out, lse, dq, dk, dv), the gradients by JAX's own differentiation."""
     out, pull, lse = jax.vjp(
@@ -237,7 +237,7 @@ def test_masks_are_those_of_the_reference(device, dtype, variant):
         v[0, keys, :, range(len(keys))] = 1
         out, _ = forward(device, q, k, v, options, variant=variant)
         left[:, :, keys] = np.moveaxis(out[0, :, :, : len(keys)], 1, 0) != 0
-    mask = dropout_mask(jnp.asarray(RNG), options["stream"], options["dropout_rate"], (heads, length, length))
+    mask = dropout_mask(jnp.asarray(RNG), options["site"], options["dropout_rate"], (heads, length, length))
     np.testing.assert_array_equal(left, np.asarray(mask) & sees(length))
 
     # In the gradient of v, d_out that picks a query shows its row.
@@ -339,7 +339,7 @@ def test_more_tiles_than_workgroups_along_an_axis(device, monkeypatch, dtype, va
     require(device, dtype, 5, variant)
     shape = (2, 70, 2, 5)
     along_one = run_both(device, shape, dtype, CAP | DROPOUT, variant)
-    monkeypatch.setattr(launch, "MAX_GROUPS", 3)
+    monkeypatch.setattr(planning, "MAX_GROUPS", 3)
     assert same_bits(run_both(device, shape, dtype, CAP | DROPOUT, variant), along_one)
 
 

@@ -11,7 +11,7 @@ from run_plan import BF16, DTYPES, F32, FILL, GUARD, assert_accurate, normal, ru
 from vulkan_devices import SELECTOR, needs_vulkan
 
 from vk_kernels.errors import FeatureError
-from vk_kernels.ops import launch
+from vk_kernels.ops import planning
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
 from vk_kernels.ops.gelu import gelu_forward_reference
 from vk_kernels.ops.matmul import gemm
@@ -161,7 +161,7 @@ def test_every_tile_with_an_epilogue(device, variant, m, n, k):
     sums = exact_product(a, b)[0].astype(F32) / 16
     inputs = [normal(n, seed=2), normal(m, n, seed=3), RNG]
     steps = {"bias": 2, "residual": 3, "save_pre_activation": 6, "gelu": True}
-    epilogue = Epilogue(**steps, rng=4, threshold=dropout_threshold(0.25), scale=dropout_scale(0.25), stream=5)
+    epilogue = Epilogue(**steps, rng=4, threshold=dropout_threshold(0.25), scale=dropout_scale(0.25), site=5)
     c, outputs = matrix(5, F32, m, n), (undefined(m, n), undefined(m, n))
     plan = plan_epilogue(matrix(0, F32, m, n), c, epilogue)
     expected = execute_plan(device, plan, [sums, b, *inputs], *outputs)
@@ -274,7 +274,7 @@ def test_accumulate(device, variant, splits):
 
 
 def test_more_workgroups_than_an_axis_takes(device, variant, monkeypatch):
-    for module in (gemm, launch):
+    for module in (gemm, planning):
         monkeypatch.setattr(module, "MAX_GROUPS", 3)
     a, b = operands(72, 40, 40, False, False, F32 if variant == "plain" else BF16, batch=2)
     for splits in (1, 2):
@@ -338,11 +338,11 @@ def present(*arrays):
     return [x for x in arrays if x is not None]
 
 
-def mask_of(rows, n, rate, stream):
+def mask_of(rows, n, rate, site):
     """Zero where dropped, else the scale."""
     if not rate:
         return np.ones((int(np.prod(rows)), n))
-    mask = dropout_mask(jnp.asarray(RNG), stream, rate, (int(np.prod(rows)), n))
+    mask = dropout_mask(jnp.asarray(RNG), site, rate, (int(np.prod(rows)), n))
     return np.asarray(mask) * dropout_scale(rate)
 
 
@@ -350,7 +350,7 @@ def mask_of(rows, n, rate, stream):
 def test_forward(device, variant, dtype, has_bias, activation, has_residual, rate, shape):
     check_dtype(variant, dtype)
     static = {"activation": activation, "has_bias": has_bias, "has_residual": has_residual}
-    static |= {"dropout_rate": rate, "stream": 5}
+    static |= {"dropout_rate": rate, "site": 5}
     rows, k, n = shape
     p = problem(rows, k, n, dtype, has_bias, has_residual, rate)
     inputs = present(*p.values())
@@ -367,7 +367,7 @@ def test_forward(device, variant, dtype, has_bias, activation, has_residual, rat
 @WITH_EPILOGUES
 def test_gradients(device, variant, dtype, has_bias, activation, has_residual, rate, shape):
     check_dtype(variant, dtype)
-    static = {"activation": activation, "has_bias": has_bias, "dropout_rate": rate, "stream": 5}
+    static = {"activation": activation, "has_bias": has_bias, "dropout_rate": rate, "site": 5}
     rows, k, n = shape
     p = problem(rows, k, n, dtype, has_bias, False, rate)
     dy = normal(*rows, n, seed=4, dtype=dtype)
@@ -383,7 +383,7 @@ def test_gradients(device, variant, dtype, has_bias, activation, has_residual, r
     exact += [dsums.sum(axis=0)] if has_bias else []
 
     def loss(x, w, bias, rng=p["rng"]):
-        return matmul_reference(x, w, bias, activation=activation, rng=rng, dropout_rate=rate, stream=5)
+        return matmul_reference(x, w, bias, activation=activation, rng=rng, dropout_rate=rate, site=5)
 
     plain = jax.jit(lambda dy, *xs: jax.vjp(loss, *xs)[1](dy))(dy, p["x"], p["w"], p["bias"])
     explicit = jax.jit(functools.partial(matmul_backward_reference, **static))(*inputs)
@@ -402,7 +402,7 @@ def test_dropout_masks_are_the_reference_ones(device, variant, dtype):
         "activation": None,
         "has_bias": False,
         "dropout_rate": 0.5,
-        "stream": 9,
+        "site": 9,
     }  # a scale of exactly 2
     for rows, n in [(37, 21), (40, 64)]:
         mask = np.asarray(dropout_mask(jnp.asarray(RNG), 9, 0.5, (rows, n)))
@@ -419,7 +419,7 @@ def test_dropout_masks_are_the_reference_ones(device, variant, dtype):
 
 def test_a_dropped_nan_is_zero(device):
     x = undefined(16, 24)
-    epilogue = Epilogue(rng=1, threshold=dropout_threshold(0.5), scale=2.0, stream=1)
+    epilogue = Epilogue(rng=1, threshold=dropout_threshold(0.5), scale=2.0, site=1)
     whole = matrix(0, F32, 16, 24)
     plan = plan_epilogue(whole, matrix(2, F32, 16, 24), epilogue)
     y = execute_plan(device, plan, [x, RNG], undefined(16, 24))[0]
@@ -501,7 +501,7 @@ def test_the_gradient_of_logits_as_the_epilogue_of_a_product(device, variant, dt
 def test_gradients_through_the_activation_of_the_input(device, variant, dtype, rate, shape):
     """dx is that of z, for x = gelu(z)."""
     check_dtype(variant, dtype)
-    static = {"activation": "gelu", "has_bias": False, "dropout_rate": rate, "stream": 5}
+    static = {"activation": "gelu", "has_bias": False, "dropout_rate": rate, "site": 5}
     rows, k, n = shape
     z, dy = normal(*rows, k, seed=6, dtype=dtype), normal(*rows, n, seed=4, dtype=dtype)
     p = problem(rows, k, n, dtype, False, False, rate)
@@ -517,7 +517,7 @@ def test_gradients_through_the_activation_of_the_input(device, variant, dtype, r
 
     def through(z, w):
         return matmul_reference(
-            gelu_forward_reference(z), w, activation="gelu", rng=p["rng"], dropout_rate=rate, stream=5
+            gelu_forward_reference(z), w, activation="gelu", rng=p["rng"], dropout_rate=rate, site=5
         )
 
     plain = jax.jit(lambda dy, *xs: jax.vjp(through, *xs)[1](dy))(dy, z, p["w"])
@@ -539,7 +539,7 @@ def test_column_sums(device, dtype):
 
 
 def test_zero_rows_and_columns(device):
-    static = {"activation": None, "has_bias": True, "dropout_rate": 0.0, "stream": 0}
+    static = {"activation": None, "has_bias": True, "dropout_rate": 0.0, "site": 0}
     for rows, k, n in [(0, 4, 5), (3, 4, 0), (3, 0, 5)]:
         x, w, bias = normal(rows, k), normal(k, n, seed=1), normal(n, seed=2)
         forward = static | {"has_residual": False}
@@ -557,7 +557,7 @@ def test_zero_rows_and_columns(device):
 def test_the_same_bits_every_time(device, variant):
     dtype = F32 if variant == "plain" else BF16
     p = problem((70,), 130, 66, dtype, True, True, 0.1)
-    static = {"activation": "gelu", "has_bias": True, "dropout_rate": 0.1, "stream": 3}
+    static = {"activation": "gelu", "has_bias": True, "dropout_rate": 0.1, "site": 3}
     forward = functools.partial(run, device, plan_matmul_forward, matmul_forward_reference, *p.values())
     first, second = (forward(**static, has_residual=True, variant=variant) for _ in range(2))
     assert same_bits(first, second)

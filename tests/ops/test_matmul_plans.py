@@ -85,7 +85,7 @@ def test_what_cannot_be_multiplied(device):
             gemm_of(a, b, c, epilogue=epilogue, batch=batch)
     assert gemm_of(a, b, c, epilogue=NOTHING).dispatches
     arrays = [Array((3, 4), F32), Array((4, 5), F32), Array((5,), BF16)]
-    static = {"has_bias": True, "has_residual": False, "dropout_rate": 0.0, "stream": 0}
+    static = {"has_bias": True, "has_residual": False, "dropout_rate": 0.0, "site": 0}
     with pytest.raises(ValueError, match=r"bias must be float32 as x is, found bfloat16\[5\]"):
         plan_matmul_forward(device.info, arrays, [Array((3, 5), F32)], activation=None, **static)
     with pytest.raises(ValueError, match=r"activation must be None or 'gelu', found 'relu'"):

@@ -49,7 +49,7 @@ leading = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 dropping_rates = st.floats(0.0001, 0.9)
 rates = st.one_of(st.just(0.0), dropping_rates)
-streams = st.integers(0, 2**32 - 1)
+sites = st.integers(0, 2**32 - 1)
 caps = st.floats(1, 50)
 head_dims = st.integers(1, MAX_HEAD_DIM) if FREELY else st.sampled_from([4, 12, 28, 32])
 caps_and_rates = st.one_of(  # of attention
@@ -84,9 +84,9 @@ def present(*operands: Any) -> Operands:
     activation=st.sampled_from([None, "gelu"]),
     has_residual=st.booleans(),
     rate=rates,
-    stream=streams,
+    site=sites,
 )
-def test_matmul(lead, k, n, dtype, has_bias, activation, has_residual, rate, stream):
+def test_matmul(lead, k, n, dtype, has_bias, activation, has_residual, rate, site):
     def operands(seed):
         return present(
             numbers((*lead, k), dtype, seed),
@@ -99,7 +99,7 @@ def test_matmul(lead, k, n, dtype, has_bias, activation, has_residual, rate, str
     assert_accurate(
         "matmul",
         operands,
-        parameters={"activation": activation, "dropout_rate": rate, "stream": stream},
+        parameters={"activation": activation, "dropout_rate": rate, "site": site},
         differentiable=tuple(range(2 + has_bias + has_residual)),
         keywords=present("residual" if has_residual else None, "rng"),
     )
@@ -149,13 +149,13 @@ def test_layer_norm(lead, d, dtype, epsilon):
 
 
 @PROFILE
-@given(lead=leading, d=columns, dtype=dtypes, rate=rates, stream=streams)
-def test_residual_layer_norm(lead, d, dtype, rate, stream):
+@given(lead=leading, d=columns, dtype=dtypes, rate=rates, site=sites)
+def test_residual_layer_norm(lead, d, dtype, rate, site):
     def operands(seed):
         x, branch = (numbers((*lead, d), dtype, seed + i) for i in range(2))
         return x, branch, 1 + numbers((d,), F32, seed + 2, 0.1), numbers((d,), F32, seed + 3), RNG
 
-    assert_accurate("residual_layer_norm", operands, parameters={"dropout_rate": rate, "stream": stream})
+    assert_accurate("residual_layer_norm", operands, parameters={"dropout_rate": rate, "site": site})
 
 
 @PROFILE
@@ -167,10 +167,10 @@ def test_residual_layer_norm(lead, d, dtype, rate, stream):
     dtype=dtypes,
     scale=st.one_of(st.none(), st.floats(0.01, 1)),
     cap_and_rate=caps_and_rates,
-    stream=streams,
+    site=sites,
     packed=st.booleans(),
 )
-def test_attention(batch, length, heads, head_dim, dtype, scale, cap_and_rate, stream, packed):
+def test_attention(batch, length, heads, head_dim, dtype, scale, cap_and_rate, site, packed):
     cap, rate = cap_and_rate
     op, operation = ("packed_attention", ops.packed_attention) if packed else ("attention", ops.attention)
 
@@ -178,7 +178,7 @@ def test_attention(batch, length, heads, head_dim, dtype, scale, cap_and_rate, s
         qkv = [numbers((batch, length, heads, head_dim), dtype, seed + i) for i in range(3)]
         return (np.stack(qkv, axis=2), RNG) if packed else (*qkv, RNG)
 
-    parameters = {"scale": scale, "cap": cap, "dropout_rate": rate, "stream": stream}
+    parameters = {"scale": scale, "cap": cap, "dropout_rate": rate, "site": site}
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         event("refused")
         assert_refused(lambda: operation(*operands(0), **parameters), f"from 1 to 128, found {head_dim}")
@@ -193,12 +193,12 @@ def test_gelu(shape, dtype, spread):
 
 
 @PROFILE
-@given(shape=shapes, dtype=dtypes, rate=dropping_rates, stream=streams)
-def test_dropout(shape, dtype, rate, stream):
+@given(shape=shapes, dtype=dtypes, rate=dropping_rates, site=sites)
+def test_dropout(shape, dtype, rate, site):
     assert_accurate(
         "dropout",
         lambda seed: (numbers(shape, dtype, seed), RNG),
-        parameters={"rate": rate, "stream": stream},
+        parameters={"rate": rate, "site": site},
     )
 
 
@@ -274,34 +274,34 @@ def test_adamw(parameters, dtype, clip_norm, betas, weight_decay, count, loss, s
     assert_accurate("adamw", operands, parameters={**static, "decay": decay, "shadow": shadow})
 
 
-# Dropout draws the documented bits, in every operation that drops, for any seed, step, stream and rate.
+# Dropout draws the documented bits, in every operation that drops, for any seed, step, site and rate.
 
 
-def dropped_ones(x, rng, rate, stream):
-    return ops.dropout(x, rng, rate=rate, stream=stream)
+def dropped_ones(x, rng, rate, site):
+    return ops.dropout(x, rng, rate=rate, site=site)
 
 
-def product_with_identity(x, rng, rate, stream):
-    return ops.matmul(x, jnp.eye(x.shape[1]), rng=rng, dropout_rate=rate, stream=stream)
+def product_with_identity(x, rng, rate, site):
+    return ops.matmul(x, jnp.eye(x.shape[1]), rng=rng, dropout_rate=rate, site=site)
 
 
-def branch_alone(x, rng, rate, stream):
+def branch_alone(x, rng, rate, site):
     scale = jnp.ones(x.shape[1])
-    return ops.residual_layer_norm(jnp.zeros_like(x), x, scale, scale, rng, dropout_rate=rate, stream=stream)[0]
+    return ops.residual_layer_norm(jnp.zeros_like(x), x, scale, scale, rng, dropout_rate=rate, site=site)[0]
 
 
-def weights_of_attention(v, rng, rate, stream):
+def weights_of_attention(v, rng, rate, site):
     """Where v is the identity; the transposed weights are its gradient where that of the result is the identity."""
     zeros = jnp.zeros_like(v)
-    return ops.attention(zeros, zeros, v, rng, cap=30.0, dropout_rate=rate, stream=stream)
+    return ops.attention(zeros, zeros, v, rng, cap=30.0, dropout_rate=rate, site=site)
 
 
-def assert_drops(implementation, function, x, kept, rng, rate, stream, transposed=None):
+def assert_drops(implementation, function, x, kept, rng, rate, site, transposed=None):
     """`function` and its gradient are zero where the documented bits of the grid of `kept` say so."""
 
     @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
     def both(x, rng):
-        y, pullback = jax.vjp(lambda x: function(x, rng, rate, stream), x)
+        y, pullback = jax.vjp(lambda x: function(x, rng, rate, site), x)
         return y, *pullback(x)
 
     with use(implementation):
@@ -310,12 +310,12 @@ def assert_drops(implementation, function, x, kept, rng, rate, stream, transpose
     np.testing.assert_array_equal(np.asarray(gradient) != 0, kept if transposed is None else transposed)
 
 
-def kept_bits(rng, rate, stream, grid):
-    return random_bits(np.array(rng, np.uint32), stream, grid) >= min(round(rate * 2**16), 2**16 - 1)
+def kept_bits(rng, rate, site, grid):
+    return random_bits(np.array(rng, np.uint32), site, grid) >= min(round(rate * 2**16), 2**16 - 1)
 
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["vulkan", "xla"])
-drawings = st.tuples(st.tuples(streams, streams), st.floats(0.0001, 0.99999), streams)  # rng, rate, stream
+drawings = st.tuples(st.tuples(sites, sites), st.floats(0.0001, 0.99999), sites)  # rng, rate, site
 
 
 @IMPLEMENTATIONS

@@ -54,9 +54,9 @@ def test_random_bits_follow_the_documented_grid():
         assert bits[batch, row, column] == (word >> 16 if column % 2 else word & 0xFFFF)
 
 
-def test_dropout_rate_scale_and_streams():
+def test_dropout_rate_scale_and_sites():
     rate = 0.1
-    masks = [np.asarray(dropout_mask(jnp.asarray(RNG), stream, rate, (64, 64, 64))) for stream in (0, 1)]
+    masks = [np.asarray(dropout_mask(jnp.asarray(RNG), site, rate, (64, 64, 64))) for site in (0, 1)]
     kept = 1 / dropout_scale(rate)
     deviation = math.sqrt(kept * (1 - kept) / masks[0].size)
     for mask in masks:
@@ -68,7 +68,7 @@ def test_dropout_rate_scale_and_streams():
 
 def test_dropout_is_the_masked_and_scaled_input_and_its_own_gradient():
     x = jnp.asarray(normal(3, 5, 20))
-    y, pullback = jax.vjp(lambda x: ops.dropout(x, jnp.asarray(RNG), rate=0.3, stream=1), x)
+    y, pullback = jax.vjp(lambda x: ops.dropout(x, jnp.asarray(RNG), rate=0.3, site=1), x)
     mask = np.asarray(dropout_mask(jnp.asarray(RNG), 1, 0.3, (15, 20))).reshape(x.shape)
     np.testing.assert_array_equal(y, np.where(mask, x * np.float32(dropout_scale(0.3)), 0))
     np.testing.assert_array_equal(pullback(x)[0], y)
@@ -76,8 +76,8 @@ def test_dropout_is_the_masked_and_scaled_input_and_its_own_gradient():
 
 def test_dropout_of_nothing_and_of_a_bad_rate():
     x = jnp.ones((4, 4))
-    assert ops.dropout(x, None, rate=0.5, stream=0) is x
-    assert ops.dropout(x, jnp.asarray(RNG), rate=0.0, stream=0) is x
+    assert ops.dropout(x, None, rate=0.5, site=0) is x
+    assert ops.dropout(x, jnp.asarray(RNG), rate=0.0, site=0) is x
     for rate in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match=r"dropout rate must be in \[0, 1\)"):
             dropout_threshold(rate)
@@ -108,7 +108,7 @@ def test_matmul_with_every_epilogue():
     mask = np.asarray(dropout_mask(jnp.asarray(RNG), 4, 0.2, (10, 9))).reshape(y.shape)
     expected = residual + np.where(mask, y * dropout_scale(0.2), 0)
     actual = ops.matmul(
-        x, w, bias, activation="gelu", residual=residual, rng=jnp.asarray(RNG), dropout_rate=0.2, stream=4
+        x, w, bias, activation="gelu", residual=residual, rng=jnp.asarray(RNG), dropout_rate=0.2, site=4
     )
     assert_close(actual, expected)
     with pytest.raises(ValueError, match="activation must be None or 'gelu', found 'relu'"):
@@ -145,7 +145,7 @@ def test_attention(shape, cap):
     batch, length, heads, _ = shape
     mask = np.asarray(dropout_mask(jnp.asarray(RNG), 2, 0.4, (batch * heads, length, length)))
     mask = mask.reshape(batch, heads, length, length) * dropout_scale(0.4)
-    dropped = ops.attention(q, k, v, jnp.asarray(RNG), cap=cap, dropout_rate=0.4, stream=2)
+    dropped = ops.attention(q, k, v, jnp.asarray(RNG), cap=cap, dropout_rate=0.4, site=2)
     assert_close(dropped, attention_in_float64(q, k, v, cap, mask))
 
 
@@ -159,7 +159,7 @@ def test_attention_gradient():
 
 
 def test_packed_attention_is_attention_of_its_parts():
-    qkv, options = jnp.asarray(normal(2, 9, 3, 2, 4)), {"cap": 3.0, "dropout_rate": 0.2, "stream": 5}
+    qkv, options = jnp.asarray(normal(2, 9, 3, 2, 4)), {"cap": 3.0, "dropout_rate": 0.2, "site": 5}
     rng = jnp.asarray(RNG)
 
     def apart(qkv):

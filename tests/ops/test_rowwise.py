@@ -25,7 +25,6 @@ from vk_kernels.ops.embedding import (
     plan_embedding_forward,
 )
 from vk_kernels.ops.gelu import gelu_backward_reference, gelu_forward_reference, plan_gelu_backward, plan_gelu_forward
-from vk_kernels.ops.launch import MAX_GROUPS, dispatch
 from vk_kernels.ops.layer_norm.planner import (
     plan_layer_norm_backward,
     plan_layer_norm_forward,
@@ -40,6 +39,7 @@ from vk_kernels.ops.layer_norm.reference import (
     residual_layer_norm_forward_reference,
     residual_layer_norm_reference,
 )
+from vk_kernels.ops.planning import MAX_GROUPS, dispatch
 from vk_kernels.runtime.dispatch_plan import Array
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
@@ -106,7 +106,7 @@ def test_layer_norm_gradients(device, shape, dtype):
 def test_residual_layer_norm(device, shape, dtype, rate):
     x, scale, bias = norm_inputs(shape, dtype)
     branch = normal(*shape, seed=4, dtype=dtype)
-    parameters = {"dropout_rate": rate, "stream": 3}
+    parameters = {"dropout_rate": rate, "site": 3}
     inputs = (x, branch, scale, bias, RNG)
     forward = residual_layer_norm_forward_reference
     total, y, mean, rstd = run(device, plan_residual_layer_norm_forward, forward, *inputs, **parameters)
@@ -134,7 +134,7 @@ def test_residual_layer_norm(device, shape, dtype, rate):
 
 def test_residual_layer_norm_without_an_rng_drops_nothing(device):
     x, scale, bias = norm_inputs((5, 33), F32)
-    inputs, parameters = (x, 2 * x, scale, bias), {"dropout_rate": 0.5, "stream": 0}
+    inputs, parameters = (x, 2 * x, scale, bias), {"dropout_rate": 0.5, "site": 0}
     forward = residual_layer_norm_forward_reference
     total, _, mean, rstd = run(device, plan_residual_layer_norm_forward, forward, *inputs, **parameters)
     np.testing.assert_array_equal(total, x + 2 * x)
@@ -152,7 +152,7 @@ def test_the_backward_references_are_the_gradients_of_the_forward_ones():
     found = layer_norm_backward_reference(x, scale, mean, rstd, dy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
-    rng, parameters = jnp.asarray(RNG), {"dropout_rate": 0.3, "stream": 1}
+    rng, parameters = jnp.asarray(RNG), {"dropout_rate": 0.3, "site": 1}
 
     def residual(x, branch, scale, bias):
         return residual_layer_norm_reference(x, branch, scale, bias, rng, **parameters)
@@ -178,7 +178,7 @@ def test_dropout_draws_the_bits_of_the_mask(device, shape, dtype):
         (plan_dropout_forward, dropout_forward_reference),
         (plan_dropout_backward, dropout_backward_reference),
     ):
-        (y,) = run(device, plan, reference, x, RNG, rate=0.3, stream=5)
+        (y,) = run(device, plan, reference, x, RNG, rate=0.3, site=5)
         grid = (math.prod(shape[:-1]), math.prod(shape[-1:]))
         mask = np.asarray(dropout_mask(RNG, 5, 0.3, grid)).reshape(shape)
         np.testing.assert_array_equal(y != 0, mask)
@@ -189,8 +189,8 @@ def test_dropout_draws_the_bits_of_the_mask(device, shape, dtype):
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 def test_dropout_is_the_reference_bit_for_bit(device, rate, dtype):
     x = normal(9, 100, dtype=dtype)
-    (y,) = run(device, plan_dropout_forward, dropout_forward_reference, x, RNG, rate=rate, stream=1)
-    np.testing.assert_array_equal(y, np.asarray(dropout_forward_reference(x, RNG, rate=rate, stream=1)))
+    (y,) = run(device, plan_dropout_forward, dropout_forward_reference, x, RNG, rate=rate, site=1)
+    np.testing.assert_array_equal(y, np.asarray(dropout_forward_reference(x, RNG, rate=rate, site=1)))
 
 
 def exact_gelu(x):
@@ -296,7 +296,7 @@ def test_nan_passes_through_its_own_row_alone(device, dtype):
         (plan_gelu_forward, gelu_forward_reference),
         (plan_dropout_forward, dropout_forward_reference),
     ):
-        parameters = {} if reference is gelu_forward_reference else {"rate": 0.0, "stream": 0}
+        parameters = {} if reference is gelu_forward_reference else {"rate": 0.0, "site": 0}
         (y,) = run(device, plan, reference, x, *([RNG] if parameters else []), **parameters)
         np.testing.assert_array_equal(np.isnan(y.astype(np.float32)), np.isnan(x.astype(np.float32)))
 
@@ -311,7 +311,7 @@ def test_no_rows(device, shape):
     assert not dscale.any()
     assert not dbias.any()
     assert run(device, plan_gelu_forward, gelu_forward_reference, x)[0].shape == shape
-    assert run(device, plan_dropout_forward, dropout_forward_reference, x, RNG, rate=0.1, stream=0)[0].size == 0
+    assert run(device, plan_dropout_forward, dropout_forward_reference, x, RNG, rate=0.1, site=0)[0].size == 0
     ids = np.zeros(shape[:-1], np.int32)
     rows = run(device, plan_embedding_forward, embedding_forward_reference, normal(3, 4), ids)
     assert rows[0].shape == (*shape[:-1], 4)

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vk_kernels.ops.launch import dispatch, operands_of, planner
+from vk_kernels.ops.planning import dispatch, operands_of, planner
 from vk_kernels.runtime.dispatch_plan import Array, Plan, check_operands
 from vk_kernels.runtime.kernel import manifest
 from vk_kernels.runtime.kernel_signature import KernelSignature, signature, snake_case

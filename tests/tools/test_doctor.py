@@ -216,4 +216,4 @@ def test_errors_are_in_units_of_the_largest_element():
 
 def test_cases_cover_every_operation():
     assert {case.op for case in CASES} == set(ops.__all__) - {"IGNORED", "attention_scores"}
-    assert set(SIZES) >= {"tiny", "seed", "124M"}
+    assert set(SIZES) >= {"tiny", "chat", "124M"}

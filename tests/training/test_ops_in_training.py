@@ -126,7 +126,7 @@ def test_dropout_masks_are_those_of_xla():
         drawn = []
         for layer in range(LAYERS):
             attention, projection, mlp = (
-                {"rng": rng, "dropout_rate": CONFIG.model.dropout_rate, "stream": 3 * layer + site} for site in range(3)
+                {"rng": rng, "dropout_rate": CONFIG.model.dropout_rate, "site": 3 * layer + site} for site in range(3)
             )
             zeros = np.zeros_like(identity)
             drawn.append(ops.attention(zeros, zeros, identity, **attention) != 0)

@@ -1,6 +1,6 @@
 """Which nodes become one kernel.
 
-A hot operation is a step of its own. Of everything else only what must be is stored: what a hot operation or the
+A kernel op is a step of its own. Of everything else only what must be is stored: what a kernel op or the
 caller reads; what is made of many elements each (a reduction, a product, a sort); and what would be costly to compute
 again for every place it is used at. Each of these is a target; all other nodes are computed inside the kernels of the
 targets that need them.
@@ -59,7 +59,7 @@ _SLOW = {
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What runs together: a hot operation, or a graph to generate kernels for.
+    """What runs together: a kernel op, or a graph to generate kernels for.
 
     inputs, outputs: arrays in memory, in the order of the operation's or the graph's own. level: steps of one level
     need nothing of each other; later levels need earlier ones.
@@ -119,7 +119,7 @@ def partition(graph: Graph, most_buffers: int = MOST_BUFFERS, most_reductions: i
 
 
 def _with_constants(graph: Graph) -> Graph:
-    """Literals that must be in memory, as operands of hot operations or outputs, become constants."""
+    """Literals that must be in memory, as operands of kernel ops or outputs, become constants."""
     constants = dict(graph.constants)
     made: dict[tuple, Value] = {}
 
@@ -289,7 +289,7 @@ class _Partitioner:
         return any(out in self._loaded or out in self._stored for out in node.outputs)
 
     def _find_heights(self, least: dict[Node, int]) -> dict[Node, int]:
-        """Of hot operations and of the nodes that give targets; `least`: how high some are at least."""
+        """Of kernel ops and of the nodes that give targets; `least`: how high some are at least."""
         heights: dict[Node, int] = {}
         needed = dict(least)
         for node in reversed(self._graph.nodes):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vk_kernels.bridge.primitive import make_primitive, vary_alike
 from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.ops.global_norm import global_norm_reference, plan_norm_of
-from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, planner, require_plain
+from vk_kernels.ops.planning import THREADS, ceil_divide, dispatch, dtype_suffix, planner, require_plain
 from vk_kernels.ops.public import check_arrays, public
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
@@ -102,7 +102,7 @@ def plan_adamw(
     indices = range(len(inputs) + len(outputs))
     params, grads, mus, nus, (count, learning_rate, loss) = _split(indices[:first_output], size)
     for i in (*params, *mus, *nus):
-        if element(inputs[i]) != "f32":
+        if dtype_suffix(inputs[i]) != "f32":
             raise ValueError(f"AdamW keeps parameters and moments in float32, found {inputs[i]}")
     new_params, new_mus, new_nus = (indices[first_output + i * size :][:size] for i in range(3))
     new_count, norm, finite, *shadows = indices[first_output + 3 * size :]
@@ -131,7 +131,7 @@ def plan_adamw(
             continue
         update = dispatch(
             "adamw",
-            element(inputs[grads[i]]) + ("_shadow" if shadow else ""),
+            dtype_suffix(inputs[grads[i]]) + ("_shadow" if shadow else ""),
             ceil_divide(elements, 4 * THREADS),
             constants={"count": elements, **rates, "weight_decay": weight_decay if decays else 0.0},
             scalars=scalars,

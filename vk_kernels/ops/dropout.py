@@ -10,8 +10,17 @@ import jax.numpy as jnp
 from vk_kernels.bridge.differentiable import make_operation
 from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.compiler.op_registry import KernelOp
-from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, operands_of, planner, require_plain
 from vk_kernels.ops.philox import BITS_PER_DRAW, random_uint16
+from vk_kernels.ops.planning import (
+    THREADS,
+    aligned,
+    ceil_divide,
+    dispatch,
+    dtype_suffix,
+    operands_of,
+    planner,
+    require_plain,
+)
 from vk_kernels.ops.public import as_rows, check_arrays, public
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
@@ -35,25 +44,25 @@ def dropout_scale(rate: float) -> float:
     return 2**BITS_PER_DRAW / (2**BITS_PER_DRAW - dropout_threshold(rate))
 
 
-def dropout_mask(rng: jax.Array, stream: int, rate: float, shape: tuple[int, ...]) -> jax.Array:
+def dropout_mask(rng: jax.Array, site: int, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """Which elements are kept: bool of `shape`.
 
     The last axis is the column, the one before it the row, all others the batch of the logical grid of
     `random_uint16`; a missing axis has size 1.
     """
     rows, columns = (1, 1, *shape)[-2:]
-    bits = random_uint16(rng, stream, (math.prod(shape[:-2]), rows, columns))
+    bits = random_uint16(rng, site, (math.prod(shape[:-2]), rows, columns))
     return (bits >= jnp.uint32(dropout_threshold(rate))).reshape(shape)
 
 
-def dropout_forward_reference(x: jax.Array, rng: jax.Array | None, *, rate: float, stream: int) -> jax.Array:
+def dropout_forward_reference(x: jax.Array, rng: jax.Array | None, *, rate: float, site: int) -> jax.Array:
     """Zero each element with probability `rate` and scale the others, in f32, so that the mean stays.
 
     Args:
       x: any shape, floating.
       rng: uint32 (2,): seed and step. None leaves x as it is.
       rate: in [0, 1); rounded to a multiple of 1/65536.
-      stream: tells apart the places that draw from one rng.
+      site: tells apart the places that draw from one rng.
 
     Raises:
       ValueError: rate is not in [0, 1).
@@ -63,19 +72,19 @@ def dropout_forward_reference(x: jax.Array, rng: jax.Array | None, *, rate: floa
     if rng is None or dropout_threshold(rate) == 0:
         return x
     # A (B, T, D) activation is one grid of B * T rows, as it is to the matrix product before it.
-    mask = dropout_mask(rng, stream, rate, _grid(x.shape)).reshape(x.shape)
+    mask = dropout_mask(rng, site, rate, _grid(x.shape)).reshape(x.shape)
     scaled = x.astype(jnp.float32) * jnp.float32(dropout_scale(rate))
     return jnp.where(mask, scaled, jnp.float32(0)).astype(x.dtype)
 
 
-def dropout_backward_reference(dy: jax.Array, rng: jax.Array, *, rate: float, stream: int) -> jax.Array:
+def dropout_backward_reference(dy: jax.Array, rng: jax.Array, *, rate: float, site: int) -> jax.Array:
     """dx: the same function of dy as y is of x."""
-    return dropout_forward_reference(dy, rng, rate=rate, stream=stream)
+    return dropout_forward_reference(dy, rng, rate=rate, site=site)
 
 
-def dropout_constants(rate: float, stream: int) -> dict[str, int | float]:
+def dropout_constants(rate: float, site: int) -> dict[str, int | float]:
     """The push constants of shaders/common/elementwise.slang's Dropout."""
-    return {"stream": stream, "threshold": dropout_threshold(rate), "scale": dropout_scale(rate)}
+    return {"stream": site, "threshold": dropout_threshold(rate), "scale": dropout_scale(rate)}
 
 
 @planner
@@ -85,7 +94,7 @@ def plan_dropout_forward(
     outputs: Sequence[Array],
     *,
     rate: float,
-    stream: int,
+    site: int,
     variant: str | None = None,
 ) -> Plan:
     """inputs: x, rng; outputs: y. See `dropout`. In the backward pass: dy, rng; dx."""
@@ -96,9 +105,9 @@ def plan_dropout_forward(
     rows, columns = _grid(inputs[x].shape)
     run = dispatch(
         "dropout",
-        element(inputs[x]),
+        dtype_suffix(inputs[x]),
         ceil_divide(rows * ceil_divide(columns, 8), THREADS),
-        constants={"rows": rows, "columns": columns, "dropout": dropout_constants(rate, stream)},
+        constants={"rows": rows, "columns": columns, "dropout": dropout_constants(rate, site)},
         spec={"ALIGNED": aligned(columns)},
         x=x,
         rng=rng,
@@ -115,22 +124,22 @@ def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), math.prod(shape[-1:])
 
 
-def drawing_of(rng: jax.Array | None, rate: float, stream: int) -> tuple[jax.Array | None, float, int]:
-    """(rng, rate, stream) of a dropout; without one, the same three whatever was given.
+def drawing_of(rng: jax.Array | None, rate: float, site: int) -> tuple[jax.Array | None, float, int]:
+    """(rng, rate, site) of a dropout; without one, the same three whatever was given.
 
-    Raises ValueError for a rate outside [0, 1) or a stream that is no 32-bit number.
+    Raises ValueError for a rate outside [0, 1) or a site that is no 32-bit number.
     """
     if rng is None or dropout_threshold(rate) == 0:
         return None, 0.0, 0
-    if not 0 <= stream < 2**32:
-        raise ValueError(f"dropout stream must be in [0, 2**32), found {stream}")
-    return rng, float(rate), int(stream)
+    if not 0 <= site < 2**32:
+        raise ValueError(f"dropout site must be in [0, 2**32), found {site}")
+    return rng, float(rate), int(site)
 
 
 _dropout_backward = make_primitive(
     "dropout_backward",
     dropout_backward_reference,
-    KernelOp(plan_dropout_backward, shapeless=("stream",)),
+    KernelOp(plan_dropout_backward, shapeless=("site",)),
 )
 
 
@@ -140,17 +149,17 @@ def _dropout_gradients(target, operands, results, cotangents, **drawing):
 
 
 _dropout_operation = make_operation(
-    make_primitive("dropout", dropout_forward_reference, KernelOp(plan_dropout_forward, shapeless=("stream",))),
+    make_primitive("dropout", dropout_forward_reference, KernelOp(plan_dropout_forward, shapeless=("site",))),
     _dropout_gradients,
 )
 
 
 @public(dropout_forward_reference)
-def dropout(target, x, rng, *, rate, stream):
-    rng, rate, stream = drawing_of(rng, rate, stream)
+def dropout(target, x, rng, *, rate, site):
+    rng, rate, site = drawing_of(rng, rate, site)
     if rng is None:
         return x
     check_arrays("dropout", rng=(rng, (2,), jnp.uint32))
     rows = as_rows(x) if x.ndim else x.reshape(1, 1)
-    (y,) = _dropout_operation(target, rows, rng, rate=rate, stream=stream)
+    (y,) = _dropout_operation(target, rows, rng, rate=rate, site=site)
     return y.reshape(x.shape)

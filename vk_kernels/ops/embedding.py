@@ -10,13 +10,13 @@ import numpy as np
 from vk_kernels.bridge.differentiable import make_operation
 from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.compiler.op_registry import KernelOp
-from vk_kernels.ops.launch import (
+from vk_kernels.ops.planning import (
     MAX_GROUPS,
     THREADS,
     aligned,
     ceil_divide,
     dispatch,
-    element,
+    dtype_suffix,
     operands_of,
     planner,
     require_plain,
@@ -65,7 +65,7 @@ def plan_embedding_forward(
     tokens, (table_rows, columns) = inputs[ids].size, inputs[table].shape
     run = dispatch(
         "embedding",
-        element(inputs[table]),
+        dtype_suffix(inputs[table]),
         ceil_divide(tokens * ceil_divide(columns, 8), THREADS),
         constants={"tokens": tokens, "columns": columns, "table_rows": table_rows},
         spec={"ALIGNED": aligned(columns)},
@@ -123,7 +123,7 @@ def plan_embedding_backward(
     sort("starts", ceil_divide(table_rows + 1, THREADS), shift, ids=ids, order=order, result=starts)
     add = dispatch(
         "embedding_backward",
-        element(inputs[dy]),
+        dtype_suffix(inputs[dy]),
         ceil_divide(table_rows, _ROWS) * ceil_divide(columns, _COLUMNS),
         constants={"table_rows": table_rows, "columns": columns},
         spec={"ALIGNED": aligned(columns)},

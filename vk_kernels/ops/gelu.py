@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from vk_kernels.bridge.differentiable import make_operation
 from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.compiler.op_registry import KernelOp
-from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, operands_of, planner, require_plain
+from vk_kernels.ops.planning import (
+    THREADS,
+    aligned,
+    ceil_divide,
+    dispatch,
+    dtype_suffix,
+    operands_of,
+    planner,
+    require_plain,
+)
 from vk_kernels.ops.public import public
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
@@ -62,7 +71,7 @@ def _plan(kernel: str, array: Array, variant: str | None, **buffers: int) -> Pla
     if size == 0:
         return Plan(())
     groups, spec = ceil_divide(size, 8 * THREADS), {"ALIGNED": aligned(size)}
-    return Plan((dispatch(kernel, element(array), groups, constants={"count": size}, spec=spec, **buffers),))
+    return Plan((dispatch(kernel, dtype_suffix(array), groups, constants={"count": size}, spec=spec, **buffers),))
 
 
 _gelu_backward = make_primitive(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vk_kernels.bridge.primitive import make_primitive, vary_alike
 from vk_kernels.compiler.op_registry import KernelOp
-from vk_kernels.ops.launch import THREADS, ceil_divide, dispatch, element, operands_of, planner, require_plain
+from vk_kernels.ops.planning import THREADS, ceil_divide, dispatch, dtype_suffix, operands_of, planner, require_plain
 from vk_kernels.ops.public import public
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
@@ -65,7 +65,7 @@ def plan_norm_of(arrays: Sequence[tuple[int, Array]], output: int, scratch: int)
 
     sums = []
     for kind in ("f32", "bf16"):
-        alike = [(operand, array.size) for operand, array in arrays if element(array) == kind and array.size]
+        alike = [(operand, array.size) for operand, array in arrays if dtype_suffix(array) == kind and array.size]
         for level in _eights(alike):
             groups = min(sum(ceil_divide(count, _CHUNK) for _, count in level), _GROUPS)
             sums.append(add(kind, level, groups, square=True, root=False))

@@ -1,6 +1,6 @@
 """Philox4x32-7: the counter-based random bits behind dropout.
 
-A bit is a pure function of (seed, stream, step, logical element), so that nothing is stored between the
+A bit is a pure function of (seed, site, step, logical element), so that nothing is stored between the
 forward and the backward pass, every implementation draws the same bits, and no tile or thread shape shows in
 the result.
 
@@ -45,15 +45,15 @@ def _multiply(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (product >> jnp.uint64(32)).astype(jnp.uint32), product.astype(jnp.uint32)
 
 
-def random_uint16(rng: jax.Array, stream: int, shape: tuple[int, int, int]) -> jax.Array:
+def random_uint16(rng: jax.Array, site: int, shape: tuple[int, int, int]) -> jax.Array:
     """16 random bits for each element of the logical grid (batch, row, column), as uint32 in [0, 65536).
 
     Args:
       rng: uint32 (2,): the run's seed and the step.
-      stream: which use of the bits this is (dropout site and layer); part of the key.
+      site: which use of the bits this is (dropout site and layer); part of the key.
       shape: (batch, rows, columns).
 
-    One Philox block with counter (column // 8, row, batch, step) and key (seed, stream) decides eight
+    One Philox block with counter (column // 8, row, batch, step) and key (seed, site) decides eight
     neighbouring columns: column 8i + 2w + h takes half h (0 = low) of word w.
     """
     batch, rows, columns = shape
@@ -65,7 +65,7 @@ def random_uint16(rng: jax.Array, stream: int, shape: tuple[int, int, int]) -> j
         jax.lax.broadcasted_iota(jnp.uint32, grid, 0),
         jnp.broadcast_to(rng[1], grid),
     )
-    words = philox4x32(counter, (rng[0], jnp.uint32(stream)))
+    words = philox4x32(counter, (rng[0], jnp.uint32(site)))
     # The barrier keeps XLA from computing a whole block again for each of the eight elements it decides.
     words = jax.lax.optimization_barrier(words)
     halves = [half for word in words for half in (word & jnp.uint32(0xFFFF), word >> 16)]

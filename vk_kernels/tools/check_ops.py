@@ -1,6 +1,6 @@
 """Compares every kernel with a float64 truth and with XLA, on whatever device is present.
 
-    python -m vk_kernels.tools.check_ops [--ops matmul,attention] [--sizes tiny,seed] [--device cpu] [--quick]
+    python -m vk_kernels.tools.check_ops [--ops matmul,attention] [--sizes tiny,chat] [--device cpu] [--quick]
 
 A result passes if its error is at most twice that of the XLA implementation at the same precision (three times for
 gradients), plus 1e-5, and plausible for its precision, which catches a truth that is itself wrong. Errors are the

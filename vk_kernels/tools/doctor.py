@@ -47,7 +47,7 @@ FEATURES = (
     "VK_KHR_push_descriptor",
 )
 
-VARIANT_SIZE = "seed"  # the sizes that kernels are chosen for here
+VARIANT_SIZE = "chat"  # the sizes that kernels are chosen for here
 
 
 def how_to_install(system: str = platform.system(), release: dict[str, str] | None = None) -> list[str]:

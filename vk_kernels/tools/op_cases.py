@@ -35,7 +35,7 @@ class Sizes(NamedTuple):
 SIZES = {
     "tiny": Sizes(3, 21, 36, 3, 53),
     "megabyte": Sizes(4, 150, 516, 12, 301),
-    "seed": Sizes(16, 256, 256, 8, 4000),
+    "chat": Sizes(16, 256, 256, 8, 4000),
     "124M": Sizes(4, 1024, 768, 12, 50257),
 }
 
@@ -132,13 +132,13 @@ def _adamw_operands(sizes: Sizes, dtype: np.dtype) -> Operands:
 # The truths.
 
 
-def random_bits(rng: np.ndarray, stream: int, grid: tuple[int, int, int]) -> np.ndarray:
+def random_bits(rng: np.ndarray, site: int, grid: tuple[int, int, int]) -> np.ndarray:
     """The 16 bits of each element of a (batch, rows, columns) grid: `philox.random_uint16`, written again for numpy."""
     mask, (batch, rows, columns) = np.uint64(0xFFFFFFFF), grid
     blocks = -(-columns // 8)
     c2, c1, c0 = np.meshgrid(*(np.arange(n, dtype=np.uint64) for n in (batch, rows, blocks)), indexing="ij")
     c3 = np.full_like(c0, rng[1])
-    k0, k1 = np.uint64(rng[0]), np.uint64(stream)
+    k0, k1 = np.uint64(rng[0]), np.uint64(site)
     for _ in range(7):
         p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
         c0, c1, c2, c3 = (
@@ -152,11 +152,11 @@ def random_bits(rng: np.ndarray, stream: int, grid: tuple[int, int, int]) -> np.
     return words.view("<u2").reshape(batch, rows, blocks * 8)[:, :, :columns]
 
 
-def _drop(y: jax.Array, rate: float, stream: int, grid: tuple[int, int, int] | None = None) -> jax.Array:
+def _drop(y: jax.Array, rate: float, site: int, grid: tuple[int, int, int] | None = None) -> jax.Array:
     """Dropout by RNG, which is what every case with dropout draws from."""
     grid = grid or (1, math.prod(y.shape[:-1]), math.prod(y.shape[-1:]))
     threshold = round(rate * 2**16)
-    kept = random_bits(RNG, stream, grid).reshape(y.shape) >= threshold
+    kept = random_bits(RNG, site, grid).reshape(y.shape) >= threshold
     return jnp.where(kept, y * (2**16 / (2**16 - threshold)), 0.0)
 
 
@@ -166,8 +166,8 @@ def _layer_norm(x, scale, bias, epsilon=1e-5):
     return (normed * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape),)
 
 
-def _residual_layer_norm(x, branch, scale, bias, rng=None, dropout_rate=0.0, stream=0):
-    total = x + (branch if rng is None else _drop(branch, dropout_rate, stream))
+def _residual_layer_norm(x, branch, scale, bias, rng=None, dropout_rate=0.0, site=0):
+    total = x + (branch if rng is None else _drop(branch, dropout_rate, site))
     return total, *_layer_norm(total, scale, bias)
 
 
@@ -175,22 +175,22 @@ def _gelu(x):
     return (0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),)
 
 
-def _matmul(x, w, bias=None, activation=None, residual=None, rng=None, dropout_rate=0.0, stream=0):
+def _matmul(x, w, bias=None, activation=None, residual=None, rng=None, dropout_rate=0.0, site=0):
     y = jnp.einsum("...k,kn->...n", x, w)
     y = y if bias is None else y + jnp.broadcast_to(bias, y.shape)
     y = y if activation is None else _gelu(y)[0]
-    y = y if rng is None else _drop(y, dropout_rate, stream)
+    y = y if rng is None else _drop(y, dropout_rate, site)
     return (y if residual is None else residual + y,)
 
 
-def _attention(q, k, v, rng=None, scale=None, cap=None, dropout_rate=0.0, stream=0):
+def _attention(q, k, v, rng=None, scale=None, cap=None, dropout_rate=0.0, site=0):
     batch, length, heads, head_dim = q.shape
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (1 / math.sqrt(head_dim) if scale is None else scale)
     scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
     weights = jax.nn.softmax(jnp.where(causal, scores, -1e300), axis=-1)
     if rng is not None:
-        weights = _drop(weights, dropout_rate, stream, (batch * heads, length, length))
+        weights = _drop(weights, dropout_rate, site, (batch * heads, length, length))
     return (jnp.einsum("bhqk,bkhd->bqhd", weights, v),)
 
 
@@ -231,7 +231,7 @@ def _adamw(*operands, decay, b1, b2, epsilon, weight_decay, clip_norm, shadow=Fa
     return *new, norm, finite.astype(norm.dtype), *(new[:size] if shadow else ())
 
 
-_DROPOUT = {"dropout_rate": 0.1, "stream": 3}
+_DROPOUT = {"dropout_rate": 0.1, "site": 3}
 
 CASES = (
     Case(
@@ -307,8 +307,8 @@ CASES = (
         "dropout",
         "",
         lambda s, t: (_hidden(s, t, 1), RNG),
-        lambda x, rng, rate, stream: (_drop(x, rate, stream),),
-        {"rate": 0.1, "stream": 3},
+        lambda x, rng, rate, site: (_drop(x, rate, site),),
+        {"rate": 0.1, "site": 3},
         differentiable=(0,),
     ),
     Case(

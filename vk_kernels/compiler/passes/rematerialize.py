@@ -18,7 +18,7 @@ from vk_kernels.compiler.passes.simplify import fold, prune
 
 LEAST_BYTES = 1 << 20  # of an array that is worth it
 MOST_BYTES = 16 << 20  # of an array that a cache holds, with what it is made of
-LEAST_DISTANCE = 3  # hot operations between one reader and the next: so long it would be kept for the latter alone
+LEAST_DISTANCE = 3  # kernel ops between one reader and the next: so long it would be kept for the latter alone
 _MOST_KEPT = 1 / 8  # of its bytes, that may have to be kept to compute it
 
 
@@ -92,7 +92,7 @@ class _Readers:
     def __init__(self, graph: Graph):
         self._roots: dict[Value, Value] = {}
         self._order: dict[Node, int] = {}
-        self._clock: dict[Node, int] = {}  # hot operations before a node
+        self._clock: dict[Node, int] = {}  # kernel ops before a node
         self._readers: dict[Value, list[Node]] = {}
         hot = 0
         for i, node in enumerate(graph.nodes):

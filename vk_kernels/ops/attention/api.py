@@ -32,7 +32,7 @@ _attention_backward = make_primitive(
         plan_attention_backward,
         batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * 6,
         flops=lambda node: backward_flops(node.inputs[0].shape),
-        shapeless=("stream",),
+        shapeless=("site",),
     ),
 )
 
@@ -51,26 +51,26 @@ _attention_operation = make_operation(
             plan_attention_forward,
             batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * 3,
             flops=lambda node: forward_flops(node.inputs[0].shape),
-            shapeless=("stream",),
+            shapeless=("site",),
         ),
     ),
     _attention_gradients,
 )
 
 
-def _scoring(head_dim, scale, cap, rng, dropout_rate, stream):
+def _scoring(head_dim, scale, cap, rng, dropout_rate, site):
     """(rng, the parameters of the primitives)."""
-    rng, dropout_rate, stream = drawing_of(rng, dropout_rate, stream)
+    rng, dropout_rate, site = drawing_of(rng, dropout_rate, site)
     scale = default_scale(head_dim) if scale is None else float(scale)
     cap = None if cap is None else float(cap)
-    return rng, {"scale": scale, "cap": cap, "dropout_rate": dropout_rate, "stream": stream}
+    return rng, {"scale": scale, "cap": cap, "dropout_rate": dropout_rate, "site": site}
 
 
 @public(attention_reference)
-def attention(target, q, k, v, rng=None, *, scale=None, cap=None, dropout_rate=0.0, stream=0):
+def attention(target, q, k, v, rng=None, *, scale=None, cap=None, dropout_rate=0.0, site=0):
     if q.ndim != 4:
         raise ValueError(f"attention: q must be (B, T, H, D), found {q.shape}")
-    rng, parameters = _scoring(q.shape[-1], scale, cap, rng, dropout_rate, stream)
+    rng, parameters = _scoring(q.shape[-1], scale, cap, rng, dropout_rate, site)
     check_arrays("attention", k=(k, q.shape, q.dtype), v=(v, q.shape, q.dtype), rng=(rng, (2,), jnp.uint32))
     return _attention_operation(target, q, k, v, rng, **parameters)[0]
 
@@ -82,7 +82,7 @@ _packed_attention_backward = make_primitive(
         plan_packed_attention_backward,
         batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * 4,
         flops=lambda node: backward_flops(node.inputs[0].shape),
-        shapeless=("stream",),
+        shapeless=("site",),
     ),
 )
 
@@ -102,7 +102,7 @@ _packed_attention_operation = make_operation(
             plan_packed_attention_forward,
             batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,),
             flops=lambda node: forward_flops(node.inputs[0].shape),
-            shapeless=("stream",),
+            shapeless=("site",),
         ),
     ),
     _packed_attention_gradients,
@@ -110,9 +110,9 @@ _packed_attention_operation = make_operation(
 
 
 @public(packed_attention_reference)
-def packed_attention(target, qkv, rng=None, *, scale=None, cap=None, dropout_rate=0.0, stream=0):
+def packed_attention(target, qkv, rng=None, *, scale=None, cap=None, dropout_rate=0.0, site=0):
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"packed_attention: qkv must be (B, T, 3, H, D), found {qkv.shape}")
-    rng, parameters = _scoring(qkv.shape[-1], scale, cap, rng, dropout_rate, stream)
+    rng, parameters = _scoring(qkv.shape[-1], scale, cap, rng, dropout_rate, site)
     check_arrays("packed_attention", rng=(rng, (2,), jnp.uint32))
     return _packed_attention_operation(target, qkv, rng, **parameters)[0]

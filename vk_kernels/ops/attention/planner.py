@@ -14,7 +14,7 @@ import numpy as np
 from vk_kernels.errors import FeatureError
 from vk_kernels.ops.attention.reference import scale_of
 from vk_kernels.ops.dropout import dropout_scale, dropout_threshold
-from vk_kernels.ops.launch import aligned, ceil_divide, dispatch, element, has_lanes, operands_of, planner
+from vk_kernels.ops.planning import aligned, ceil_divide, dispatch, dtype_suffix, has_lanes, operands_of, planner
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 from vk_kernels.runtime.kernel import manifest
 
@@ -72,7 +72,7 @@ def plan_attention_forward(
     scale: float | None = None,
     cap: float | None = None,
     dropout_rate: float = 0.0,
-    stream: int = 0,
+    site: int = 0,
     views: tuple[View, View, View] | None = None,
     variant: str | None = None,
 ) -> Plan:
@@ -85,10 +85,10 @@ def plan_attention_forward(
     """
     (q, k, v, *rng), (out, lse), _ = operands_of(inputs, outputs)
     rng = rng[0] if rng else None
-    work = _Work.of(info, inputs[q], outputs[0].shape, rng, scale, cap, dropout_rate, stream, views, variant)
-    if work.empty:
+    launch = _Launch.of(info, inputs[q], outputs[0].shape, rng, scale, cap, dropout_rate, site, views, variant)
+    if launch.empty:
         return Plan(())
-    run = work.dispatch("attention_forward", work.softmax, q=q, k=k, v=v, rng=rng, result=out, log_sums=lse)
+    run = launch.dispatch("attention_forward", launch.softmax, q=q, k=k, v=v, rng=rng, result=out, log_sums=lse)
     return Plan((run,))
 
 
@@ -101,7 +101,7 @@ def plan_attention_backward(
     scale: float | None = None,
     cap: float | None = None,
     dropout_rate: float = 0.0,
-    stream: int = 0,
+    site: int = 0,
     views: tuple[View, View, View] | None = None,
     variant: str | None = None,
 ) -> Plan:
@@ -112,28 +112,28 @@ def plan_attention_backward(
     """
     (q, k, v, out, lse, d_out, *rng), (dq, dk, dv), dots = operands_of(inputs, outputs)
     rng = rng[0] if rng else None
-    work = _Work.of(info, inputs[q], inputs[out].shape, rng, scale, cap, dropout_rate, stream, views, variant)
-    if work.empty:
+    launch = _Launch.of(info, inputs[q], inputs[out].shape, rng, scale, cap, dropout_rate, site, views, variant)
+    if launch.empty:
         return Plan(())
     read = {"q": q, "k": k, "v": v, "rng": rng, "d_out": d_out, "log_sums": lse}
-    rows = work.matrices * work.length
-    own_dots = "OWN_DOTS" in _defines("attention_dkv", work.kernels["attention_dkv"][0])
-    if work.family == "coop2" and not own_dots:  # its first kernel makes the dots for the other
-        dots_and_dq = work.dispatch("attention_dq", **read, result=out, dq=dq, dots=dots)
-        dk_and_dv = work.dispatch("attention_dkv", **read, dots=dots, dk=dk, dv=dv)
+    rows = launch.matrices * launch.length
+    own_dots = "OWN_DOTS" in _defines("attention_dkv", launch.kernels["attention_dkv"][0])
+    if launch.family == "coop2" and not own_dots:  # its first kernel makes the dots for the other
+        dots_and_dq = launch.dispatch("attention_dq", **read, result=out, dq=dq, dots=dots)
+        dk_and_dv = launch.dispatch("attention_dkv", **read, dots=dots, dk=dk, dv=dv)
         return Plan((dots_and_dq, dk_and_dv), scratch=(4 * rows,))
     read |= {"result": out} if own_dots else {"dots": dots}
     # Side by side, also where the three gradients are one array.
-    by_keys = work.dispatch("attention_dkv", parts=("dk", "dv"), **read, dk=dk, dv=dv)
-    by_queries = work.dispatch("attention_dq", parts=("dq",), **read, dq=dq)
+    by_keys = launch.dispatch("attention_dkv", parts=("dk", "dv"), **read, dk=dk, dv=dv)
+    by_queries = launch.dispatch("attention_dq", parts=("dq",), **read, dq=dq)
     if own_dots:
         return Plan((by_keys, by_queries))
     make_dots = dispatch(
         "attention_dots",
-        work.element,
+        launch.suffix,
         ceil_divide(rows, _DOT_ROWS),
-        constants={"rows": rows, "heads": work.heads, "length": work.length, "head_dim": work.head_dim},
-        spec={"ALIGNED": aligned(work.head_dim)},
+        constants={"rows": rows, "heads": launch.heads, "length": launch.length, "head_dim": launch.head_dim},
+        spec={"ALIGNED": aligned(launch.head_dim)},
         result=out,
         d_result=d_out,
         dots=dots,
@@ -234,20 +234,20 @@ def _lacking(info: "DeviceInfo", variant: str, head_dim: int) -> str:
     return "" if has_lanes(info, _LANES) else f"subgroups of {_LANES}"
 
 
-def _has_vectors(info: "DeviceInfo", element: str, head_dim: int) -> bool:
+def _has_vectors(info: "DeviceInfo", suffix: str, head_dim: int) -> bool:
     """Whether the device is a CPU for whose vectors of eight there are kernels."""
-    record = manifest().get(f"attention_forward.{element}_{_padded(head_dim)}_lanes")
+    record = manifest().get(f"attention_forward.{suffix}_{_padded(head_dim)}_lanes")
     suits = info.kind == "cpu" and has_lanes(info, _EIGHT)
     return record is not None and suits and set(record["features"]) <= info.features.names
 
 
-def _plain_kernel(info: "DeviceInfo", kernel: str, element: str, head_dim: int) -> tuple[str, int]:
+def _plain_kernel(info: "DeviceInfo", kernel: str, suffix: str, head_dim: int) -> tuple[str, int]:
     """The variant of a plain kernel that the device runs, and how many rows its tiles have, queries or keys.
 
     The small tiles are for CPUs, with their few registers and compilers that are slow to unroll, and for devices that
     lack the shared memory or the subgroups of the large ones. They need neither subgroups nor more than 32 KiB.
     """
-    variant = f"{element}_{_padded(head_dim)}"
+    variant = f"{suffix}_{_padded(head_dim)}"
     if info.kind == "cpu" or not _runs(info, manifest()[f"{kernel}.{variant}"]):
         variant += "_small"
     if kernel == "attention_dkv":
@@ -281,10 +281,10 @@ def _padded(head_dim: int) -> int:
     return next(padded for padded in (32, 64, MAX_HEAD_DIM) if head_dim <= padded)
 
 
-class _Work(NamedTuple):
+class _Launch(NamedTuple):
     """What the kernels of one call share."""
 
-    element: str
+    suffix: str
     family: str  # of VARIANTS
     kernels: dict[str, tuple[str, int]]  # those of _TILED: variant, and rows of a workgroup's tile, queries or keys
     matrices: int  # B H
@@ -306,13 +306,13 @@ class _Work(NamedTuple):
         scale: float | None,
         cap: float | None,
         dropout_rate: float,
-        stream: int,
+        site: int,
         views: tuple[View, View, View] | None,
         variant: str | None,
-    ) -> "_Work":
+    ) -> "_Launch":
         """`shape` is that of out, (B, T, H, D)."""
         batch, length, heads, head_dim = shape
-        kind = element(q)
+        kind = dtype_suffix(q)
         if not 1 <= head_dim <= MAX_HEAD_DIM:
             raise ValueError(f"the head dim of attention must be from 1 to {MAX_HEAD_DIM}, found {head_dim}")
         chosen = choose_variant(info, q.dtype, length, head_dim, variant)
@@ -335,7 +335,7 @@ class _Work(NamedTuple):
         constants = {
             **dict(zip("qkv", views, strict=True)),
             **sizes,
-            "stream": stream,
+            "stream": site,
             "threshold": threshold,
             "kept_scale": dropout_scale(dropout_rate),
             "scale": scale_of(scale, head_dim),

@@ -31,7 +31,7 @@ def attention_reference(
     scale: float | None = None,
     cap: float | None = None,
     dropout_rate: float = 0.0,
-    stream: int = 0,
+    site: int = 0,
 ) -> jax.Array:
     """dropout(softmax(causal(soft_cap(scale * q k^T)))) v, with f32 scores and softmax.
 
@@ -40,14 +40,14 @@ def attention_reference(
       rng: uint32 (2,): seed and step of the dropout, or None for none. The mask's grid is (B * H, T, T).
       scale: of the scores; 1 / sqrt(D) if None.
       cap: soft cap of the scores, or None.
-      dropout_rate, stream: as for `dropout`.
+      dropout_rate, site: as for `dropout`.
 
     Returns:
       (B, T, H, D) in q's dtype.
 
     Source: Vaswani et al., "Attention is all you need" (2017).
     """
-    return attention_forward_reference(q, k, v, rng, scale=scale, cap=cap, dropout_rate=dropout_rate, stream=stream)[0]
+    return attention_forward_reference(q, k, v, rng, scale=scale, cap=cap, dropout_rate=dropout_rate, site=site)[0]
 
 
 def attention_forward_reference(
@@ -59,14 +59,14 @@ def attention_forward_reference(
     scale: float | None = None,
     cap: float | None = None,
     dropout_rate: float = 0.0,
-    stream: int = 0,
+    site: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """What `attention` returns, and the log of each query's sum of exp(score): f32 (B, H, T)."""
     scores = attention_scores(q, k, scale=scale_of(scale, q.shape[-1]), cap=cap)
     scores = jnp.where(_causal(q.shape[1]), scores, MASKED)
     lse = jax.nn.logsumexp(scores, axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)  # (B, H, T, T)
-    mask = _kept(rng, stream, dropout_rate, weights.shape)
+    mask = _kept(rng, site, dropout_rate, weights.shape)
     if mask is not None:
         weights = jnp.where(mask, weights * dropout_scale(dropout_rate), 0.0)
     out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -85,7 +85,7 @@ def attention_backward_reference(
     scale: float | None = None,
     cap: float | None = None,
     dropout_rate: float = 0.0,
-    stream: int = 0,
+    site: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of q, k and v, each (B, T, H, D) in its dtype, from that of out.
 
@@ -103,7 +103,7 @@ def attention_backward_reference(
     weights = jnp.where(causal, jnp.exp(jnp.where(causal, scores, MASKED) - lse[..., None]), 0.0)
     d_weights = jnp.einsum("bqhd,bkhd->bhqk", d_out, v, preferred_element_type=jnp.float32)
     dropped = weights
-    mask = _kept(rng, stream, dropout_rate, weights.shape)
+    mask = _kept(rng, site, dropout_rate, weights.shape)
     if mask is not None:
         dropped = jnp.where(mask, weights * dropout_scale(dropout_rate), 0.0)
         d_weights = jnp.where(mask, d_weights * dropout_scale(dropout_rate), 0.0)
@@ -132,11 +132,11 @@ def _causal(length: int) -> jax.Array:
     return jnp.tril(jnp.ones((1, 1, length, length), bool))
 
 
-def _kept(rng: jax.Array | None, stream: int, rate: float, shape: tuple[int, ...]) -> jax.Array | None:
+def _kept(rng: jax.Array | None, site: int, rate: float, shape: tuple[int, ...]) -> jax.Array | None:
     """Which weights dropout keeps, bool (B, H, T, T); None where it keeps all."""
     if rng is None or dropout_threshold(rate) == 0:
         return None
-    return dropout_mask(rng, stream, rate, shape)
+    return dropout_mask(rng, site, rate, shape)
 
 
 def packed_attention_reference(
@@ -146,18 +146,18 @@ def packed_attention_reference(
     scale: float | None = None,
     cap: float | None = None,
     dropout_rate: float = 0.0,
-    stream: int = 0,
+    site: int = 0,
 ) -> jax.Array:
     """`attention` of q, k and v, which are qkv[:, :, 0], qkv[:, :, 1] and qkv[:, :, 2].
 
     Args:
       qkv: (B, T, 3, H, D), a floating dtype.
-      rng, scale, cap, dropout_rate, stream: as for `attention`.
+      rng, scale, cap, dropout_rate, site: as for `attention`.
 
     Returns:
       (B, T, H, D) in qkv's dtype.
     """
-    parameters = {"scale": scale, "cap": cap, "dropout_rate": dropout_rate, "stream": stream}
+    parameters = {"scale": scale, "cap": cap, "dropout_rate": dropout_rate, "site": site}
     return packed_attention_forward_reference(qkv, rng, **parameters)[0]
 
 

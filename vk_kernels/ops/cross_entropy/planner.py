@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vk_kernels.compiler.ir import Node
-from vk_kernels.ops.launch import ceil_divide, dispatch, element, operands_of, planner
 from vk_kernels.ops.matmul.gemm import (
     F32,
     NOTHING,
@@ -19,6 +18,7 @@ from vk_kernels.ops.matmul.gemm import (
     plan_epilogue,
     plan_gemm,
 )
+from vk_kernels.ops.planning import ceil_divide, dispatch, dtype_suffix, operands_of, planner
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
@@ -59,12 +59,12 @@ def plan_linear_cross_entropy_forward(
       ValueError: no row of logits fits a buffer of the device; as `plan_gemm`.
     """
     (x, w, targets), (losses, log_normalizers), scratch = operands_of(inputs, outputs)
-    work = _Work(scratch)
-    head = _Head.of(info, inputs, (x, w), work, transposed, chunk_rows, variant, F32)
-    logits = head.own_logits(work, F32)
-    head.pad_weights(work)
+    builder = _PlanBuilder(scratch)
+    head = _Head.of(info, inputs, (x, w), builder, transposed, chunk_rows, variant, F32)
+    logits = head.own_logits(builder, F32)
+    head.pad_weights(builder)
     for first, rows in head.chunks:
-        head.multiply(work, head.rows_of(x, first, rows), head.chunk_of_logits(logits, F32, rows))
+        head.multiply(builder, head.rows_of(x, first, rows), head.chunk_of_logits(logits, F32, rows))
         loss = dispatch(
             "cross_entropy_loss",
             "f32",
@@ -75,8 +75,8 @@ def plan_linear_cross_entropy_forward(
             log_normalizers=log_normalizers,
             losses=losses,
         )
-        work.add(Plan((loss,)))
-    return work.plan()
+        builder.add(Plan((loss,)))
+    return builder.plan()
 
 
 @planner
@@ -95,19 +95,19 @@ def plan_linear_cross_entropy_backward(
     f32.
     """
     (x, w, targets, log_normalizers, dlosses), (dx, dw), scratch = operands_of(inputs, outputs)
-    work = _Work(scratch)
+    builder = _PlanBuilder(scratch)
     dtype = inputs[x].dtype
-    head = _Head.of(info, inputs, (x, w), work, transposed, chunk_rows, variant, dtype)
-    dlogits = head.own_logits(work, dtype)
-    gradients = _Gradients.of(head, work, x, dx, matrix(dw, dtype, *inputs[w].shape), head.chunks)
-    head.pad_weights(work)
+    head = _Head.of(info, inputs, (x, w), builder, transposed, chunk_rows, variant, dtype)
+    dlogits = head.own_logits(builder, dtype)
+    gradients = _Gradients.of(head, builder, x, dx, matrix(dw, dtype, *inputs[w].shape), head.chunks)
+    head.pad_weights(builder)
     for first, rows in head.chunks or [(0, 0)]:  # of no tokens, dw is 0
         part = head.chunk_of_logits(dlogits, dtype, rows)
         gradient = SoftmaxGradient(targets, log_normalizers, dlosses, first, head.vocab)
-        head.multiply(work, head.rows_of(x, first, rows), part, Epilogue(softmax_gradient=gradient))
-        gradients.add(work, part, first, rows)
-    gradients.end(work)
-    return work.plan()
+        head.multiply(builder, head.rows_of(x, first, rows), part, Epilogue(softmax_gradient=gradient))
+        gradients.add(builder, part, first, rows)
+    gradients.end(builder)
+    return builder.plan()
 
 
 @planner
@@ -126,22 +126,22 @@ def plan_linear_cross_entropy_both_passes(
     As the two plans above, but the logits become their gradient when their loss is known, and are not made again.
     """
     (x, w, targets, dlosses), (losses, log_normalizers, dx, dw), scratch = operands_of(inputs, outputs)
-    work = _Work(scratch)
-    dtype, kernel = inputs[x].dtype, f"gradient_{element(inputs[x])}"
-    head = _Head.of(info, inputs, (x, w), work, transposed, chunk_rows, variant, F32)
-    logits = dlogits = head.own_logits(work, F32)
+    builder = _PlanBuilder(scratch)
+    dtype, kernel = inputs[x].dtype, f"gradient_{dtype_suffix(inputs[x])}"
+    head = _Head.of(info, inputs, (x, w), builder, transposed, chunk_rows, variant, F32)
+    logits = dlogits = head.own_logits(builder, F32)
     chunks = head.chunks  # of the gradients, which hold one or more of those of logits
     if dtype != F32:
         largest = _chunk_rows(info, inputs[x].shape[0], head.stride, dtype, chunk_rows)
         largest = max(1, largest // head.largest) * head.largest
         chunks = _chunks(inputs[x].shape[0], largest)
-        dlogits = work.own(dtype.itemsize * largest * head.stride)
-    gradients = _Gradients.of(head, work, x, dx, matrix(dw, dtype, *inputs[w].shape), chunks)
-    head.pad_weights(work)
+        dlogits = builder.own(dtype.itemsize * largest * head.stride)
+    gradients = _Gradients.of(head, builder, x, dx, matrix(dw, dtype, *inputs[w].shape), chunks)
+    head.pad_weights(builder)
     for first, rows in chunks or [(0, 0)]:
         for start, count in _chunks(rows, head.largest):
             chunk = head.chunk_of_logits(logits, F32, count)
-            head.multiply(work, head.rows_of(x, first + start, count), chunk)
+            head.multiply(builder, head.rows_of(x, first + start, count), chunk)
             loss = dispatch(
                 "cross_entropy_loss",
                 kernel,
@@ -154,10 +154,10 @@ def plan_linear_cross_entropy_both_passes(
                 dlosses=dlosses,
                 **({} if dlogits == logits else {"gradient": dlogits}),
             )
-            work.add(Plan((loss,)))
-        gradients.add(work, head.chunk_of_logits(dlogits, dtype, rows), first, rows)
-    gradients.end(work)
-    return work.plan()
+            builder.add(Plan((loss,)))
+        gradients.add(builder, head.chunk_of_logits(dlogits, dtype, rows), first, rows)
+    gradients.end(builder)
+    return builder.plan()
 
 
 def _chunks(tokens: int, largest: int) -> list[tuple[int, int]]:
@@ -165,7 +165,7 @@ def _chunks(tokens: int, largest: int) -> list[tuple[int, int]]:
     return [(first, min(largest, tokens - first)) for first in range(0, tokens, largest)]
 
 
-class _Work:
+class _PlanBuilder:
     """Plans one after another: operands from `scratch` on are buffers of our own, then what the plans share."""
 
     def __init__(self, scratch: int):
@@ -210,7 +210,7 @@ class _Head:
         info: "DeviceInfo",
         inputs: Sequence[Array],
         operands: tuple[int, int],
-        work: _Work,
+        builder: _PlanBuilder,
         transposed: bool,
         chunk_rows: int | None,
         variant: str | None,
@@ -218,7 +218,7 @@ class _Head:
     ) -> "_Head":
         """operands: x and w; held: dtype of the logits, or of their gradients."""
         x, w = (inputs[i] for i in operands)
-        element(x)
+        dtype_suffix(x)
         width, vocab = reversed(w.shape) if transposed else w.shape
         stride = ceil_divide(vocab, _PADDING) * _PADDING
         given = weights = matrix(operands[1], w.dtype, *w.shape)
@@ -228,7 +228,7 @@ class _Head:
             stride = whole if (whole - vocab) * _MOST_PADDED <= vocab else stride
             if stride > vocab:  # and they are four times slower where rows do not start at multiples of 16 bytes
                 shape = (stride, width) if transposed else (width, stride)
-                weights = matrix(work.own(w.dtype.itemsize * width * stride), w.dtype, *shape)
+                weights = matrix(builder.own(w.dtype.itemsize * width * stride), w.dtype, *shape)
         tokens = x.shape[0]
         held = F32 if family == "coop2" else held  # which has no softmax_gradient: it makes logits in f32 first
         largest = min(_chunk_rows(info, tokens, stride, held, chunk_rows), max(tokens, 1))
@@ -238,24 +238,24 @@ class _Head:
     def chunks(self) -> list[tuple[int, int]]:
         return _chunks(self.x.shape[0], self.largest)
 
-    def own_logits(self, work: _Work, dtype: np.dtype) -> int:
-        return work.own(dtype.itemsize * self.largest * self.stride)
+    def own_logits(self, builder: _PlanBuilder, dtype: np.dtype) -> int:
+        return builder.own(dtype.itemsize * self.largest * self.stride)
 
     @property
     def is_padded(self) -> bool:
         return self.weights is not self.given
 
-    def pad_weights(self, work: _Work) -> None:
+    def pad_weights(self, builder: _PlanBuilder) -> None:
         if self.is_padded and self.chunks:
             given, padded = self.given, self.weights
             if self.transposed:  # by rows: all is one long row
                 given, padded = (matrix(w.operand, w.dtype, 1, w.rows * w.columns) for w in (given, padded))
-            work.add(plan_epilogue(given, padded, NOTHING))
+            builder.add(plan_epilogue(given, padded, NOTHING))
 
-    def multiply(self, work: _Work, x: Matrix, out: Matrix, epilogue: Epilogue = NOTHING) -> None:
+    def multiply(self, builder: _PlanBuilder, x: Matrix, out: Matrix, epilogue: Epilogue = NOTHING) -> None:
         """Logits of a chunk."""
-        options = {"epilogue": epilogue, "scratch": work.free, "variant": self.variant}
-        work.add(plan_gemm(self.info, x, self.weights, out, transpose_b=self.transposed, **options))
+        options = {"epilogue": epilogue, "scratch": builder.free, "variant": self.variant}
+        builder.add(plan_gemm(self.info, x, self.weights, out, transpose_b=self.transposed, **options))
 
     def chunk_of_logits(self, operand: int, dtype: np.dtype, rows: int) -> Matrix:
         return Matrix(operand, dtype, rows, self.stride if self.is_padded else self.vocab, self.stride)
@@ -283,28 +283,28 @@ class _Gradients:
 
     @classmethod
     def of(
-        cls, head: _Head, work: _Work, x: int, dx: int, dw: Matrix, chunks: Sequence[tuple[int, int]]
+        cls, head: _Head, builder: _PlanBuilder, x: int, dx: int, dw: Matrix, chunks: Sequence[tuple[int, int]]
     ) -> "_Gradients":
         """dw takes the sum over chunks itself where it has the dtype for it, and its rows are as long as those of w."""
         total, columns = dw, head.weights.columns
         summed = F32 if len(chunks) > 1 else dw.dtype
         if (summed, columns) != (dw.dtype, dw.columns):
-            total = matrix(work.own(summed.itemsize * dw.rows * columns), summed, dw.rows, columns)
+            total = matrix(builder.own(summed.itemsize * dw.rows * columns), summed, dw.rows, columns)
         return cls(head, x, dx, dw, total)
 
-    def add(self, work: _Work, part: Matrix, first: int, rows: int) -> None:
+    def add(self, builder: _PlanBuilder, part: Matrix, first: int, rows: int) -> None:
         """part: the gradient of the logits of `rows` tokens from the `first` on."""
         head, transposed = self.head, self.head.transposed
         x, dx = (head.rows_of(i, first, rows) for i in (self.x, self.dx))
         factors = (replace(part, columns=head.vocab), x) if transposed else (x, part)
-        options = {"scratch": work.free, "variant": head.variant}
+        options = {"scratch": builder.free, "variant": head.variant}
         accumulate = Epilogue(accumulate=first > 0)
-        work.add(plan_gemm(head.info, *factors, self.total, epilogue=accumulate, transpose_a=True, **options))
-        work.add(plan_gemm(head.info, part, head.weights, dx, transpose_b=not transposed, **options))
+        builder.add(plan_gemm(head.info, *factors, self.total, epilogue=accumulate, transpose_a=True, **options))
+        builder.add(plan_gemm(head.info, part, head.weights, dx, transpose_b=not transposed, **options))
 
-    def end(self, work: _Work) -> None:
+    def end(self, builder: _PlanBuilder) -> None:
         if self.total is not self.dw:
-            work.add(plan_epilogue(replace(self.total, columns=self.dw.columns), self.dw, NOTHING))
+            builder.add(plan_epilogue(replace(self.total, columns=self.dw.columns), self.dw, NOTHING))
 
 
 def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, held: np.dtype, wanted: int | None) -> int:

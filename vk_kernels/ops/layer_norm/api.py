@@ -67,7 +67,7 @@ def _scale_and_bias(operation, x, scale, bias):
 _residual_layer_norm_backward = make_primitive(
     "residual_layer_norm_backward",
     residual_layer_norm_backward_reference,
-    KernelOp(plan_residual_layer_norm_backward, shapeless=("stream",)),
+    KernelOp(plan_residual_layer_norm_backward, shapeless=("site",)),
 )
 
 
@@ -84,9 +84,9 @@ _residual_layer_norm_operation = make_operation(
         residual_layer_norm_forward_reference,
         KernelOp(
             plan_residual_layer_norm_forward,
-            batch_axes=lambda epsilon, dropout_rate, stream: None if dropout_rate else (True, True, False, False),
+            batch_axes=lambda epsilon, dropout_rate, site: None if dropout_rate else (True, True, False, False),
             rematerialize=residual_layer_norm_rule,
-            shapeless=("stream",),
+            shapeless=("site",),
         ),
     ),
     _residual_layer_norm_gradients,
@@ -95,15 +95,15 @@ _residual_layer_norm_operation = make_operation(
 
 
 @public(residual_layer_norm_reference)
-def residual_layer_norm(target, x, branch, scale, bias, rng=None, *, dropout_rate=0.0, stream=0, epsilon=EPSILON):
+def residual_layer_norm(target, x, branch, scale, bias, rng=None, *, dropout_rate=0.0, site=0, epsilon=EPSILON):
     scale, bias = _scale_and_bias("residual_layer_norm", x, scale, bias)
-    rng, dropout_rate, stream = drawing_of(rng, dropout_rate, stream)
+    rng, dropout_rate, site = drawing_of(rng, dropout_rate, site)
     check_arrays("residual_layer_norm", branch=(branch, x.shape, x.dtype), rng=(rng, (2,), jnp.uint32))
     total, y = _residual_layer_norm_operation(
         target,
         *(as_rows(x), as_rows(branch), scale, bias, rng),
         dropout_rate=dropout_rate,
-        stream=stream,
+        site=site,
         epsilon=float(epsilon),
     )
     return total.reshape(x.shape), y.reshape(x.shape)

@@ -5,8 +5,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vk_kernels.ops.dropout import dropout_constants
-from vk_kernels.ops.launch import THREADS, aligned, ceil_divide, dispatch, element, operands_of, planner, require_plain
 from vk_kernels.ops.layer_norm.reference import EPSILON
+from vk_kernels.ops.planning import (
+    THREADS,
+    aligned,
+    ceil_divide,
+    dispatch,
+    dtype_suffix,
+    operands_of,
+    planner,
+    require_plain,
+)
 from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
 
 if TYPE_CHECKING:
@@ -31,7 +40,7 @@ def plan_layer_norm_forward(
     require_plain(variant)
     (x, scale, bias), (y, mean, rstd), _ = operands_of(inputs, outputs)
     buffers = {"input": x, "scale": scale, "bias": bias, "y": y, "mean": mean, "rstd": rstd}
-    return _plan_forward(element(inputs[x]), inputs[x], dropout_constants(0.0, 0), epsilon, buffers)
+    return _plan_forward(dtype_suffix(inputs[x]), inputs[x], dropout_constants(0.0, 0), epsilon, buffers)
 
 
 @planner
@@ -41,7 +50,7 @@ def plan_residual_layer_norm_forward(
     outputs: Sequence[Array],
     *,
     dropout_rate: float,
-    stream: int,
+    site: int,
     epsilon: float = EPSILON,
     variant: str | None = None,
 ) -> Plan:
@@ -51,10 +60,10 @@ def plan_residual_layer_norm_forward(
     """
     require_plain(variant)
     (x, branch, scale, bias, *rng), (total, y, mean, rstd), _ = operands_of(inputs, outputs)
-    rng, drawing = _drawing(rng, dropout_rate, stream)
+    rng, drawing = _drawing(rng, dropout_rate, site)
     buffers = {"input": x, "scale": scale, "bias": bias, "y": y, "mean": mean, "rstd": rstd}
     buffers |= {"branch": branch, "rng": rng, "sum": total}
-    return _plan_forward(f"residual_{element(inputs[x])}", inputs[x], drawing, epsilon, buffers)
+    return _plan_forward(f"residual_{dtype_suffix(inputs[x])}", inputs[x], drawing, epsilon, buffers)
 
 
 @planner
@@ -66,7 +75,7 @@ def plan_layer_norm_backward(
     (x, scale, mean, rstd, dy), (dx, dscale, dbias), scratch = operands_of(inputs, outputs)
     buffers = {"x": x, "scale": scale, "mean": mean, "rstd": rstd, "dy": dy, "dx": dx}
     drawing = dropout_constants(0.0, 0)
-    return _plan_backward(element(inputs[x]), inputs[x], drawing, buffers, dscale, dbias, scratch)
+    return _plan_backward(dtype_suffix(inputs[x]), inputs[x], drawing, buffers, dscale, dbias, scratch)
 
 
 @planner
@@ -76,7 +85,7 @@ def plan_residual_layer_norm_backward(
     outputs: Sequence[Array],
     *,
     dropout_rate: float,
-    stream: int,
+    site: int,
     variant: str | None = None,
 ) -> Plan:
     """inputs: total, scale, mean, rstd, dtotal, dy and, for dropout, rng; outputs: dx, dbranch, dscale, dbias.
@@ -86,15 +95,17 @@ def plan_residual_layer_norm_backward(
     require_plain(variant)
     (total, scale, mean, rstd, dtotal, dy, *rng), outs, scratch = operands_of(inputs, outputs)
     dx, dbranch, dscale, dbias = outs
-    rng, drawing = _drawing(rng, dropout_rate, stream)
+    rng, drawing = _drawing(rng, dropout_rate, site)
     buffers = {"x": total, "scale": scale, "mean": mean, "rstd": rstd, "dy": dy, "dx": dx}
     buffers |= {"direct": dtotal, "rng": rng, "dbranch": dbranch}
-    return _plan_backward(f"residual_{element(inputs[total])}", inputs[total], drawing, buffers, dscale, dbias, scratch)
+    return _plan_backward(
+        f"residual_{dtype_suffix(inputs[total])}", inputs[total], drawing, buffers, dscale, dbias, scratch
+    )
 
 
-def _drawing(rng: list[int], rate: float, stream: int) -> tuple[int | None, DropoutConstants]:
+def _drawing(rng: list[int], rate: float, site: int) -> tuple[int | None, DropoutConstants]:
     """The rng, if there is one, and the constants of dropout, of none without it."""
-    return (rng[0], dropout_constants(rate, stream)) if rng else (None, dropout_constants(0.0, 0))
+    return (rng[0], dropout_constants(rate, site)) if rng else (None, dropout_constants(0.0, 0))
 
 
 def _rows_and_columns(x: Array) -> tuple[int, int]:

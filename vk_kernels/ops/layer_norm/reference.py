@@ -34,7 +34,7 @@ def residual_layer_norm_reference(
     rng: jax.Array | None = None,
     *,
     dropout_rate: float = 0.0,
-    stream: int = 0,
+    site: int = 0,
     epsilon: float = EPSILON,
 ) -> tuple[jax.Array, jax.Array]:
     """total = x + dropout_forward_reference(branch), and the layer norm of total.
@@ -42,13 +42,13 @@ def residual_layer_norm_reference(
     Args:
       x, branch: (..., D), one dtype, f32 or bf16.
       scale, bias, epsilon: as for `layer_norm`.
-      rng, dropout_rate, stream: as for `dropout`.
+      rng, dropout_rate, site: as for `dropout`.
 
     Returns:
       total and its norm, (..., D) each, in x's dtype.
     """
     return residual_layer_norm_forward_reference(
-        x, branch, scale, bias, rng, dropout_rate=dropout_rate, stream=stream, epsilon=epsilon
+        x, branch, scale, bias, rng, dropout_rate=dropout_rate, site=site, epsilon=epsilon
     )[:2]
 
 
@@ -96,11 +96,11 @@ def residual_layer_norm_forward_reference(
     rng: jax.Array | None = None,
     *,
     dropout_rate: float,
-    stream: int,
+    site: int,
     epsilon: float = EPSILON,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(total, y, mean, rstd): `residual_layer_norm`, and mean and rstd of total."""
-    dropped = dropout_forward_reference(branch.astype(jnp.float32), rng, rate=dropout_rate, stream=stream)
+    dropped = dropout_forward_reference(branch.astype(jnp.float32), rng, rate=dropout_rate, site=site)
     total = (x.astype(jnp.float32) + dropped).astype(x.dtype)
     return total, *layer_norm_forward_reference(total, scale, bias, epsilon=epsilon)
 
@@ -115,12 +115,12 @@ def residual_layer_norm_backward_reference(
     rng: jax.Array | None = None,
     *,
     dropout_rate: float,
-    stream: int,
+    site: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(dx, dbranch, dscale, dbias), dtotal being the gradient of the first output and dy that of the second."""
     dx, dscale, dbias = _backward_in_f32(total, scale, mean, rstd, dy)
     dx = dx + dtotal.astype(jnp.float32)
-    dbranch = dropout_forward_reference(dx, rng, rate=dropout_rate, stream=stream)
+    dbranch = dropout_forward_reference(dx, rng, rate=dropout_rate, site=site)
     return dx.astype(total.dtype), dbranch.astype(total.dtype), dscale, dbias
 
 

@@ -33,7 +33,7 @@ _matmul_backward = make_primitive(
         plan_matmul_backward,
         epilogues={"matmul_backward": _slope_into_product},
         flops=lambda node: 2 * product_flops(node),
-        shapeless=("stream",),
+        shapeless=("site",),
     ),
 )
 
@@ -61,7 +61,7 @@ _matmul_operation = make_operation(
             batch_axes=_matmul_batch_axes,
             rematerialize=matmul_rule,
             flops=product_flops,
-            shapeless=("stream",),
+            shapeless=("site",),
         ),
     ),
     _matmul_gradients,
@@ -79,11 +79,11 @@ def matmul(
     residual=None,
     rng=None,
     dropout_rate=0.0,
-    stream=0,
+    site=0,
 ):
     if w.ndim != 2 or x.ndim == 0:
         raise ValueError(f"matmul: x must be (..., K) and w (K, N), found {x.shape} and {w.shape}")
-    rng, dropout_rate, stream = drawing_of(rng, dropout_rate, stream)
+    rng, dropout_rate, site = drawing_of(rng, dropout_rate, site)
     bias = None if bias is None else jnp.asarray(bias, x.dtype)
     shape, columns = (*x.shape[:-1], w.shape[1]), w.shape[1:]
     check_arrays(
@@ -100,6 +100,6 @@ def matmul(
         has_bias=bias is not None,
         has_residual=residual is not None,
         dropout_rate=dropout_rate,
-        stream=stream,
+        site=site,
     )
     return y.reshape(shape)

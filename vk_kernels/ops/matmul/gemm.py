@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from vk_kernels.errors import FeatureError
-from vk_kernels.ops.launch import MAX_GROUPS, THREADS, ceil_divide, dispatch, has_lanes
+from vk_kernels.ops.planning import MAX_GROUPS, THREADS, ceil_divide, dispatch, has_lanes
 from vk_kernels.runtime.dispatch_plan import Dispatch, Plan
 from vk_kernels.runtime.kernel import manifest
 from vk_kernels.runtime.physical_device import DeviceInfo
@@ -87,7 +87,7 @@ class Epilogue:
     """What happens to the sums before they are stored, in this order, in f32. The indices are operands of the plan.
 
     bias: (columns of C,) to add. save_pre_activation: where to store the sums as they are then. gelu: apply GELU.
-    gelu_slope_of: multiply by GELU's slope at these values. rng, threshold, scale, stream: dropout (see
+    gelu_slope_of: multiply by GELU's slope at these values. rng, threshold, scale, site: dropout (see
     `dropout_threshold`, `dropout_scale`); rng is uint32 (2,), None for no dropout. residual: to add.
     accumulate: add what C holds. All but rng have C's dtype; residual, save_pre_activation and gelu_slope_of have its
     layout too. Bias and dropout take no batch; dropout and accumulate exclude one another, as residual and
@@ -101,7 +101,7 @@ class Epilogue:
     rng: int | None = None
     threshold: int = 0
     scale: float = 1.0
-    stream: int = 0
+    site: int = 0
     residual: int | None = None
     accumulate: bool = False
     softmax_gradient: SoftmaxGradient | None = None
@@ -118,7 +118,7 @@ class Epilogue:
             raise ValueError("an epilogue has dropout or accumulate, not both")
 
     def before_dropout(self) -> "Epilogue":
-        return replace(self, rng=None, threshold=0, scale=1.0, stream=0, residual=None)
+        return replace(self, rng=None, threshold=0, scale=1.0, site=0, residual=None)
 
     def from_dropout(self) -> "Epilogue":
         return replace(self, bias=None, save_pre_activation=None, gelu=False, gelu_slope_of=None)
@@ -324,17 +324,17 @@ def plan_gemm(
     slice_k = max(1, ceil_divide(k, (splits or 1) * tile.k)) * tile.k  # whole tiles: only the last slice is ragged
     splits = max(1, ceil_divide(k, slice_k))
 
-    work = _Work(m, n, k, batch, splits, slice_k)
-    multiply = _Multiply(chosen, tile, work, a, b, transpose_a, transpose_b)
+    size = _ProblemSize(m, n, k, batch, splits, slice_k)
+    multiply = _Multiply(chosen, tile, size, a, b, transpose_a, transpose_b)
     # coop2 applies functions to an element at a time, each of which would read its row's target and normalizer.
     if splits > 1 or (chosen == "coop2" and epilogue.softmax_gradient):
         partial = replace(matrix(scratch, F32, m, n), batch_stride=ceil_divide(m * n, 4) * 4)
         nbytes = 4 * batch * splits * partial.batch_stride
-        return Plan((multiply.dispatch(partial, NOTHING), _finish(work, partial, c, epilogue)), (nbytes,))
+        return Plan((multiply.dispatch(partial, NOTHING), _finish(size, partial, c, epilogue)), (nbytes,))
     if chosen == "coop2" and epilogue.rng is not None:
         # coop2 applies functions to an element at a time, and each would draw the bits of all eight of its block.
         first = multiply.dispatch(c, epilogue.before_dropout())
-        return Plan((first, _finish(work, c, c, epilogue.from_dropout())))
+        return Plan((first, _finish(size, c, c, epilogue.from_dropout())))
     return Plan((multiply.dispatch(c, epilogue),))
 
 
@@ -346,7 +346,7 @@ def plan_epilogue(a: Matrix, c: Matrix, epilogue: Epilogue) -> Plan:
     epilogue.check(1)
     if 0 in (c.rows, c.columns):
         return Plan(())
-    return Plan((_finish(_Work(c.rows, c.columns), a, c, epilogue),))
+    return Plan((_finish(_ProblemSize(c.rows, c.columns), a, c, epilogue),))
 
 
 def plan_column_sums(a: Matrix, c: Matrix, *, scratch: int) -> Plan:
@@ -355,22 +355,22 @@ def plan_column_sums(a: Matrix, c: Matrix, *, scratch: int) -> Plan:
         return Plan(())
     strips = max(1, ceil_divide(a.rows, _STRIP_ROWS))
     partial = matrix(scratch, F32, 1, a.columns)
-    work = _Work(a.rows, a.columns, splits=strips, split_k=_STRIP_ROWS)
+    size = _ProblemSize(a.rows, a.columns, splits=strips, split_k=_STRIP_ROWS)
     groups = strips * ceil_divide(a.columns, _STRIP_COLUMNS)
     first = dispatch(
         "matmul_column_sums",
         _SHORT[a.dtype],
         groups,
-        constants=_constants(work, a, a, partial, NOTHING, groups),
+        constants=_constants(size, a, a, partial, NOTHING, groups),
         spec={"ALIGNED_A": a.whole(4), "ALIGNED_C": partial.whole(4)},
         a=a.operand,
         c=partial.operand,
     )
-    last = _finish(_Work(1, a.columns, splits=strips), partial, c, NOTHING)
+    last = _finish(_ProblemSize(1, a.columns, splits=strips), partial, c, NOTHING)
     return Plan((first, last), (4 * strips * a.columns,))
 
 
-class _Work(NamedTuple):
+class _ProblemSize(NamedTuple):
     """The sizes that open the push constants of every kernel here, under their names there."""
 
     m: int
@@ -387,7 +387,7 @@ class _Multiply:
 
     variant: str
     tile: Tile
-    work: _Work
+    size: _ProblemSize
     a: Matrix
     b: Matrix
     transpose_a: bool
@@ -395,11 +395,11 @@ class _Multiply:
 
     def dispatch(self, c: Matrix, epilogue: Epilogue) -> Dispatch:
         """C = the epilogue of the product, or of each of its partial sums."""
-        tile, work, a, b = self.tile, self.work, self.a, self.b
+        tile, size, a, b = self.tile, self.size, self.a, self.b
         spec = {"TRANSPOSE_A": self.transpose_a, "TRANSPOSE_B": self.transpose_b}
         buffers = {"a": a.operand, "b": b.operand, **_epilogue_buffers(epilogue), "c": c.operand}
         if self.variant == "coop2":
-            edges = _sticks_out(tile, work.m, work.n, work.k)
+            edges = _sticks_out(tile, size.m, size.n, size.k)
             spec |= {"EDGES": edges, "ALIGNED_A": a.aligned(8), "ALIGNED_B": b.aligned(8)}
             spec |= _epilogue_spec(epilogue, c.aligned(8))
             del spec["DROPOUT"], spec["SOFTMAX_GRADIENT"], buffers["rng"]
@@ -407,11 +407,11 @@ class _Multiply:
             at_once = 8 if self.variant == "coop1" else 4  # elements of an operand
             if self.variant == "coop1" or not tile.lanes:  # matmul_lanes reads by element where it is not WHOLE
                 spec |= {"ALIGNED_A": a.whole(at_once), "ALIGNED_B": b.whole(at_once)}
-            whole_k = work.k > 0 and work.k % tile.k == 0  # of each slice, then
+            whole_k = size.k > 0 and size.k % tile.k == 0  # of each slice, then
             spec["WHOLE"] = tile.unbounded and whole_k and a.aligned(at_once) and b.aligned(at_once)
             spec |= _epilogue_spec(epilogue, c.whole(at_once))
-        groups = work.batches * work.splits * ceil_divide(work.m, tile.m) * ceil_divide(work.n, tile.n)
-        constants = _constants(work, a, b, c, epilogue, groups)
+        groups = size.batches * size.splits * ceil_divide(size.m, tile.m) * ceil_divide(size.n, tile.n)
+        constants = _constants(size, a, b, c, epilogue, groups)
         kernel, kind = _kernel(self.variant, tile, a, c)
         lanes = tile.lanes or None
         return dispatch(kernel, kind, groups, constants=constants, spec=spec, subgroup_size=lanes, **buffers)
@@ -432,11 +432,11 @@ def _fits(info: DeviceInfo, kernel: str, kind: str, tile: Tile) -> bool:
     return suits and enough
 
 
-def _finish(work: _Work, a: Matrix, c: Matrix, epilogue: Epilogue) -> Dispatch:
+def _finish(size: _ProblemSize, a: Matrix, c: Matrix, epilogue: Epilogue) -> Dispatch:
     """C = epilogue(the sum of A over splits)."""
-    groups = ceil_divide(work.batches * work.m * ceil_divide(work.n, 4), THREADS)
+    groups = ceil_divide(size.batches * size.m * ceil_divide(size.n, 4), THREADS)
     spec = {"ALIGNED_A": a.whole(4), **_epilogue_spec(epilogue, c.whole(4))}
-    constants = _constants(work._replace(k=a.columns), a, a, c, epilogue, groups)
+    constants = _constants(size._replace(k=a.columns), a, a, c, epilogue, groups)
     buffers = {"a": a.operand, **_epilogue_buffers(epilogue), "c": c.operand}
     return dispatch("matmul_finish", _types(a, c), groups, constants=constants, spec=spec, **buffers)
 
@@ -458,17 +458,17 @@ def _epilogue_buffers(epilogue: Epilogue) -> dict[str, int | None]:
 
 
 def _constants(
-    work: _Work, a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue, workgroups: int
+    size: _ProblemSize, a: Matrix, b: Matrix, c: Matrix, epilogue: Epilogue, workgroups: int
 ) -> dict[str, int | float]:
     """The push constants of every kernel here: Params of shaders/matmul/matmul_common.slang."""
     loss = epilogue.softmax_gradient
     return {
-        **work._asdict(),
+        **size._asdict(),
         "groups_x": min(workgroups, MAX_GROUPS),
-        **{f"stride_{name}": matrix.stride for name, matrix in (("a", a), ("b", b), ("c", c))},
-        **{f"offset_{name}": matrix.offset for name, matrix in (("a", a), ("b", b), ("c", c))},
-        **{f"batch_{name}": matrix.batch_stride for name, matrix in (("a", a), ("b", b), ("c", c))},
-        "stream": epilogue.stream if loss is None else loss.first,
+        **{f"stride_{name}": x.stride for name, x in (("a", a), ("b", b), ("c", c))},
+        **{f"offset_{name}": x.offset for name, x in (("a", a), ("b", b), ("c", c))},
+        **{f"batch_{name}": x.batch_stride for name, x in (("a", a), ("b", b), ("c", c))},
+        "stream": epilogue.site if loss is None else loss.first,
         "threshold": epilogue.threshold if loss is None else loss.columns,
         "scale": epilogue.scale if loss is None else 1.0,
     }

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from vk_kernels.compiler.ir import Node
 from vk_kernels.ops.dropout import dropout_scale, dropout_threshold
-from vk_kernels.ops.launch import planner
 from vk_kernels.ops.matmul.gemm import Epilogue, Matrix, matrix, plan_column_sums, plan_epilogue, plan_gemm
 from vk_kernels.ops.matmul.reference import check_activation
+from vk_kernels.ops.planning import planner
 from vk_kernels.runtime.dispatch_plan import Array, Plan
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def plan_matmul_forward(
     has_bias: bool,
     has_residual: bool,
     dropout_rate: float,
-    stream: int,
+    site: int,
     variant: str | None = None,
 ) -> Plan:
     """inputs: x, w, and of bias, residual, rng those that there are; outputs: y and, with an activation, its input.
@@ -47,7 +47,7 @@ def plan_matmul_forward(
         save_pre_activation=None if activation is None else y + 1,
         gelu=activation == "gelu",
         residual=residual,
-        **_dropout_step(next(optional, None), dropout_rate, stream),
+        **_dropout_step(next(optional, None), dropout_rate, site),
     )
     scratch = len(inputs) + len(outputs)
     return plan_gemm(info, x, w, _rows(y, outputs[0]), epilogue=epilogue, scratch=scratch, variant=variant)
@@ -62,7 +62,7 @@ def plan_matmul_backward(
     activation: str | None,
     has_bias: bool,
     dropout_rate: float,
-    stream: int,
+    site: int,
     input_activation: str | None = None,
     variant: str | None = None,
 ) -> Plan:
@@ -79,7 +79,7 @@ def plan_matmul_backward(
     slope_of = None if input_activation is None else first - 1
     optional = iter(range(3, first if slope_of is None else slope_of))
     pre_activation = None if activation is None else next(optional)
-    drop = _dropout_step(next(optional, None), dropout_rate, stream)
+    drop = _dropout_step(next(optional, None), dropout_rate, site)
     plan, free = Plan(()), first + len(outputs)
     if activation is not None or drop:
         # Once, ahead of both products: in their loads, every tile of C would draw the same bits again.
@@ -109,12 +109,12 @@ def _rows(operand: int, array: Array) -> Matrix:
     return matrix(operand, array.dtype, math.prod(array.shape[:-1]), array.shape[-1])
 
 
-def _dropout_step(rng: int | None, rate: float, stream: int) -> dict[str, int | float]:
+def _dropout_step(rng: int | None, rate: float, site: int) -> dict[str, int | float]:
     """The fields of an Epilogue that drops, if anything is to be dropped."""
     threshold = dropout_threshold(rate)
     if rng is None or threshold == 0:
         return {}
-    return {"rng": rng, "threshold": threshold, "scale": dropout_scale(rate), "stream": stream}
+    return {"rng": rng, "threshold": threshold, "scale": dropout_scale(rate), "site": site}
 
 
 def product_flops(node: Node) -> int:

@@ -21,7 +21,7 @@ def matmul_reference(
     residual: jax.Array | None = None,
     rng: jax.Array | None = None,
     dropout_rate: float = 0.0,
-    stream: int = 0,
+    site: int = 0,
 ) -> jax.Array:
     """residual + dropout_forward_reference(activation(x @ w + bias)), accumulated in f32.
 
@@ -31,7 +31,7 @@ def matmul_reference(
       bias: (N,) or None.
       activation: None or 'gelu'.
       residual: (..., N) or None.
-      rng, dropout_rate, stream: as for `dropout`.
+      rng, dropout_rate, site: as for `dropout`.
 
     Returns:
       (..., N) in x's dtype.
@@ -47,7 +47,7 @@ def matmul_reference(
         has_bias=bias is not None,
         has_residual=residual is not None,
         dropout_rate=dropout_rate,
-        stream=stream,
+        site=site,
     )[0]
 
 
@@ -59,7 +59,7 @@ def matmul_forward_reference(
     has_bias: bool,
     has_residual: bool,
     dropout_rate: float,
-    stream: int,
+    site: int,
 ) -> tuple[jax.Array, ...]:
     """(y,) of `matmul`, or, with an activation, (y, its input), which the backward pass needs; both in x's dtype.
 
@@ -76,7 +76,7 @@ def matmul_forward_reference(
     y = pre_activation = y.astype(x.dtype)
     if activation == "gelu":
         y = gelu_forward_reference(y)
-    y = dropout_forward_reference(y, rng, rate=dropout_rate, stream=stream)
+    y = dropout_forward_reference(y, rng, rate=dropout_rate, site=site)
     y = y if residual is None else residual + y
     return (y,) if activation is None else (y, pre_activation)
 
@@ -104,7 +104,7 @@ def matmul_backward_reference(
     activation: str | None,
     has_bias: bool,
     dropout_rate: float,
-    stream: int,
+    site: int,
     input_activation: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """(dx, dw), and with has_bias dbias (N,), in x's dtype. The gradient of the residual is dy itself.
@@ -116,7 +116,7 @@ def matmul_backward_reference(
     check_activation(input_activation)
     rest = iter(optional[:-1] if input_activation else optional)
     pre_activation = None if activation is None else next(rest)
-    dy = dropout_forward_reference(dy.astype(jnp.float32), next(rest, None), rate=dropout_rate, stream=stream)
+    dy = dropout_forward_reference(dy.astype(jnp.float32), next(rest, None), rate=dropout_rate, site=site)
     if activation == "gelu":
         dy = gelu_backward_reference(pre_activation.astype(jnp.float32), dy)
     dsums = dy.astype(x.dtype).reshape(math.prod(x.shape[:-1]), w.shape[1])

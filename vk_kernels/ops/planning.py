@@ -19,7 +19,7 @@ MAX_GROUPS = 65535  # along either axis; every device takes that many
 _ELEMENTS = {np.dtype(np.float32): "f32", np.dtype(ml_dtypes.bfloat16): "bf16"}
 
 
-def element(array: Array) -> str:
+def dtype_suffix(array: Array) -> str:
     """The variant of a kernel for the array's dtype. Raises ValueError for one that there are no kernels for."""
     found = _ELEMENTS.get(array.dtype)
     if found is None:
