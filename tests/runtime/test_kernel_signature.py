@@ -124,22 +124,27 @@ def test_what_an_array_may_be_read_as(kernel, variant, buffer, takes, refuses):
     found = signature(kernel, variant)
     names = {name: i for i, name in enumerate(found.buffers)}
     operands = found.operands(names)
-    for dtype in takes:
-        found.check_operand(names[buffer], operands, dtype, is_input=False)
-    for dtype in refuses:
-        with pytest.raises(TypeError, match=f"buffer {buffer} holds .*, found {dtype.name}"):
-            found.check_operand(names[buffer], operands, dtype, is_input=False)
+    for dtype in (*takes, *refuses):
+        arrays = [dtype]  # the others are scratch
+        places = tuple(0 if operand == names[buffer] else 1 + operand for operand in operands)
+        if dtype in takes:
+            found.check_operands(places, arrays, inputs=0)
+        else:
+            with pytest.raises(TypeError, match=f"buffer {buffer} holds .*, found {dtype.name}"):
+                found.check_operands(places, arrays, inputs=0)
 
 
 def test_every_kernel_that_ships_names_all_that_it_binds():
     for name, record in manifest().items():
-        found = KernelSignature.of(name, Reflection.from_json(record))
+        found = KernelSignature(name, Reflection.from_json(record))
         assert len(found.buffers) == len(record["bindings"])
         assert len(found.constants) == len(record["push_constants"])
         assert all(name.replace(".", "_").isidentifier() for name in (*found.buffers, *found.constants))
         assert all(constant.type in ("uint32", "int32", "float32") for constant in found.constants.values())
         ends = [constant.offset + 4 * constant.count for constant in found.constants.values()]
-        assert max(ends) == found.constant_bytes == sum(4 * c.count for c in found.constants.values())  # no gaps
+        assert (
+            max(ends) == record["push_constant_bytes"] == sum(4 * c.count for c in found.constants.values())
+        )  # no gaps
 
 
 def test_names_are_in_snake_case():

@@ -6,6 +6,7 @@ the device lacks it. A plan does no host work and holds no buffers, so that the 
 recording of a whole program.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,7 +36,7 @@ class Array(NamedTuple):
     @property
     def size(self) -> int:
         """Elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     def __str__(self) -> str:
         return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
@@ -74,12 +75,9 @@ def check_operands(plan: Plan, inputs: Sequence[Array], outputs: Sequence[Array]
 
     Of scratch no dtype is known.
     """
-    arrays = (*inputs, *outputs)
+    dtypes = [array.dtype for array in (*inputs, *outputs)]
     for dispatch in plan.dispatches:
-        kernel = signature(dispatch.kernel, dispatch.variant)
-        for operand in dict.fromkeys(dispatch.operands):
-            if operand < len(arrays):
-                kernel.check_operand(operand, dispatch.operands, arrays[operand].dtype, operand < len(inputs))
+        signature(dispatch.kernel, dispatch.variant).check_operands(dispatch.operands, dtypes, len(inputs))
 
 
 def kernel_of(device: "Device", dispatch: Dispatch) -> "Kernel":
