@@ -122,10 +122,12 @@ def plan_attention_backward(
         dots_and_dq = launch.dispatch("attention_dq", **read, result=out, dq=dq, dots=dots)
         dk_and_dv = launch.dispatch("attention_dkv", **read, dots=dots, dk=dk, dv=dv)
         return Plan((dots_and_dq, dk_and_dv), scratch=(4 * rows,))
-    read |= {"result": out} if own_dots else {"dots": dots}
+    if own_dots:  # kernels that make the dots of their own rows, out of out
+        dots = out
     # Side by side, also where the three gradients are one array.
-    by_keys = launch.dispatch("attention_dkv", parts=("dk", "dv"), **read, dk=dk, dv=dv)
-    by_queries = launch.dispatch("attention_dq", parts=("dq",), **read, dq=dq)
+    by_keys = launch.dispatch("attention_dkv", parts=("dk", "dv"), **read, dots=dots, dk=dk, dv=dv)
+    dots_or_out = {"result": out} if own_dots else {"dots": dots}
+    by_queries = launch.dispatch("attention_dq", parts=("dq",), **read, **dots_or_out, dq=dq)
     if own_dots:
         return Plan((by_keys, by_queries))
     make_dots = dispatch(
