@@ -8,8 +8,8 @@ every tenth step read back. `xla` runs this repository's reference operations. I
 rivals have fused attention: `cudnn` is XLA with `jax.nn.dot_product_attention(implementation="cudnn")`, and
 torch.compile takes PyTorch's. ms is the median over the steps, in tens, after a warm-up. The first step is counted from
 the start of the process, imports included: cold with empty caches of compiled kernels and of Python's bytecode, warm in
-a second process that finds them (XLA: its compilation cache). Memory is the most that was in use on the device; MFU is
-of the published peak of the device, where it is known.
+a second process that finds them (XLA: its compilation cache). Memory is the most that was in use on the device; MFU
+(gpt_jax/runs/flops.py has its formula) is of the published peak of the device, where it is known.
 
 After the table, where the time of our step goes: each kernel's device time beside its floor, the larger of its bytes
 at the bandwidth of a large copy and its FLOPs at the rate of a large product, both measured in the same process.

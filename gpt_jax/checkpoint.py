@@ -1,8 +1,9 @@
 """Checkpoints: one directory a step holds the train state and the position in the run, committed together.
 
-Orbax's `Checkpointer` writes the arrays; what stands here is what a run needs around that. Not
-`CheckpointManager`, which counts a damaged directory as a step and refuses to save over it, and not the v1 API,
-which is experimental still and renamed its functions between 0.11 and 0.12; neither notices a flipped bit.
+Orbax's `Checkpointer` writes the arrays; what a run needs around that stands here and in storage/checkpoint_files.py.
+Not `CheckpointManager`, which counts a damaged directory as a step and refuses to save over it (the claim of
+tests/training/test_checkpoint_damage.py::test_a_damaged_newest_can_be_saved_again), and not the v1 API, which is
+experimental still and renamed its functions between 0.11 and 0.12; neither notices a flipped bit.
 
     DIRECTORY/STEP/state/         the leaves of the train state: a nested dict of arrays, for any orbax reader
     DIRECTORY/STEP/position.json  position, validation loss, CRC-32 of every file of `state` and of itself

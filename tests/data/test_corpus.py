@@ -353,7 +353,7 @@ print(count, peak() - before)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from /proc")
 @pytest.mark.parametrize("name", ["large.txt", "large.jsonl"])
-def test_reading_200_mb_takes_a_few(tmp_path, name):
+def test_reading_60_mb_takes_a_few(tmp_path, name):
     path = tmp_path / name
     long = "A sentence of an answer. " * 400
     if name.endswith("txt"):  # all on one line
@@ -362,13 +362,13 @@ def test_reading_200_mb_takes_a_few(tmp_path, name):
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": long}]
         dialogue = json.dumps({"messages": messages}) + "\n"
     with path.open("w") as file:
-        for _ in range(20):
+        for _ in range(6):
             file.write(dialogue * 1000)
-    assert path.stat().st_size > 200e6
+    assert path.stat().st_size > 60e6
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True, timeout=120
     )
     path.unlink()
     count, grown = map(int, run.stdout.split())
-    assert count == 20_000
-    assert grown < 30_000  # KiB
+    assert count == 6_000
+    assert grown < 30_000  # KiB: half of the file

@@ -105,9 +105,9 @@ def test_who_says_a_token_agrees_with_the_markers(prepared):
 
 @pytest.fixture(scope="module")
 def excerpt(tmp_path_factory):
-    """An eighth of the default corpus as marked text: large enough for ties and threads, small enough to repeat."""
+    """A sixteenth of the default corpus as marked text: large enough for ties and threads, small enough to repeat."""
     path = tmp_path_factory.mktemp("excerpt") / "excerpt.txt"
-    path.write_text("".join(corpus.render(dialogue) for dialogue in [*corpus.read_corpus("default")][::8]))
+    path.write_text("".join(corpus.render(dialogue) for dialogue in [*corpus.read_corpus("default")][::16]))
     return path
 
 
