@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from gpt_jax.checkpoint import CHECKPOINTS, saved_steps
 from gpt_jax.config import UserError
-from gpt_jax.data import tokenizer
 from gpt_jax.data.token_cache import NEW_TOKENIZER
+from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.runs.info import read_info
 
 FROM_DONOR = "from the donor"  # in run.json: where the run's tokenizer is from
@@ -54,13 +54,13 @@ def tokenizer_to_keep(config: ConfigDict, workdir: Path) -> Path | None:
     return file
 
 
-def check_words(workdir: Path, words: Tokenizer) -> None:
+def check_same_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
     """Raises UserError if a run that goes on would read its embeddings by another tokenizer than it was trained with.
 
     The data's fingerprint does not tell: one trained anew on the same source by another version may be another.
     """
     file = workdir / _TOKENIZER
-    if file.is_file() and tokenizer.load(file).to_str() != words.to_str():
+    if file.is_file() and load_tokenizer(file).to_str() != tokenizer.to_str():
         raise UserError(
             f"the tokenizer made from the data is not the one that the run was trained with, {file}: go on with the "
             f"version of the program that began the run, or in a new --workdir with --config.init_from={workdir}; "
@@ -68,10 +68,10 @@ def check_words(workdir: Path, words: Tokenizer) -> None:
         )
 
 
-def with_words_of(
-    donor: dict[str, Any], fresh: Mapping[str, Any], config: ConfigDict, words: Tokenizer
+def map_token_rows(
+    donor: dict[str, Any], fresh: Mapping[str, Any], config: ConfigDict, tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], str]:
-    """A donor's parameters with their rows where the tokenizer `words` has the same tokens.
+    """Moves the rows of a donor's embedding and head to where `tokenizer` has the same tokens.
 
     Args:
       donor: from `restore_parameters`.
@@ -82,18 +82,18 @@ def with_words_of(
     """
     file = run_of(config.init_from) / _TOKENIZER
     if file.is_file():
-        known = tokenizer.load(file)
+        known = load_tokenizer(file)
     elif config.data.tokenizer == NEW_TOKENIZER:
         kept = {name: value for name, value in donor.items() if name not in _VOCABULARY_AXIS}
         return kept, f"tokens: {file} does not exist and the tokenizer is new, so no row of a token is taken"
     else:
         return donor, f"tokens: {file} does not exist: {config.data.tokenizer} is taken to be the donor's tokenizer"
-    if known.to_str() == words.to_str() and all(
+    if known.to_str() == tokenizer.to_str() and all(
         donor[name].shape == fresh[name].shape for name in _VOCABULARY_AXIS if name in donor and name in fresh
     ):
         return donor, ""
     ids = known.get_vocab()
-    pairs = np.array([(new, ids[text]) for text, new in words.get_vocab().items() if text in ids]).reshape(-1, 2)
+    pairs = np.array([(new, ids[text]) for text, new in tokenizer.get_vocab().items() if text in ids]).reshape(-1, 2)
     moved = dict(donor)
     for name, axis in _VOCABULARY_AXIS.items():
         if name in donor and name in fresh and donor[name].shape[1 - axis] == fresh[name].shape[1 - axis]:
@@ -101,7 +101,7 @@ def with_words_of(
             rows = np.moveaxis(np.array(fresh[name]), axis, 0)
             rows[new] = np.moveaxis(donor[name], axis, 0)[old]
             moved[name] = np.moveaxis(rows, 0, axis)
-    size = words.get_vocab_size()
+    size = tokenizer.get_vocab_size()
     return moved, (
         f"tokens: {len(pairs):,} of {size:,} are the donor's too and take its rows, {size - len(pairs):,} are new"
     )

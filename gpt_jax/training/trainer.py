@@ -24,8 +24,9 @@ from tokenizers import Tokenizer
 from gpt_jax.backend import Backend, describe, enter_backend, is_device_error
 from gpt_jax.checkpoint import CHECKPOINTS, Checkpointer, restore_parameters, saved_steps
 from gpt_jax.config import leaves, validate
-from gpt_jax.data import batches, token_cache, tokenizer
+from gpt_jax.data import batches, token_cache
 from gpt_jax.data.dialogue import Turn
+from gpt_jax.data.tokenizer import save as save_tokenizer
 from gpt_jax.inference.generate import answer
 from gpt_jax.log import Log
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
@@ -84,7 +85,7 @@ def parameter_table(params: Any) -> str:
 
 
 def initial_state(
-    config: ConfigDict, model: GPT, checkpointer: Checkpointer, words: Tokenizer, log: Log
+    config: ConfigDict, model: GPT, checkpointer: Checkpointer, tokenizer: Tokenizer, log: Log
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """The state to go on from, on JAX's default device, and the position saved with it: the run's own checkpoint if it
     has one, else the parameters of `init_from` with a fresh optimizer, else fresh parameters."""
@@ -97,7 +98,7 @@ def initial_state(
     params = jax.jit(fresh)()
     if config.init_from:
         donor, description = restore_parameters(Path(config.init_from))
-        donor, moved = finetune.with_words_of(donor, params, config, words)
+        donor, moved = finetune.map_token_rows(donor, params, config, tokenizer)
         params, report = merge_parameters(params, donor)
         log("\n".join(filter(None, (f"initialised from {description}", str(report), moved))))
     else:
@@ -441,7 +442,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
         expected = None if saved is None else saved["data_fingerprint"]
         corpus = token_cache.prepare(config.data, config.model.vocab_size, log, kept_tokenizer, expected)
         if saved is not None:
-            finetune.check_words(workdir, corpus.tokenizer)
+            finetune.check_same_tokenizer(workdir, corpus.tokenizer)
         batches.check_windows(corpus, config.model.block_size, config.data.targets)
         stop.check()
         model = GPT(ModelConfig.from_config(config.model))
@@ -476,7 +477,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
         stack.push(functools.partial(finish_if_failed, info, checkpointer))
         save_config(config, workdir, log)
         with writing(workdir / "tokenizer.json"):
-            tokenizer.save(corpus.tokenizer, workdir / "tokenizer.json")
+            save_tokenizer(corpus.tokenizer, workdir / "tokenizer.json")
         log(f"parameters\n{parameter_table(state.params)}")
 
         writer = stack.enter_context(MetricsWriter(workdir, resume_step, config.log.tensorboard))

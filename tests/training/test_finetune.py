@@ -11,7 +11,7 @@ from gpt_jax.config import UserError
 from gpt_jax.data import token_cache
 from gpt_jax.data import tokenizer as tk
 from gpt_jax.model.gpt import GPT, ModelConfig
-from gpt_jax.training.finetune import FROM_DONOR, check_words, tokenizer_to_keep, with_words_of
+from gpt_jax.training.finetune import FROM_DONOR, check_same_tokenizer, map_token_rows, tokenizer_to_keep
 from gpt_jax.training.trainer import initial_state
 
 WIDTH, SIZE = 8, 300
@@ -74,16 +74,16 @@ def test_a_resumed_run_keeps_the_tokenizer_of_a_donor_that_is_gone(tmp_path, ini
 
 
 def test_a_run_that_goes_on_reads_its_rows_by_its_own_words(donor, words, others):
-    check_words(donor, words)
+    check_same_tokenizer(donor, words)
     with pytest.raises(UserError, match="is not the one that the run was trained with"):
-        check_words(donor, others)
+        check_same_tokenizer(donor, others)
     (donor / "tokenizer.json").unlink()
-    check_words(donor, others)
+    check_same_tokenizer(donor, others)
 
 
 def test_rows_go_where_the_same_bytes_go(donor, words, others):
     fresh, saved = parameters(310, 2), parameters(SIZE, 1)
-    moved, line = with_words_of(saved, fresh, make_config(init_from=str(donor)), others)
+    moved, line = map_token_rows(saved, fresh, make_config(init_from=str(donor)), others)
     known = words.get_vocab()
     same = 0
     for text, new in others.get_vocab().items():
@@ -103,13 +103,13 @@ def test_rows_go_where_the_same_bytes_go(donor, words, others):
 def test_the_same_words_in_a_larger_vocabulary_keep_their_rows(donor, words):
     config = make_config(init_from=str(donor))
     saved, fresh = parameters(SIZE, 1), parameters(SIZE, 2)
-    assert with_words_of(saved, fresh, config, words) == (saved, "")
+    assert map_token_rows(saved, fresh, config, words) == (saved, "")
     count = words.get_vocab_size()
-    moved, line = with_words_of(saved, parameters(SIZE + 100, 2), config, words)
+    moved, line = map_token_rows(saved, parameters(SIZE + 100, 2), config, words)
     np.testing.assert_array_equal(moved["wte"][:count], saved["wte"][:count])
     np.testing.assert_array_equal(moved["head"][:, :count], saved["head"][:, :count])
     assert line.startswith(f"tokens: {count} of {count} are the donor's too")
-    moved, _ = with_words_of(saved, parameters(SIZE, 2, width=16), config, words)  # of another width: not its rows
+    moved, _ = map_token_rows(saved, parameters(SIZE, 2, width=16), config, words)  # of another width: not its rows
     assert moved["wte"] is saved["wte"]
 
 
@@ -117,10 +117,10 @@ def test_a_bare_checkpoint_is_taken_at_the_users_word(donor, words):
     (donor / "tokenizer.json").unlink()
     saved, fresh = parameters(SIZE, 1), parameters(SIZE, 2)
     given = make_config(init_from=str(donor), data__tokenizer="words.json")
-    moved, line = with_words_of(saved, fresh, given, words)
+    moved, line = map_token_rows(saved, fresh, given, words)
     assert moved is saved
     assert line.endswith("words.json is taken to be the donor's tokenizer")
-    moved, line = with_words_of(saved, fresh, make_config(init_from=str(donor), data__tokenizer="new"), words)
+    moved, line = map_token_rows(saved, fresh, make_config(init_from=str(donor), data__tokenizer="new"), words)
     assert moved == {}
     assert "no row of a token is taken" in line
 
