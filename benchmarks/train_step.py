@@ -203,7 +203,7 @@ def dispatch_flops(command: Any, config: Any) -> float:
     """
     import struct
 
-    from vk_kernels.ops.attention import forward_flops
+    from vk_kernels.ops.attention.planner import forward_flops
 
     name, model = command.label, config.model
     if name.startswith("matmul") and not name.startswith(("matmul_finish", "matmul_column")):

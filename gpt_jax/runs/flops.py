@@ -4,7 +4,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from vk_kernels.ops.attention import backward_flops, forward_flops
+from vk_kernels.ops.attention.planner import backward_flops, forward_flops
 
 # Dense peaks in TFLOP/s (bfloat16 with f32 accumulation, tf32, float32 without tensor cores), by the whole name that
 # JAX gives a device: a slice of a GPU (MIG), a laptop's or an unlisted variant has none rather than a wrong one.
