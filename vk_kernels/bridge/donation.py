@@ -189,7 +189,9 @@ class DonatingCaller:
 
     def _run(self, rest: Sequence[Any], carried: dict[int, Buffer]) -> list[Array]:
         """Executes; returns the results that are in memory of their own."""
-        used = compress(zip(self._rest, rest, strict=True), self._rest_used)
+        used: Iterable[tuple[int, Any]] = zip(self._rest, rest, strict=True)
+        if self._signature.unused:
+            used = compress(used, self._rest_used)
         return self._execute(carried | {i: self.argument(i, x) for i, x in used})
 
     def _results(self, made: list[Array], before: _CarriedOutputs | None = None) -> Any:
