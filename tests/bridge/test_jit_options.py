@@ -333,6 +333,16 @@ def test_what_is_traced_is_lowered_once_for_all():
 
 
 @needs_vulkan
+@pytest.mark.parametrize("stage", ["__call__", "trace", "eval_shape", "lower", "cost", "profile"])
+def test_every_stage_names_the_argument_that_it_does_not_take(stage):
+    use = getattr(BOTH["ours"](lambda tree, n: tree, static_argnums=1), stage)
+    with pytest.raises(TypeError, match=r"path tree\['x'\]"):
+        use({"x": "a"}, 1)
+    with pytest.raises(ValueError, match=r"^static argument number 1 must be hashable, found a list: unhashable"):
+        use({"x": X}, [1])
+
+
+@needs_vulkan
 def test_what_is_compiled_looks_for_special_values_too():
     compiled = BOTH["ours"](lambda x: {"log": jnp.log(x), "inf": 1 / x}).lower(X).compile()
     positive = np.abs(X) + 1

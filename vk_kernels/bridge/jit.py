@@ -29,7 +29,7 @@ from vk_kernels.bridge.stages import Compiled, Lowered, Traced
 from vk_kernels.bridge.use import target_of, use
 from vk_kernels.compiler.avals import on_host
 from vk_kernels.jax_compat import disable_jit, trace_context
-from vk_kernels.runtime.array import Array
+from vk_kernels.runtime.array import Array, ArrayType
 from vk_kernels.runtime.open_devices import open_device
 
 _NOT_GIVEN: Any = object()
@@ -132,8 +132,7 @@ class Jitted:
             keep_unused=options.keep_unused,
         )
         self._compiled: dict[Any, Compiled] = {}
-        # Of the last call: structure, static arguments and JAX's configuration, types, what is compiled.
-        self._last: tuple[Any, Any, Any, Any] = (None, None, None, None)
+        self._last: tuple[Any, Compiled | None] = ((None, None, None), None)  # the last call's key, see `_key`
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,10 +140,10 @@ class Jitted:
             return self._without_special_values(args, kwargs)
         dynamic, static = self._split(args, kwargs)
         with self._lock:
-            last_tree, last_static, last_types, compiled = self._last
+            last_key, compiled = self._last
             if compiled is not None and compiled.device.closed:
                 compiled = None
-            if compiled is not None and static == last_static:
+            if compiled is not None and static == last_key[1]:
                 rest = compiled.caller.match_carry(dynamic)
                 if rest is not None:
                     with compiled.device.program_lock:
@@ -155,17 +154,12 @@ class Jitted:
         if any(map(is_traced, leaves)):
             return self._in_trace(args, kwargs)
         with self._lock:
-            try:
-                types = list(map(type_of, leaves))
-            except TypeError:
-                self._trace(args, kwargs)  # JAX knows the argument's name
-                raise
-            last = last_tree, last_static, last_types
-            if compiled is None or (tree, static, types) != last:  # quicker than to hash them
-                compiled = self._find((tree, static, tuple(types)), lambda: self._trace(args, kwargs))
+            key = tree, static, self._types(leaves, args, kwargs)
+            if compiled is None or key != last_key:  # quicker than to hash it
+                compiled = self._find(key, lambda: self._trace(args, kwargs))
                 if compiled is None:
                     return self._in_trace(args, kwargs)
-                self._last = tree, static, types, compiled
+                self._last = key, compiled
             with compiled.device.program_lock:
                 return compiled.caller.call(leaves)
 
@@ -218,7 +212,7 @@ class Jitted:
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """The shapes and the dtypes of the results for such arguments."""
-        return self._trace(args, kwargs)[0].out_info
+        return self.trace(*args, **kwargs).out_info
 
     def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """The program that a call with such arguments runs."""
@@ -237,7 +231,7 @@ class Jitted:
     def clear_cache(self) -> None:
         """Forgets all that was compiled."""
         with self._lock:
-            self._last = None, None, None, None
+            self._last = (None, None, None), None
             self._compiled.clear()
             self._jitted.clear_cache()
 
@@ -272,7 +266,15 @@ class Jitted:
         """(structure, static arguments with JAX's configuration, types), the key of what is compiled; the leaves."""
         dynamic, static = self._split(args, kwargs)
         leaves, tree = jax.tree.flatten(dynamic)
-        return (tree, static, tuple(map(type_of, leaves))), leaves
+        return (tree, static, self._types(leaves, args, kwargs)), leaves
+
+    def _types(self, leaves: Sequence[Any], args: tuple, kwargs: dict[str, Any]) -> tuple[ArrayType, ...]:
+        """The types of a call's leaves. Raises TypeError, naming the argument, for one that is no array."""
+        try:
+            return tuple(map(type_of, leaves))
+        except TypeError:
+            self._trace(args, kwargs)  # JAX knows the argument's name
+            raise
 
     def _trace(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str]:
         """JAX's trace for such arguments, and the device that it is for, as for `open_device`."""
@@ -297,7 +299,7 @@ class Jitted:
         found = self._compiled.get(key)
         if found is not None and not found.device.closed:
             return found
-        with _no_collection():
+        with self._using(), _no_collection():
             traced, device = trace()
             closed = traced.jaxpr
             if len(closed.in_avals) > len(jax.tree.leaves(traced.args_info)) or any(map(is_traced, closed.consts)):
