@@ -77,6 +77,18 @@ def test_what_is_small_or_soon_read_again_is_kept():
     assert str(rematerialize(graph(layers=1))) == str(graph(layers=1))
 
 
+def test_what_is_read_late_and_no_kernel_op_gives_is_kept():
+    def function(x, w):
+        y = kept = jnp.tanh(x)
+        for _ in range(4):
+            y = ops.matmul(y, w)
+        return y + kept
+
+    with vk_kernels.use("vulkan", device=SELECTOR):
+        before = simplify(graph_of(function, X, PARAMS["into"][0]))
+    assert str(rematerialize(before)) == str(before)
+
+
 def test_gradients_are_those_of_xla_and_take_less_memory(monkeypatch):
     fn = jax.value_and_grad(loss)
     compiled = vk_kernels.jit(fn, device=SELECTOR)

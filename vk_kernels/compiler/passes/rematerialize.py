@@ -35,7 +35,7 @@ def rematerialize(
     for node in graph.nodes:
         large = [k for k, out in enumerate(node.outputs) if least_bytes <= out.nbytes <= most_bytes]
         late = {k: readers for k in large if (readers := found.late(node, node.outputs[k], least_distance))}
-        if not late or kernel_op(node.op).rematerialize is None:
+        if not late or not node.call or kernel_op(node.op).rematerialize is None:
             continue
         for k, readers in late.items():
             nodes, result = _recompute_nodes(node, k)
