@@ -36,7 +36,7 @@ def on_vulkan():
 
 
 def on_both(function, *operands):
-    """What a function of the operations gives on XLA, and on Vulkan, under jit; and that kernels ran for the second."""
+    """The results of a function of the ops on XLA, and on Vulkan, under jit; kernels must have run for the second."""
     expected = jax.jit(function)(*operands)
     before = counts()
     with vk_kernels.use("vulkan", device=SELECTOR):

@@ -132,7 +132,7 @@ def test_operands_of_which_only_some_are_aligned(device, variant, m, n, k):
 
 
 def every_tile(variant):
-    """Those of the device. A processor's compiler takes minutes for a GPU's, but the small ones can load as they do."""
+    """Tiles of the device. A processor's compiler takes minutes for a GPU's, but the small ones can load as they do."""
     if not ON_CPU:
         return TILES[variant]
     without_bounds = (tile._replace(unbounded=True) for tile in CPU_TILES if not tile.unbounded)

@@ -108,7 +108,7 @@ def test_matmul(lead, k, n, dtype, has_bias, activation, has_residual, rate, sit
 @PROFILE
 @given(data=st.data(), transpose_a=st.booleans(), transpose_b=st.booleans(), batch=st.integers(0, 3))
 def test_products_of_small_integers_are_exact(device, data, transpose_a, transpose_b, batch):
-    """Of any layout, within larger matrices, k split or not: whatever is read or written askew shows."""
+    """Matrices of any layout, within larger matrices, k split or not: whatever is read or written askew shows."""
     m, n = data.draw(columns, "m"), data.draw(columns, "n")
     k = data.draw(st.one_of(st.just(0), columns, st.integers(256, 700)), "k")
     dtype, splits = data.draw(dtypes, "dtype"), data.draw(st.sampled_from([None, 1, 2, 5]), "splits")
@@ -291,7 +291,7 @@ def branch_alone(x, rng, rate, site):
 
 
 def weights_of_attention(v, rng, rate, site):
-    """Where v is the identity; the transposed weights are its gradient where that of the result is the identity."""
+    """The weights: the result where v is the identity, and, transposed, v's gradient where the result's is."""
     zeros = jnp.zeros_like(v)
     return ops.attention(zeros, zeros, v, rng, cap=30.0, dropout_rate=rate, site=site)
 

@@ -40,12 +40,12 @@ def dropout_threshold(rate: float) -> int:
 
 
 def dropout_scale(rate: float) -> float:
-    """What kept elements are multiplied by: the inverse of the exact probability of being kept."""
+    """The factor of kept elements: the inverse of the exact probability of being kept."""
     return 2**BITS_PER_DRAW / (2**BITS_PER_DRAW - dropout_threshold(rate))
 
 
 def dropout_mask(rng: jax.Array, site: int, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """Which elements are kept: bool of `shape`.
+    """The elements that are kept: bool of `shape`.
 
     The last axis is the column, the one before it the row, all others the batch of the logical grid of
     `random_uint16`; a missing axis has size 1.

@@ -1,4 +1,4 @@
-"""What the planners of the operations on rows and elements share. Knows no JAX."""
+"""Helpers of the planners. They know no JAX."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a kernel binds, by name: its buffers and push constants as the manifest lists them.
+"""Signature of a kernel: its buffers and push constants, by name, as the manifest lists them.
 
 Planners name both in snake_case (the shader's `dOut` is `d_out`), so that one that is missing, unknown, or of another
 type is an error, and not a wrong number.

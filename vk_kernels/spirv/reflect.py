@@ -1,4 +1,4 @@
-"""What a compute shader needs from its host, read from the SPIR-V itself.
+"""Reflection: reads out of SPIR-V what a compute shader needs from its host.
 
 Source: the SPIR-V specification 1.6 (binary form, section 2.3; instructions, section 3).
 """

@@ -59,7 +59,7 @@ class Result:
 
 
 class Difference(NamedTuple):
-    """How far one output or gradient of a variant is from the truth, and how far it may be."""
+    """Distance of one output or gradient of a variant from the truth, and the largest one allowed."""
 
     variant: str
     of: str  # 'output' or 'gradient', and its index

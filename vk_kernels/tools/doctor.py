@@ -73,7 +73,7 @@ def how_to_install(system: str = platform.system(), release: dict[str, str] | No
 
 
 def hindrances() -> Iterator[str]:
-    """What of this machine's set-up may hide a device."""
+    """Names what in this machine's set-up may hide a device."""
     for variable in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES"):
         if variable in os.environ:
             yield f"{variable}={os.environ[variable]} hides every driver that is not in it"

@@ -22,7 +22,7 @@ ADAMW = {"b1": 0.9, "b2": 0.99, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm
 
 
 class Sizes(NamedTuple):
-    """Of a model and its batch: batch, length, width, heads, vocabulary."""
+    """Sizes of a model and its batch: batch, length, width, heads, vocabulary."""
 
     batch: int
     length: int

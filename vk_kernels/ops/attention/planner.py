@@ -41,7 +41,7 @@ _DOT_ROWS = 16  # that a workgroup of attention_dots takes
 
 
 class View(NamedTuple):
-    """Where element (b, t, h, d) of a (B, T, H, D) array is: offset + b batch + t row + h head + d, in elements."""
+    """Strides, in elements: (b, t, h, d) of a (B, T, H, D) array is at offset + b batch + t row + h head + d."""
 
     offset: int
     batch: int
@@ -214,7 +214,7 @@ def choose_variant(info: "DeviceInfo", dtype: np.dtype, length: int, head_dim: i
 
 
 def _lacking(info: "DeviceInfo", variant: str, head_dim: int) -> str:
-    """What `info` lacks for attention by cooperative matrices of a subgroup; empty where it lacks nothing."""
+    """Names what `info` lacks for attention by cooperative matrices of a subgroup; empty where it lacks nothing."""
     records = [manifest()[f"{kernel}.{variant}_{_padded(head_dim)}"] for kernel in _TILED]
     needed = {feature for record in records for feature in record["features"]}
     if variant == "coop2":
@@ -284,7 +284,7 @@ def _padded(head_dim: int) -> int:
 
 
 class _Launch(NamedTuple):
-    """What the kernels of one call share."""
+    """Launch parameters that the kernels of one call share."""
 
     suffix: str
     family: str  # of VARIANTS

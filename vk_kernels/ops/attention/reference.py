@@ -61,7 +61,7 @@ def attention_forward_reference(
     dropout_rate: float = 0.0,
     site: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """What `attention` returns, and the log of each query's sum of exp(score): f32 (B, H, T)."""
+    """The result of `attention`, and the log of each query's sum of exp(score): f32 (B, H, T)."""
     scores = attention_scores(q, k, scale=scale_of(scale, q.shape[-1]), cap=cap)
     scores = jnp.where(_causal(q.shape[1]), scores, MASKED)
     lse = jax.nn.logsumexp(scores, axis=-1)
@@ -120,7 +120,7 @@ def attention_backward_reference(
 
 
 def default_scale(head_dim: int) -> float:
-    """Of the scores of heads of that dim, 1 where they have none."""
+    """1 / sqrt(head_dim); 1 for heads of no columns."""
     return 1 / math.sqrt(max(head_dim, 1))
 
 
@@ -164,7 +164,7 @@ def packed_attention_reference(
 def packed_attention_forward_reference(
     qkv: jax.Array, rng: jax.Array | None = None, **parameters: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """What `packed_attention` returns, and the log of each query's sum of exp(score): f32 (B, H, T)."""
+    """The result of `packed_attention`, and the log of each query's sum of exp(score): f32 (B, H, T)."""
     return attention_forward_reference(*jnp.moveaxis(qkv, 2, 0), rng, **parameters)
 
 

@@ -261,7 +261,7 @@ class _Head:
         return Matrix(operand, dtype, rows, self.stride if self.is_padded else self.vocab, self.stride)
 
     def rows_of(self, operand: int, first: int, rows: int) -> Matrix:
-        """Of x or its gradient."""
+        """Rows of x or of its gradient."""
         width = self.x.shape[1]
         return Matrix(operand, self.x.dtype, rows, width, width, offset=first * width)
 
@@ -308,7 +308,7 @@ class _Gradients:
 
 
 def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, held: np.dtype, wanted: int | None) -> int:
-    """How many tokens' logits are held at a time, in the dtype `held`."""
+    """Tokens whose logits are held at a time, in the dtype `held`."""
     row_bytes = held.itemsize * max(vocab, 1)
     limit = info.limits.storage_buffer_range // row_bytes
     if limit == 0:

@@ -39,7 +39,7 @@ _COOP1_LANES = 32  # of the subgroups of matmul_coop1
 
 @dataclass(frozen=True)
 class Matrix:
-    """Where a kernel finds a matrix (or a batch of them), row-major, in one of its operands.
+    """A matrix (or a batch of them), row-major, in an operand of the plan.
 
     operand: index into (*inputs, *outputs, *scratch) of the plan. stride: elements between rows. offset: elements
     before the first matrix. batch_stride: elements between the matrices of a batch; 0 has them share one.
@@ -84,7 +84,7 @@ class SoftmaxGradient:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What happens to the sums before they are stored, in this order, in f32. The indices are operands of the plan.
+    """Steps between the sums and their store, in this order, in f32. The indices are operands of the plan.
 
     bias: (columns of C,) to add. save_pre_activation: where to store the sums as they are then. gelu: apply GELU.
     gelu_slope_of: multiply by GELU's slope at these values. rng, threshold, scale, site: dropout (see
@@ -180,7 +180,7 @@ CPU_TILES = (
 
 
 class _Speed(NamedTuple):
-    """What decides, beside a tile's own speed, how long a product takes; seconds, bytes a second."""
+    """Speed of a device, beside that of its tiles; seconds, bytes a second."""
 
     cores: int
     launch: float  # of one more dispatch
@@ -246,7 +246,7 @@ def choose_variant(info: DeviceInfo, dtype: np.dtype, variant: str | None = None
 
 
 def _lacking(info: DeviceInfo, variant: str) -> str:
-    """What `info` lacks for products of bf16 by cooperative matrices; empty where it lacks nothing."""
+    """Names what `info` lacks for products of bf16 by cooperative matrices; empty where it lacks nothing."""
     records = [record for record in manifest().values() if record["entry"] == f"matmul_{variant}"]
     needed = {feature for record in records for feature in record["features"]}
     if variant == "coop2":
