@@ -3,6 +3,7 @@
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,7 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from vk_kernels.compiler.codegen.kernels import Generated, generate
-from vk_kernels.compiler.ir import Graph, Literal, Node, Value
+from vk_kernels.compiler.from_jaxpr import make_graph
+from vk_kernels.compiler.ir import Graph, Value
+from vk_kernels.compiler.passes.simplify import drop_barriers
 from vk_kernels.runtime.device import Device
 from vk_kernels.tools.build_shaders import find_tool
 
@@ -23,48 +26,13 @@ BOOL = np.dtype(bool)
 
 GUARD, FILL = 64, 0xFF  # bytes behind each output that no kernel may write; NaN in every float
 
-_INLINED = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint")
-
 
 def graph_of(fn: Callable[..., Any], *args: np.ndarray) -> tuple[Graph, list[np.ndarray]]:
-    """The graph of a function of arrays, and its inputs: the arguments, then what it closes over."""
-    closed = jax.make_jaxpr(fn)(*args)
-    nodes: list[Node] = []
-
-    def value(aval) -> Value:
-        return Value(tuple(aval.shape), np.dtype(aval.dtype))
-
-    def read(names: dict, x) -> Value | Literal:
-        if type(x).__name__ == "Literal":
-            return Literal(np.asarray(x.val, x.aval.dtype))
-        return names[x]
-
-    def inline(jaxpr, inputs) -> list[Value | Literal]:
-        names = dict(zip(jaxpr.invars, inputs, strict=True))
-        for equation in jaxpr.eqns:
-            operands = [read(names, x) for x in equation.invars]
-            inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
-            if equation.primitive.name in _INLINED:
-                consts = [Literal(np.asarray(x)) for x in getattr(inner, "consts", ())]
-                body = getattr(inner, "jaxpr", inner)
-                names |= dict(zip(body.constvars, consts, strict=True))
-                found = inline(body, operands) if not consts else inline_with(body, consts, operands)
-                names |= dict(zip(equation.outvars, found, strict=True))
-                continue
-            outputs = tuple(value(x.aval) for x in equation.outvars)
-            names |= dict(zip(equation.outvars, outputs, strict=True))
-            nodes.append(Node(equation.primitive.name, tuple(operands), outputs, dict(equation.params), "", ""))
-        return [read(names, x) for x in jaxpr.outvars]
-
-    def inline_with(jaxpr, consts, inputs):
-        return inline(jaxpr.replace(invars=[*jaxpr.constvars, *jaxpr.invars], constvars=[]), [*consts, *inputs])
-
-    jaxpr = closed.jaxpr
-    inputs = tuple(value(x.aval) for x in (*jaxpr.invars, *jaxpr.constvars))
-    flat = jaxpr.replace(invars=[*jaxpr.invars, *jaxpr.constvars], constvars=[])
-    outputs = inline(flat, inputs)
-    arrays = [np.asarray(x) for x in (*jax.tree.leaves(args), *closed.consts)]
-    return Graph(inputs=inputs, constants={}, nodes=nodes, outputs=tuple(outputs)), arrays
+    """The graph of a function of arrays before any pass but what drops barriers, and its inputs: the arguments, then
+    what it closes over."""
+    graph = drop_barriers(make_graph(jax.make_jaxpr(fn)(*args)))
+    arrays = [*map(np.asarray, jax.tree.leaves(args)), *graph.constants.values()]
+    return replace(graph, inputs=(*graph.inputs, *graph.constants), constants={}), arrays
 
 
 def validate(generated: Generated) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.dispatch_plan import Array, Plan, record
+from vk_kernels.tools.tolerances import OUTPUT_FACTOR, SLACK
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)
@@ -45,14 +46,14 @@ def run(
     return [result.read(output.dtype, output.shape) for result, output in zip(results, outputs, strict=True)]
 
 
-def assert_accurate(actual: Any, plain: Any, exact: np.ndarray, factor: float = 2.0, what: str = "") -> None:
-    """The error against float64 is at most `factor` times that of plain XLA at the same precision, plus 1e-5."""
+def assert_accurate(actual: Any, plain: Any, exact: np.ndarray, factor: float = OUTPUT_FACTOR, what: str = "") -> None:
+    """The error against float64 is at most `factor` times that of plain XLA at the same precision, plus SLACK."""
     actual, plain = (np.asarray(x).astype(np.float64) for x in (actual, plain))
     assert actual.shape == plain.shape == exact.shape
     assert np.isfinite(actual).all(), what
     error, allowed = (np.abs(x - exact).max(initial=0) for x in (actual, plain))
     scale = max(1.0, np.abs(exact).max(initial=0))
-    assert error <= factor * allowed + 1e-5 * scale, f"{what}: error {error:.3g}, XLA's {allowed:.3g}"
+    assert error <= factor * allowed + SLACK * scale, f"{what}: error {error:.3g}, XLA's {allowed:.3g}"
 
 
 def normal(*shape: int, seed: int = 0, dtype: np.dtype = F32) -> np.ndarray:

@@ -11,7 +11,7 @@ from test_from_jaxpr import graph_of
 from vk_kernels import ops
 from vk_kernels.compiler.arena import ALIGNMENT, Lifetime, place
 from vk_kernels.compiler.ir import Value
-from vk_kernels.compiler.list_schedule import Access, find_waves
+from vk_kernels.compiler.list_schedule import Access, assign_stages
 from vk_kernels.compiler.op_call import CallSite
 from vk_kernels.compiler.partition import Partition, common_scope, partition
 from vk_kernels.compiler.passes.fuse_epilogue import fuse_epilogues
@@ -249,29 +249,29 @@ def dispatch(reads: str, writes: str, nbytes: int = 4, parts: str = "") -> Acces
 
 def test_independent_chains_of_a_level_run_side_by_side():
     products = [dispatch("ab", "p"), dispatch("p", "c"), dispatch("ad", "q"), dispatch("q", "e")]
-    assert find_waves([(0, products), (1, [dispatch("c", "f")])]) == [[0, 1, 0, 1], [2]]
+    assert assign_stages([(0, products), (1, [dispatch("c", "f")])]) == [[0, 1, 0, 1], [2]]
 
 
 def test_what_a_step_prepares_comes_before_its_level_unless_it_is_large():
     before = [(i, [dispatch("iabcde"[i], "abcdef"[i])]) for i in range(6)]
     sort = [dispatch("t", "u"), dispatch("u", "v"), dispatch("vf", "w")]
-    assert find_waves([*before, (6, sort)]) == [[0], [1], [2], [3], [4], [5], [4, 5, 6]]
+    assert assign_stages([*before, (6, sort)]) == [[0], [1], [2], [3], [4], [5], [4, 5, 6]]
     large = [dispatch("t", "u", 1 << 21), dispatch("u", "v"), dispatch("vf", "w")]
-    assert find_waves([*before, (6, large)])[-1] == [6, 7, 8]
+    assert assign_stages([*before, (6, large)])[-1] == [6, 7, 8]
 
 
 def test_what_is_needed_late_is_not_computed_early():
     steps = [(i, [dispatch("abcde"[i], "bcdef"[i])]) for i in range(5)]
     steps.insert(4, (3, [dispatch("x", "y")]))
     steps.append((5, [dispatch("fy", "z")]))
-    assert find_waves(steps) == [[0], [1], [2], [3], [3], [4], [5]]
+    assert assign_stages(steps) == [[0], [1], [2], [3], [3], [4], [5]]
 
 
 def test_memory_is_read_before_it_is_written_again():
     steps = [(0, [dispatch("a", "b")]), (0, [dispatch("a", "c")]), (1, [dispatch("b", "a")]), (1, [dispatch("c", "d")])]
-    assert find_waves(steps) == [[0], [0], [1], [1]]
-    assert find_waves([(0, [dispatch("a", "b")]), (0, [dispatch("c", "a")])]) == [[0], [1]]
-    assert find_waves([(0, [dispatch("a", "b")]), (0, [dispatch("c", "b")])]) == [[0], [1]]
+    assert assign_stages(steps) == [[0], [0], [1], [1]]
+    assert assign_stages([(0, [dispatch("a", "b")]), (0, [dispatch("c", "a")])]) == [[0], [1]]
+    assert assign_stages([(0, [dispatch("a", "b")]), (0, [dispatch("c", "b")])]) == [[0], [1]]
 
 
 @given(
@@ -280,12 +280,12 @@ def test_memory_is_read_before_it_is_written_again():
 @settings(max_examples=200, deadline=None)
 def test_waves_keep_the_order_of_what_meets(found):
     steps = [(level, [dispatch(reads, writes)]) for level, reads, writes in sorted(found, key=lambda item: item[0])]
-    waves = [wave for (wave,) in find_waves(steps)]
-    assert all(wave >= 0 for wave in waves)
+    stages = [stage for (stage,) in assign_stages(steps)]
+    assert all(stage >= 0 for stage in stages)
     for i, (_, (later,)) in enumerate(steps):
         for j, (_, (earlier,)) in enumerate(steps[:i]):
             if later.writes & (earlier.reads | earlier.writes) or later.reads & earlier.writes:
-                assert waves[j] < waves[i]
+                assert stages[j] < stages[i]
 
 
 A, B, C = BufferSlice("arena", 0, 256), BufferSlice("arena", 256, 256), BufferSlice("arena", 128, 256)

@@ -12,7 +12,7 @@ from vk_kernels.compiler import arena
 from vk_kernels.compiler.codegen import cache, kernels
 from vk_kernels.compiler.cost import step_flops
 from vk_kernels.compiler.ir import Graph, Node, Value
-from vk_kernels.compiler.list_schedule import Access, find_waves
+from vk_kernels.compiler.list_schedule import Access, assign_stages
 from vk_kernels.compiler.op_call import make_plan
 from vk_kernels.compiler.partition import Partition, Step
 from vk_kernels.errors import FeatureError
@@ -71,7 +71,7 @@ def make_program(partition: Partition, device: "Device", donated: Sequence[bool]
                 0 if number else flops,
                 dispatch.parts,
             )
-            ordered.append((memory.waves[index][number], command))
+            ordered.append((memory.stages[index][number], command))
     commands = [command for _, command in sorted(ordered, key=lambda item: item[0])]
     copies = memory.copies
     most = min(_COPIES, device.limits.storage_buffers // 2)
@@ -150,7 +150,7 @@ class _Memory:
         self._accesses = [self._step_accesses(index) for index in range(len(planned))]
         levels = [plan.step.level for plan in planned]
         kept = set(self._places.values())
-        self.waves = find_waves(list(zip(levels, self._accesses, strict=True)), kept)
+        self.stages = assign_stages(list(zip(levels, self._accesses, strict=True)), kept)
         self._scratch: list[list[BufferSlice]] = []
         self.arena_block = memory.largest(sliced=True)[0] // arena.ALIGNMENT * arena.ALIGNMENT
         self.arena_bytes = self._place_rest(memory)
@@ -216,20 +216,20 @@ class _Memory:
         return found
 
     def _place_rest(self, memory: "Memory") -> int:
-        """Places what is left in the arena, by the waves in which it lives; gives the arena's bytes."""
+        """Places what is left in the arena, by the stages in which it lives; gives the arena's bytes."""
         lives: dict[Hashable, list[tuple[int, Access]]] = {}
-        for accesses, waves in zip(self._accesses, self.waves, strict=True):
-            for access, wave in zip(accesses, waves, strict=True):
+        for accesses, stages in zip(self._accesses, self.stages, strict=True):
+            for access, stage in zip(accesses, stages, strict=True):
                 for x in access.reads | access.writes:
-                    lives.setdefault(x, []).append((wave, access))
-        first = {x: min(wave for wave, _ in found) for x, found in lives.items()}
-        last = {x: max(wave for wave, _ in found) for x, found in lives.items()}
+                    lives.setdefault(x, []).append((stage, access))
+        first = {x: min(stage for stage, _ in found) for x, found in lives.items()}
+        last = {x: max(stage for stage, _ in found) for x, found in lives.items()}
         end = max(last.values(), default=0) + 1
         last |= {value: end for value, _ in self._copied}
 
         def takes(value: Value, donor: Value) -> bool:
             """Whether nobody but the dispatch that writes an array reads the other then, or later."""
-            readers = [access for wave, access in lives[donor] if wave == first[value]]
+            readers = [access for stage, access in lives[donor] if stage == first[value]]
             return last[donor] == first[value] and len(readers) == 1 and value in readers[0].writes
 
         lifetimes: list[arena.Lifetime] = []

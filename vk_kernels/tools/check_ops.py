@@ -26,9 +26,9 @@ from vk_kernels.errors import FeatureError, NoDeviceError
 from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.tools.arguments import BAD_INPUT, ArgumentParser, run_tool
 from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, Case, Operands
+from vk_kernels.tools.tolerances import GRADIENT_FACTOR, OUTPUT_FACTOR, SLACK
 
 VARIANTS = ("coop2", "coop1", "plain")
-OUTPUT_FACTOR, GRADIENT_FACTOR, SLACK = 2.0, 3.0, 1e-5
 PLAUSIBLE = {F32: 1e-4, BF16: 5e-2}
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 

@@ -178,11 +178,6 @@ class Emitter:
         return x
 
 
-@handles("optimization_barrier")
-def _optimization_barrier(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
-    return (yield node.inputs[k], coords)
-
-
 @handles("threefry2x32")
 def _threefry(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
     words = []

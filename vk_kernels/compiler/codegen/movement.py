@@ -113,21 +113,6 @@ def _unstack(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
     return (yield node.inputs[0], [*coords[:axis], e.m.constant(k), *coords[axis:]])
 
 
-@handles("stack")
-def _stack(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
-    axis = node.params["axis"]
-    place = [c for i, c in enumerate(coords) if i != axis]
-
-    def among(first: int, last: int) -> Code:
-        if first == last:
-            return [(yield node.inputs[first], place)]
-        middle = (first + last) // 2
-        condition = e.m.op(Op.U_LESS_EQUAL, coords[axis], e.m.constant(middle))
-        return (yield from e.m.branch(condition, lambda: among(first, middle), lambda: among(middle + 1, last)))
-
-    return (yield from among(0, len(node.inputs) - 1))[0]
-
-
 @handles("pad")
 def _pad(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
     m = e.m

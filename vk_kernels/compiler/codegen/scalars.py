@@ -370,10 +370,6 @@ _UNARY_FLOAT = frozenset(
 )
 
 
-def _identity(s, args, dtypes, out, params):
-    return args[0]
-
-
 def _neg(s, args, dtypes, out, params):
     if kind(out) == "float":
         return s.math.neg(args[0])
@@ -494,7 +490,6 @@ def _population_count(s, args, dtypes, out, params):
 
 
 _OTHERS: dict[str, _Other] = {
-    **dict.fromkeys(("copy", "copy_p", "stop_gradient", "name", "pvary", "pcast"), _identity),
     "neg": _neg,
     "abs": _abs,
     "sign": _sign,

@@ -14,7 +14,7 @@ from typing import Any
 from vk_kernels.compiler.from_jaxpr import inline
 from vk_kernels.compiler.ir import Graph, Node, Operand, Value
 from vk_kernels.compiler.op_registry import kernel_op
-from vk_kernels.compiler.passes.simplify import fold, prune
+from vk_kernels.compiler.passes.simplify import constant_fold, dce
 
 LEAST_BYTES = 1 << 20  # of an array that is worth it
 MOST_BYTES = 16 << 20  # of an array that a cache holds, with what it is made of
@@ -54,7 +54,7 @@ def rematerialize(
         nodes += before.get(node, [])
         changed = known.get(node)
         nodes.append(replace(node, inputs=tuple(changed.get(x, x) for x in node.inputs)) if changed else node)
-    return prune(Graph(graph.inputs, graph.constants, nodes, graph.outputs))
+    return dce(Graph(graph.inputs, graph.constants, nodes, graph.outputs))
 
 
 def _recompute_nodes(node: Node, k: int) -> tuple[list[Node], Operand | None]:
@@ -68,7 +68,7 @@ def _recompute_nodes(node: Node, k: int) -> tuple[list[Node], Operand | None]:
     nodes, results = inline(rule, values, node)
     if not results:
         return [], None
-    graph = prune(fold(Graph(values, {}, nodes, tuple(results))))
+    graph = dce(constant_fold(Graph(values, {}, nodes, tuple(results))))
     return graph.nodes, graph.outputs[0]
 
 

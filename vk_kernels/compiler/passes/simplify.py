@@ -38,7 +38,7 @@ _FOLDED_FLOATS = frozenset(map(np.dtype, (np.float32,)))
 
 def simplify(graph: Graph) -> Graph:
     """All passes, in the order that serves."""
-    return prune(flatten(prune(merge(fold(graph)))))
+    return dce(drop_barriers(dce(cse(constant_fold(graph)))))
 
 
 def substitute(node: Node, known: dict[Value, Operand]) -> Node:
@@ -48,7 +48,7 @@ def substitute(node: Node, known: dict[Value, Operand]) -> Node:
     return replace(node, inputs=tuple(known.get(x, x) for x in node.inputs))
 
 
-def fold(graph: Graph) -> Graph:
+def constant_fold(graph: Graph) -> Graph:
     """Computes scalars of literals, takes reshapes of reshapes together, and drops what gives its own operand."""
     known: dict[Value, Operand] = {}
     made: dict[Value, Node] = {}
@@ -148,7 +148,7 @@ def _computed(node: Node) -> Literal | None:
     return None
 
 
-def merge(graph: Graph) -> Graph:
+def cse(graph: Graph) -> Graph:
     """One node for all that do the same with the same operands."""
     known: dict[Value, Operand] = {}
     found: dict[Any, Node] = {}
@@ -178,7 +178,7 @@ def _frozen(value: Any) -> Any:
     return repr(value)
 
 
-def prune(graph: Graph) -> Graph:
+def dce(graph: Graph) -> Graph:
     """Without the nodes and the constants that no output needs."""
     needed = set(graph.outputs)
     nodes = []
@@ -190,7 +190,7 @@ def prune(graph: Graph) -> Graph:
     return Graph(graph.inputs, constants, nodes[::-1], graph.outputs)
 
 
-def flatten(graph: Graph) -> Graph:
+def drop_barriers(graph: Graph) -> Graph:
     """Without barriers: kernels have none, and from here on nothing that was computed twice is merged again."""
     known: dict[Value, Operand] = {}
     nodes = []

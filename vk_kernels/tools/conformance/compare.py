@@ -10,8 +10,8 @@ import numpy as np
 import vk_kernels
 from vk_kernels.errors import UnsupportedError
 from vk_kernels.tools.conformance.registry import FLOATS, Case
+from vk_kernels.tools.tolerances import GRADIENT_FACTOR, OUTPUT_FACTOR, SLACK
 
-OUTPUT_FACTOR, GRADIENT_FACTOR, SLACK = 2.0, 3.0, 1e-5
 PROGRAM = 24  # cases in one
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

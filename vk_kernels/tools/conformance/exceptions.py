@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from vk_kernels.tools.conformance.compare import GRADIENT_FACTOR, OUTPUT_FACTOR
 from vk_kernels.tools.conformance.registry import BF16, F16, F32, FLOATS
 from vk_kernels.tools.conformance.special_values import Item
+from vk_kernels.tools.tolerances import GRADIENT_FACTOR, OUTPUT_FACTOR
 
 # Of finite results, relative to their size.
 TOLERANCE = {F32: 1e-5, BF16: 2.0**-7, F16: 2.0**-9}
