@@ -11,13 +11,20 @@ cd "$(dirname "$0")/.."
 uv=$(command -v uv || echo .cache/uv/bin/uv)
 [ -x "$uv" ] || { echo "jax_versions: there is no uv: run scripts/setup.sh --dev first" >&2; exit 1; }
 
+# The path of a Python, which uv installs where neither it nor pyenv has one; empty where there is none to be had.
+find_python() {
+    "$uv" python find "$1" 2>/dev/null ||
+        ls -d "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python 2>/dev/null | tail -n 1 | grep . ||
+        { "$uv" python install -q "$1" 2>/dev/null && "$uv" python find "$1"; }
+}
+
 failed=()
 try() { # PYTHON JAX ENVIRONMENT [pytest arguments]
-    local python=$1 jax=$2 environment=$3
+    local python jax=$2 environment=$3
+    python=$(find_python "$1") ||
+        { failed+=("jax $jax (there is no Python $1: install it, by pyenv or your system)"); return; }
     shift 3
-    echo "jax_versions: jax $jax on Python $python, in $environment"
-    "$uv" python find -q "$python" >/dev/null 2>&1 || "$uv" python install -q "$python" ||
-        { failed+=("jax $jax (no Python $python: install it, by pyenv or your system)"); return; }
+    echo "jax_versions: jax $jax on $python, in $environment"
     UV_PROJECT_ENVIRONMENT=$environment "$uv" sync -q --frozen --python "$python" \
         --extra notebook --extra hf --group dev --group shaders &&
         "$uv" pip install -q --python "$environment/bin/python" "jax==$jax" ||
