@@ -60,7 +60,7 @@ def dropout_forward_reference(x: jax.Array, rng: jax.Array | None, *, rate: floa
 
     Args:
       x: any shape, floating.
-      rng: uint32 (2,): seed and step. None leaves x as it is.
+      rng: a JAX key, or uint32 (2,), as a raw key or seed and step. None leaves x as it is.
       rate: in [0, 1); rounded to a multiple of 1/65536.
       site: tells apart the places that draw from one rng.
 

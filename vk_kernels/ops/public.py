@@ -32,6 +32,8 @@ def public(reference: Callable[..., R]) -> Callable[[Callable[..., Any]], Callab
         @functools.wraps(reference)
         def operation(*arguments: Any, implementation: str | None = None, **options: Any) -> Any:
             target = target_of(implementation)
+            arguments = tuple(map(_key_data, arguments))
+            options = {name: _key_data(option) for name, option in options.items()}
             if target is None:
                 return reference(*arguments, **options)
             return kernels(target, *arguments, **options)
@@ -48,6 +50,16 @@ def public(reference: Callable[..., R]) -> Callable[[Callable[..., Any]], Callab
         return operation
 
     return decorate
+
+
+def _key_data(x: Any) -> Any:
+    """The two numbers of a typed JAX key, in whose place dropout takes them; anything else as it is."""
+    if not (isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)):
+        return x
+    data = jax.random.key_data(x)
+    if data.shape != (2,):
+        raise ValueError(f"rng must be one key of two numbers, as jax.random.key's by default, found {x}")
+    return data
 
 
 def check_arrays(operation: str, **arrays: tuple[Any, tuple[int, ...], Any]) -> None:

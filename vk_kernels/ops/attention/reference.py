@@ -37,7 +37,7 @@ def attention_reference(
 
     Args:
       q, k, v: (B, T, H, D), one floating dtype.
-      rng: uint32 (2,): seed and step of the dropout, or None for none. The mask's grid is (B * H, T, T).
+      rng: as for `dropout`, or None for none. The mask's grid is (B * H, T, T).
       scale: of the scores; 1 / sqrt(D) if None.
       cap: soft cap of the scores, or None.
       dropout_rate, site: as for `dropout`.
