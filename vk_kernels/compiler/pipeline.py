@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from jax.extend.core import ClosedJaxpr
 
-from vk_kernels.compiler.buffer_assignment import make_program
+from vk_kernels.compiler.emit_program import make_program
 from vk_kernels.compiler.from_jaxpr import make_graph
 from vk_kernels.compiler.ir import Graph
 from vk_kernels.compiler.partition import MOST_BUFFERS, MOST_REDUCTIONS, partition
