@@ -1,4 +1,4 @@
-.PHONY: setup test night campaign tiny shaders gpu-check format
+.PHONY: setup test quick types jax-versions night campaign tiny shaders gpu-check format
 
 setup: ## .venv with everything for training and the tests
 	bash scripts/setup.sh --dev
@@ -9,6 +9,15 @@ tiny: ## train the small chat model
 
 test: ## all tests
 	bash scripts/test.sh
+
+quick: ## the tests that need no Vulkan device and take milliseconds
+	.venv/bin/python -m pytest -n auto -m "not vulkan and not slow"
+
+types: ## what the type checker says
+	.venv/bin/pyrefly check --python-interpreter-path .venv/bin/python
+
+jax-versions: ## the tests on jax 0.10.2, 0.11 and 0.12; ARGS="tests/compiler"
+	bash scripts/jax_versions.sh $(ARGS)
 
 night: ## the tests on drawn inputs, 200 of each, those that take long, and 10,000 calls watched for leaks
 	HYPOTHESIS_PROFILE=night .venv/bin/python -m pytest -n auto --dist load tests/ops/test_op_properties.py tests/compiler tests/bridge tests/tools/test_conformance.py tests/ops/test_attention.py tests/ops/test_matmul.py tests/ops/test_api.py::test_mixed_calls_keep_memory_and_files_flat

@@ -39,6 +39,7 @@ if _validate():
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "vulkan: needs a Vulkan device")
+    config.addinivalue_line("markers", "slow: takes seconds; all tests of the files in LONGEST do")
     config.addinivalue_line("markers", "validation_layer: needs a Vulkan device and the Khronos validation layer")
 
 
@@ -60,6 +61,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))  # stable: the others stay as they are
     for item in items:
+        if item.path.stem in places:
+            item.add_marker("slow")
         needs_layer = item.get_closest_marker("validation_layer") is not None
         if needs_layer or not {"device", "opened"}.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("vulkan")

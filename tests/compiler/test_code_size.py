@@ -77,6 +77,7 @@ def code_of(program, turns) -> list[int]:
     return [size for size, _ in kernels_of(program, turns)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_code_grows_no_faster_than_a_function(program):
     long = kernels_of(program, 64)

@@ -84,6 +84,7 @@ def test_a_scan_is_unrolled_and_its_rows_put_together():
     assert graph.outputs[1].shape == (3,)
 
 
+@pytest.mark.slow
 def test_loops_that_grow_too_long_are_refused():
     with pytest.raises(UnsupportedError, match=r"loops of over .* operations .*test_from_jaxpr.py"):
         graph_of(lambda x: lax.fori_loop(0, 10**6, lambda i, y: y + 1, x), np.float32(1))
