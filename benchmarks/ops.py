@@ -26,9 +26,10 @@ from vk_kernels.bridge.use import use
 from vk_kernels.compiler.op_call import CallSite, encode_call, make_plan
 from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.errors import FeatureError
+from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.command_buffer import Recorder
 from vk_kernels.runtime.device import Device
-from vk_kernels.runtime.dispatch_plan import Array, Plan, record
+from vk_kernels.runtime.dispatch_plan import Plan, record
 from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.tools.check_ops import VARIANTS
 from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, Case
@@ -72,19 +73,19 @@ def _primitives(jaxpr: Any) -> Iterator[tuple[str, Any]]:
                 yield from _primitives(inner)
 
 
-def plan_of(device: Device, name: str, equation: Any) -> tuple[Plan, list[Array], list[Array]]:
+def plan_of(device: Device, name: str, equation: Any) -> tuple[Plan, list[ArraySpec], list[ArraySpec]]:
     """The plan of a primitive, and the arrays it reads and writes."""
     parameters = dict(equation.params)
     target = parameters.pop("target")
     reads, writes = (
-        [Array(tuple(v.aval.shape), np.dtype(v.aval.dtype)) for v in variables]
+        [ArraySpec(tuple(v.aval.shape), np.dtype(v.aval.dtype)) for v in variables]
         for variables in (equation.invars, equation.outvars)
     )
     what = encode_call(name, parameters, target).encode()
     return make_plan(device, what, tuple(reads), tuple(writes)), reads, writes
 
 
-def random_array(array: Array, largest: int) -> np.ndarray:
+def random_array(array: ArraySpec, largest: int) -> np.ndarray:
     """Normal numbers, or integers in [0, largest): never zeros, on which a device can be faster than on data."""
     rng = np.random.default_rng(0)
     if array.dtype.kind in "iu":
@@ -102,7 +103,13 @@ def replay_seconds(recorder: Recorder, repeats: int, warm: float = 0.1) -> float
 
 
 def device_seconds(
-    device: Device, plan: Plan, reads: list[Array], writes: list[Array], largest: int, repeats: int, warm: float = 0.1
+    device: Device,
+    plan: Plan,
+    reads: list[ArraySpec],
+    writes: list[ArraySpec],
+    largest: int,
+    repeats: int,
+    warm: float = 0.1,
 ) -> float:
     """Median device time of a plan."""
     inputs = [device.upload(random_array(array, largest)) for array in reads]
@@ -116,7 +123,7 @@ def device_seconds(
         recorder.close()
 
 
-def useful_flops(name: str, reads: list[Array], writes: list[Array]) -> float:
+def useful_flops(name: str, reads: list[ArraySpec], writes: list[ArraySpec]) -> float:
     """FLOPs of the products of a primitive, as the compiler counts them; 0 where there are none."""
     flops = kernel_op(name).flops
     return 0.0 if flops is None else float(flops(SimpleNamespace(inputs=reads, outputs=writes)))
@@ -140,7 +147,7 @@ def copy_rate(device: Device, repeats: int, warm: float = 0.1) -> float:
     # One element a thread, and workgroups along x alone: no more than 65,535 of them.
     workgroup = min(1024, device.limits.workgroup_invocations)
     groups = 4096 if device.info.kind == "cpu" else 65535
-    array = Array((workgroup * groups,), F32)
+    array = ArraySpec((workgroup * groups,), F32)
     kernel = device.kernel("copy", "f32", {"WORKGROUP": workgroup})
     source, target = device.upload(random_array(array, 1)), device.buffer(array.nbytes)
     recorder = device.record(timestamps=1, replay=True)
@@ -155,7 +162,7 @@ def product_rate(device: Device, dtype: np.dtype, variant: str | None, repeats: 
     """FLOPs a second of a large product. Raises FeatureError or ValueError where the variant cannot make it."""
     n = 256 if device.info.kind == "cpu" else 4096
     case = next(case for case in CASES if case.label == "matmul (product)")
-    operands = [random_array(Array((n, n), dtype), 1) for _ in range(2)]
+    operands = [random_array(ArraySpec((n, n), dtype), 1) for _ in range(2)]
     name, equation = next(kernel_calls(case, operands, CallSite(str(device.info.index), variant)))
     plan, reads, writes = plan_of(device, name, equation)
     return 2 * n**3 / device_seconds(device, plan, reads, writes, 1, repeats, warm)

@@ -7,8 +7,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.device import Device
-from vk_kernels.runtime.dispatch_plan import Array, Plan, record
+from vk_kernels.runtime.dispatch_plan import Plan, record
 from vk_kernels.tools.tolerances import OUTPUT_FACTOR, SLACK
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -32,8 +33,8 @@ def run(
     """
     static = {name: value for name, value in parameters.items() if name not in ("variant", "chunk_rows")}
     shapes = jax.tree.leaves(jax.eval_shape(lambda *xs: reference(*xs, **static), *inputs))
-    outputs = [Array(tuple(shape.shape), np.dtype(shape.dtype)) for shape in shapes]
-    plan = planner(device.info, [Array(x.shape, x.dtype) for x in inputs], outputs, **parameters)
+    outputs = [ArraySpec(tuple(shape.shape), np.dtype(shape.dtype)) for shape in shapes]
+    plan = planner(device.info, [ArraySpec(x.shape, x.dtype) for x in inputs], outputs, **parameters)
     sources = [device.upload(x) for x in inputs]
     results = [device.upload(np.full(output.nbytes + GUARD, FILL, np.uint8)) for output in outputs]
     scratch = [device.upload(np.full(nbytes, FILL, np.uint8)) for nbytes in plan.scratch]

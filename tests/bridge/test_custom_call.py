@@ -24,7 +24,8 @@ from vk_kernels.bridge.use import target_of
 from vk_kernels.compiler.op_call import CallSite, decode_call, encode_call, make_plan
 from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.errors import BufferSizeError, NoDeviceError
-from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Dispatch, Plan
 from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.runtime.vulkan import vk
 
@@ -122,8 +123,8 @@ def test_what_is_too_large_to_be_planned_says_so():
         make_plan(
             open_device(SELECTOR),
             encode_call("gelu", {}, CallSite()).encode(),
-            (Array((huge.size,), np.dtype(jnp.bfloat16)),),
-            (Array((huge.size,), np.dtype(jnp.bfloat16)),),
+            (ArraySpec((huge.size,), np.dtype(jnp.bfloat16)),),
+            (ArraySpec((huge.size,), np.dtype(jnp.bfloat16)),),
         )
 
 
@@ -444,6 +445,6 @@ def test_parameters_survive_the_call_string():
 
 
 def test_arrays_know_their_size():
-    assert Array((2, 3), np.dtype(ml_dtypes.bfloat16)).nbytes == 12
-    assert str(Array((2, 3), np.dtype(np.float32))) == "float32[2,3]"
-    assert Array((0, 3), np.dtype(np.float32)).nbytes == 0
+    assert ArraySpec((2, 3), np.dtype(ml_dtypes.bfloat16)).nbytes == 12
+    assert str(ArraySpec((2, 3), np.dtype(np.float32))) == "float32[2,3]"
+    assert ArraySpec((0, 3), np.dtype(np.float32)).nbytes == 0

@@ -10,7 +10,8 @@ from vulkan_devices import needs_vulkan
 
 from vk_kernels.ops.adamw import adamw_reference, plan_adamw
 from vk_kernels.ops.global_norm import global_norm_reference, plan_global_norm
-from vk_kernels.runtime.dispatch_plan import Array, record
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import record
 
 pytestmark = needs_vulkan
 
@@ -152,8 +153,8 @@ def test_an_update_in_place(device):
     options = {**SETTINGS, "decay": (True,) * size}
     expected = run(device, plan_adamw, adamw_reference, *operands, **options)
 
-    inputs = [Array(np.shape(x), np.asarray(x).dtype) for x in operands]
-    outputs = [Array(x.shape, x.dtype) for x in expected]
+    inputs = [ArraySpec(np.shape(x), np.asarray(x).dtype) for x in operands]
+    outputs = [ArraySpec(x.shape, x.dtype) for x in expected]
     plan = plan_adamw(device.info, inputs, outputs, **options)
     buffers = [device.upload(np.asarray(x)) for x in operands]
     replaced = [*buffers[:size], *buffers[2 * size : 4 * size + 1], device.buffer(4), device.buffer(4)]
@@ -168,7 +169,7 @@ def test_an_update_in_place(device):
 
 
 def test_moments_are_kept_in_f32(device):
-    x, scalar = Array((3,), BF16), Array((), F32)
-    operands = [x, x, x, x, Array((), np.dtype(np.int32)), scalar, scalar]
+    x, scalar = ArraySpec((3,), BF16), ArraySpec((), F32)
+    operands = [x, x, x, x, ArraySpec((), np.dtype(np.int32)), scalar, scalar]
     with pytest.raises(ValueError, match=r"parameters and moments in float32, found bfloat16\[3\]"):
         plan_adamw(device.info, operands, [], decay=(True,), **SETTINGS)

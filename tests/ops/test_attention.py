@@ -23,7 +23,8 @@ from vk_kernels.ops.attention.planner import (
 )
 from vk_kernels.ops.attention.reference import attention_backward_reference, attention_forward_reference
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale, dropout_threshold
-from vk_kernels.runtime.dispatch_plan import Array, execute
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import execute
 from vk_kernels.runtime.features import CooperativeMatrix, Features
 from vk_kernels.runtime.kernel import manifest
 from vk_kernels.runtime.physical_device import list_devices
@@ -210,7 +211,7 @@ def test_a_gpu_gets_small_tiles_where_it_lacks_something(device, limits, absent,
         limits=dataclasses.replace(device.limits, **limits),
         features=dataclasses.replace(device.features, names=names - absent),
     )
-    array, lse = Array((1, 70, 1, 32), F32), Array((1, 1, 70), F32)
+    array, lse = ArraySpec((1, 70, 1, 32), F32), ArraySpec((1, 1, 70), F32)
     plans = [
         plan_attention_forward(info, [array] * 3, [array, lse]),
         plan_attention_backward(info, [*[array] * 4, lse, array], [array] * 3),
@@ -345,7 +346,7 @@ def test_more_tiles_than_workgroups_along_an_axis(device, monkeypatch, dtype, va
 
 def test_workgroups_fold_over_two_axes(device):
     info = dataclasses.replace(device.info, kind="cpu")  # tiles of 16 queries or 64 keys
-    array, lse = Array((4096, 1024, 25, 64), BF16), Array((4096, 25, 1024), F32)
+    array, lse = ArraySpec((4096, 1024, 25, 64), BF16), ArraySpec((4096, 25, 1024), F32)
     forward_plan = plan_attention_forward(info, [array] * 3, [array, lse], variant="plain")
     backward_plan = plan_attention_backward(info, [*[array] * 4, lse, array], [array] * 3, variant="plain")
     for dispatch, tiles in zip((*forward_plan.dispatches, *backward_plan.dispatches[1:]), (64, 16, 64), strict=True):
@@ -365,8 +366,8 @@ def test_q_k_and_v_in_one_buffer(device, dtype, variant, head_dim):
     out, lse, *gradients = run_both(device, shape, dtype, DROPOUT, variant)
     assert packed(shape)[0] != dense(shape)
 
-    together, rng = Array((2, 35, 3, 3, head_dim), dtype), Array((2,), np.dtype(np.uint32))
-    outputs = [Array(shape, dtype), Array((2, 3, 35), F32)]
+    together, rng = ArraySpec((2, 35, 3, 3, head_dim), dtype), ArraySpec((2,), np.dtype(np.uint32))
+    outputs = [ArraySpec(shape, dtype), ArraySpec((2, 3, 35), F32)]
     qkv, drawn = device.upload(np.stack([q, k, v], axis=2)), device.upload(RNG)
     results = [device.buffer(output.nbytes) for output in outputs]
     options = DROPOUT | {"views": packed(shape), "variant": variant}
@@ -404,8 +405,8 @@ def test_nothing_to_do(device, shape):
     ],
 )
 def test_what_there_is_no_kernel_for(device, head_dim, dtype, choice, message):
-    array, lse = Array((1, 2, 1, head_dim), dtype), Array((1, 1, 2), F32)
-    rng = Array((2,), np.dtype(np.uint32))
+    array, lse = ArraySpec((1, 2, 1, head_dim), dtype), ArraySpec((1, 1, 2), F32)
+    rng = ArraySpec((2,), np.dtype(np.uint32))
     with pytest.raises(ValueError, match=f"^{message}$"):
         plan_attention_forward(device.info, [array] * 3 + [rng], [array, lse], **{"scale": 1.0} | choice)
     with pytest.raises(ValueError, match=f"^{message}$"):
@@ -470,7 +471,7 @@ def test_the_variant_that_a_device_gets(device, there, length, head_dim, wanted)
 @pytest.mark.parametrize(("cap", "bounded"), [(None, False), (50.0, True), (60.0, False)])
 def test_the_plans_of_cooperative_matrices(device, cap, bounded):
     info = imagined(device.info)
-    array, lse = Array((2, 100, 3, 64), BF16), Array((2, 3, 100), F32)
+    array, lse = ArraySpec((2, 100, 3, 64), BF16), ArraySpec((2, 3, 100), F32)
     for variant in COOPERATIVE:
         (only,) = plan_attention_forward(info, [array] * 3, [array, lse], cap=cap, variant=variant).dispatches
         assert only.variant == f"{variant}_64"
@@ -504,7 +505,7 @@ def test_the_plans_of_cooperative_matrices(device, cap, bounded):
 )
 def test_tiles_are_whole_where_all_that_they_have_is_inside(device, shape, whole):
     info = imagined(device.info)
-    array, lse = Array(shape, BF16), Array((shape[0], shape[2], shape[1]), F32)
+    array, lse = ArraySpec(shape, BF16), ArraySpec((shape[0], shape[2], shape[1]), F32)
     forward = plan_attention_forward(info, [array] * 3, [array, lse], variant="coop2")
     backward = plan_attention_backward(info, [*[array] * 4, lse, array], [array] * 3, variant="coop2")
     made = {made.kernel: dict(made.spec)["WHOLE"] for made in (*forward.dispatches, *backward.dispatches)}
@@ -513,7 +514,7 @@ def test_tiles_are_whole_where_all_that_they_have_is_inside(device, shape, whole
 
 @pytest.mark.parametrize(("variant", "head_dim"), [("coop2", 32), ("coop1", 32), ("coop1", 64), ("plain", 64)])
 def test_the_gradients_of_one_array_are_made_side_by_side(device, variant, head_dim):
-    array, lse = Array((2, 100, 3, head_dim), BF16), Array((2, 3, 100), F32)
+    array, lse = ArraySpec((2, 100, 3, head_dim), BF16), ArraySpec((2, 3, 100), F32)
     plan = plan_attention_backward(
         imagined(device.info), [*[array] * 4, lse, array], [array] * 3, variant=variant, views=packed(array.shape)
     )

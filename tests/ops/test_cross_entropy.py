@@ -21,7 +21,7 @@ from vk_kernels.ops.cross_entropy.reference import (
     linear_cross_entropy_reference,
 )
 from vk_kernels.ops.matmul.gemm import VARIANTS, choose_variant
-from vk_kernels.runtime.dispatch_plan import Array
+from vk_kernels.runtime.array_spec import ArraySpec
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 
@@ -182,11 +182,11 @@ def test_no_tokens(device):
 
 def test_logits_are_never_all_in_memory(device):
     tokens, width, vocab = 16384, 768, 50257
-    shapes = [Array(shape, F32) for shape in ((tokens, width), (width, vocab), (tokens,), (tokens,), (tokens,))]
+    shapes = [ArraySpec(shape, F32) for shape in ((tokens, width), (width, vocab), (tokens,), (tokens,), (tokens,))]
     for planner, inputs in ((FORWARD[0], shapes[:3]), (BACKWARD[0], shapes), (BOTH[0], shapes[:4])):
         plan = planner(device.info, inputs, [])
         limit = min(device.limits.storage_buffer_range, 256 << 20)
         assert sum(plan.scratch) <= 2 * limit
         assert max(plan.scratch) <= limit
     with pytest.raises(ValueError, match=r"a row of .* logits does not fit a buffer"):
-        FORWARD[0](device.info, [Array((1, 1), F32), Array((1, 1 << 31), F32), shapes[2]], [])
+        FORWARD[0](device.info, [ArraySpec((1, 1), F32), ArraySpec((1, 1 << 31), F32), shapes[2]], [])

@@ -20,7 +20,7 @@ from vk_kernels.ops.matmul.gemm import (
     plan_gemm,
 )
 from vk_kernels.ops.matmul.planner import plan_matmul_forward
-from vk_kernels.runtime.dispatch_plan import Array
+from vk_kernels.runtime.array_spec import ArraySpec
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 
@@ -84,12 +84,12 @@ def test_what_cannot_be_multiplied(device):
         with pytest.raises(ValueError, match=r"an epilogue has"):
             gemm_of(a, b, c, epilogue=epilogue, batch=batch)
     assert gemm_of(a, b, c, epilogue=NOTHING).dispatches
-    arrays = [Array((3, 4), F32), Array((4, 5), F32), Array((5,), BF16)]
+    arrays = [ArraySpec((3, 4), F32), ArraySpec((4, 5), F32), ArraySpec((5,), BF16)]
     static = {"has_bias": True, "has_residual": False, "dropout_rate": 0.0, "site": 0}
     with pytest.raises(ValueError, match=r"bias must be float32 as x is, found bfloat16\[5\]"):
-        plan_matmul_forward(device.info, arrays, [Array((3, 5), F32)], activation=None, **static)
+        plan_matmul_forward(device.info, arrays, [ArraySpec((3, 5), F32)], activation=None, **static)
     with pytest.raises(ValueError, match=r"activation must be None or 'gelu', found 'relu'"):
-        plan_matmul_forward(device.info, arrays, [Array((3, 5), F32)], activation="relu", **static)
+        plan_matmul_forward(device.info, arrays, [ArraySpec((3, 5), F32)], activation="relu", **static)
 
 
 def test_a_device_without_cooperative_matrices_says_what_it_lacks(device):

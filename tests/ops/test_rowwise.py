@@ -40,7 +40,7 @@ from vk_kernels.ops.layer_norm.reference import (
     residual_layer_norm_reference,
 )
 from vk_kernels.ops.planning import MAX_GROUPS, dispatch
-from vk_kernels.runtime.dispatch_plan import Array
+from vk_kernels.runtime.array_spec import ArraySpec
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 
@@ -323,14 +323,14 @@ def test_more_workgroups_than_one_axis_takes():
 
 
 def test_what_has_no_kernel_is_refused(device):
-    x, ids = Array((4, 4), np.dtype(np.float16)), Array((4,), np.dtype(np.int64))
-    table = Array((4, 4), BF16)
+    x, ids = ArraySpec((4, 4), np.dtype(np.float16)), ArraySpec((4,), np.dtype(np.int64))
+    table = ArraySpec((4, 4), BF16)
     with pytest.raises(ValueError, match=r"take float32 or bfloat16, found float16\[4,4\]"):
         plan_gelu_forward(device.info, [x], [x])
     with pytest.raises(ValueError, match=r"ids must be int32 or uint32, found int64\[4\]"):
         plan_embedding_forward(device.info, [table, ids], [table])
     with pytest.raises(ValueError, match=r"one variant, 'plain', found 'coop2'"):
         plan_gelu_forward(device.info, [table], [table], variant="coop2")
-    many = Array((20_000_000,), np.dtype(np.int32))
+    many = ArraySpec((20_000_000,), np.dtype(np.int32))
     with pytest.raises(ValueError, match=r"16,776,960 tokens and rows at most, found 20,000,000 and 4"):
         plan_embedding_backward(device.info, [many, table], [table], table_rows=4)

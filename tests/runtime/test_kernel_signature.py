@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vk_kernels.ops.planning import dispatch, operands_of, planner
-from vk_kernels.runtime.dispatch_plan import Array, Plan, check_operands
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Plan, check_operands
 from vk_kernels.runtime.kernel import manifest
 from vk_kernels.runtime.kernel_signature import KernelSignature, signature, snake_case
 from vk_kernels.spirv.reflect import Reflection
@@ -83,7 +84,7 @@ def test_what_a_kernel_does_not_use_is_bound_to_what_is_there():
     assert product.operands(given) == (5, 6, 5, 5, 5, 7, 7)  # what is written, to what is written anyway
 
 
-ARRAYS = [Array((3, 5), F32), Array((2,), UINT32)], [Array((3, 5), F32)]
+ARRAYS = [ArraySpec((3, 5), F32), ArraySpec((2,), UINT32)], [ArraySpec((3, 5), F32)]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from vk_kernels.bridge import custom_call
 from vk_kernels.bridge.xla_ffi import CALL_ATTRIBUTE
 from vk_kernels.compiler.op_call import encode_call, make_plan
 from vk_kernels.compiler.op_registry import BatchAxes, KernelOp, register_op
-from vk_kernels.runtime.dispatch_plan import Array
+from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.open_devices import open_device
 
 _lowered = threading.Event()  # whether any program has a custom call
@@ -104,8 +104,8 @@ def make_primitive(name: str, reference: Callable[..., Any], op: KernelOp) -> Pr
     return primitive
 
 
-def _arrays(avals: Sequence[Any]) -> tuple[Array, ...]:
-    return tuple(Array(tuple(aval.shape), np.dtype(aval.dtype)) for aval in avals)
+def _arrays(avals: Sequence[Any]) -> tuple[ArraySpec, ...]:
+    return tuple(ArraySpec(tuple(aval.shape), np.dtype(aval.dtype)) for aval in avals)
 
 
 def _batch(primitive: Primitive, batch_axes: BatchAxes | None, operands, axes, **parameters):

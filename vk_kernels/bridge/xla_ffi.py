@@ -16,7 +16,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from vk_kernels.runtime.dispatch_plan import Array
+from vk_kernels.runtime.array_spec import ArraySpec
 
 CALL_ATTRIBUTE = "call"  # the one attribute of our custom calls: a string that says what to do
 
@@ -144,7 +144,7 @@ class HostArray(NamedTuple):
     """An operand or a result of a custom call: host memory that is XLA's, valid during the call."""
 
     address: int
-    array: Array
+    array: ArraySpec
 
     def view(self) -> np.ndarray:
         """Its bytes, to be read or written in place."""
@@ -219,7 +219,7 @@ def _arrays(buffers: _Buffers) -> list[HostArray]:
         if dtype is None:
             raise CallError(INVALID_ARGUMENT, f"no kernel takes XLA's data type number {buffer.dtype}")
         shape = tuple(buffer.dims[: buffer.rank]) if buffer.rank else ()
-        found.append(HostArray(buffer.data or 0, Array(shape, dtype)))
+        found.append(HostArray(buffer.data or 0, ArraySpec(shape, dtype)))
     return found
 
 

@@ -21,7 +21,8 @@ from vk_kernels.compiler.list_schedule import assign_stages
 from vk_kernels.compiler.op_call import make_plan
 from vk_kernels.compiler.partition import Partition, Step
 from vk_kernels.errors import FeatureError
-from vk_kernels.runtime.dispatch_plan import Array, kernel_of
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import kernel_of
 from vk_kernels.runtime.program import BufferSlice, Command, Program
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ def _commands(
     return [command for _, command in sorted(ordered, key=lambda item: item[0])]
 
 
-def _array(value: Value) -> Array:
-    return Array(value.shape, value.dtype)
+def _array(value: Value) -> ArraySpec:
+    return ArraySpec(value.shape, value.dtype)
 
 
 def _plan(step: Step, device: "Device") -> PlannedStep:
@@ -98,7 +99,7 @@ def _plan(step: Step, device: "Device") -> PlannedStep:
 
 
 def _plan_kernel_op(step: Step, node: Node, device: "Device") -> PlannedStep:
-    inputs, outputs = (tuple(Array(x.shape, x.dtype) for x in values) for values in (node.inputs, node.outputs))
+    inputs, outputs = (tuple(ArraySpec(x.shape, x.dtype) for x in values) for values in (node.inputs, node.outputs))
     try:
         plan = make_plan(device, node.call, inputs, outputs)
     except (ValueError, FeatureError) as error:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.errors import BufferSizeError, FeatureError
+from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.device import Device
-from vk_kernels.runtime.dispatch_plan import Array, Plan, kernel_of
+from vk_kernels.runtime.dispatch_plan import Plan, kernel_of
 from vk_kernels.runtime.open_devices import open_device
 
 
@@ -56,7 +57,7 @@ def with_op(call: bytes, op: str) -> bytes:
 
 
 @functools.lru_cache(maxsize=4096)
-def make_plan(device: Device, call: bytes, inputs: tuple[Array, ...], outputs: tuple[Array, ...]) -> Plan:
+def make_plan(device: Device, call: bytes, inputs: tuple[ArraySpec, ...], outputs: tuple[ArraySpec, ...]) -> Plan:
     """The plan of a call, and its kernels; made once.
 
     Raises ValueError or FeatureError, naming op and shapes, for what the kernels or the device cannot do.
@@ -87,6 +88,6 @@ def _check_sizes(device: Device, what: str, sizes: Sequence[tuple[str, int]]) ->
             )
 
 
-def describe_call(op: str, inputs: Sequence[Array]) -> str:
+def describe_call(op: str, inputs: Sequence[ArraySpec]) -> str:
     """The call for messages: op(dtype[shape], ...)."""
     return f"{op}({', '.join(map(str, inputs))})"

@@ -15,7 +15,8 @@ from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.ops.global_norm import global_norm_reference, plan_norm_of
 from vk_kernels.ops.planning import THREADS, ceil_divide, dispatch, dtype_suffix, planner, require_plain
 from vk_kernels.ops.public import check_arrays, public
-from vk_kernels.runtime.dispatch_plan import Array, Plan
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Plan
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.physical_device import DeviceInfo
@@ -77,8 +78,8 @@ def adamw_reference(
 @planner
 def plan_adamw(
     info: "DeviceInfo",
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
     *,
     decay: tuple[bool, ...],
     b1: float,

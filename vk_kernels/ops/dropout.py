@@ -22,7 +22,8 @@ from vk_kernels.ops.planning import (
     require_plain,
 )
 from vk_kernels.ops.public import as_rows, check_arrays, public
-from vk_kernels.runtime.dispatch_plan import Array, Plan
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Plan
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.physical_device import DeviceInfo
@@ -90,8 +91,8 @@ def dropout_constants(rate: float, site: int) -> dict[str, int | float]:
 @planner
 def plan_dropout_forward(
     info: "DeviceInfo",
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
     *,
     rate: float,
     site: int,

@@ -22,7 +22,8 @@ from vk_kernels.ops.planning import (
     require_plain,
 )
 from vk_kernels.ops.public import public
-from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Dispatch, Plan
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.physical_device import DeviceInfo
@@ -54,7 +55,7 @@ def _inside(ids: jax.Array, rows: int) -> jax.Array:
 
 @planner
 def plan_embedding_forward(
-    info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
+    info: "DeviceInfo", inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec], *, variant: str | None = None
 ) -> Plan:
     """inputs: table, ids (int32 or uint32); outputs: rows. See `embedding`."""
     require_plain(variant)
@@ -79,8 +80,8 @@ def plan_embedding_forward(
 @planner
 def plan_embedding_backward(
     info: "DeviceInfo",
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
     *,
     table_rows: int,
     variant: str | None = None,
@@ -136,7 +137,7 @@ def plan_embedding_backward(
     return Plan((*dispatches, add), (4 * blocks * _DIGITS, 4 * (table_rows + 1), *[order_bytes] * min(passes, 2)))
 
 
-def _check_ids(ids: Array) -> None:
+def _check_ids(ids: ArraySpec) -> None:
     if ids.dtype not in (np.dtype(np.int32), np.dtype(np.uint32)):
         raise ValueError(f"ids must be int32 or uint32, found {ids}")
 

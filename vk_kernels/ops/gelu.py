@@ -21,7 +21,8 @@ from vk_kernels.ops.planning import (
     require_plain,
 )
 from vk_kernels.ops.public import public
-from vk_kernels.runtime.dispatch_plan import Array, Plan
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Plan
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.physical_device import DeviceInfo
@@ -49,7 +50,7 @@ def gelu_backward_reference(x: jax.Array, dy: jax.Array) -> jax.Array:
 
 @planner
 def plan_gelu_forward(
-    info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
+    info: "DeviceInfo", inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec], *, variant: str | None = None
 ) -> Plan:
     """inputs: x; outputs: y. See `gelu`."""
     (x,), (y,), _ = operands_of(inputs, outputs)
@@ -58,14 +59,14 @@ def plan_gelu_forward(
 
 @planner
 def plan_gelu_backward(
-    info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
+    info: "DeviceInfo", inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec], *, variant: str | None = None
 ) -> Plan:
     """inputs: x, dy; outputs: dx. See `gelu_backward_reference`."""
     (x, dy), (dx,), _ = operands_of(inputs, outputs)
     return _plan("gelu_backward", inputs[x], variant, x=x, dy=dy, result=dx)
 
 
-def _plan(kernel: str, array: Array, variant: str | None, **buffers: int) -> Plan:
+def _plan(kernel: str, array: ArraySpec, variant: str | None, **buffers: int) -> Plan:
     require_plain(variant)
     size = array.size
     if size == 0:

@@ -10,7 +10,8 @@ from vk_kernels.bridge.primitive import make_primitive, vary_alike
 from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.ops.planning import THREADS, ceil_divide, dispatch, dtype_suffix, operands_of, planner, require_plain
 from vk_kernels.ops.public import public
-from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Dispatch, Plan
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.physical_device import DeviceInfo
@@ -28,7 +29,7 @@ def global_norm_reference(*arrays: jax.Array) -> jax.Array:
 
 @planner
 def plan_global_norm(
-    info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
+    info: "DeviceInfo", inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec], *, variant: str | None = None
 ) -> Plan:
     """inputs: the arrays; outputs: their norm. See `global_norm_reference`."""
     require_plain(variant)
@@ -36,7 +37,7 @@ def plan_global_norm(
     return plan_norm_of([(i, inputs[i]) for i in arrays], output=norm, scratch=scratch)
 
 
-def plan_norm_of(arrays: Sequence[tuple[int, Array]], output: int, scratch: int) -> Plan:
+def plan_norm_of(arrays: Sequence[tuple[int, ArraySpec]], output: int, scratch: int) -> Plan:
     """The norm of some operands, given by (index, array), into operand `output`; scratch operands from `scratch`.
 
     Each run of the kernel takes eight arrays of one dtype and leaves a buffer of sums of its own, so that the runs need

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan, check_operands
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Dispatch, Plan, check_operands
 from vk_kernels.runtime.kernel_signature import signature
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ MAX_GROUPS = 65535  # along either axis; every device takes that many
 _ELEMENTS = {np.dtype(np.float32): "f32", np.dtype(ml_dtypes.bfloat16): "bf16"}
 
 
-def dtype_suffix(array: Array) -> str:
+def dtype_suffix(array: ArraySpec) -> str:
     """The variant of a kernel for the array's dtype. Raises ValueError for one that there are no kernels for."""
     found = _ELEMENTS.get(array.dtype)
     if found is None:
@@ -73,7 +74,7 @@ def dispatch(
     )
 
 
-def operands_of(inputs: Sequence[Array], outputs: Sequence[Array]) -> tuple[range, range, int]:
+def operands_of(inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec]) -> tuple[range, range, int]:
     """The indices of the inputs and of the outputs in (*inputs, *outputs, *scratch), and that of the first scratch."""
     end = len(inputs) + len(outputs)
     return range(len(inputs)), range(len(inputs), end), end
@@ -83,7 +84,9 @@ def planner(plan: Callable[..., Plan]) -> Callable[..., Plan]:
     """Checks what `plan(info, inputs, outputs, ...)` binds: see `check_operands`."""
 
     @functools.wraps(plan)
-    def checked(info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], **parameters: Any) -> Plan:
+    def checked(
+        info: "DeviceInfo", inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec], **parameters: Any
+    ) -> Plan:
         made = plan(info, inputs, outputs, **parameters)
         check_operands(made, inputs, outputs)
         return made

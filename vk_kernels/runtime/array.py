@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.lifetime import DonationState
 from vk_kernels.runtime.memory import Buffer
 
@@ -20,8 +21,13 @@ class ArrayType(NamedTuple):
     dtype: np.dtype
     weak_type: bool
 
+    @property
+    def spec(self) -> ArraySpec:
+        """The type without its weakness."""
+        return ArraySpec(self.shape, self.dtype)
+
     def __str__(self) -> str:
-        return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
+        return str(self.spec)
 
 
 # Interned, so that the types of arguments can be compared by identity.
@@ -88,7 +94,7 @@ class Array:
     @property
     def size(self) -> int:
         """Elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return self.type.spec.size
 
     @property
     def itemsize(self) -> int:
@@ -96,7 +102,7 @@ class Array:
 
     @property
     def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
+        return self.type.spec.nbytes
 
     def on_device_size_in_bytes(self) -> int:
         return self.buffer.size

@@ -6,13 +6,11 @@ the device lacks it. A plan does no host work and holds no buffers, so that the 
 recording of a whole program.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.kernel import Spec
 from vk_kernels.runtime.kernel_signature import signature
 from vk_kernels.runtime.memory import Buffer
@@ -21,25 +19,6 @@ if TYPE_CHECKING:
     from vk_kernels.runtime.command_buffer import Recorder
     from vk_kernels.runtime.device import Device
     from vk_kernels.runtime.kernel import Kernel
-
-
-class Array(NamedTuple):
-    """A dense array in row-major order. bf16 is `ml_dtypes.bfloat16`."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
-
-    @property
-    def size(self) -> int:
-        """Elements."""
-        return math.prod(self.shape)
-
-    def __str__(self) -> str:
-        return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
 
 
 @dataclass(frozen=True)
@@ -70,7 +49,7 @@ class Plan:
     scratch: tuple[int, ...] = ()
 
 
-def check_operands(plan: Plan, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+def check_operands(plan: Plan, inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec]) -> None:
     """Raises TypeError, naming kernel and buffer, for one that is not what the kernel reads or that it must not write.
 
     Of scratch no dtype is known.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vk_kernels.runtime import dispatch_plan
+from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.hazards import PendingAccesses, Range
 
 
@@ -51,8 +52,8 @@ class Program:
     """
 
     commands: tuple[Command, ...]
-    inputs: tuple[dispatch_plan.Array, ...]
-    outputs: tuple[dispatch_plan.Array, ...]
+    inputs: tuple[ArraySpec, ...]
+    outputs: tuple[ArraySpec, ...]
     constants: tuple[np.ndarray, ...]
     aliases: dict[int, int]
     arena_bytes: int

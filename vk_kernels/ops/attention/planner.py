@@ -15,7 +15,8 @@ from vk_kernels.errors import FeatureError
 from vk_kernels.ops.attention.reference import scale_of
 from vk_kernels.ops.dropout import dropout_scale, dropout_threshold
 from vk_kernels.ops.planning import aligned, ceil_divide, dispatch, dtype_suffix, has_lanes, operands_of, planner
-from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Dispatch, Plan
 from vk_kernels.runtime.kernel import manifest
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ def packed(shape: tuple[int, int, int, int]) -> tuple[View, View, View]:
 @planner
 def plan_attention_forward(
     info: "DeviceInfo",
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
     *,
     scale: float | None = None,
     cap: float | None = None,
@@ -95,8 +96,8 @@ def plan_attention_forward(
 @planner
 def plan_attention_backward(
     info: "DeviceInfo",
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
     *,
     scale: float | None = None,
     cap: float | None = None,
@@ -145,7 +146,7 @@ def plan_attention_backward(
 
 @planner
 def plan_packed_attention_forward(
-    info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], **options: Any
+    info: "DeviceInfo", inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec], **options: Any
 ) -> Plan:
     """inputs: qkv and, for dropout, rng; outputs: out, lse. options and what is raised: as `plan_attention_forward`."""
     qkv, *rest = inputs
@@ -156,7 +157,7 @@ def plan_packed_attention_forward(
 
 @planner
 def plan_packed_attention_backward(
-    info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], **options: Any
+    info: "DeviceInfo", inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec], **options: Any
 ) -> Plan:
     """inputs: qkv, out, lse, d_out and, for dropout, rng; outputs: dqkv. Otherwise as `plan_attention_backward`."""
     qkv, *rest = inputs
@@ -165,10 +166,10 @@ def plan_packed_attention_backward(
     return _with_operands(plan, (0, 0, 0, *range(1, len(inputs)), dqkv, dqkv, dqkv))
 
 
-def _one(qkv: Array) -> Array:
+def _one(qkv: ArraySpec) -> ArraySpec:
     """Like q, k or v."""
     batch, length, _, heads, head_dim = qkv.shape
-    return Array((batch, length, heads, head_dim), qkv.dtype)
+    return ArraySpec((batch, length, heads, head_dim), qkv.dtype)
 
 
 def _with_operands(plan: Plan, places: Sequence[int]) -> Plan:
@@ -302,7 +303,7 @@ class _Launch(NamedTuple):
     def of(
         cls,
         info: "DeviceInfo",
-        q: Array,
+        q: ArraySpec,
         shape: tuple[int, ...],
         rng: int | None,
         scale: float | None,

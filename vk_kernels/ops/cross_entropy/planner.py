@@ -19,7 +19,8 @@ from vk_kernels.ops.matmul.gemm import (
     plan_gemm,
 )
 from vk_kernels.ops.planning import ceil_divide, dispatch, dtype_suffix, operands_of, planner
-from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Dispatch, Plan
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.physical_device import DeviceInfo
@@ -43,8 +44,8 @@ _TILE_COLUMNS, _MOST_PADDED = 256, 32
 @planner
 def plan_linear_cross_entropy_forward(
     info: "DeviceInfo",
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
     *,
     transposed: bool = False,
     chunk_rows: int | None = None,
@@ -82,8 +83,8 @@ def plan_linear_cross_entropy_forward(
 @planner
 def plan_linear_cross_entropy_backward(
     info: "DeviceInfo",
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
     *,
     transposed: bool = False,
     chunk_rows: int | None = None,
@@ -113,8 +114,8 @@ def plan_linear_cross_entropy_backward(
 @planner
 def plan_linear_cross_entropy_both_passes(
     info: "DeviceInfo",
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
     *,
     transposed: bool = False,
     chunk_rows: int | None = None,
@@ -196,7 +197,7 @@ class _Head:
 
     info: "DeviceInfo"
     variant: str | None
-    x: Array
+    x: ArraySpec
     given: Matrix  # the weights
     weights: Matrix  # as the products read them
     transposed: bool
@@ -208,7 +209,7 @@ class _Head:
     def of(
         cls,
         info: "DeviceInfo",
-        inputs: Sequence[Array],
+        inputs: Sequence[ArraySpec],
         operands: tuple[int, int],
         builder: _PlanBuilder,
         transposed: bool,

@@ -16,7 +16,8 @@ from vk_kernels.ops.planning import (
     planner,
     require_plain,
 )
-from vk_kernels.runtime.dispatch_plan import Array, Dispatch, Plan
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Dispatch, Plan
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.physical_device import DeviceInfo
@@ -30,8 +31,8 @@ DropoutConstants = dict[str, int | float]
 @planner
 def plan_layer_norm_forward(
     info: "DeviceInfo",
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
     *,
     epsilon: float = EPSILON,
     variant: str | None = None,
@@ -46,8 +47,8 @@ def plan_layer_norm_forward(
 @planner
 def plan_residual_layer_norm_forward(
     info: "DeviceInfo",
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
     *,
     dropout_rate: float,
     site: int,
@@ -68,7 +69,7 @@ def plan_residual_layer_norm_forward(
 
 @planner
 def plan_layer_norm_backward(
-    info: "DeviceInfo", inputs: Sequence[Array], outputs: Sequence[Array], *, variant: str | None = None
+    info: "DeviceInfo", inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec], *, variant: str | None = None
 ) -> Plan:
     """inputs: x, scale, mean, rstd, dy; outputs: dx, dscale, dbias. See `layer_norm_backward_reference`."""
     require_plain(variant)
@@ -81,8 +82,8 @@ def plan_layer_norm_backward(
 @planner
 def plan_residual_layer_norm_backward(
     info: "DeviceInfo",
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
     *,
     dropout_rate: float,
     site: int,
@@ -108,17 +109,23 @@ def _drawing(rng: list[int], rate: float, site: int) -> tuple[int | None, Dropou
     return (rng[0], dropout_constants(rate, site)) if rng else (None, dropout_constants(0.0, 0))
 
 
-def _rows_and_columns(x: Array) -> tuple[int, int]:
+def _rows_and_columns(x: ArraySpec) -> tuple[int, int]:
     return math.prod(x.shape[:-1]), x.shape[-1]
 
 
-def _rows_at_once(x: Array) -> int:
+def _rows_at_once(x: ArraySpec) -> int:
     """Rows that a workgroup has threads for: one for 8 columns, a power of two for each row."""
     return THREADS // min(THREADS, 1 << (ceil_divide(x.shape[-1], 8) - 1).bit_length())
 
 
 def _dispatch(
-    kernel: str, variant: str, x: Array, strip_rows: int, dropout: DropoutConstants, epsilon: float, buffers: Buffers
+    kernel: str,
+    variant: str,
+    x: ArraySpec,
+    strip_rows: int,
+    dropout: DropoutConstants,
+    epsilon: float,
+    buffers: Buffers,
 ) -> Dispatch:
     """One workgroup for each strip of rows."""
     rows, columns = _rows_and_columns(x)
@@ -138,14 +145,14 @@ def _dispatch(
     )
 
 
-def _plan_forward(variant: str, x: Array, dropout: DropoutConstants, epsilon: float, buffers: Buffers) -> Plan:
+def _plan_forward(variant: str, x: ArraySpec, dropout: DropoutConstants, epsilon: float, buffers: Buffers) -> Plan:
     if x.size == 0:
         return Plan(())
     return Plan((_dispatch("layer_norm", variant, x, _rows_at_once(x), dropout, epsilon, buffers),))
 
 
 def _plan_backward(
-    variant: str, x: Array, dropout: DropoutConstants, buffers: Buffers, dscale: int, dbias: int, scratch: int
+    variant: str, x: ArraySpec, dropout: DropoutConstants, buffers: Buffers, dscale: int, dbias: int, scratch: int
 ) -> Plan:
     """buffers: of the kernel, but for dscale and dbias, which are sums over strips of rows first."""
     rows, columns = _rows_and_columns(x)

@@ -9,7 +9,8 @@ from vk_kernels.ops.dropout import dropout_scale, dropout_threshold
 from vk_kernels.ops.matmul.gemm import Epilogue, Matrix, matrix, plan_column_sums, plan_epilogue, plan_gemm
 from vk_kernels.ops.matmul.reference import check_activation
 from vk_kernels.ops.planning import planner
-from vk_kernels.runtime.dispatch_plan import Array, Plan
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Plan
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.physical_device import DeviceInfo
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 @planner
 def plan_matmul_forward(
     info: "DeviceInfo",
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
     *,
     activation: str | None,
     has_bias: bool,
@@ -56,8 +57,8 @@ def plan_matmul_forward(
 @planner
 def plan_matmul_backward(
     info: "DeviceInfo",
-    inputs: Sequence[Array],
-    outputs: Sequence[Array],
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
     *,
     activation: str | None,
     has_bias: bool,
@@ -104,7 +105,7 @@ def _both(some: Plan, more: Plan) -> Plan:
     return Plan(some.dispatches + more.dispatches, some.scratch + more.scratch)
 
 
-def _rows(operand: int, array: Array) -> Matrix:
+def _rows(operand: int, array: ArraySpec) -> Matrix:
     """(..., N) as a matrix of N columns."""
     return matrix(operand, array.dtype, math.prod(array.shape[:-1]), array.shape[-1])
 
