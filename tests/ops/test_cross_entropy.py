@@ -182,11 +182,16 @@ def test_no_tokens(device):
 
 def test_logits_are_never_all_in_memory(device):
     tokens, width, vocab = 16384, 768, 50257
-    shapes = [ArraySpec(shape, F32) for shape in ((tokens, width), (width, vocab), (tokens,), (tokens,), (tokens,))]
-    for planner, inputs in ((FORWARD[0], shapes[:3]), (BACKWARD[0], shapes), (BOTH[0], shapes[:4])):
-        plan = planner(device.info, inputs, [])
+    x, w, losses = ArraySpec((tokens, width), F32), ArraySpec((width, vocab), F32), ArraySpec((tokens,), F32)
+    targets = ArraySpec((tokens,), np.dtype(np.int32))
+    for planner, inputs, outputs in (
+        (FORWARD[0], [x, w, targets], [losses, losses]),
+        (BACKWARD[0], [x, w, targets, losses, losses], [x, w]),
+        (BOTH[0], [x, w, targets, losses], [losses, losses, x, w]),
+    ):
+        plan = planner(device.info, inputs, outputs)
         limit = min(device.limits.storage_buffer_range, 256 << 20)
         assert sum(plan.scratch) <= 2 * limit
         assert max(plan.scratch) <= limit
     with pytest.raises(ValueError, match=r"a row of .* logits does not fit a buffer"):
-        FORWARD[0](device.info, [ArraySpec((1, 1), F32), ArraySpec((1, 1 << 31), F32), shapes[2]], [])
+        FORWARD[0](device.info, [ArraySpec((1, 1), F32), ArraySpec((1, 1 << 31), F32), targets], [losses, losses])
