@@ -1,4 +1,4 @@
-"""What JAX, and Python code beside it, may do with a `vk_kernels.Array`: installed on the class when this is imported.
+"""Methods of `vk_kernels.Array` for JAX and for Python code beside it, installed on the class when this is imported.
 
 JAX takes one wherever it takes an array, by a copy to the host, of the same dtype and weak type. Operators and methods
 outside of a jitted function (x + 1, x[0], x.sum(), x.at[2].set(5)) work on such copies, with JAX, and give JAX arrays:

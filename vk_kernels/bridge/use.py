@@ -51,7 +51,7 @@ def target_of(implementation: Literal["vulkan"]) -> CallSite: ...
 @overload
 def target_of(implementation: str | None) -> CallSite | None: ...
 def target_of(implementation: str | None) -> CallSite | None:
-    """Where a call with this argument `implementation` runs: a target on Vulkan, or None for XLA.
+    """The target of a call with this argument `implementation`: a call site on Vulkan, or None for XLA.
 
     Raises ValueError for another implementation.
     """

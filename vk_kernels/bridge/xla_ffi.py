@@ -155,7 +155,7 @@ class HostArray(NamedTuple):
 
 
 class CallError(Exception):
-    """What becomes of a custom call that failed: an XLA error with this code and message."""
+    """A custom call's failure: an XLA error with this code and message."""
 
     def __init__(self, code: int, message: str):
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Where the arrays of a program lie in memory: by liveness, so that those of different times share it."""
+"""The arena: arrays of a program share memory by liveness, those of different times the same bytes."""
 
 import bisect
 import itertools

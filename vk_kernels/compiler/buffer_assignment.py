@@ -51,13 +51,13 @@ class PlannedStep:
 
 
 def memory_of(index: int, planned: PlannedStep) -> list[Hashable]:
-    """What the operands of a step's dispatches number: its inputs, its outputs, its scratch."""
+    """The memory that a step's dispatches number: its inputs, its outputs, its scratch."""
     scratch = ((index, number) for number in range(len(planned.scratch)))
     return [*planned.step.inputs, *planned.step.outputs, *scratch]
 
 
 class Outputs(NamedTuple):
-    """Where a program's outputs lie.
+    """The places of a program's outputs.
 
     slices: of its inputs, constants and outputs, as far as they are known. aliases: output -> the donated input in
     whose memory it ends up. copied: outputs that are copied in the end, and where to.
@@ -113,7 +113,7 @@ def alias_outputs(partition: Partition, planned: Sequence[PlannedStep], donated:
 
 
 def step_accesses(index: int, planned: PlannedStep, slices: Mapping[Hashable, BufferSlice]) -> list[Access]:
-    """What each dispatch of a step accesses: slices that are known, values and scratch that are not."""
+    """The accesses of each dispatch of a step: slices that are known, values and scratch that are not."""
     step = planned.step
     arrays = [slices.get(x, x) for x in memory_of(index, planned)]
     sizes = [*(value.nbytes for value in (*step.inputs, *step.outputs)), *planned.scratch]

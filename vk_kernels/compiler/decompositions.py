@@ -120,7 +120,7 @@ def _padded(x: jax.Array, fill: Any, equation: JaxprEqn) -> jax.Array:
 
 
 def _at_place(padded: jax.Array, place: tuple[int, ...], out: tuple[int, ...], equation: JaxprEqn) -> jax.Array:
-    """What all windows have at one place. out: how many windows there are along each axis."""
+    """The elements that all windows have at one place. out: how many windows there are along each axis."""
     strides = equation.params["window_strides"]
     dilation = equation.params.get("window_dilation", (1,) * padded.ndim)
     start = [i * step for i, step in zip(place, dilation, strict=True)]
@@ -156,7 +156,7 @@ def _window_sum(equation: JaxprEqn) -> Callable[..., Any]:
 
 
 def _least(dtype: Any) -> Any:
-    """What loses to everything in a maximum."""
+    """The value that loses to every other in a maximum."""
     if jnp.issubdtype(dtype, jnp.floating):
         return -np.inf
     return False if dtype == np.bool_ else jnp.iinfo(dtype).min

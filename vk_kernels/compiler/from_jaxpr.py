@@ -50,7 +50,7 @@ _IDENTITIES = frozenset(
 
 
 class Origin(NamedTuple):
-    """Where an operation comes from: the stack of names around it, and the user's line."""
+    """An operation's origin: the stack of names around it, and the user's line."""
 
     scope: str = ""
     source: str = ""
@@ -375,7 +375,7 @@ def _is_named_update(name: str, jaxpr: Jaxpr) -> bool:
 
 
 class _Counter:
-    """What decides how often a while loop turns, cut out of it.
+    """The part of a while loop that decides how often it turns, cut out of it.
 
     needs: the operands of the loop that it is made of. carried: those of them that every turn changes.
     """
@@ -416,7 +416,7 @@ def _where(equation: JaxprEqn, at: Origin) -> str:
 
 
 def _on_words(equation: JaxprEqn) -> Callable[..., Any]:
-    """What moves PRNG keys about moves each of their words; keys are equal where all their words are."""
+    """Applies an operation that moves PRNG keys to each of their words; keys are equal where all words are."""
     primitive, params = equation.primitive, equation.params
     key = next(x.aval for x in (*equation.invars, *equation.outvars) if is_key(x.aval))
     words = len(on_device(key).shape) - len(key.shape)  # axes of the words of one key

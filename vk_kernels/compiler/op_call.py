@@ -18,7 +18,7 @@ from vk_kernels.runtime.open_devices import open_device
 
 
 class CallSite(NamedTuple):
-    """Where a call runs: a device selector ('' is the process's default device), and the variant of its kernels.
+    """A call's device selector ('' is the process's default device), and the variant of its kernels.
 
     variant None is what the planner thinks best.
     """

@@ -59,7 +59,7 @@ _SLOW = {
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What runs together: a kernel op, or a graph to generate kernels for.
+    """A step of a program: a kernel op, or a graph to generate kernels for.
 
     inputs, outputs: arrays in memory, in the order of the operation's or the graph's own. level: steps of one level
     need nothing of each other; later levels need earlier ones.
@@ -73,7 +73,7 @@ class Step:
 
     @property
     def scope(self) -> str:
-        """Of the node, or what the scopes of all nodes that compute something have in common; where those begin with
+        """The node's scope, or what the scopes of all nodes that compute have in common; where those begin with
         different names, of the nodes under the name that has the most elements."""
         if self.node:
             return self.node.scope
@@ -289,7 +289,7 @@ class _Partitioner:
         return any(out in self._loaded or out in self._stored for out in node.outputs)
 
     def _find_heights(self, least: dict[Node, int]) -> dict[Node, int]:
-        """Of kernel ops and of the nodes that give targets; `least`: how high some are at least."""
+        """The heights of kernel ops and of the nodes that give targets; `least`: how high some are at least."""
         heights: dict[Node, int] = {}
         needed = dict(least)
         for node in reversed(self._graph.nodes):
@@ -357,7 +357,7 @@ class _Partitioner:
         return True
 
     def _needs(self, node: Node) -> list[Value]:
-        """What a target is made of: values that are loaded, and values that are stored."""
+        """The values that a target loads, and those that are stored."""
         if node.call:
             return [self._root(x) for x in node.inputs]
         found: dict[Value, None] = {}

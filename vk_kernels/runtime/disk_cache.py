@@ -14,12 +14,12 @@ def root() -> Path:
 
 
 def file_of(folder: Path, key: str) -> Path:
-    """Where `folder` keeps what belongs to `key`, a text of any length."""
+    """The file of `key`, a text of any length, in `folder`."""
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.bin"
 
 
 def load(file: Path) -> bytes:
-    """What was saved there; nothing where there is no file, or a damaged one."""
+    """The bytes that were saved there; none where there is no file, or a damaged one."""
     try:
         content = file.read_bytes()
     except OSError:

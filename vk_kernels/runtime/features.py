@@ -1,4 +1,4 @@
-"""What a Vulkan device can do: its features and limits, by the names that Vulkan gives them.
+"""Features and limits of a Vulkan device, by the names that Vulkan gives them.
 
 `_FEATURE_STRUCTS` serves twice: to ask a physical device what it has, and to enable just that when it is opened. It has
 what a kernel or the runtime uses and nothing else: some drivers are slower with a feature that nobody needs.
@@ -245,7 +245,7 @@ def _feature_chain(version, extensions):
 
 
 def query_features(functions, physical, without: frozenset[str] = frozenset()) -> Features:
-    """What `physical` has; the extensions in `without` count as absent."""
+    """The features that `physical` has; the extensions in `without` count as absent."""
     version = _version(device_properties(functions, physical))
     extensions = device_extensions(functions, physical) - without
     head, filled = _feature_chain(version, extensions)
@@ -269,7 +269,7 @@ def query_features(functions, physical, without: frozenset[str] = frozenset()) -
 
 
 def enabling(functions, physical, features: Features, gpu_validation: bool):
-    """What turns on `features` and nothing else: (VkPhysicalDeviceFeatures2, what it points to, extension names)."""
+    """(VkPhysicalDeviceFeatures2, what it points to, extension names) that turn on `features` and nothing else."""
     version = _version(device_properties(functions, physical))
     offered = device_extensions(functions, physical)
     extensions = [name for name in _PLAIN_EXTENSIONS if name in features.names]

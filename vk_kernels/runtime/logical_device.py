@@ -73,5 +73,5 @@ class LogicalDevice:
 
 
 def _cache_dir(info: DeviceInfo) -> Path:
-    """Where the pipelines that this device's driver compiled are kept."""
+    """The folder of the pipelines that this device's driver compiled."""
     return disk_cache.root() / f"{info.vendor_id:04x}-{info.device_id:04x}-{info.cache_uuid}-{info.driver_version:x}"

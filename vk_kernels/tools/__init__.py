@@ -1,1 +1,1 @@
-"""What one runs from the command line: the shader build, checks, and reports."""
+"""Command-line tools: the shader build, checks, and reports."""

@@ -209,7 +209,7 @@ class _Stage:
         return len(geometries) == 1 and not inner & self._split
 
     def _section_of(self, value: Value | Literal) -> tuple | None:
-        """What an output can be written with in this stage: the key of its section; None if in no way."""
+        """The key of the section that an output can be written with in this stage; None if in no way."""
         heroes = self._heroes(value)
         if not heroes:
             return "map", shape_of(value)

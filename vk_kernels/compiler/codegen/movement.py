@@ -147,7 +147,7 @@ def _given(x: Id) -> Code:
 
 
 def _starts(e: Emitter, starts: Sequence[Any], shape: Sequence[int], window: Sequence[int]) -> Code:
-    """Where a window begins, moved into bounds."""
+    """The start of a window, moved into bounds."""
     m, found = e.m, []
     for start, n, size in zip(starts, shape, window, strict=True):
         x = yield from e.index(start)

@@ -29,7 +29,7 @@ REDUCTIONS = frozenset({*_COMBINED, "argmax", "argmin"})
 
 
 def neutral(op: str, dtype: np.dtype) -> object:
-    """What changes nothing under add, mul, max, min, and, or or xor."""
+    """The neutral element of add, mul, max, min, and, or or xor."""
     if op in ("add", "or", "xor"):
         return 0
     if op == "mul":
@@ -44,7 +44,7 @@ def neutral(op: str, dtype: np.dtype) -> object:
 
 
 def accumulator_dtype(node: Node) -> np.dtype:
-    """Of the values that a reduction combines: f32 for every float."""
+    """The dtype of the values that a reduction combines: f32 for every float."""
     source = dtype_of(node.inputs[0])
     return F32 if kind(source) == "float" else source
 

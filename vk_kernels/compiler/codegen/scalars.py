@@ -59,7 +59,7 @@ class Scalars:
         return self.m.constant(int(value))
 
     def from_word(self, word: Id, dtype: np.dtype) -> Id:
-        """What a word of a buffer, zero-extended, holds."""
+        """The value that a word of a buffer, zero-extended, holds."""
         m = self.m
         match dtype.name:
             case "bool":
@@ -115,7 +115,7 @@ class Scalars:
         return m.from_bits(m.op(Op.OR, value, sign))
 
     def _to_half(self, x: Id) -> Id:
-        """Of a value that a half can hold."""
+        """The 16 bits of a value that a half can hold."""
         m = self.m
         bits = m.bits(x)
         size = m.op(Op.AND, bits, m.constant(0x7FFFFFFF))
@@ -129,7 +129,7 @@ class Scalars:
         return m.op(Op.OR, value, sign)
 
     def rounded(self, x: Id, dtype: np.dtype) -> Id:
-        """What a register must hold after arithmetic: the nearest value of the dtype, or its low bits."""
+        """The value that a register must hold after arithmetic: the nearest of the dtype, or its low bits."""
         match kind(dtype):
             case "float" if dtype != np.float32:
                 return self._rounded_float(x, 7, dtype == F16) if dtype == BF16 else self._rounded_float(x, 10, True)

@@ -35,7 +35,7 @@ class Output(NamedTuple):
 
 
 def _words(e: Emitter, outputs: Sequence[Output], place: Sequence[Id]) -> Code:
-    """Of outputs of one shape at a place: all are made before any is stored, as an output may be an input's
+    """The words of outputs of one shape at a place: all are made before any is stored, as an output may be an input's
     memory."""
     words = []
     for value, _ in outputs:
@@ -250,7 +250,7 @@ class PartialSection:
 
 
 class _Lanes:
-    """Where a thread stands in its workgroup's part of a geometry."""
+    """A thread's place in its workgroup's part of a geometry."""
 
     def __init__(self, m: Module, geometry: Geometry, tile: Id):
         self._m = m

@@ -84,7 +84,7 @@ def _is_reshape(node: Node) -> bool:
 
 
 def _reshape(node: Node, made: dict[Value, Node]) -> Node:
-    """Of the first array in a chain of them."""
+    """The reshape of the first array in a chain of them."""
     x = node.inputs[0]
     while isinstance(x, Value) and x in made and made[x].op == "reshape":
         x = made[x].inputs[0]

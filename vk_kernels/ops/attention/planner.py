@@ -259,7 +259,7 @@ def _plain_kernel(info: "DeviceInfo", kernel: str, suffix: str, head_dim: int) -
 
 
 def _defines(kernel: str, variant: str) -> dict[str, str]:
-    """What a variant's source is compiled with."""
+    """The macros that a variant's source is compiled with."""
     pairs = (define.partition("=") for define in manifest()[f"{kernel}.{variant}"]["defines"])
     return {name: value for name, _, value in pairs}
 

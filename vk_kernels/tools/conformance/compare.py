@@ -19,7 +19,7 @@ Results = tuple[list[Any], list[Any]]  # outputs, gradients
 
 
 def results(case: Case, *args: Any) -> Results:
-    """What a case gives, and the gradients of a fixed combination of it, all as flat lists."""
+    """The outputs of a case, and the gradients of a fixed combination of them, as flat lists."""
     if not case.gradient:
         return jax.tree.leaves(case.fn(*args)), []
     floats = [i for i, x in enumerate(case.args) if x.dtype in FLOATS]
@@ -40,12 +40,12 @@ def _is_float(x: Any) -> bool:
 
 
 def _weights(x: Any) -> Any:
-    """Of a combination of an array's elements: a few small numbers in turn."""
+    """The weights of a combination of an array's elements: a few small numbers in turn."""
     return ((jnp.arange(x.size) % 7 - 3) / 4).reshape(x.shape).astype(x.dtype)
 
 
 def check(cases: Sequence[Case], device: str | None = None) -> dict[Case, str]:
-    """What is wrong with each case; those that pass are absent. device: as for `vk_kernels.use`."""
+    """The fault of each case; those that pass are absent. device: as for `vk_kernels.use`."""
     wrong: dict[Case, str] = {}
     for start in range(0, len(cases), PROGRAM):
         wrong |= _check_program(cases[start : start + PROGRAM], device)
@@ -106,7 +106,7 @@ def _distance(case: Case, kind: str, i: int, x: np.ndarray, y: np.ndarray) -> st
 
 
 def _unit(truth: np.ndarray) -> np.ndarray:
-    """What the slack is relative to: the element, or 1 if it is less."""
+    """The unit of the slack: the element, or 1 if it is less."""
     return np.maximum(np.abs(np.where(np.isfinite(truth), truth, 1)), 1)
 
 

@@ -54,7 +54,7 @@ def names(module: str = "") -> list[str]:
 
 
 def cases(primitive: str, full: bool = False) -> list[Case]:
-    """Of a primitive. full: with every dtype in every shape, where else each comes once and only f32 has gradients."""
+    """The cases of a primitive. full: every dtype in every shape; else each comes once and only f32 has gradients."""
     found = list(_MAKERS[primitive](primitive, full))
     return found if full else [replace(case, gradient=case.gradient and _is_single(case)) for case in found]
 
