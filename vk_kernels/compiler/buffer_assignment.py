@@ -24,7 +24,7 @@ Slices = dict[Hashable, BufferSlice]  # of a Value, or of scratch: (number of th
 class PlannedDispatch:
     """A dispatch whose operands index into (*inputs, *outputs, *scratch) of its step.
 
-    writes: whether it does, each. parts: see `dispatch_plan.Dispatch`.
+    writes: whether it does, each. disjoint_writes: see `dispatch_plan.Dispatch`.
     """
 
     label: str
@@ -33,7 +33,7 @@ class PlannedDispatch:
     writes: tuple[bool, ...]
     groups: tuple[int, int, int]
     push_constants: bytes = b""
-    parts: tuple[int, ...] = ()
+    disjoint_writes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def step_accesses(index: int, planned: PlannedStep, slices: Mapping[Hashable, Bu
     for dispatch in planned.dispatches:
         written = {i for i, writes in zip(dispatch.operands, dispatch.writes, strict=True) if writes}
         reads, writes = (frozenset(arrays[i] for i in some) for some in (set(dispatch.operands) - written, written))
-        parts = frozenset(arrays[dispatch.operands[binding]] for binding in dispatch.parts)
-        found.append(Access(reads, writes, sum(sizes[i] for i in written), parts))
+        disjoint_writes = frozenset(arrays[dispatch.operands[binding]] for binding in dispatch.disjoint_writes)
+        found.append(Access(reads, writes, sum(sizes[i] for i in written), disjoint_writes))
     return found
 
 

@@ -77,7 +77,7 @@ def _commands(
                 dispatch.groups,
                 dispatch.push_constants,
                 0 if number else flops,
-                dispatch.parts,
+                dispatch.disjoint_writes,
             )
             ordered.append((stage, command))
     return [command for _, command in sorted(ordered, key=lambda item: item[0])]
@@ -110,7 +110,7 @@ def _plan_kernel_op(step: Step, node: Node, device: "Device") -> PlannedStep:
         label = f"{name} of {node.op}({', '.join(map(str, inputs))})"
         writes = kernel_of(device, dispatch).writable
         launched = dispatch.operands, writes, dispatch.groups, dispatch.push_constants
-        dispatches.append(PlannedDispatch(label, dispatch, *launched, dispatch.parts))
+        dispatches.append(PlannedDispatch(label, dispatch, *launched, dispatch.disjoint_writes))
     return PlannedStep(step, tuple(dispatches), plan.scratch, frozenset())
 
 

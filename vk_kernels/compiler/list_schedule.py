@@ -13,13 +13,13 @@ _EARLY_BYTES = 1 << 20  # that may be written before the level of a step
 class Access(NamedTuple):
     """The memory that a dispatch reads, and that it writes; and how many bytes it writes.
 
-    parts: what of the memory that it writes others may write in the same stage, to which it is a part too.
+    disjoint_writes: memory of which it writes a region that no other access listing it touches: they may share a stage.
     """
 
     reads: frozenset[Hashable]
     writes: frozenset[Hashable]
     nbytes: int = 0
-    parts: frozenset[Hashable] = frozenset()
+    disjoint_writes: frozenset[Hashable] = frozenset()
 
 
 def assign_stages(steps: Sequence[tuple[int, Sequence[Access]]], kept: Collection[Hashable] = ()) -> list[list[int]]:
@@ -81,14 +81,14 @@ class _Past:
 
     def after(self, access: Access) -> int:
         """The first stage in which an access may be: one after all that it conflicts with (see `runtime.hazards`)."""
-        alone, disjoint = access.writes - access.parts, access.parts
+        alone, disjoint = access.writes - access.disjoint_writes, access.disjoint_writes
         raw = [self._written.get(x, -1) for x in access.reads]
         war = [self._read.get(x, -1) for x in access.writes]
         waw = [self._written.get(x, -1) for x in alone] + [self._alone.get(x, -1) for x in disjoint]
         return 1 + max([-1, *raw, *war, *waw])
 
     def note(self, access: Access, stage: int) -> None:
-        alone = access.writes - access.parts
+        alone = access.writes - access.disjoint_writes
         for found, places in ((self._read, access.reads), (self._written, access.writes), (self._alone, alone)):
             for x in places:
                 found[x] = max(stage, found.get(x, -1))

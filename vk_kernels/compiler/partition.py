@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vk_kernels.compiler.codegen.code_size import CodeSize
-from vk_kernels.compiler.codegen.kernels import EXPENSIVE, in_pieces
+from vk_kernels.compiler.codegen.kernels import EXPENSIVE, is_split
 from vk_kernels.compiler.ir import Graph, Literal, Node, Operand, Value, consumers, producers
 
 MOST_BUFFERS = 128  # that a generated kernel binds, roughly: what one target needs stays together
@@ -322,7 +322,7 @@ class _Partitioner:
             loads[node] = set(self._needs(node)) if node.call else self._part(node, height).loads
             for x in loads[node]:
                 readers.setdefault(x, set()).add(node)
-            if in_pieces(node):
+            if is_split(node):
                 operand = node.inputs[0]
                 arrays = (x for x in loads[node] if x.size >= operand.size)
                 joint.setdefault((height, operand.shape), set()).update(arrays)
@@ -349,7 +349,7 @@ class _Partitioner:
         stack, seen = [node], set()
         while stack:
             node = stack.pop()
-            if in_pieces(node):
+            if is_split(node):
                 return False
             made = {self._producers[x] for x in self._needs(node) if x in self._producers} - seen
             seen |= made

@@ -45,7 +45,7 @@ def dispatch(
     constants: Mapping[str, Any],
     spec: Mapping[str, int | bool] | None = None,
     subgroup_size: int | None = None,
-    parts: Sequence[str] = (),
+    disjoint_writes: Sequence[str] = (),
     **buffers: int | None,
 ) -> Dispatch:
     """A dispatch of `workgroups`, which the kernel numbers along x, then y.
@@ -53,7 +53,7 @@ def dispatch(
     Args:
       constants: the push constants by name.
       spec: the specialization constants.
-      parts: as of a Dispatch, by the buffers' names.
+      disjoint_writes: as of a Dispatch, by the buffers' names.
       buffers: each buffer of the kernel, by name: its index in (*inputs, *outputs, *scratch) of the plan, or None for
         one that the kernel, so specialized, does not use.
 
@@ -70,7 +70,7 @@ def dispatch(
         takes.pack(constants),
         groups=(across, ceil_divide(workgroups, across), 1),
         subgroup_size=subgroup_size,
-        parts=tuple(takes.buffers[name].binding for name in parts),
+        disjoint_writes=tuple(takes.buffers[name].binding for name in disjoint_writes),
     )
 
 

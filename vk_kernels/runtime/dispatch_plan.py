@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Dispatch:
     """One run of a kernel that ships; `operands` index into (*inputs, *outputs, *scratch), in binding order.
 
-    parts: bindings of which it writes a part, and accesses nothing that others, to which they are parts too, write.
+    disjoint_writes: bindings of which this dispatch writes a region that no other dispatch listing them touches.
     """
 
     kernel: str
@@ -35,7 +35,7 @@ class Dispatch:
     push_constants: bytes
     groups: tuple[int, int, int]
     subgroup_size: int | None = None
-    parts: tuple[int, ...] = ()
+    disjoint_writes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Executable:
         self.barriers = find_barriers(
             [command.operands for command in program.commands],
             [kernel.writable for kernel in self._kernels],
-            [command.parts for command in program.commands],
+            [command.disjoint_writes for command in program.commands],
         )
         starts = range(0, program.arena_bytes, program.arena_block)
         sizes = [min(program.arena_block, program.arena_bytes - start) for start in starts]

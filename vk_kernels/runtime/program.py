@@ -30,7 +30,7 @@ class Command:
     """One dispatch.
 
     kernel: one that ships, or SPIR-V. operands: in binding order. scope: the `jax.named_scope`s around it, joined by /.
-    flops: useful floating-point operations, roughly. parts: see `dispatch_plan.Dispatch`.
+    flops: useful floating-point operations, roughly. disjoint_writes: see `dispatch_plan.Dispatch`.
     """
 
     label: str
@@ -40,7 +40,7 @@ class Command:
     groups: tuple[int, int, int]
     push_constants: bytes = b""
     flops: int = 0
-    parts: tuple[int, ...] = ()
+    disjoint_writes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class Program:
 def find_barriers(
     operands: Sequence[Sequence[BufferSlice]],
     writable: Sequence[Sequence[bool]],
-    parts: Sequence[Sequence[int]] | None = None,
+    disjoint_writes: Sequence[Sequence[int]] | None = None,
 ) -> list[bool]:
     """Whether each command needs a barrier before it.
 
-    writable: whether it writes each operand. parts: the operands that it writes disjointly, see
+    writable: whether it writes each operand. disjoint_writes: the operands that it writes disjointly, see
     `dispatch_plan.Dispatch`.
     """
     found, pending = [], PendingAccesses()
-    for places, writes, own in zip(operands, writable, parts or [()] * len(operands), strict=True):
+    for places, writes, own in zip(operands, writable, disjoint_writes or [()] * len(operands), strict=True):
         ranges = list(map(_range, places))
         numbers = range(len(ranges))
         # A kernel may read what it writes, but not what others write beside it.

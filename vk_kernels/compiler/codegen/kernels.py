@@ -102,7 +102,7 @@ def is_elementwise(node: Node) -> bool:
     return node.op in ELEMENTWISE or (node.op in HANDLERS and single)
 
 
-def in_pieces(node: Node) -> bool:
+def is_split(node: Node) -> bool:
     """Whether a node is a reduction that several workgroups share, so that its end is in the next kernel."""
     return node.op in REDUCTIONS and not node.op.startswith("arg") and Geometry.of(node).splits > 1
 
@@ -125,7 +125,7 @@ def generate(graph: Graph, label: str | None = None) -> Generated:
 
     kernels, reads, in_place = [], [], set()
     while left:
-        stage = _Stage(graph, stored)
+        stage = _KernelBuilder(graph, stored)
         for value, operand in left:
             stage.add(value, operand)
         graph = stage.cut(new_scratch)
@@ -145,7 +145,7 @@ def _label(nodes: Iterable[Node]) -> str:
     return "+".join(telling[:4]) + ("+..." if len(telling) > 4 else "") if names else "copy"
 
 
-class _Stage:
+class _KernelBuilder:
     """One kernel of several: the outputs that it can make from what is `stored`, and what the others need first."""
 
     def __init__(self, graph: Graph, stored: dict[Value, int]):
@@ -155,7 +155,7 @@ class _Stage:
         reductions = [node for node in graph.nodes if node.op in REDUCTIONS]
         self._geometry = {node: g for node in reductions if (g := Geometry.of(node)).is_long}
         self._all_heroes = [node for node in graph.nodes if node.op in RANKS or node in self._geometry]
-        self._split = set(filter(in_pieces, reductions))
+        self._split = set(filter(is_split, reductions))
         self._inner: dict[Node, frozenset[Node]] = {}  # the heroes that a node needs
         for node in graph.nodes:
             needed = [self._heroes(x) for x in node.inputs]

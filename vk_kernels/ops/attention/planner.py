@@ -126,9 +126,9 @@ def plan_attention_backward(
     if own_dots:  # kernels that make the dots of their own rows, out of out
         dots = out
     # Side by side, also where the three gradients are one array.
-    by_keys = launch.dispatch("attention_dkv", parts=("dk", "dv"), **read, dots=dots, dk=dk, dv=dv)
+    by_keys = launch.dispatch("attention_dkv", disjoint_writes=("dk", "dv"), **read, dots=dots, dk=dk, dv=dv)
     dots_or_out = {"result": out} if own_dots else {"dots": dots}
-    by_queries = launch.dispatch("attention_dq", parts=("dq",), **read, **dots_or_out, dq=dq)
+    by_queries = launch.dispatch("attention_dq", disjoint_writes=("dq",), **read, **dots_or_out, dq=dq)
     if own_dots:
         return Plan((by_keys, by_queries))
     make_dots = dispatch(
@@ -351,7 +351,11 @@ class _Launch(NamedTuple):
         return self.matrices * self.length == 0
 
     def dispatch(
-        self, kernel: str, spec: Mapping[str, bool] | None = None, parts: Sequence[str] = (), **buffers: int | None
+        self,
+        kernel: str,
+        spec: Mapping[str, bool] | None = None,
+        disjoint_writes: Sequence[str] = (),
+        **buffers: int | None,
     ) -> Dispatch:
         """`spec`: constants beside those of all."""
         variant, rows = self.kernels[kernel]
@@ -367,7 +371,7 @@ class _Launch(NamedTuple):
             constants=self.constants,
             spec=spec,
             subgroup_size=self.subgroup_size,
-            parts=parts,
+            disjoint_writes=disjoint_writes,
             **buffers,
         )
 
