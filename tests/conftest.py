@@ -51,8 +51,19 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 # Files that take long: scripts/test.sh hands out files in this order, and one that began last would run alone.
 LONGEST = (
-    *("test_campaign", "test_train", "test_train_device", "test_jit", "test_run_folder", "test_ops_in_training"),
-    *("test_train_vulkan", "test_train_mistakes", "test_attention", "test_matmul", "test_checkpoint", "test_jit_train"),
+    *("test_train_device", "test_campaign", "test_reductions", "test_attention", "test_rowwise", "test_op_properties"),
+    *(
+        "test_api",
+        "test_jit_train",
+        "test_train",
+        "test_steps",
+        "test_train_mistakes",
+        "test_run_folder",
+        "test_matmul",
+    ),
+    # Their kernels are those of the first: by now the driver's cache has them.
+    *("test_train_vulkan", "test_ops_in_training", "test_references", "test_data", "test_jit", "test_optimizer"),
+    "test_checkpoint",
 )
 
 

@@ -8,7 +8,7 @@ import os
 import pytest
 from hypothesis import settings
 
-settings.register_profile("ci", max_examples=5, derandomize=True, database=None, deadline=None)
+settings.register_profile("ci", max_examples=3, derandomize=True, database=None, deadline=None)
 settings.register_profile("night", max_examples=200, deadline=None)
 
 NAME = os.environ.get("HYPOTHESIS_PROFILE") or "ci"
