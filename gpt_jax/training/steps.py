@@ -1,6 +1,6 @@
 """The pure functions that a run is made of: loss, train step, evaluation, diagnostics.
 
-They know nothing of files, clocks or devices; `train.py` jits them and runs the loop.
+They know nothing of files, clocks or devices; `programs.py` jits them, `trainer.py` runs the loop.
 """
 
 from collections.abc import Callable

@@ -59,7 +59,7 @@ caps_and_rates = st.one_of(  # of attention
 
 
 def assert_accurate(op: str, operands: Callable[[int], Operands], **fields: Any) -> None:
-    """The contract of check.py for each variant: `operands` of a seed, `fields` of the case."""
+    """The contract of check_ops.py for each variant: `operands` of a seed, `fields` of the case."""
     draws = [operands(10 * draw) for draw in range(DRAWS)]
     case = dataclasses.replace(BASE[op], name="drawn", **fields)
     variants = ("plain",) if SELECTOR == "cpu" else VARIANTS

@@ -66,7 +66,7 @@ def jit(
       keep_unused: whether arguments that the function does not read go to the device all the same, and are gone where
         they are donated.
       device: as for `vk_kernels.use`.
-      others: the other options of `jax.jit`, in_shardings and the like, are a TypeError that says why.
+      others: the other options of `jax.jit`, in_shardings and the like; any but their default is a TypeError.
 
     Returns:
       A `Jitted`, a function of the same arguments, which may be of `vk_kernels.Array`, numpy or JAX. Its results are

@@ -1,4 +1,4 @@
-"""Helpers of the planners. They know no JAX."""
+"""Functions that planners share. They know no JAX."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence

@@ -10,7 +10,7 @@ _lock = threading.Lock()
 
 
 def open_device(selector: int | str = "") -> Device:
-    """The open device that `selector` names (see `device.choose`), opened where it is not.
+    """The open device that `selector` names (see `physical_device.choose`), opened where it is not.
 
     '' is the process's default device. Raises NoDeviceError.
     """

@@ -13,7 +13,7 @@ from vk_kernels.tools.conformance.table import write
 
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m vk_kernels.tools.conformance", description=__doc__)
-    parser.add_argument("--device", help="a Vulkan device by number or part of its name; default: the first GPU")
+    parser.add_argument("--device", help="index, 'gpu', 'cpu' or part of a name; default: VK_KERNELS_DEVICE, or a GPU")
     parser.add_argument("--full", action="store_true", help="every dtype in every shape")
     parser.add_argument("--only", default="", help="primitives, by name, with commas between them")
     parser.add_argument("--table", help="bring the table in this page up to date, and run nothing")
