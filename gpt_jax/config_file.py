@@ -90,10 +90,10 @@ def load_config(path: str) -> ConfigDict:
     name, *argument = path.split(":", 1)
     file = _find(name)
     _require_python_file(name, file)
-    _make_shipped_configs_importable()
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
     try:
+        _make_shipped_configs_importable()
         spec.loader.exec_module(module)
         get_config = getattr(module, "get_config", None)
         if not callable(get_config):
@@ -121,16 +121,22 @@ def _find(name: str) -> Path:
 
 
 def _make_shipped_configs_importable() -> None:
-    """Lets `from configs import chat` find the current folder's file first, and then the one installed here."""
+    """Lets `from configs import chat` find the current folder's file first, and then the one installed here.
+
+    A module `configs` that is no package stays what it is.
+    """
     if not _SHIPPED.is_dir():
         return
     try:
         configs = importlib.import_module("configs")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "configs":
+            raise
         sys.modules["configs"] = importlib.import_module("gpt_jax.configs")
         return
-    if str(_SHIPPED) not in configs.__path__:
-        configs.__path__.append(str(_SHIPPED))
+    path = getattr(configs, "__path__", None)
+    if path is not None and str(_SHIPPED) not in path:
+        path.append(str(_SHIPPED))
 
 
 def _require_python_file(name: str, file: Path) -> None:

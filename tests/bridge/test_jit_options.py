@@ -65,6 +65,7 @@ def raised(call):
         {"no_such_option": 1},
         {},
         {"static_argnums": np.int64(2), "donate_argnums": np.int32(0)},
+        {"static_argnums": np.array(2)},
         {"static_argnums": (2, 2, -1), "donate_argnums": [0, 0]},
         {"static_argnames": {"n"}, "donate_argnames": {"x": 1}},
         {"static_argnums": None, "static_argnames": None, "donate_argnums": None, "donate_argnames": None},
@@ -299,6 +300,13 @@ def test_unread_arguments_are_not_uploaded(monkeypatch):
 
 
 # Stages.
+
+
+def test_a_profile_asks_nothing_of_an_argument_that_is_not_read():
+    jitted = vk_kernels.jit(lambda x, unread: x * 2, device=SELECTOR)
+    unread = vk_kernels.device_put(np.zeros(3, np.float32), SELECTOR)
+    unread.delete()
+    assert len(jitted.profile(np.ones(4, np.float32), unread).rows) == 1
 
 
 @needs_vulkan

@@ -127,7 +127,7 @@ def test_a_program_checks_the_size_of_all_that_it_is_given(lowered):
     with pytest.raises(ValueError, match=r"input 1 of the program is int32\[\], 4 bytes, found 1 bytes"):
         executable({0: X, 1: np.int8(1), 2: np.float32(1)})
     with pytest.raises(ValueError, match="input 0 of the program"):
-        executable.time([short, np.int32(1), np.float32(1)])
+        executable.time({0: short, 1: np.int32(1), 2: np.float32(1)})
 
 
 def test_what_was_compiled_for_a_device_that_was_closed_says_so():

@@ -24,7 +24,7 @@ class FakeRecorder:
             error, self._before = self._before, None
             raise error
         if self.name in queue.refusals:
-            self.last_use = queue.submitted  # as of a queue that refuses
+            queue.submitted += 1  # another thread's, meanwhile
             raise queue.refusals[self.name]
         queue.submitted += 1
         self.last_use = queue.submitted

@@ -313,10 +313,12 @@ def test_a_submission_that_the_driver_refuses_is_none(device, monkeypatch):
     before = device.completed()
     with device.recorder() as recorder:
         fill(recorder, buffer, 10, 7)
+        last_use = recorder.last_use, buffer.last_use
         with monkeypatch.context() as patched:
             patched.setattr(device.fn, "vkQueueSubmit", lambda *_: vk.VK_ERROR_OUT_OF_HOST_MEMORY, raising=False)
             with pytest.raises(OutOfMemoryError, match="submitting fill"):
                 recorder.submit()
+    assert (recorder.last_use, buffer.last_use) == last_use
     assert buffer.read(np.uint32, (10,)).tolist() == [0] * 10
     device.run(device.kernel("fill"), [buffer], struct.pack("II", 10, 8))
     assert (buffer.read(np.uint32, (10,)) == 8).all()

@@ -121,6 +121,7 @@ class DonatingCaller:
     def __init__(self, signature: Signature, execute: _Executes, device: Any):
         self._signature, self._execute, self._device = signature, execute, device
         aliases = dict(sorted(signature.aliases.items()))  # in the order of the outputs
+        self.used = [i for i in range(len(signature.in_types)) if i not in signature.unused]
         self._in_dtypes = [on_device(kind).dtype for kind in signature.in_types]
         self._carried = list(aliases.values())  # inputs whose memory comes back as an output
         self._carried_types = [signature.out_types[j] for j in aliases]

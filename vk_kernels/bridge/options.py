@@ -71,7 +71,7 @@ def _numbers(option: str, given: Any) -> tuple[int, ...] | None:
     if given is None:
         return None
     message = f"{option} is an argument's number, or several, not {given!r}"
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    if isinstance(given, str) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
         return (_index(given, message),)
     return tuple(_index(x, message) for x in given)
 

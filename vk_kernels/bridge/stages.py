@@ -111,7 +111,7 @@ class Compiled:
 
     def profile(self, leaves: Sequence[Any]) -> Profile:
         """Device time of each dispatch for the leaves of a call, which stay, also donated ones."""
-        timings = self.executable.time(list(map(self.caller.argument, range(len(leaves)), leaves)))
+        timings = self.executable.time({i: self.caller.argument(i, leaves[i]) for i in self.caller.used})
         timed = [command for command in self.program.commands if 0 not in command.groups]
         return Profile(
             tuple((label, command.scope, seconds) for command, (label, seconds) in zip(timed, timings, strict=True))

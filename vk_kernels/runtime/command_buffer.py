@@ -385,15 +385,14 @@ class Chain:
         All of them, also where something is raised in between, as signal handlers may: half of a program would leave an
         array half written. Only where the device refuses one, nothing after it may run.
         """
-        queue = self._recorders[0].queue
         raised: BaseException | None = None
         for recorder in self._recorders:
-            newest = queue.submitted
+            before = recorder.last_use
             try:
                 submission = recorder.submit() if raised else self._submit(recorder)
             except BaseException as error:
                 raised = raised or error
-                if recorder.last_use <= newest:  # not handed over
+                if recorder.last_use == before:  # not handed over
                     if isinstance(error, VulkanError):
                         break
                     recorder.submit()

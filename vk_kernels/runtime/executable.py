@@ -285,11 +285,13 @@ class Executable:
         block, offset = divmod(place.index, self.program.arena_block)
         return self.arena[block].slice(offset, place.nbytes)
 
-    def time(self, arguments: Sequence[Buffer | np.ndarray]) -> list["Timing"]:
-        """Device time of each command, run one at a time; the arguments stay as they are."""
-        self._check_sizes(dict(enumerate(arguments)))
-        inputs = [self.device.buffer(x.size) if isinstance(x, Buffer) else self.device.upload(x) for x in arguments]
-        self._copy([(x, copy) for x, copy in zip(arguments, inputs, strict=True) if isinstance(x, Buffer)])
+    def time(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list["Timing"]:
+        """Device time of each command, run one at a time; the arguments, by number, stay as they are."""
+        self._check_sizes(arguments)
+        inputs: list[Buffer | None] = [None] * len(self.program.inputs)
+        for i, x in arguments.items():
+            inputs[i] = self.device.buffer(x.size) if isinstance(x, Buffer) else self.device.upload(x)
+        self._copy([(x, inputs[i]) for i, x in arguments.items() if isinstance(x, Buffer)])
         outputs = [
             None if j in self.program.aliases else self.device.buffer(array.nbytes)
             for j, array in enumerate(self.program.outputs)

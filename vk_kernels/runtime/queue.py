@@ -53,8 +53,9 @@ class Queue:
 
     def submit(self, command: Any, users: Sequence[Any], label: str) -> int:
         """Hands a command buffer to the queue; returns the value that the timeline reaches when it is done, which is
-        the `last_use` of all `users` from here on."""
+        the `last_use` of all `users` from here on; where the driver refuses it, theirs is what it was."""
         with self._lock:
+            submit, before = self.device.fn.vkQueueSubmit, [user.last_use for user in users]
             value = self._submitted + 1
             self._command[0] = command
             self._signal_value[0] = value
@@ -63,11 +64,11 @@ class Queue:
             self._newest.append((value, label))
             for user in users:
                 user.last_use = value
-            result = self.device.fn.vkQueueSubmit(self._queue, 1, self._submit_info, ffi.NULL)
+            result = submit(self._queue, 1, self._submit_info, ffi.NULL)
             if result < 0:
                 self._submitted = value - 1
-                for user in users:  # what they wait for is among what came before
-                    user.last_use = value - 1
+                for user, last_use in zip(users, before, strict=True):
+                    user.last_use = last_use
                 vulkan.check(result, f"submitting {label}")
         self.device.check_validation(label)
         return value

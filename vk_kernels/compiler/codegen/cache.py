@@ -18,7 +18,7 @@ _FEWEST_NODES = 16  # of a graph whose kernels are kept: those of others are mad
 
 
 def generate(graph: Graph) -> Generated:
-    """`codegen.generate`, or what it once gave for such a graph."""
+    """`kernels.generate`, or what it once gave for such a graph."""
     key = _key(graph) if len(graph.nodes) >= _FEWEST_NODES else None
     if key is None:
         return kernels.generate(graph)

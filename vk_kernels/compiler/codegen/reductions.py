@@ -1,6 +1,6 @@
 """Primitives that combine many elements: reductions, running reductions and products, in one thread's loop.
 
-A `Reducer` says how elements are combined; `emit_sections` uses it too, for reductions by many threads.
+A `Reducer` says how elements are combined; `sections` uses it too, for reductions by many threads.
 """
 
 import math
