@@ -33,7 +33,8 @@ for number in (0, -3):  # both are x
     except ValueError:
         print(f'x static as {number} and donated: ValueError')
 PYTHON
-JAX_PLATFORMS=cpu "$work/env/bin/python" "$work/run.py" 2>"$work/log" | tee "$work/seen" || { cat "$work/log" >&2; exit 1; }
+JAX_PLATFORMS=cpu "$work/env/bin/python" "$work/run.py" 2>"$work/log" |
+    grep -v '^Invalid nan value' | tee "$work/seen" || { cat "$work/log" >&2; exit 1; }
 diff "$work/seen" - <<'SEEN' || { echo "changed: the lines above differ from what was seen before" >&2; exit 1; }
 jax 0.10.2
 called: FloatingPointError, a FloatingPointError: True

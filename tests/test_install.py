@@ -120,8 +120,9 @@ def test_an_installed_trainer_finds_its_configs_and_a_folder_of_ones_own(wheels,
         missing + "configs/chat_tiny.py?",
     ]
     assert loaded(own.parent, "configs/mine.py") == ["own", "chat_tiny"]
-    (tmp_path / "empty" / "configs.py").write_text("X = 1\n")  # a module of that name is none of our concern
-    assert loaded(tmp_path / "empty", installed) == ["chat_tiny"]
+    (tmp_path / "empty" / "configs.py").write_text("X = 1\n")
+    (line,) = loaded(tmp_path / "empty", installed)
+    assert "cannot import name 'chat' from 'configs'" in line
     (own / "__init__.py").write_text("import no_such_module\n")
     (line,) = loaded(own.parent, "configs/mine.py")
     assert "no_such_module" in line
