@@ -11,13 +11,33 @@ from collections.abc import Hashable, Iterable, Sequence
 Range = tuple[Hashable, int, int]
 
 
+class _Spans:
+    """Ranges, by the memory that they are in."""
+
+    def __init__(self) -> None:
+        self._spans: dict[Hashable, list[tuple[int, int]]] = {}
+
+    def add(self, ranges: Iterable[Range]) -> None:
+        for memory, start, end in ranges:
+            self._spans.setdefault(memory, []).append((start, end))
+
+    def overlap(self, ranges: Iterable[Range]) -> bool:
+        """Whether any of `ranges` shares a byte with one of these."""
+        return any(
+            start < other_end and other_start < end
+            for memory, start, end in ranges
+            for other_start, other_end in self._spans.get(memory, ())
+        )
+
+    def clear(self) -> None:
+        self._spans.clear()
+
+
 class PendingAccesses:
     """The accesses since the last barrier."""
 
     def __init__(self) -> None:
-        self._read: list[Range] = []
-        self._written: list[Range] = []
-        self._written_disjointly: list[Range] = []
+        self._read, self._written, self._written_disjointly = _Spans(), _Spans(), _Spans()
 
     def conflict(self, reads: Sequence[Range], writes: Sequence[Range], disjoint: Sequence[Range] = ()) -> bool:
         """Whether a command that makes these accesses needs a barrier before it.
@@ -25,27 +45,19 @@ class PendingAccesses:
         disjoint: of the ranges that it writes (not among `writes`), those whose bytes no other command that lists the
         range as disjoint touches.
         """
-        raw = _overlap(reads, self._written) or _overlap(reads, self._written_disjointly)
-        war = _overlap([*writes, *disjoint], self._read)
-        waw = _overlap([*writes, *disjoint], self._written) or _overlap(writes, self._written_disjointly)
+        written = [*writes, *disjoint]
+        raw = self._written.overlap(reads) or self._written_disjointly.overlap(reads)
+        war = self._read.overlap(written)
+        waw = self._written.overlap(written) or self._written_disjointly.overlap(writes)
         return raw or war or waw
 
     def add(self, reads: Iterable[Range], writes: Iterable[Range], disjoint: Iterable[Range] = ()) -> None:
         """Counts a command's accesses."""
-        self._read += reads
-        self._written += writes
-        self._written_disjointly += disjoint
+        self._read.add(reads)
+        self._written.add(writes)
+        self._written_disjointly.add(disjoint)
 
     def clear(self) -> None:
         """Forgets all: there is a barrier."""
-        for found in (self._read, self._written, self._written_disjointly):
-            found.clear()
-
-
-def _overlap(some: Sequence[Range], others: Sequence[Range]) -> bool:
-    spans: dict[Hashable, list[tuple[int, int]]] = {}
-    for memory, start, end in others:
-        spans.setdefault(memory, []).append((start, end))
-    return any(
-        start < end_b and start_b < end for memory, start, end in some for start_b, end_b in spans.get(memory, ())
-    )
+        for spans in (self._read, self._written, self._written_disjointly):
+            spans.clear()

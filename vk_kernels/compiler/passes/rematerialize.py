@@ -33,10 +33,10 @@ def rematerialize(
     before: dict[Node, list[Node]] = {}  # new nodes, by the node that they stand before
     known: dict[Node, dict[Value, Operand]] = {}  # new operands of a node
     for node in graph.nodes:
+        if not node.call or kernel_op(node.op).rematerialize is None:
+            continue
         large = [k for k, out in enumerate(node.outputs) if least_bytes <= out.nbytes <= most_bytes]
         late = {k: readers for k in large if (readers := found.late(node, node.outputs[k], least_distance))}
-        if not late or not node.call or kernel_op(node.op).rematerialize is None:
-            continue
         for k, readers in late.items():
             nodes, result = _recompute_nodes(node, k)
             kept_for_it = sum(x.nbytes for x in _needs(nodes) if not found.outlives(x, node.outputs[k]))

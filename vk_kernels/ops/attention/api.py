@@ -1,10 +1,12 @@
 """Causal self-attention with a soft cap and dropout on the weights, of three arrays or of one that holds all three."""
 
+from collections.abc import Callable, Sequence
+
 import jax.numpy as jnp
 
 from vk_kernels.bridge.differentiable import make_operation
 from vk_kernels.bridge.primitive import make_primitive
-from vk_kernels.compiler.op_registry import KernelOp
+from vk_kernels.compiler.op_registry import KernelOp, Planner
 from vk_kernels.ops.attention.planner import (
     backward_flops,
     forward_flops,
@@ -25,15 +27,21 @@ from vk_kernels.ops.attention.reference import (
 from vk_kernels.ops.dropout import drawing_of
 from vk_kernels.ops.public import check_arrays, present, public
 
+
+def _kernel_op(planner: Planner, flops: Callable[[Sequence[int]], int], operands: int) -> KernelOp:
+    """An op whose first operand says its FLOPs; without dropout, all of its `operands` carry a batch."""
+    return KernelOp(
+        planner,
+        batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * operands,
+        flops=lambda node: flops(node.inputs[0].shape),
+        shapeless=("site",),
+    )
+
+
 _attention_backward = make_primitive(
     "attention_backward",
     attention_backward_reference,
-    KernelOp(
-        plan_attention_backward,
-        batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * 6,
-        flops=lambda node: backward_flops(node.inputs[0].shape),
-        shapeless=("site",),
-    ),
+    _kernel_op(plan_attention_backward, backward_flops, operands=6),
 )
 
 
@@ -47,12 +55,7 @@ _attention_operation = make_operation(
     make_primitive(
         "attention",
         attention_forward_reference,
-        KernelOp(
-            plan_attention_forward,
-            batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * 3,
-            flops=lambda node: forward_flops(node.inputs[0].shape),
-            shapeless=("site",),
-        ),
+        _kernel_op(plan_attention_forward, forward_flops, operands=3),
     ),
     _attention_gradients,
 )
@@ -78,12 +81,7 @@ def attention(target, q, k, v, rng=None, *, scale=None, cap=None, dropout_rate=0
 _packed_attention_backward = make_primitive(
     "packed_attention_backward",
     packed_attention_backward_reference,
-    KernelOp(
-        plan_packed_attention_backward,
-        batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * 4,
-        flops=lambda node: backward_flops(node.inputs[0].shape),
-        shapeless=("site",),
-    ),
+    _kernel_op(plan_packed_attention_backward, backward_flops, operands=4),
 )
 
 
@@ -98,12 +96,7 @@ _packed_attention_operation = make_operation(
     make_primitive(
         "packed_attention",
         packed_attention_forward_reference,
-        KernelOp(
-            plan_packed_attention_forward,
-            batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,),
-            flops=lambda node: forward_flops(node.inputs[0].shape),
-            shapeless=("site",),
-        ),
+        _kernel_op(plan_packed_attention_forward, forward_flops, operands=1),
     ),
     _packed_attention_gradients,
 )
