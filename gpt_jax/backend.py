@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 import vk_kernels
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.runs.info import device_facts, device_peak_bytes
 from vk_kernels import NoDeviceError, SettingError, VulkanError
 from vk_kernels.ops.attention.planner import MAX_HEAD_DIM

@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.model.parameters import leaf_rows, leaf_spec, listing, named_leaves, nothing_fits, shape_of_spec
 from gpt_jax.storage.checkpoint_files import (
     FORMAT_VERSION,

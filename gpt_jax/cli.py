@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.output import flushed_output, open_streams
 from gpt_jax.storage.files import StorageError, explain
 

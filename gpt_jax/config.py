@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from ml_collections import config_dict
 
+from gpt_jax.errors import UserError
+
 BACKENDS = ("auto", "xla", "vulkan")
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("highest", "high", "default")
@@ -24,12 +26,6 @@ ON_ERROR = ("stop", "skip")
 _INT32 = 2**31 - 1  # steps and sizes are int32 on every device
 _UINT32 = 2**32 - 1  # what a seed of JAX and of Philox holds
 _SMALLEST = float(np.finfo(np.float32).tiny)  # normal f32: a smaller number is 0 on devices that flush
-
-
-class UserError(ValueError):
-    """Something the user can mend; its message is one line that says how. A command exits with `exit_code`."""
-
-    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from gpt_jax.config import UserError, check_name, check_names
+from gpt_jax.config import check_name, check_names
+from gpt_jax.errors import UserError
 
 _CONFIGS = Path("configs")  # in the current folder, where a name that is not found is looked for
 _SHIPPED = Path(__file__).parent / "configs"  # in a wheel; a checkout has them at its top

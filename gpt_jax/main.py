@@ -12,8 +12,9 @@ from pathlib import Path
 from absl import flags
 
 from gpt_jax.cli import require_jax, run_main
-from gpt_jax.config import UserError, validate
+from gpt_jax.config import validate
 from gpt_jax.config_file import define_config_flag
+from gpt_jax.errors import UserError
 
 
 def define_flags() -> None:

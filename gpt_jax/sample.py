@@ -20,9 +20,10 @@ import jax
 from absl import flags
 
 from gpt_jax.backend import check_heads, describe, enter_backend, is_device_error, require_devices
-from gpt_jax.config import BACKENDS, UserError, check, text_problem
+from gpt_jax.config import BACKENDS, check, text_problem
 from gpt_jax.config_file import NUMBER, WHOLE
 from gpt_jax.data.dialogue import Turn
+from gpt_jax.errors import UserError
 from gpt_jax.inference.generate import answer, load_for_sampling, make_sampler
 from gpt_jax.model.gpt import GPT, ModelConfig
 from vk_kernels import VulkanError

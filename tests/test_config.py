@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 
 from configs import chat, chat_tiny, gpt2_124m
 from gpt_jax.cli import parse_flags
-from gpt_jax.config import FIELDS, UserError, validate
+from gpt_jax.config import FIELDS, validate
 from gpt_jax.config_file import define_config_flag, load_config
+from gpt_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

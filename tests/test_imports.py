@@ -20,6 +20,7 @@ TRAINER = (
     ("cli", "signals", "output", "config_file"),
     ("storage",),
     ("config", "log"),
+    ("errors",),
 )
 
 

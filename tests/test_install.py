@@ -95,7 +95,7 @@ def test_an_installed_trainer_finds_its_configs_and_a_folder_of_ones_own(wheels,
     code = (
         "import sys\n"
         f"sys.path[:] = [path for path in sys.path if path != {str(ROOT)!r}]\n"  # of an editable installation
-        "from gpt_jax.config import UserError\n"
+        "from gpt_jax.errors import UserError\n"
         "from gpt_jax.config_file import load_config\n"
         "for name in sys.argv[1:]:\n"
         "    try:\n"

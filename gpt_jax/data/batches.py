@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable
 import grain
 import numpy as np
 
-from gpt_jax.config import TARGETS, UserError
+from gpt_jax.config import TARGETS
 from gpt_jax.data import tokenizer
 from gpt_jax.data.token_cache import Corpus, Tokens
+from gpt_jax.errors import UserError
 from gpt_jax.log import Log
 
 MASKED = -1  # the target that no loss counts

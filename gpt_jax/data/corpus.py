@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.config import UserError
 from gpt_jax.data.default_corpus import default_files, read_default_corpus
 from gpt_jax.data.dialogue import ASSISTANT, END, MARKERS, USER, Context, Dialogue, Turn, add_turn, finish
 from gpt_jax.data.rows import Reading, read_row, single_rows
+from gpt_jax.errors import UserError
 
 MAX_DIALOGUE = 16 * 2**20  # characters (bytes for a line of JSON): what bounds the memory of a reader
 HASHED_WHOLE = 2**30  # bytes: a larger file is known by its path, size and time of change instead

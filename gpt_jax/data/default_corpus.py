@@ -6,8 +6,8 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpt_jax.config import UserError
 from gpt_jax.data.dialogue import Dialogue, Turn
+from gpt_jax.errors import UserError
 
 _READING_REQUESTS = (
     'What did {author} mean by "{quote}"?',

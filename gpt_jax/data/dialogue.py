@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import NamedTuple
 
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 
 USER, ASSISTANT, END = MARKERS = ("<|user|>", "<|assistant|>", "<|end_of_text|>")
 

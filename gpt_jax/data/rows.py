@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from gpt_jax.config import UserError
 from gpt_jax.data.dialogue import Context, Dialogue, Turn, add_turn, finish
+from gpt_jax.errors import UserError
 
 LISTED = 20  # skipped rows that are named one by one
 

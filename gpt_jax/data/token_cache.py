@@ -30,10 +30,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from tokenizers import Tokenizer
 
-from gpt_jax.config import UserError
 from gpt_jax.data import corpus, tokenizer
 from gpt_jax.data.dialogue import Dialogue
 from gpt_jax.data.rows import Reading
+from gpt_jax.errors import UserError
 from gpt_jax.log import Log
 from gpt_jax.storage.checksum import crc32_of_file, crc32_of_json
 from gpt_jax.storage.files import StorageError, explain, replacing

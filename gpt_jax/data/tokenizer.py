@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gpt_jax.config import UserError
 from gpt_jax.data.dialogue import ASSISTANT, END, MARKERS, USER, Context, Dialogue, Turn
+from gpt_jax.errors import UserError
 from gpt_jax.log import Log
 from gpt_jax.storage.files import replacing
 

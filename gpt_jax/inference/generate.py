@@ -12,10 +12,11 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from gpt_jax.checkpoint import restore_parameters
-from gpt_jax.config import UserError, check_saved
+from gpt_jax.config import check_saved
 from gpt_jax.data.dialogue import Turn
 from gpt_jax.data.tokenizer import decode, encode_prompt, marker_ids
 from gpt_jax.data.tokenizer import load as load_tokenizer
+from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.model.parameters import check_parameters
 from gpt_jax.runs.info import CONFIG_FILE, read_config

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.log import Log
 from gpt_jax.output import make_log, print_line
 from gpt_jax.runs.info import INFO_FILE

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.runs.info import INFO_FILE, read_config, read_info
 from gpt_jax.runs.metrics import METRICS_FILE, SAMPLES_FILE, read_lines
 

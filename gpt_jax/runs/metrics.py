@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.storage.files import StorageError, replacing, writing
 
 METRICS_FILE, SAMPLES_FILE, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"

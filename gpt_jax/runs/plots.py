@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.runs.load import NORM, SPIKE, forward_order, import_extra
 
 if TYPE_CHECKING:

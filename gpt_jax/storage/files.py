@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 
 _REMEDIES = {
     errno.ENOSPC: "free some space there",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.storage.files import is_absent, unreadable
 
 VERSION = "format_version"

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from gpt_jax.checkpoint import CHECKPOINTS, saved_steps
-from gpt_jax.config import UserError
 from gpt_jax.data.token_cache import NEW_TOKENIZER
 from gpt_jax.data.tokenizer import load as load_tokenizer
+from gpt_jax.errors import UserError
 from gpt_jax.runs.info import read_info
 
 FROM_DONOR = "from the donor"  # in run.json: where the run's tokenizer is from

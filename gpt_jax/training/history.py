@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.checkpoint import CHECKPOINTS, saved_steps
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.log import Log
 from gpt_jax.runs.info import INFO_FILE, read_config, read_json
 from gpt_jax.runs.metrics import METRICS_FILE, SAMPLES_FILE, read_lines

@@ -7,10 +7,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gpt_jax.checkpoint import CHECKPOINTS, check_donor, check_newest
-from gpt_jax.config import UserError
 from gpt_jax.data import tokenizer
 from gpt_jax.data.corpus import check_source
 from gpt_jax.data.token_cache import NEW_TOKENIZER
+from gpt_jax.errors import UserError
 from gpt_jax.runs.info import read_config, read_info
 from gpt_jax.training.finetune import tokenizer_to_keep
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from gpt_jax.backend import Backend, check_heads, describe, is_device_error
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.inference.generate import make_sampler
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.training.failures import remedies, remedies_of_model, smaller

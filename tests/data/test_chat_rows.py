@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from gpt_jax.config import UserError
 from gpt_jax.data import corpus
 from gpt_jax.data.dialogue import Context, Turn
 from gpt_jax.data.rows import Reading
+from gpt_jax.errors import UserError
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 LAMP = {"id": "c1", "type": "function", "function": {"name": "lamp", "arguments": '{"n": 0}'}}

@@ -11,9 +11,9 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from gpt_jax.config import UserError
 from gpt_jax.data import corpus, default_corpus
 from gpt_jax.data.dialogue import Dialogue, Turn
+from gpt_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")

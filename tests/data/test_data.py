@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from gpt_jax.config import TARGETS, UserError
+from gpt_jax.config import TARGETS
 from gpt_jax.data import corpus, token_cache
 from gpt_jax.data import tokenizer as tk
 from gpt_jax.data.batches import MASKED, evaluation_batches, loader, windows
 from gpt_jax.data.rows import Reading
+from gpt_jax.errors import UserError
 from gpt_jax.storage.files import StorageError
 from gpt_jax.storage.lock import lock
 

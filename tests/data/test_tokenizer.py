@@ -7,10 +7,10 @@ import hypothesis.strategies as st
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from gpt_jax.config import UserError
 from gpt_jax.data import tokenizer as tk
 from gpt_jax.data.corpus import render
 from gpt_jax.data.dialogue import MARKERS, Dialogue, Turn
+from gpt_jax.errors import UserError
 
 TEXTS = ["the quality of mercy is not strained", "it droppeth as the gentle rain", "the rain, the mercy"] * 5
 

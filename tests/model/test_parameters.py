@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from checkpoint_states import assert_identical
 
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.model.parameters import merge_parameters
 
 

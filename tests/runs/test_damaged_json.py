@@ -15,8 +15,8 @@ from configs import chat_tiny
 from gpt_jax import sample
 from gpt_jax.checkpoint import Checkpointer, restore_parameters
 from gpt_jax.cli import parse_flags
-from gpt_jax.config import UserError
 from gpt_jax.data.tokenizer import save, train_tokenizer
+from gpt_jax.errors import UserError
 from gpt_jax.inference import generate
 from gpt_jax.inference.generate import load_for_sampling
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params

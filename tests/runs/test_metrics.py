@@ -18,7 +18,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from configs import chat, gpt2_124m
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.runs.flops import device_peak_flops, model_flops_per_token, model_flops_utilisation
 from gpt_jax.runs.info import RunInfo, git_facts, new_run_id, read_json, write_json

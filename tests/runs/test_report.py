@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from synthetic_run import CONFIG, SPIKE_LAYER, SPIKE_STEP, loss_at, write_run
 
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.runs import load, plots, report
 from gpt_jax.runs.analysis import text_statistics
 from gpt_jax.runs.info import write_json

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tiny_run import steps_saved, tiny, written
 
-from gpt_jax.config import UserError
 from gpt_jax.data import token_cache
 from gpt_jax.data.tokenizer import save, train_tokenizer
+from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.storage.files import StorageError
 from gpt_jax.storage.lock import lock

@@ -20,7 +20,7 @@ from checkpoint_states import State, abstract, assert_identical, flip, largest, 
 
 from gpt_jax import checkpoint
 from gpt_jax.checkpoint import restore_parameters
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.model.parameters import merge_parameters
 from gpt_jax.storage.files import StorageError
 

@@ -21,7 +21,7 @@ from checkpoint_states import State, abstract, assert_identical, files, flip, la
 
 from gpt_jax import checkpoint
 from gpt_jax.checkpoint import restore_parameters
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.storage.files import StorageError
 
 

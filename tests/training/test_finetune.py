@@ -7,9 +7,9 @@ import pytest
 
 from configs import chat_tiny
 from gpt_jax.checkpoint import Checkpointer
-from gpt_jax.config import UserError
 from gpt_jax.data import token_cache
 from gpt_jax.data import tokenizer as tk
+from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.training.finetune import FROM_DONOR, check_same_tokenizer, map_token_rows, tokenizer_to_keep
 from gpt_jax.training.trainer import initial_state

@@ -30,8 +30,8 @@ from whole_run import (
 )
 
 from gpt_jax.checkpoint import restore_parameters, saved_steps
-from gpt_jax.config import UserError
 from gpt_jax.data import batches, token_cache
+from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.storage.checksum import crc32_of_json
 from gpt_jax.training.trainer import Trainer, train_and_evaluate

@@ -12,7 +12,7 @@ from whole_run import configuration
 
 import vk_kernels.runtime.device
 from gpt_jax import backend
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.training import programs
 from gpt_jax.training.failures import remedies, smaller

@@ -16,12 +16,12 @@ from whole_run import ROOT, configuration, environment
 from gpt_jax import backend, sample
 from gpt_jax.backend import enter_backend
 from gpt_jax.checkpoint import Checkpointer
-from gpt_jax.config import UserError
 from gpt_jax.data import token_cache
 from gpt_jax.data.batches import loader, windows
 from gpt_jax.data.corpus import source_fingerprint
 from gpt_jax.data.rows import Reading
 from gpt_jax.data.token_cache import Tokens
+from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.training.programs import abstract_state
 from gpt_jax.training.trainer import train_and_evaluate

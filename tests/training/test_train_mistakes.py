@@ -19,8 +19,8 @@ from whole_run import (
 )
 
 from gpt_jax import main
-from gpt_jax.config import UserError
 from gpt_jax.data.dialogue import Turn
+from gpt_jax.errors import UserError
 from gpt_jax.inference.generate import answer, load_for_sampling, make_sampler
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.runs.metrics import read_lines
