@@ -24,7 +24,8 @@ from gpt_jax.config import BACKENDS, check, text_problem
 from gpt_jax.config_file import NUMBER, WHOLE
 from gpt_jax.data.dialogue import Turn
 from gpt_jax.errors import UserError
-from gpt_jax.inference.generate import answer, load_for_sampling, make_sampler
+from gpt_jax.inference.generate import answer, make_sampler
+from gpt_jax.inference.load import load_for_sampling
 from gpt_jax.model.gpt import GPT, ModelConfig
 from vk_kernels import VulkanError
 

@@ -18,7 +18,7 @@ from gpt_jax.cli import parse_flags
 from gpt_jax.data.tokenizer import save, train_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.inference import generate
-from gpt_jax.inference.generate import load_for_sampling
+from gpt_jax.inference.load import load_for_sampling
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.runs import info
 from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, read_json, write_json

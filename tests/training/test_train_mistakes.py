@@ -21,7 +21,8 @@ from whole_run import (
 from gpt_jax import main
 from gpt_jax.data.dialogue import Turn
 from gpt_jax.errors import UserError
-from gpt_jax.inference.generate import answer, load_for_sampling, make_sampler
+from gpt_jax.inference.generate import answer, make_sampler
+from gpt_jax.inference.load import load_for_sampling
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.training.trainer import TrainingFailed, train_and_evaluate
