@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -22,6 +23,7 @@ _REMEDIES = {
     errno.ENOENT: "the folder was removed or its disk is gone, put it back or choose another one",
     errno.ENOTDIR: "a file stands where a folder should be, move it away",
     errno.EISDIR: "a folder stands where the file should be, move it away",
+    errno.ELOOP: "the link leads to itself, remove it",
     errno.EIO: "the disk fails, choose a folder on another one",
     errno.ESTALE: "the network disk is gone, mount it again",
 }
@@ -86,17 +88,49 @@ def sync_folder(folder: Path) -> None:
 def replacing(path: Path) -> Iterator[TextIO]:
     """A text file that takes the place of `path` in one go when it is whole and on the disk.
 
+    A link stays one, and what it leads to is replaced. Mode, group and owner stay, the latter two where the system lets
+    this user give them. What is no file, as /dev/stdout, is written to.
+
     Raises:
       OSError: it could not be written; what stood at `path` stands there still.
     """
-    temporary = path.with_name(f"{path.name}.tmp")  # a kill may leave it, and the next time takes its place
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        with open(target, "w", encoding="utf-8") as file:
+            yield file
+        return
+    before = _writable_file(target)
+    temporary = target.with_name(f"{target.name}.tmp")  # a kill may leave it, and the next time takes its place
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             yield file
             file.flush()
+            if before is not None:
+                _give_rights(temporary, before)
             os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        temporary.replace(target)
+        sync_folder(target.parent)
     finally:
         with contextlib.suppress(OSError):  # its folder may be gone or read-only
             temporary.unlink(missing_ok=True)
+
+
+def _writable_file(path: Path) -> os.stat_result | None:
+    """The rights of a file, None if there is none. Raises OSError where this user may not write it: a rename would."""
+    if path.is_symlink():  # a link that leads to itself, else its real path would be another one
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    if not path.exists():
+        return None
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return path.stat()
+
+
+def _give_rights(path: Path, before: os.stat_result) -> None:
+    """Gives a file the owner, the group and the mode of the one whose place it takes."""
+    if hasattr(os, "chown"):  # not on Windows
+        for owner, group in ((before.st_uid, -1), (-1, before.st_gid)):
+            with contextlib.suppress(OSError):  # of another user, or a group that this one is not in
+                os.chown(path, owner, group)
+    if path.stat().st_mode != before.st_mode:
+        path.chmod(stat.S_IMODE(before.st_mode))
