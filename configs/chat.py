@@ -67,7 +67,13 @@ def get_config() -> ConfigDict:
     config.sample.every = 500  # steps, and once at the end; 0: never
     config.sample.temperature = 0.8
     config.sample.top_k = 40
+    config.sample.top_p = 1.0  # share of the probability that is drawn from, likeliest tokens first; 1: all
+    config.sample.min_p = 0.0  # share of the largest probability that a token needs; 0: none
+    config.sample.repetition_penalty = 1.0  # of tokens in the text, the question's too; 1: none
+    config.sample.presence_penalty = 0.0  # of tokens in the answer; 0: none
+    config.sample.frequency_penalty = 0.0  # the same, each time that they came
     config.sample.max_tokens = 80
+    config.sample.stop = ()  # texts that end an answer
     config.sample.prompts = (
         "What does it mean to live well?",
         "How should I face the fear of death?",

@@ -33,7 +33,8 @@ class Field:
     """One setting of a config.
 
     kind: int, float, bool, str, or tuple for a sequence of texts. low, high: the ends of its range, both inside it
-    but where `open_low` or `open_high` say otherwise. choices: all texts that it can be; empty: any text.
+    but where `open_low` or `open_high` say otherwise; of texts, how many characters each has at least, and how many
+    texts there are at most. choices: all texts that it can be; empty: any text.
     """
 
     kind: type
@@ -81,8 +82,11 @@ class Field:
     def _texts(self, value: Any) -> str:
         if not isinstance(value, tuple | list):
             return f"must be a list of texts, found {_show(value)}"
-        problems = ((i, text_problem(text)) for i, text in enumerate(value))
-        return next((f"[{i}] {problem}" for i, problem in problems if problem), "")
+        if len(value) > self.high:
+            return f"must be {self.high} texts at most, found {len(value)}"
+        short = f"must be text of {self.low} or more characters, found "
+        problems = (text_problem(text) or (short + _show(text) if len(text) < self.low else "") for text in value)
+        return next((f"[{i}] {problem}" for i, problem in enumerate(problems) if problem), "")
 
 
 def text_problem(value: Any) -> str:
@@ -99,6 +103,10 @@ def _whole(meaning: str, low: int = 1, high: int = _INT32) -> Field:
 
 def _number(meaning: str, **ends: Any) -> Field:
     return Field(float, meaning, **{"open_high": True} | ends)
+
+
+def _closed(meaning: str, **ends: Any) -> Field:
+    return Field(float, meaning, **ends)
 
 
 def _choice(meaning: str, choices: tuple[str, ...]) -> Field:
@@ -152,7 +160,13 @@ FIELDS: dict[str, Field] = {
     "sample.every": _whole(_EVERY, 0),
     "sample.temperature": _number("of the softmax; 0: the likeliest token"),
     "sample.top_k": _whole("likeliest tokens to draw from; 0: all", 0),
+    "sample.top_p": _closed("share of the probability to draw from, likeliest first; 1: all", high=1, open_low=True),
+    "sample.min_p": _closed("share of the largest probability that a token needs; 0: none", high=1),
+    "sample.repetition_penalty": _number("what tokens seen are made less likely by; 1: none", open_low=True),
+    "sample.presence_penalty": _closed("taken off the logits of tokens generated; 0: none", low=-2, high=2),
+    "sample.frequency_penalty": _closed("the same, each time that they were; 0: none", low=-2, high=2),
     "sample.max_tokens": _whole("tokens of an answer at most"),
+    "sample.stop": Field(tuple, "texts that end an answer, of which they are no part", low=1, high=64),
     "sample.prompts": Field(tuple, "questions to answer"),
     "checkpoint.every": _whole("steps between two; 0: only at the end and when stopped", 0),
     "checkpoint.keep_last": _whole("newest checkpoints kept"),

@@ -116,6 +116,12 @@ BAD_VALUES = [
     ({"sample.top_k": -1}, f"config.sample.top_k must be a whole number from 0 to {INT32}, found -1"),
     ({"sample.prompts": (5,)}, "config.sample.prompts[0] must be text, found 5"),
     ({"sample.prompts": ("a", "\ud800")}, r"config.sample.prompts[1] must be text in UTF-8, found '\ud800' in it"),
+    ({"sample.top_p": 0.0}, f"config.sample.top_p {NUMBER}(0, 1], found 0.0"),
+    ({"sample.min_p": 1.5}, f"config.sample.min_p {NUMBER}[0, 1], found 1.5"),
+    ({"sample.repetition_penalty": 0.0}, f"config.sample.repetition_penalty {NUMBER}(0, inf), found 0.0"),
+    ({"sample.presence_penalty": 3.0}, f"config.sample.presence_penalty {NUMBER}[-2, 2], found 3.0"),
+    ({"sample.frequency_penalty": -3.0}, f"config.sample.frequency_penalty {NUMBER}[-2, 2], found -3.0"),
+    ({"sample.stop": ("a", "")}, "config.sample.stop[1] must be text of 1 or more characters, found ''"),
     ({"eval.every": -1}, f"config.eval.every must be a whole number from 0 to {INT32}, found -1"),
 ]
 

@@ -1,0 +1,156 @@
+"""The next token of each text: penalties, temperature, top-k, top-p and min-p, and a draw by the Gumbel-max trick.
+
+Random bits are a pure function of (seed, position, token), so that a text is the same on every implementation, in any
+batch and however many tokens are drawn in a submission.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vk_kernels.ops.philox import DRAWS_PER_BLOCK, philox4x32
+
+SITE = 0x44524157  # of these bits in Philox's key: no use of dropout has it
+IN_PROMPT = 1  # of an element of `seen`: the token is in the prompt
+GENERATED = 2  # of an element of `seen`: what each time that it was generated adds
+LARGEST = float(np.finfo(np.float32).max)
+_UNBOUNDED = np.int32(2**31 - 1)  # above the bits of every distance
+
+
+class Controls(NamedTuple):
+    """How each row is drawn: arrays (B,), in the order in which they act, so that no value of one compiles anew.
+
+    repetition_penalty: f32; divides positive logits and multiplies negative ones of tokens seen; 1: none.
+    presence_penalty: f32, taken off the logits of tokens generated; 0: none.
+    frequency_penalty: f32, taken off for each time that a token was generated; 0: none.
+    temperature: f32, of the softmax; 0: the likeliest token, the first of several.
+    top_k: int32; tokens stay that fewer than k are likelier than; 0: all.
+    top_p: f32; of these, tokens stay for which the likelier ones have less than this probability together; 1: all.
+    min_p: f32; of these, tokens stay that have this times the largest probability; 0: all.
+    """
+
+    repetition_penalty: jax.Array
+    presence_penalty: jax.Array
+    frequency_penalty: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+
+
+class Drawn(NamedTuple):
+    """tokens: int32 (B,). logprobs: f32 (B,), of them in the model's own distribution."""
+
+    tokens: jax.Array
+    logprobs: jax.Array
+
+
+def draw_tokens_reference(
+    logits: jax.Array, seen: jax.Array, seeds: jax.Array, positions: jax.Array, controls: Controls
+) -> Drawn:
+    """Draws a token from each row of `logits`.
+
+    Args:
+      logits: f32 (B, V). NaN counts as -inf, +inf as the largest number.
+      seen: int32 (B, V): IN_PROMPT if the token is in the prompt, plus GENERATED for each time it was generated.
+      seeds: uint32 (B,). positions: int32 (B,), of the token that is drawn: with the seed they decide the bits.
+      controls: what is drawn from, and how.
+
+    Returns:
+      The tokens, and their log-probabilities under the softmax of the logits as they came, before any control.
+
+    Source: the controls in the order of transformers' `generate`: repetition (Keskar et al., "CTRL", 2019),
+    temperature, top-k (Fan et al., 2018), top-p (Holtzman et al., 2020), min-p (Nguyen et al., 2024); presence and
+    frequency as OpenAI's API defines them. The log-probabilities are what vLLM calls raw_logprobs, its default.
+    """
+    logits = jnp.where(jnp.isnan(logits), -jnp.inf, jnp.minimum(logits, LARGEST))  # (B, V)
+    columns = Controls(*(value[:, None] for value in controls))  # (B, 1) each
+    penalised = _penalise(logits, seen, columns)
+    peak = jnp.maximum(penalised.max(axis=-1, keepdims=True), -LARGEST)  # not -inf, where no token is possible
+    is_greedy = columns.temperature == 0
+    # Logits below the largest: (p - max) / T is p / T - max / T without an overflow at small T.
+    scaled = (penalised - peak) / jnp.where(is_greedy, 1.0, columns.temperature)
+    noise = jnp.where(is_greedy, 0.0, gumbel(seeds, positions, logits.shape[-1]))
+    scores = jnp.where(_kept(scaled, columns), scaled + noise, -jnp.inf)
+    tokens = scores.argmax(axis=-1).astype(jnp.int32)
+    logprobs = log_probabilities(logits)
+    return Drawn(tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0])
+
+
+def _penalise(logits: jax.Array, seen: jax.Array, controls: Controls) -> jax.Array:
+    repetition = controls.repetition_penalty
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    times = (seen // GENERATED).astype(jnp.float32)
+    present = jnp.where(times > 0, controls.presence_penalty, 0.0)
+    penalised = jnp.where(seen > 0, repeated, logits) - present - controls.frequency_penalty * times
+    return jnp.minimum(penalised, LARGEST)
+
+
+def _kept(scaled: jax.Array, controls: Controls) -> jax.Array:
+    """The tokens to draw from, bool (B, V): those whose distance from the largest, -scaled, is small enough.
+
+    Each of top-k, top-p and min-p is a threshold of the distance, so that equal logits stay or go together.
+    """
+    distance = jax.lax.bitcast_convert_type(jnp.abs(scaled), jnp.int32)  # from 0 on, bits are in the numbers' order
+    k, p = controls.top_k, controls.top_p
+    share = jnp.where(k == 0, jnp.inf, k.astype(jnp.float32))
+    within_k = _farthest(distance, jnp.ones_like(scaled), share)
+    weights = jnp.where(distance <= within_k, jnp.exp(scaled), 0.0)
+    share = jnp.where(p >= 1, jnp.inf, p * weights.sum(axis=-1, keepdims=True))
+    within_p = _farthest(distance, weights, share)
+    return (distance <= jnp.minimum(within_k, within_p)) & (scaled >= jnp.log(controls.min_p))
+
+
+def _farthest(distance: jax.Array, weights: jax.Array, share: jax.Array) -> jax.Array:
+    """The largest number, int32 (B, 1), below which the weights of all distances sum to less than `share` (B, 1).
+
+    Found bit by bit from the highest, without a sort; no work where every share is infinite.
+    """
+
+    def decide_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        tried = found | (jnp.int32(1) << (30 - i))
+        below = jnp.where(distance < tried, weights, 0.0).sum(axis=-1, keepdims=True)
+        return jnp.where(below < share, tried, found)
+
+    bounded = jnp.isfinite(share)
+    bits = jnp.where(bounded.any(), 31, 0)
+    found = jax.lax.fori_loop(0, bits, decide_bit, jnp.zeros(share.shape, jnp.int32))
+    return jnp.where(bounded, found, _UNBOUNDED)
+
+
+def log_probabilities(logits: jax.Array) -> jax.Array:
+    """The logarithm of the softmax, f32 (B, V)."""
+    below = logits - jnp.maximum(logits.max(axis=-1, keepdims=True), -LARGEST)
+    return below - jnp.log(jnp.exp(below).sum(axis=-1, keepdims=True))
+
+
+def gumbel(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
+    """Standard Gumbel noise for each token, f32 (B, vocab_size): -log(-log(1 - v)).
+
+    v is uniform in [2**-32, 1 - 2**-24], where f32 holds it in steps of 2**-31: the near end decides for rare tokens.
+    Token 8i + 2w + h takes the upper 16 of its 32 bits from half h (0 = low) of word w of the Philox block with
+    counter (i, position, 0, 0) and key (seed, SITE), and the lower 16 from counter (i, position, 1, 0): a kernel needs
+    the second block only for tokens that the first leaves in the race.
+    """
+    upper, lower = (_random_uint16(seeds, positions, vocab_size, part) for part in (0, 1))
+    v = upper.astype(jnp.float32) * 2.0**-16 + (lower | 1).astype(jnp.float32) * 2.0**-32
+    return -jnp.log(-jnp.log1p(-jnp.minimum(v, 1 - 2.0**-24)))
+
+
+def _random_uint16(seeds: jax.Array, positions: jax.Array, vocab_size: int, part: int) -> jax.Array:
+    """16 random bits for each token, as uint32 (B, vocab_size)."""
+    batch, blocks = seeds.shape[0], -(-vocab_size // DRAWS_PER_BLOCK)
+    grid = (batch, blocks)
+    counter = (
+        jax.lax.broadcasted_iota(jnp.uint32, grid, 1),
+        jnp.broadcast_to(positions.astype(jnp.uint32)[:, None], grid),
+        jnp.full(grid, part, jnp.uint32),
+        jnp.zeros(grid, jnp.uint32),
+    )
+    words = philox4x32(counter, (jnp.broadcast_to(seeds[:, None], grid), jnp.uint32(SITE)))
+    # The barrier keeps XLA from computing a whole block again for each of the eight tokens it decides.
+    words = jax.lax.optimization_barrier(words)
+    halves = [half for word in words for half in (word & jnp.uint32(0xFFFF), word >> 16)]
+    return jnp.stack(halves, axis=-1).reshape(batch, blocks * DRAWS_PER_BLOCK)[:, :vocab_size]
