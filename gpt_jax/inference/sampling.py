@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax.config import FIELDS, Field, UserError
+from gpt_jax.config import FIELDS, Field
+from gpt_jax.errors import UserError
 from vk_kernels.ops.draw_tokens import GENERATED, IN_PROMPT, Controls, draw_tokens_reference, log_probabilities
 
 MOST_ALTERNATIVES = 20  # of a token, as in OpenAI's API

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from profiles import NIGHT, PROFILE
 
 from configs import chat
-from gpt_jax.config import UserError
+from gpt_jax.errors import UserError
 from gpt_jax.inference.sampling import (
     OPTION_FIELDS,
     SamplingOptions,
