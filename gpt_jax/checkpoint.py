@@ -32,6 +32,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gpt_jax.errors import UserError
 from gpt_jax.model.parameters import leaf_rows, leaf_spec, listing, named_leaves, nothing_fits, shape_of_spec
 from gpt_jax.storage.checkpoint_files import (
+    CHECKPOINTS,
     FORMAT_VERSION,
     LEFTOVER,
     NEW,
@@ -51,9 +52,6 @@ from gpt_jax.storage.checkpoint_files import (
 from gpt_jax.storage.checksum import crc32_of_file
 from gpt_jax.storage.files import StorageError, explain, is_absent, os_error_of, sync_folder, unreadable
 from gpt_jax.storage.json_file import VERSION
-
-CHECKPOINTS = "checkpoints"  # the folder of a run that holds its checkpoints
-
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -27,6 +26,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.inference.generate import answer, make_sampler
 from gpt_jax.inference.load import load_for_sampling
 from gpt_jax.model.gpt import GPT, ModelConfig
+from gpt_jax.runs.find import find_run
 from vk_kernels import VulkanError
 
 FLAGS = flags.FLAGS
@@ -49,7 +49,7 @@ def chat(stack: contextlib.ExitStack) -> None:
     """Answers one prompt, or chats, as the flags say; a backend is in force until `stack` is closed."""
     check_flags()
     require_devices()
-    config, params, tokenizer, description = load_for_sampling(Path(FLAGS.workdir))
+    config, params, tokenizer, description = load_for_sampling(*find_run(FLAGS.workdir))
     print(f"{description}; {'one answer' if FLAGS.prompt else 'an empty line starts anew, Ctrl-D ends'}")
     model = GPT(ModelConfig.from_config(config.model))
     temperature = config.sample.temperature if FLAGS.temperature is None else FLAGS.temperature
@@ -96,7 +96,8 @@ def chat(stack: contextlib.ExitStack) -> None:
 
 def define_flags(flag_values: flags.FlagValues = FLAGS) -> None:
     here = {"flag_values": flag_values}
-    flags.DEFINE_string("workdir", None, "Run folder.", required=True, **here)
+    text = "A run: its folder, latest or best; @STEP behind it is another of its checkpoints."
+    flags.DEFINE_string("workdir", None, text, required=True, **here)
     flags.DEFINE_string("prompt", "", "A question to answer; without it, a chat.", **here)
     flags.DEFINE(NUMBER, "temperature", None, "Instead of the config's.", **here)
     flags.DEFINE(WHOLE, "top_k", None, "Instead of the config's; 0: all.", **here)

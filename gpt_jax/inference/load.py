@@ -17,8 +17,8 @@ from gpt_jax.model.parameters import check_parameters
 from gpt_jax.runs.info import CONFIG_FILE, read_config
 
 
-def load_for_sampling(workdir: Path) -> tuple[ConfigDict, Any, Tokenizer, str]:
-    """Config, parameters, tokenizer and a description of a run's best checkpoint.
+def load_for_sampling(workdir: Path, checkpoint: Path | None = None) -> tuple[ConfigDict, Any, Tokenizer, str]:
+    """Config, parameters, tokenizer and a description of one checkpoint of a run; None: of its best.
 
     Raises:
       UserError: the folder is no run, has no good checkpoint, or its files do not belong together.
@@ -36,7 +36,7 @@ def load_for_sampling(workdir: Path) -> tuple[ConfigDict, Any, Tokenizer, str]:
             f"{workdir / 'tokenizer.json'} has {vocabulary} ids, and the model of {file} {config.model.vocab_size}: "
             "put back the tokenizer of the run"
         )
-    params, description = restore_parameters(workdir)
+    params, description = restore_parameters(workdir if checkpoint is None else checkpoint)
     model = GPT(ModelConfig.from_config(config.model))
     check_parameters(params, jax.eval_shape(functools.partial(init_params, model, 0)), description)
     return config, params, tokenizer, description
