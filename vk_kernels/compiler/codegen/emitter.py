@@ -3,8 +3,22 @@
 The value of a node at a place (its coordinates, which are ids) is asked for; its handler asks for the values of its
 inputs at the places it needs, and so on down to the kernel's buffers. Each handler is a generator that yields what it
 asks for, so that graphs of any depth need no recursion. An answer is kept for as long as it dominates what follows.
+
+A primitive `shift`, whose result at i is its operand at i + 1, and 0 at the end:
+
+    @handles("shift")
+    def _shift(e, node, k, coords):
+        following = e.m.op(Op.I_ADD, coords[0], e.m.constant(1))       # an instruction: gives an id
+        inside = e.m.op(Op.U_LESS, following, e.m.constant(node.outputs[0].shape[0]))
+
+        def within():                                                  # code, in a block of its own
+            return [(yield node.inputs[0], (following,))]              # asks for the operand there
+
+        zero = no_questions(lambda: [e.m.real(0)])                     # code that asks for nothing
+        return (yield from e.m.branch(inside, within, zero))[0]
 """
 
+import functools
 import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -32,6 +46,17 @@ def handles(*ops: str) -> Callable[[Handler], Handler]:
         return handler
 
     return register
+
+
+def no_questions(function: Callable[..., Any]) -> Callable[..., Code]:
+    """Makes code of a function that asks for no values: a generator that yields nothing."""
+
+    @functools.wraps(function)
+    def code(*args: Any) -> Code:
+        return function(*args)
+        yield
+
+    return code
 
 
 def shape_of(x: Value | Literal) -> tuple[int, ...]:
@@ -112,6 +137,13 @@ class Emitter:
             for value, number in zip(graph.inputs, numbers, strict=True):
                 self.remember(value, (), number)
             return (yield graph.outputs[0], ())
+
+    def all(self, conditions: Sequence[Id]) -> Id:
+        """Whether all conditions hold."""
+        found = self.m.boolean(True)
+        for i, condition in enumerate(conditions):
+            found = condition if i == 0 else self.m.op(Op.LOGICAL_AND, found, condition)
+        return found
 
     # Places.
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vk_kernels.compiler.codegen import movement  # noqa: F401  (it registers its handlers)
+from vk_kernels.compiler.codegen import gather_scatter, movement  # noqa: F401  (they register their handlers)
 from vk_kernels.compiler.codegen.emitter import HANDLERS, Emitter, dtype_of, shape_of, size_of
 from vk_kernels.compiler.codegen.reductions import REDUCTIONS, accumulator_dtype
 from vk_kernels.compiler.codegen.scalars import ELEMENTWISE, bits_of, kind

@@ -3,29 +3,19 @@
 The names and parameters are those of JAX's primitives, whose reference (jax.lax) says what each computes.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from vk_kernels.compiler.codegen.emitter import Coords, Emitter, dtype_of, handles, shape_of, size_of
-from vk_kernels.compiler.codegen.scalars import kind
-from vk_kernels.compiler.ir import Literal, Node, Value
+from vk_kernels.compiler.codegen.emitter import Coords, Emitter, handles, no_questions, shape_of, size_of
+from vk_kernels.compiler.ir import Node
 from vk_kernels.spirv.builder import Code, Id
 from vk_kernels.spirv.spec import Ext, Op
 
 
 def _offset(e: Emitter, c: Id, by: int) -> Id:
     return e.m.op(Op.I_ADD, c, e.m.constant(by))
-
-
-def _all(e: Emitter, conditions: Sequence[Id]) -> Id:
-    """Whether all hold."""
-    found = e.m.boolean(True)
-    for i, condition in enumerate(conditions):
-        found = condition if i == 0 else e.m.op(Op.LOGICAL_AND, found, condition)
-    return found
 
 
 @handles("broadcast_in_dim")
@@ -73,19 +63,15 @@ def _split(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
 
 @handles("tile")
 def _tile(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
-    shape = shape_of(node.inputs[0])
-    return (
-        yield (
-            node.inputs[0],
-            [e.m.op(Op.U_MOD, c, e.m.constant(n)) for c, n in zip(coords, shape, strict=True)],
-        )
-    )
+    operand = node.inputs[0]
+    place = [e.m.op(Op.U_MOD, c, e.m.constant(n)) for c, n in zip(coords, shape_of(operand), strict=True)]
+    return (yield operand, place)
 
 
 @handles("iota")
-def _iota(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
+@no_questions
+def _iota(e: Emitter, node: Node, k: int, coords: Coords) -> Id:
     return e.scalars.convert(coords[node.params["dimension"]], np.dtype(np.uint32), node.outputs[0].dtype)
-    yield
 
 
 @handles("concatenate")
@@ -138,12 +124,7 @@ def _pad(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
     def within() -> Code:
         return [(yield operand, place)]
 
-    return (yield from m.branch(_all(e, inside), within, lambda: _given(fill)))[0]
-
-
-def _given(x: Id) -> Code:
-    return [x]
-    yield
+    return (yield from m.branch(e.all(inside), within, no_questions(lambda: [fill])))[0]
 
 
 def _starts(e: Emitter, starts: Sequence[Any], shape: Sequence[int], window: Sequence[int]) -> Code:
@@ -179,158 +160,4 @@ def _dynamic_update_slice(e: Emitter, node: Node, k: int, coords: Coords) -> Cod
     def old() -> Code:
         return [(yield operand, coords)]
 
-    return (yield from m.branch(_all(e, inside), new, old))[0]
-
-
-# Gather and scatter. The axes of the operand are those of the window, those that the window has with length 1 and drops
-# ("collapsed", "inserted"), and those of the batch.
-
-
-def _moves_into_bounds(node: Node) -> bool:
-    """Whether a window out of bounds is moved into them; else it is filled, or dropped.
-
-    What is promised to be in bounds and is not, XLA does as it is quickest: it moves what it reads, and drops what it
-    writes. JAX's derivatives count on that.
-    """
-    mode = node.params["mode"].name  # of lax.GatherScatterMode
-    return mode == "CLIP" or (mode == "PROMISE_IN_BOUNDS" and node.op == "gather")
-
-
-def _fill_value(dtype: np.dtype, given: Any) -> Any:
-    if given is not None:
-        return given
-    match kind(dtype):
-        case "float":
-            return float("nan")
-        case "bool":
-            return True
-        case "signed":
-            return np.iinfo(dtype).min
-    return np.iinfo(dtype).max
-
-
-def _window_starts(
-    e: Emitter,
-    indices: Value | Literal,
-    place: Sequence[Id],
-    axes: Sequence[int],
-    room: dict[int, int],
-    moved: bool,
-) -> Code:
-    """({axis: where the window begins there}, the conditions for it to be in bounds).
-
-    `place`: of a row of `indices`, whose last axis is over `axes`. `room`: the greatest start in bounds, by axis.
-    moved: whether it is moved there, so that there are no conditions.
-    """
-    m, starts, inside = e.m, {}, []
-    for i, axis in enumerate(axes):
-        start = yield from e.index(indices, (*place, m.constant(i)))
-        clipped = m.ext(Ext.S_MIN, m.ext(Ext.S_MAX, start, m.constant(0)), m.constant(room[axis]))
-        if not moved:
-            inside.append(m.op(Op.I_EQUAL, start, clipped))
-        starts[axis] = clipped
-    return starts, inside
-
-
-@handles("gather")
-def _gather(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
-    m = e.m
-    operand, indices = node.inputs
-    numbers, sizes, moved = node.params["dimension_numbers"], node.params["slice_sizes"], _moves_into_bounds(node)
-    shape, out = shape_of(operand), node.outputs[0]
-    if size_of(operand) == 0:  # only with windows of no element, or all out of bounds
-        return e.scalars.constant(_fill_value(out.dtype, node.params.get("fill_value")), out.dtype)
-    batch = [c for axis, c in enumerate(coords) if axis not in numbers.offset_dims]
-    window_axes = [
-        axis
-        for axis in range(len(shape))
-        if axis not in numbers.collapsed_slice_dims and axis not in numbers.operand_batching_dims
-    ]
-    room = {axis: shape[axis] - sizes[axis] for axis in numbers.start_index_map}
-    starts, inside = yield from _window_starts(e, indices, batch, numbers.start_index_map, room, moved)
-    place = [starts.get(axis, m.constant(0)) for axis in range(len(shape))]
-    for axis, offset in zip(window_axes, numbers.offset_dims, strict=True):
-        place[axis] = m.op(Op.I_ADD, place[axis], coords[offset])
-    pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
-    for axis, of_indices in pairs:
-        place[axis] = batch[of_indices]
-    if not inside:
-        return (yield operand, place)
-
-    def within() -> Code:
-        return [(yield operand, place)]
-
-    fill = e.scalars.constant(_fill_value(out.dtype, node.params.get("fill_value")), out.dtype)
-    return (yield from m.branch(_all(e, inside), within, lambda: _given(fill)))[0]
-
-
-_COMBINERS = {
-    "scatter": None,
-    "scatter-add": "add",
-    "scatter_add": "add",
-    "scatter-sub": "sub",
-    "scatter_sub": "sub",
-    "scatter-mul": "mul",
-    "scatter_mul": "mul",
-    "scatter_min": "min",
-    "scatter-min": "min",
-    "scatter_max": "max",
-    "scatter-max": "max",
-}
-
-
-@handles(*_COMBINERS)
-def _scatter(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
-    """From the output's side: goes through all updates in order, and takes those that fall on this place.
-
-    No atomics, and the same result every time; it costs a look at every row of the indices that is not fixed by a
-    batch axis, for every element.
-    """
-    m, combine, function = e.m, _COMBINERS[node.op], node.params.get("update")
-    operand, indices, updates = node.inputs
-    numbers, moved, dtype = node.params["dimension_numbers"], _moves_into_bounds(node), dtype_of(operand)
-    old = yield operand, coords
-    if size_of(updates) == 0:
-        return old
-    shape, rows = shape_of(operand), shape_of(indices)[:-1]
-    batch_of = dict(
-        zip(numbers.scatter_indices_batching_dims, numbers.operand_batching_dims, strict=True)
-    )  # axis of the rows -> axis of the operand
-    free = [axis for axis in range(len(rows)) if axis not in batch_of]
-    window_axes = [
-        axis
-        for axis in range(len(shape))
-        if axis not in numbers.inserted_window_dims and axis not in numbers.operand_batching_dims
-    ]
-    window = dict.fromkeys(range(len(shape)), 1)
-    for axis, of_updates in zip(window_axes, numbers.update_window_dims, strict=True):
-        window[axis] = shape_of(updates)[of_updates]
-    room = {axis: shape[axis] - window[axis] for axis in numbers.scatter_dims_to_operand_dims}
-
-    def row(number: Id, carried: list[Id]) -> Code:
-        freely = iter(e.place(number, [rows[axis] for axis in free]))
-        place = [coords[batch_of[axis]] if axis in batch_of else next(freely) for axis in range(len(rows))]
-        starts, inside = yield from _window_starts(e, indices, place, numbers.scatter_dims_to_operand_dims, room, moved)
-        offsets = {
-            axis: m.op(Op.I_SUB, coords[axis], starts[axis]) if axis in starts else coords[axis]
-            for axis in range(len(shape))
-            if axis not in numbers.operand_batching_dims
-        }
-        inside += [m.op(Op.U_LESS, offset, m.constant(window[axis])) for axis, offset in offsets.items()]
-
-        def taken() -> Code:
-            of_rows, of_window = iter(place), iter(offsets[axis] for axis in window_axes)
-            at = [
-                next(of_window if axis in numbers.update_window_dims else of_rows)
-                for axis in range(len(shape_of(updates)))
-            ]
-            update = yield updates, at
-            if function:
-                return [(yield from e.applied(function, (carried[0], update)))]
-            return [e.scalars.binary(combine, carried[0], update, dtype) if combine else update]
-
-        return (yield from m.branch(_all(e, inside), taken, lambda: _given(carried[0])))
-
-    count = math.prod(rows[axis] for axis in free)
-    found = yield from m.loop(m.constant(0), m.constant(count), m.constant(1), [old], row)
-    return found[0]
+    return (yield from m.branch(e.all(inside), new, old))[0]
