@@ -2,6 +2,7 @@
 
 from vk_kernels.ops.adamw import adamw
 from vk_kernels.ops.attention.api import attention, packed_attention
+from vk_kernels.ops.attention.decode import decode_attention
 from vk_kernels.ops.attention.dot_product_attention import dot_product_attention
 from vk_kernels.ops.attention.reference import attention_scores
 from vk_kernels.ops.cross_entropy.api import linear_cross_entropy
@@ -18,6 +19,7 @@ __all__ = [
     "adamw",
     "attention",
     "attention_scores",
+    "decode_attention",
     "dot_product_attention",
     "dropout",
     "embedding",

@@ -175,8 +175,8 @@ def _gelu(x):
     return (0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),)
 
 
-def _matmul(x, w, bias=None, activation=None, residual=None, rng=None, dropout_rate=0.0, site=0):
-    y = jnp.einsum("...k,kn->...n", x, w)
+def _matmul(x, w, bias=None, activation=None, residual=None, rng=None, dropout_rate=0.0, site=0, transposed=False):
+    y = jnp.einsum("...k,kn->...n", x, w.T if transposed else w)
     y = y if bias is None else y + jnp.broadcast_to(bias, y.shape)
     y = y if activation is None else _gelu(y)[0]
     y = y if rng is None else _drop(y, dropout_rate, site)
@@ -263,6 +263,14 @@ CASES = (
         _DROPOUT,
         differentiable=(0, 1, 2, 3),
         keywords=("residual", "rng"),
+    ),
+    Case(
+        "matmul",
+        "transposed",
+        lambda s, t: (_hidden(s, t, 1), _weights(s.width, 3 * s.width, t, 2).T.copy(), numbers((3 * s.width,), t, 3)),
+        _matmul,
+        {"transposed": True},
+        differentiable=(0, 1, 2),
     ),
     Case(
         "layer_norm",

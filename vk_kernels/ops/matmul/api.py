@@ -80,15 +80,18 @@ def matmul(
     rng=None,
     dropout_rate=0.0,
     site=0,
+    transposed=False,
 ):
     if w.ndim != 2 or x.ndim == 0:
-        raise ValueError(f"matmul: x must be (..., K) and w (K, N), found {x.shape} and {w.shape}")
+        wanted = "(N, K)" if transposed else "(K, N)"
+        raise ValueError(f"matmul: x must be (..., K) and w {wanted}, found {x.shape} and {w.shape}")
     rng, dropout_rate, site = drawing_of(rng, dropout_rate, site)
     bias = None if bias is None else jnp.asarray(bias, x.dtype)
-    shape, columns = (*x.shape[:-1], w.shape[1]), w.shape[1:]
+    columns = w.shape[:1] if transposed else w.shape[1:]
+    shape, matrix = (*x.shape[:-1], *columns), (x.shape[-1], *columns)
     check_arrays(
         "matmul",
-        w=(w, (x.shape[-1], *columns), x.dtype),
+        w=(w, matrix[::-1] if transposed else matrix, x.dtype),
         bias=(bias, columns, x.dtype),
         residual=(residual, shape, x.dtype),
         rng=(rng, (2,), jnp.uint32),
@@ -101,5 +104,6 @@ def matmul(
         has_residual=residual is not None,
         dropout_rate=dropout_rate,
         site=site,
+        transposed=bool(transposed),
     )
     return y.reshape(shape)

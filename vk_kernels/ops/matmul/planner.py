@@ -27,6 +27,7 @@ def plan_matmul_forward(
     has_residual: bool,
     dropout_rate: float,
     site: int,
+    transposed: bool = False,
     variant: str | None = None,
 ) -> Plan:
     """inputs: x, w, and of bias, residual, rng those that there are; outputs: y and, with an activation, its input.
@@ -51,7 +52,8 @@ def plan_matmul_forward(
         **_dropout_step(next(optional, None), dropout_rate, site),
     )
     scratch = len(inputs) + len(outputs)
-    return plan_gemm(info, x, w, _rows(y, outputs[0]), epilogue=epilogue, scratch=scratch, variant=variant)
+    options = {"transpose_b": transposed, "scratch": scratch, "variant": variant}
+    return plan_gemm(info, x, w, _rows(y, outputs[0]), epilogue=epilogue, **options)
 
 
 @planner
@@ -65,6 +67,7 @@ def plan_matmul_backward(
     dropout_rate: float,
     site: int,
     input_activation: str | None = None,
+    transposed: bool = False,
     variant: str | None = None,
 ) -> Plan:
     """inputs: dy, x, w, and of the activation's input, rng and the input activation's input those that there are;
@@ -92,11 +95,12 @@ def plan_matmul_backward(
     # Each with its own scratch: they do not depend on one another, and may run side by side.
     options = {"variant": variant, "scratch": free + len(plan.scratch)}
     epilogue = Epilogue(gelu_slope_of=slope_of)
-    plan = _both(plan, plan_gemm(info, dsums, w, dx, transpose_b=True, epilogue=epilogue, **options))
+    plan = _both(plan, plan_gemm(info, dsums, w, dx, transpose_b=not transposed, epilogue=epilogue, **options))
     options["scratch"] = free + len(plan.scratch)
-    plan = _both(plan, plan_gemm(info, x, dsums, dw, transpose_a=True, **options))
+    left, right = (dsums, x) if transposed else (x, dsums)
+    plan = _both(plan, plan_gemm(info, left, right, dw, transpose_a=True, **options))
     if has_bias:
-        dbias = matrix(first + 2, x.dtype, 1, w.columns)
+        dbias = matrix(first + 2, x.dtype, 1, dsums.columns)
         plan = _both(plan, plan_column_sums(dsums, dbias, scratch=free + len(plan.scratch)))
     return plan
 
@@ -120,4 +124,4 @@ def _dropout_step(rng: int | None, rate: float, site: int) -> dict[str, int | fl
 
 def product_flops(node: Node) -> int:
     """Floating-point operations of the product of (M, K), the first operand, and a matrix of N columns or rows."""
-    return 2 * node.inputs[0].size * node.inputs[1].shape[-1]
+    return 2 * node.inputs[0].size * node.inputs[1].shape[0 if node.params.get("transposed") else -1]

@@ -22,12 +22,13 @@ def matmul_reference(
     rng: jax.Array | None = None,
     dropout_rate: float = 0.0,
     site: int = 0,
+    transposed: bool = False,
 ) -> jax.Array:
     """residual + dropout_forward_reference(activation(x @ w + bias)), accumulated in f32.
 
     Args:
       x: (..., K).
-      w: (K, N), same dtype as x.
+      w: (K, N), or if `transposed` (N, K), same dtype as x.
       bias: (N,) or None.
       activation: None or 'gelu'.
       residual: (..., N) or None.
@@ -48,6 +49,7 @@ def matmul_reference(
         has_residual=residual is not None,
         dropout_rate=dropout_rate,
         site=site,
+        transposed=transposed,
     )[0]
 
 
@@ -60,6 +62,7 @@ def matmul_forward_reference(
     has_residual: bool,
     dropout_rate: float,
     site: int,
+    transposed: bool = False,
 ) -> tuple[jax.Array, ...]:
     """(y,) of `matmul`, or, with an activation, (y, its input), which the backward pass needs; both in x's dtype.
 
@@ -70,7 +73,8 @@ def matmul_forward_reference(
     bias = next(rest) if has_bias else None
     residual = next(rest) if has_residual else None
     rng = next(rest, None)
-    y = jnp.einsum("...k,kn->...n", x, w, preferred_element_type=jnp.float32)
+    formula = "...k,nk->...n" if transposed else "...k,kn->...n"
+    y = jnp.einsum(formula, x, w, preferred_element_type=jnp.float32)
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     y = pre_activation = y.astype(x.dtype)
@@ -106,6 +110,7 @@ def matmul_backward_reference(
     dropout_rate: float,
     site: int,
     input_activation: str | None = None,
+    transposed: bool = False,
 ) -> tuple[jax.Array, ...]:
     """(dx, dw), and with has_bias dbias (N,), in x's dtype. The gradient of the residual is dy itself.
 
@@ -119,12 +124,12 @@ def matmul_backward_reference(
     dy = dropout_forward_reference(dy.astype(jnp.float32), next(rest, None), rate=dropout_rate, site=site)
     if activation == "gelu":
         dy = gelu_backward_reference(pre_activation.astype(jnp.float32), dy)
-    dsums = dy.astype(x.dtype).reshape(math.prod(x.shape[:-1]), w.shape[1])
-    rows = x.reshape(dsums.shape[0], w.shape[0])
-    dx = jnp.einsum("mn,kn->mk", dsums, w, preferred_element_type=jnp.float32)
+    dsums = dy.astype(x.dtype).reshape(math.prod(x.shape[:-1]), dy.shape[-1])
+    rows = x.reshape(dsums.shape[0], x.shape[-1])
+    dx = jnp.einsum("mn,nk->mk" if transposed else "mn,kn->mk", dsums, w, preferred_element_type=jnp.float32)
     if input_activation == "gelu":
         dx = gelu_backward_reference(optional[-1].astype(jnp.float32).reshape(dx.shape), dx)
-    dw = jnp.einsum("mk,mn->kn", rows, dsums, preferred_element_type=jnp.float32)
+    dw = jnp.einsum("mk,mn->nk" if transposed else "mk,mn->kn", rows, dsums, preferred_element_type=jnp.float32)
     gradients = (dx.reshape(x.shape).astype(x.dtype), dw.astype(w.dtype))
     return (*gradients, dsums.astype(jnp.float32).sum(axis=0).astype(x.dtype)) if has_bias else gradients
 

@@ -1,0 +1,97 @@
+"""Cached decoding: the tokens of a model without a cache, whatever the chunk, the slot and the texts beside it."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+
+from gpt_jax.backend import Backend, enter_backend
+from gpt_jax.inference.decoder import Decoder, SamplingOptions
+from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+
+CONFIG = ModelConfig(vocab_size=61, block_size=24, num_layers=2, num_heads=2, embed_dim=16, soft_cap=30.0)
+MODEL = GPT(CONFIG)
+PARAMS = jax.tree.map(lambda x: 4 * x, jax.jit(init_params, static_argnums=(0, 1))(MODEL, 0))  # not all but uniform
+PROMPTS = ([5, 6, 7], [9] * 14, [3], [8] * 24)
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Backend]:
+    with contextlib.ExitStack() as stack:
+        yield enter_backend("xla", "highest", stack)
+
+
+@jax.jit
+def uncached_logits(tokens, last):
+    return MODEL.apply({"params": PARAMS}, tokens, last, method="next_token_logits")[0]
+
+
+def uncached_greedy(prompt, count):
+    text = list(prompt)
+    while len(text) < len(prompt) + count and len(text) <= CONFIG.block_size:
+        tokens = np.zeros((1, CONFIG.block_size), np.int32)
+        tokens[0, : len(text)] = text
+        text.append(int(uncached_logits(tokens, np.array([len(text) - 1])).argmax()))
+    return text[len(prompt) :]
+
+
+def decode_all(decoder, prompts, options, **limits):
+    """Each prompt's new tokens and why they ended, all prompts side by side."""
+    for slot, prompt in enumerate(prompts):
+        decoder.insert(slot, prompt, options[slot], **limits)
+    texts, reasons = [[] for _ in prompts], {}
+    while len(reasons) < len(prompts):
+        for slot, piece in decoder.decode().items():
+            texts[slot] += piece.tokens
+            if piece.reason:
+                reasons[slot] = piece.reason
+    for slot in range(len(prompts)):
+        decoder.release(slot)
+    return texts, [reasons[slot] for slot in range(len(prompts))]
+
+
+def test_greedy_texts_of_mixed_lengths_are_those_without_a_cache_until_the_block_is_full(backend):
+    decoder = Decoder(MODEL, backend.put(PARAMS), backend, slots=4, chunk=4)
+    texts, reasons = decode_all(decoder, PROMPTS, [SamplingOptions(temperature=0)] * 4, max_tokens=40)
+    assert texts == [uncached_greedy(prompt, 40) for prompt in PROMPTS]
+    assert [len(text) for text in texts] == [25 - len(prompt) for prompt in PROMPTS]
+    assert reasons == ["length"] * 4
+
+
+def test_a_text_ends_at_its_own_end_token_and_its_slot_takes_another(backend):
+    decoder = Decoder(MODEL, backend.put(PARAMS), backend, slots=1, chunk=4)
+    greedy = SamplingOptions(temperature=0)
+    free = uncached_greedy([5, 6, 7], 12)
+    stop = free.index(free[5])
+    texts, reasons = decode_all(decoder, [[5, 6, 7]], [greedy], max_tokens=12, end_tokens=(free[5], 60))
+    assert (texts, reasons) == ([free[: stop + 1]], ["stop"])
+    assert decode_all(decoder, [[5, 6, 7]], [greedy], max_tokens=12) == ([free], ["length"])
+
+
+def test_a_seed_gives_one_text_whatever_the_chunk_the_slot_and_the_texts_beside_it(backend):
+    def texts(chunk, prompts, seeds):
+        decoder = Decoder(MODEL, backend.put(PARAMS), backend, slots=len(prompts), chunk=chunk)
+        options = [SamplingOptions(1.0, 40, seed) for seed in seeds]
+        return decode_all(decoder, prompts, options, max_tokens=9)[0]
+
+    alone = texts(1, [[5, 6, 7]], [3])[0]
+    beside = texts(8, [[9] * 14, [5, 6, 7], [3]], [1, 3, 5])
+    assert alone == beside[1]
+    assert texts(16, [[5, 6, 7]], [4])[0] != alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slot": 3}, "slot 3 is not one of the free slots"),
+        ({"tokens": []}, "a prompt has 1 to 24 tokens, found 0"),
+        ({"tokens": [1] * 25}, "a prompt has 1 to 24 tokens, found 25"),
+        ({"max_tokens": 0}, "max_tokens=0 must be 1 or more"),
+    ],
+)
+def test_what_no_slot_takes_is_refused(backend, changes, message):
+    decoder = Decoder(MODEL, backend.put(PARAMS), backend, slots=2)
+    with pytest.raises(ValueError, match=message):
+        decoder.insert(**({"slot": 0, "tokens": [1], "options": SamplingOptions(), "max_tokens": 5} | changes))
