@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from types import FrameType
 
 # Windows knows the first two alone.
@@ -21,8 +22,9 @@ class StopSignal:
     """Turns signals into requests to the training loop, while it is entered.
 
     Until `defer`, a signal that stops raises Interrupted where the program stands, and again in `check` where a library
-    swallowed that. From `defer` on it is noted in `received`, for the loop to save and stop; a second Ctrl-C then
-    raises KeyboardInterrupt. SIGHUP stays ignored where it was, as under nohup.
+    swallowed that, or Python itself: what destructors and callbacks of its garbage collector raise (jax has one) goes
+    no further, and only its traceback would be printed. From `defer` on the signal is noted in `received`, for the loop
+    to save and stop; a second Ctrl-C then raises KeyboardInterrupt. SIGHUP stays ignored where it was, as under nohup.
     """
 
     def __init__(self) -> None:
@@ -36,11 +38,13 @@ class StopSignal:
                 continue
             handler = self._stop if number in _STOPPING else self._save
             self._previous[number] = signal.signal(number, handler)
+        self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._previous_hook
 
     def check(self) -> None:
         """Raises Interrupted if a signal came before `defer`."""
@@ -62,6 +66,10 @@ class StopSignal:
         if not self._deferred:
             raise Interrupted(self.received)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _swallowed(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(unraisable.exc_value, Interrupted):
+            self._previous_hook(unraisable)
 
     def _save(self, *_: object) -> None:
         self._save_requested = True

@@ -1,5 +1,6 @@
 """Signals before and while there is something to save."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -29,6 +30,41 @@ def test_before_there_is_something_to_save_a_signal_ends_the_run(number):
             stop.check()
         with pytest.raises(Interrupted):
             stop.defer()
+
+
+def test_a_signal_that_the_garbage_collector_swallows_is_told_later_without_a_traceback(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+
+    def collected(phase, _):
+        if phase == "start":
+            send(signal.SIGHUP)
+
+    gc.callbacks.append(collected)
+    try:
+        with StopSignal() as stop:
+            gc.collect()
+            gc.callbacks.remove(collected)
+            assert printed == []
+            with pytest.raises(Interrupted):
+                stop.check()
+        assert sys.unraisablehook == printed.append
+    finally:
+        if collected in gc.callbacks:
+            gc.callbacks.remove(collected)
+
+
+def test_what_else_is_swallowed_is_printed_as_ever(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(type(unraisable.exc_value)))
+
+    class Broken:
+        def __del__(self):
+            raise ValueError
+
+    with StopSignal():
+        Broken()
+    assert printed == [ValueError]
 
 
 @pytest.mark.parametrize("number", STOPPING)
