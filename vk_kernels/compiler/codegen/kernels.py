@@ -24,26 +24,23 @@ import numpy as np
 
 from vk_kernels.compiler.codegen import gather_scatter, movement  # noqa: F401  (they register their handlers)
 from vk_kernels.compiler.codegen.emitter import HANDLERS, Emitter, dtype_of, shape_of, size_of
+from vk_kernels.compiler.codegen.geometry import THREADS, Geometry, is_split
+from vk_kernels.compiler.codegen.ranks import RANKS, RankSection
 from vk_kernels.compiler.codegen.reductions import REDUCTIONS, accumulator_dtype
 from vk_kernels.compiler.codegen.scalars import ELEMENTWISE, bits_of, kind
 from vk_kernels.compiler.codegen.sections import (
     AT_ONCE,
-    THREADS,
-    Geometry,
     MapSection,
     Output,
-    PartialSection,
-    RankSection,
     ReduceSection,
     Section,
-    Workspace,
-    levels,
+    SplitReductionSection,
 )
+from vk_kernels.compiler.codegen.workgroup_reduce import Workspace
 from vk_kernels.compiler.ir import Graph, Literal, Node, Value
 from vk_kernels.spirv.builder import Buffer, Code, Id, Module
 from vk_kernels.spirv.spec import Op
 
-RANKS = frozenset({"sort", "top_k"})
 # Made of many elements each.
 EXPENSIVE = REDUCTIONS | RANKS | {op for op in HANDLERS if op.startswith(("scatter", "cum"))} | {"dot_general"}
 # The primitives of JAX that kernels are generated for.
@@ -100,11 +97,6 @@ def is_elementwise(node: Node) -> bool:
     """Whether an element of the result is made of one element of each operand."""
     single = all(x.size == 1 for x in (*node.inputs, *node.outputs))
     return node.op in ELEMENTWISE or (node.op in HANDLERS and single)
-
-
-def is_split(node: Node) -> bool:
-    """Whether a node is a reduction that several workgroups share, so that its end is in the next kernel."""
-    return node.op in REDUCTIONS and not node.op.startswith("arg") and Geometry.of(node).splits > 1
 
 
 def generate(graph: Graph, label: str | None = None) -> Generated:
@@ -273,7 +265,7 @@ class _KernelBuilder:
                 if nodes:
                     buffers = [output.buffer for output in together if output.value in made]
                     outputs = [output for output in together if output.value not in made]
-                    sections.append(PartialSection(geometry, nodes, buffers, outputs, workspace))
+                    sections.append(SplitReductionSection(geometry, nodes, buffers, outputs, workspace))
                 else:
                     groups.setdefault(alike, []).extend(together)
         for (sort, what), outputs in groups.items():
@@ -345,7 +337,7 @@ class _KernelBuilder:
         return {
             (self._stored[value], operands[output.buffer])
             for section in sections
-            if isinstance(section, MapSection | PartialSection)
+            if isinstance(section, MapSection | SplitReductionSection)
             for output in section.outputs
             for value, places in emitter.reads.items()
             if places <= section.indices
@@ -395,3 +387,12 @@ def _dispatch(e: Emitter, sections: Sequence[Section], group: Id) -> Code:
         return (yield from m.branch(condition, below, functools.partial(among, middle + 1, last)))
 
     yield from among(0, len(sections) - 1)
+
+
+def levels(nodes: Sequence[Node], inner: dict[Node, set[Node]]) -> list[list[Node]]:
+    """Reductions of one geometry, by how many others' results each one needs in turn. `inner`: those it needs."""
+    depth: dict[Node, int] = {}
+    chosen = set(nodes)
+    for node in sorted(nodes, key=lambda node: len(inner[node] & chosen)):
+        depth[node] = 1 + max((depth[other] for other in inner[node] & chosen), default=-1)
+    return [[node for node in nodes if depth[node] == level] for level in range(max(depth.values()) + 1)]

@@ -3,8 +3,10 @@
 A `Reducer` says how elements are combined; `sections` uses it too, for reductions by many threads.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +15,8 @@ from vk_kernels.compiler.codegen.scalars import Scalars, kind
 from vk_kernels.compiler.ir import Node
 from vk_kernels.spirv.builder import Code, Id
 from vk_kernels.spirv.spec import Ext, Op
+
+T = TypeVar("T")
 
 F32 = np.dtype(np.float32)
 
@@ -91,27 +95,34 @@ class Reducer:
         return self._s.rounded(accumulators[0], out)
 
 
+def by_reducer(reducers: Sequence[Reducer], accumulators: Sequence[Id]) -> list[list[Id]]:
+    """Cuts accumulators in one list, as a loop carries them, into those of each reduction."""
+    ends = itertools.accumulate(len(reducer.dtypes) for reducer in reducers)
+    return [list(accumulators[end - len(reducer.dtypes) : end]) for end, reducer in zip(ends, reducers, strict=True)]
+
+
 def reduced_axes(node: Node) -> tuple[int, ...]:
     return tuple(axis % len(shape_of(node.inputs[0])) for axis in node.params["axes"])
 
 
-def whole_place(node: Node, kept: Sequence[Id], reduced: Sequence[Id]) -> list[Id]:
-    """The place in the operand of a reduction, from those along the axes that it keeps and reduces."""
-    kept_iter, reduced_iter, axes = iter(kept), iter(reduced), reduced_axes(node)
-    return [next(reduced_iter if axis in axes else kept_iter) for axis in range(len(shape_of(node.inputs[0])))]
+def merged_place(axes: Sequence[int], kept: Sequence[T], reduced: Sequence[T]) -> list[T]:
+    """The place in the operand of a reduction over `axes`, from those along the axes that it keeps and reduces."""
+    kept_iter, reduced_iter = iter(kept), iter(reduced)
+    return [next(reduced_iter if axis in axes else kept_iter) for axis in range(len(kept) + len(reduced))]
 
 
 @handles(*REDUCTIONS)
 def _reduce(e: Emitter, node: Node, k: int, coords: Coords) -> Code:
     m, operand = e.m, node.inputs[0]
     reducer = Reducer(e.scalars, node)
-    lengths = [shape_of(operand)[axis] for axis in sorted(reduced_axes(node))]
+    axes = reduced_axes(node)
+    lengths = [shape_of(operand)[axis] for axis in sorted(axes)]
     count = math.prod(lengths)
     if count == 0:
         return reducer.result(reducer.initial())
 
     def body(r: Id, carried: list[Id]) -> Code:
-        x = yield operand, whole_place(node, coords, e.place(r, lengths))
+        x = yield operand, merged_place(axes, coords, e.place(r, lengths))
         return reducer.combine(carried, reducer.element(x, r))
 
     found = yield from m.loop(m.constant(0), m.constant(count), m.constant(1), reducer.initial(), body)
