@@ -11,8 +11,9 @@ import vk_kernels
 from vk_kernels.compiler.codegen import kernels
 from vk_kernels.compiler.codegen.code_size import CodeSize
 from vk_kernels.compiler.ir import Graph
-from vk_kernels.compiler.partition import MOST_CODE, partition
+from vk_kernels.compiler.partition import partition
 from vk_kernels.compiler.passes.simplify import simplify
+from vk_kernels.compiler.roots import MOST_CODE
 
 
 def scan_gradient(turns):

@@ -6,10 +6,18 @@ import numpy as np
 from test_from_jaxpr import graph_of
 
 from vk_kernels import ops
-from vk_kernels.compiler.ir import Value
+from vk_kernels.compiler.ir import Node, Value
 from vk_kernels.compiler.op_call import CallSite
-from vk_kernels.compiler.partition import Partition, common_scope, partition
+from vk_kernels.compiler.partition import (
+    Partition,
+    common_scope,
+    find_depths,
+    form_kernels,
+    partition,
+    reductions_first,
+)
 from vk_kernels.compiler.passes.simplify import simplify
+from vk_kernels.compiler.roots import Roots, find_roots
 
 X = np.ones((64, 48), np.float32)
 
@@ -119,7 +127,7 @@ def test_products_are_stored_and_what_is_done_to_their_operands_is_not():
     assert len(found.steps[0].inputs) == 2
 
 
-def test_a_hot_operation_is_its_own_step_and_reads_views_where_they_are():
+def test_a_kernel_op_is_its_own_step_and_reads_views_where_they_are():
     def fn(x, scale, bias):
         y = ops.layer_norm((x + 1).reshape(8, 8, 48), scale, bias, implementation="vulkan")
         return y.reshape(-1, 48).sum(0), y
@@ -171,3 +179,114 @@ def test_constants_and_inputs_can_be_outputs():
 def test_common_scope():
     assert common_scope(["a/b/c", "a/b", "a/b/d"]) == "a/b"
     assert common_scope(["a", "b"]) == common_scope([]) == ""
+
+
+def roots_of(fn, *args, **options) -> Roots:
+    return find_roots(simplify(graph_of(fn, *args)), **options)
+
+
+def by_op(found: dict[Node, int]) -> dict[str, int]:
+    """Of functions in which each operation is a root once at most."""
+    return {node.op: number for node, number in found.items()}
+
+
+def test_roots_are_what_is_made_of_many_elements_and_what_the_caller_reads():
+    def fn(x, y):
+        product = jnp.sin(x) @ (y * 2)
+        return jax.nn.relu(product).sum(0).reshape(8, 8), jnp.cos(x)
+
+    roots = roots_of(fn, X, X.T)
+    product, total, cosine = roots.needs
+    assert [product.op, total.op, cosine.op] == ["dot_general", "reduce_sum", "cos"]
+    assert set(roots.needs[product]) == set(roots.graph.inputs)
+    assert roots.needs[total] == product.outputs  # through relu, which is no root
+    assert roots.base(roots.graph.outputs[0]) is total.outputs[0]  # the reshape is a view
+    assert cosine.outputs[0] in roots.stored - roots.loaded
+
+
+def test_roots_are_what_is_costly_and_needed_more_than_once():
+    def drawn(key):
+        return jax.random.bits(jax.random.wrap_key_data(key), X.shape)
+
+    def costly(fn, *args) -> list[str]:
+        return [node.op for node in roots_of(fn, *args).needs]
+
+    key = np.zeros(2, np.uint32)
+    assert costly(lambda key: (drawn(key) & 1, drawn(key) >> 31), key) == ["xor", "and", "shift_right_logical"]
+    assert costly(lambda key: drawn(key) & 1, key) == ["and"]
+    assert costly(lambda x: x * jnp.exp(x[0, 0]), X) == ["exp", "mul"]  # for 3,072 elements
+    assert costly(lambda x: x[0] * jnp.exp(x[0, 0]), X[:, :8]) == ["mul"]  # for 8
+
+
+def test_roots_are_no_more_than_a_kernel_can_bind():
+    arrays = [np.ones(8, np.float32) for _ in range(30)]
+    wide = roots_of(lambda *xs: sum(xs), *arrays)
+    assert [len(needs) for needs in wide.needs.values()] == [30]
+    narrow = roots_of(lambda *xs: sum(xs), *arrays, most_buffers=10)
+    assert max(map(len, narrow.needs.values())) <= 8
+    assert set().union(*narrow.needs.values()) >= set(narrow.graph.inputs)
+
+
+def test_a_depth_is_the_longest_way_to_the_end():
+    def fn(x, y):
+        return ((x @ y) @ x).sum(), jnp.sin(y)
+
+    roots = roots_of(fn, X, X.T)
+    first, second, total, sine = roots.needs
+    assert find_depths(roots) == {first: 2, second: 1, total: 0, sine: 0}
+    assert find_depths(roots, {second: 4}) == {first: 5, second: 4, total: 0, sine: 0}
+
+
+def test_what_is_stored_for_the_caller_is_computed_again_at_its_own_depth():
+    plain = roots_of(lambda x: (x + 1, (x + 1) * 3), X)
+    assert set(find_depths(plain).values()) == {0}
+    reduced = roots_of(lambda x: (x + 1, (x + 1).sum(), ((x + 1).sum() + x).max()), X)
+    assert by_op(find_depths(reduced)) == {"add": 1, "reduce_sum": 1, "reduce_max": 0}
+
+
+def test_inputs_in_a_smaller_type_are_as_deep_as_anything():
+    def fn(x, y):
+        return (x @ x.T @ x).sum(), y.astype(jnp.bfloat16), (y * 2).astype(jnp.bfloat16)
+
+    roots = roots_of(fn, X, X[0])
+    depths = find_depths(roots)
+    assert [depths[node] for node in roots.needs if node.op == "convert_element_type"] == [2, 0]
+
+
+def test_updates_come_forward_to_the_reductions_that_load_the_same():
+    large = np.ones((64, 128), np.float32)
+
+    def momentum(m, g):
+        return 0.9 * m + g, ((g * m).sum() * X).max()
+
+    roots = roots_of(momentum, large, large)
+    depths = find_depths(roots)
+    assert by_op(depths) == {"add": 0, "reduce_sum": 1, "reduce_max": 0}
+    assert by_op(reductions_first(roots, depths)) == {"add": 1}
+
+    def read_later(m, g):
+        return *momentum(m, g), ((g * m).sum() + m.T).max()
+
+    roots = roots_of(read_later, large, large)
+    assert reductions_first(roots, find_depths(roots)) == {}  # nothing could be written over the moments then
+
+    roots = roots_of(lambda m, g: (momentum(m.T, g.T)[0], momentum(m, g)[1]), large, large)
+    assert reductions_first(roots, find_depths(roots)) == {}  # of another shape
+
+
+def test_kernels_are_formed_of_roots_of_one_depth():
+    def fn(x, y, z):
+        return x + 1, y * 2, x - z, jnp.sin(y)
+
+    arrays = X, X[0], 2 * X
+    roots = roots_of(fn, *arrays)
+    add, mul, sub, sine = roots.needs
+    (step,) = form_kernels(roots, dict.fromkeys(roots.needs, 0))
+    assert step.outputs == (*add.outputs, *sub.outputs, *mul.outputs, *sine.outputs)  # those that read x, then y
+    assert step.inputs == roots.graph.inputs
+    assert step.graph.nodes == roots.graph.nodes
+    later, earlier = form_kernels(roots, {add: 1, mul: 0, sub: 1, sine: 0})[::-1]
+    assert (earlier.level, earlier.outputs) == (0, (*add.outputs, *sub.outputs))
+    assert (later.level, later.outputs) == (1, (*mul.outputs, *sine.outputs))
+    narrow = form_kernels(roots, dict.fromkeys(roots.needs, 0), most_buffers=4)
+    assert [len(step.outputs) for step in narrow] == [2, 2]

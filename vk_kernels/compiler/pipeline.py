@@ -8,11 +8,12 @@ from jax.extend.core import ClosedJaxpr
 from vk_kernels.compiler.emit_program import make_program
 from vk_kernels.compiler.from_jaxpr import make_graph
 from vk_kernels.compiler.ir import Graph
-from vk_kernels.compiler.partition import MOST_BUFFERS, MOST_REDUCTIONS, partition
+from vk_kernels.compiler.partition import MOST_REDUCTIONS, partition
 from vk_kernels.compiler.passes.fuse_epilogue import fuse_epilogues
 from vk_kernels.compiler.passes.fuse_forward_backward import fuse_forward_backward
 from vk_kernels.compiler.passes.rematerialize import rematerialize
 from vk_kernels.compiler.passes.simplify import simplify
+from vk_kernels.compiler.roots import MOST_BUFFERS
 from vk_kernels.runtime.program import Program
 
 if TYPE_CHECKING:
