@@ -6,7 +6,8 @@ import numpy as np
 from test_from_jaxpr import graph_of
 
 from vk_kernels import ops
-from vk_kernels.compiler.ir import Node, Value
+from vk_kernels.compiler.codegen import kernels
+from vk_kernels.compiler.ir import Function, Literal, Node, Value
 from vk_kernels.compiler.op_call import CallSite
 from vk_kernels.compiler.partition import (
     Partition,
@@ -290,3 +291,48 @@ def test_kernels_are_formed_of_roots_of_one_depth():
     assert (later.level, later.outputs) == (1, (*mul.outputs, *sine.outputs))
     narrow = form_kernels(roots, dict.fromkeys(roots.needs, 0), most_buffers=4)
     assert [len(step.outputs) for step in narrow] == [2, 2]
+
+
+def scan_slope(xs, ys):
+    """Rows of several arrays, of which results load one or two."""
+
+    def turn(carry, row):
+        (a, b), (x, y) = carry, row
+        a, b = jnp.tanh(a * x + b), jnp.sin(b) * y + a
+        return (a, b), (a * b, jnp.cos(a), a - b)
+
+    def total(xs, ys):
+        return sum(jnp.sum(x) for x in jax.tree.leaves(jax.lax.scan(turn, (1.0, 2.0), (xs, ys))))
+
+    return jax.value_and_grad(total, (0, 1))(xs, ys)
+
+
+def listing(found: Partition) -> list[tuple]:
+    """All that kernels, their operands and their places in a program are made from."""
+    numbers: dict[Value, int] = {}
+
+    def numbered(values) -> list[int]:
+        return [numbers.setdefault(value, len(numbers)) for value in values]
+
+    rows: list[tuple] = [tuple(numbered(found.inputs))]
+    for step in found.steps:
+        code = [kernel.spirv for kernel in kernels.generate(step.graph).kernels] if step.graph else []
+        rows.append(
+            (step.level, numbered(step.inputs), numbered(step.outputs), str(step.graph or step.node.call), code)
+        )
+    return rows
+
+
+def test_kernels_are_the_same_however_objects_are_hashed(monkeypatch):
+    """As in two processes, which have the objects of a graph at other addresses: the cache on disk is for both."""
+
+    def fn(x, y, xs, ys):
+        return x + 1, y * 2, x * y, jnp.sin(x), x - y, jnp.tanh(y), scan_slope(xs, ys)
+
+    found, args = [], (X, 2 * X, X[0, :6], 2 * X[0, :6])
+    for factor in (1, 3, 5, 7, -1):
+        order: dict[int, int] = {}  # by id; all objects of a graph live until its listing is made
+        for kind in (Value, Literal, Node, Function):
+            monkeypatch.setattr(kind, "__hash__", lambda x, k=factor, o=order: k * o.setdefault(id(x), 1 + len(o)))
+        found.append(listing(steps_of(fn, *args)))
+    assert all(one == found[0] for one in found)

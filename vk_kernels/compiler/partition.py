@@ -229,7 +229,10 @@ def form_kernels(
 
 
 class _Body(NamedTuple):
-    """The work of one generated kernel. reductions: how many, products and sorts among them. code: bytes, roughly."""
+    """The work of one generated kernel. reductions: how many, products and sorts among them. code: bytes, roughly.
+
+    loads: an ordered set, of one root in the graph's order.
+    """
 
     nodes: set[Node]
     loads: dict[Value, None]
@@ -265,7 +268,8 @@ def _body(root: Node, depth: int, roots: Roots, depths: Mapping[Node, int]) -> _
             nodes.add(maker)
             stack += maker.inputs
     stores = [out for out in root.outputs if out in roots.loaded or out in roots.stored]
-    return _Body(nodes, dict.fromkeys(loads), stores, int(root.op in EXPENSIVE), roots.code.of(nodes))
+    in_order = dict.fromkeys(sorted(loads, key=roots.order.__getitem__))
+    return _Body(nodes, in_order, stores, int(root.op in EXPENSIVE), roots.code.of(nodes))
 
 
 def _side_by_side(bodies: Sequence[_Body], most_buffers: int, most_reductions: int) -> list[_Body]:
@@ -282,7 +286,8 @@ def _side_by_side(bodies: Sequence[_Body], most_buffers: int, most_reductions: i
 
 
 def _sharing(bodies: Sequence[_Body]) -> list[list[_Body]]:
-    """Bodies in groups: those together that load the same arrays, of the size of what they store or larger.
+    """Bodies in groups: those together that load the same arrays, of the size of what they store or larger; with the
+    first such group, in the order of the arrays.
 
     An optimizer's new moments and parameter are one group: apart, each would read the gradient and the old moments, and
     where those are donated, be copied.
