@@ -14,18 +14,7 @@ from vk_kernels.compiler.ir import Node, Value
 from vk_kernels.spirv.builder import Module
 
 F32 = np.dtype(np.float32)
-SHAPES = [
-    (33,),
-    (1000,),
-    (90001,),
-    (3, 500),
-    (500, 3),
-    (4, 20000),
-    (20000, 4),
-    (70, 1, 300),
-    (5, 100, 7),
-    (1, 99999, 1),
-]
+SHAPES = [(33,), (1000,), (90001,), (3, 500), (500, 3), (4, 20000), (20000, 4), (70, 1, 300), (5, 100, 7)]
 GEOMETRIES = [Geometry(shape, axes) for shape in SHAPES for axes in [(0,), (len(shape) - 1,), tuple(range(len(shape)))]]
 
 

@@ -3,7 +3,8 @@ of what else computes."""
 
 import math
 
-from vk_kernels.compiler.codegen import kernels
+from vk_kernels.compiler.codegen.primitives import EXPENSIVE
+from vk_kernels.compiler.codegen.scalars import ELEMENTWISE
 from vk_kernels.compiler.ir import Node
 from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.compiler.partition import Step
@@ -25,6 +26,6 @@ def _generated_flops(node: Node) -> int:
     if node.op == "dot_general":
         (contracted, _), _ = node.params["dimension_numbers"]
         return 2 * node.outputs[0].size * math.prod(node.inputs[0].shape[axis] for axis in contracted)
-    if node.op in kernels.EXPENSIVE:
+    if node.op in EXPENSIVE:
         return node.inputs[0].size
-    return sum(out.size for out in node.outputs) if node.op in kernels.ELEMENTWISE else 0
+    return sum(out.size for out in node.outputs) if node.op in ELEMENTWISE else 0

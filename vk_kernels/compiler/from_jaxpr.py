@@ -18,7 +18,7 @@ from jax.extend.core import Literal as JaxLiteral
 
 from vk_kernels.compiler import parameters
 from vk_kernels.compiler.avals import check_dtype, is_array, is_key, on_device, to_device
-from vk_kernels.compiler.codegen import kernels
+from vk_kernels.compiler.codegen import primitives
 from vk_kernels.compiler.decompositions import EXPANSIONS
 from vk_kernels.compiler.ir import Function, Graph, Literal, Node, Operand, Value
 from vk_kernels.compiler.op_call import CallSite, encode_call
@@ -211,7 +211,7 @@ class _Inliner:
         for x in inputs:
             check_dtype(x.dtype)
         node = Node(equation.primitive.name, tuple(inputs), outputs, params, at.source, at.scope)
-        kernels.check(node)
+        primitives.check(node)
         self.nodes.append(node)
         return list(outputs)
 
@@ -226,7 +226,7 @@ class _Inliner:
         inputs = (_new_value(element.update(shape=())), _new_value(element.update(shape=())))
         outputs = inner.inline(ClosedJaxpr(jaxpr, consts), inputs, at)
         graph = simplify(Graph(inputs, inner.constants, inner.nodes, tuple(outputs)))
-        if graph.constants or not all(kernels.is_elementwise(node) for node in graph.nodes):
+        if graph.constants or not all(primitives.is_elementwise(node) for node in graph.nodes):
             raise ValueError("a scatter by a function that is not one of two numbers alone has no kernel")
         return params | {"update": Function(graph)}
 
@@ -361,7 +361,7 @@ _COMPARISONS = {"eq": jnp.all, "ne": jnp.any}
 
 
 def _is_handled(name: str) -> bool:
-    named = name in kernels.SUPPORTED or name in EXPANSIONS
+    named = name in primitives.SUPPORTED or name in EXPANSIONS
     return named or name in _CALLS or name in _IDENTITIES or name in _STRUCTURES
 
 

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vk_kernels.compiler.codegen.kernels import EXPENSIVE, is_split
+from vk_kernels.compiler.codegen.geometry import is_split
+from vk_kernels.compiler.codegen.primitives import EXPENSIVE
 from vk_kernels.compiler.ir import Graph, Literal, Node, Operand, Value
 from vk_kernels.compiler.roots import FREE, MOST_BUFFERS, MOST_CODE, SPARE_BUFFERS, Roots, find_roots
 

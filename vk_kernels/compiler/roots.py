@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from vk_kernels.compiler.codegen.code_size import CodeSize
-from vk_kernels.compiler.codegen.kernels import EXPENSIVE
+from vk_kernels.compiler.codegen.primitives import EXPENSIVE
 from vk_kernels.compiler.ir import Graph, Literal, Node, Operand, Value, consumers, producers
 
 MOST_BUFFERS = 128  # that a generated kernel binds, roughly: what one root needs stays together
