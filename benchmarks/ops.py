@@ -32,12 +32,12 @@ from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.dispatch_plan import Plan, record
 from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.tools.check_ops import VARIANTS
-from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, Case
+from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, OpCase
 
 ROW = "{:<30} {:<9} {:<5} {:<9} {:<6} {:>10} {:>9} {:>9} {:>10} {:>6}"
 
 
-def one_pass(case: Case, backward: bool) -> Callable[..., Any]:
+def one_pass(case: OpCase, backward: bool) -> Callable[..., Any]:
     """The case as a function of its operands: its results, or the gradients of its first result."""
     if not backward:
         return lambda *operands: case.run(operands)
@@ -55,7 +55,7 @@ def one_pass(case: Case, backward: bool) -> Callable[..., Any]:
     return gradients
 
 
-def kernel_calls(case: Case, operands: Sequence[np.ndarray], target: CallSite) -> Iterator[tuple[str, Any]]:
+def kernel_calls(case: OpCase, operands: Sequence[np.ndarray], target: CallSite) -> Iterator[tuple[str, Any]]:
     """(name, equation) of each primitive that the forward and the backward pass of a case are made of."""
     function = one_pass(case, backward=bool(case.differentiable))
     with use("vulkan", device=target.device, variant=target.variant):
@@ -129,7 +129,7 @@ def useful_flops(name: str, reads: list[ArraySpec], writes: list[ArraySpec]) -> 
     return 0.0 if flops is None else float(flops(SimpleNamespace(inputs=reads, outputs=writes)))
 
 
-def xla_seconds(case: Case, operands: Sequence[np.ndarray], backward: bool, repeats: int) -> float:
+def xla_seconds(case: OpCase, operands: Sequence[np.ndarray], backward: bool, repeats: int) -> float:
     """Wall time of one call of the reference on the best JAX device."""
     device = jax.devices()[0]
     placed = [jax.device_put(x, device) for x in operands]
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(device: Device, selector: str, case: Case, size: str, dtype: np.dtype, repeats: int) -> None:
+def measure(device: Device, selector: str, case: OpCase, size: str, dtype: np.dtype, repeats: int) -> None:
     """Prints a row for each variant and pass of a case."""
     sizes = SIZES[size]
     operands = case.operands(sizes, dtype)

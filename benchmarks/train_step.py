@@ -33,7 +33,9 @@ GPT2_124M = {"accumulate_steps": 1, "model.dropout_rate": 0.1, "model.soft_cap":
 BF16 = {"model.dtype": "bfloat16"}
 
 
-class Case(NamedTuple):
+class StepCase(NamedTuple):
+    """The train step of a config of which some fields are changed."""
+
     config: str
     fields: dict[str, Any]
 
@@ -46,32 +48,32 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "chat-f32": Case("chat.py", {}),
-    "chat-bf16": Case("chat.py", BF16),
-    "124m-b1": Case("gpt2_124m.py", GPT2_124M | {"batch_size": 1}),
-    "124m-b4": Case("gpt2_124m.py", GPT2_124M | {"batch_size": 4}),
-    "124m-b16": Case("gpt2_124m.py", GPT2_124M | {"batch_size": 16}),
-    "124m-plain-b4": Case("gpt2_124m.py", {"accumulate_steps": 1, "batch_size": 4}),
-    "124m-plain-b16": Case("gpt2_124m.py", {"accumulate_steps": 1, "batch_size": 16}),
-    "tiny-f32": Case("chat_tiny.py", {}),
+    "chat-f32": StepCase("chat.py", {}),
+    "chat-bf16": StepCase("chat.py", BF16),
+    "124m-b1": StepCase("gpt2_124m.py", GPT2_124M | {"batch_size": 1}),
+    "124m-b4": StepCase("gpt2_124m.py", GPT2_124M | {"batch_size": 4}),
+    "124m-b16": StepCase("gpt2_124m.py", GPT2_124M | {"batch_size": 16}),
+    "124m-plain-b4": StepCase("gpt2_124m.py", {"accumulate_steps": 1, "batch_size": 4}),
+    "124m-plain-b16": StepCase("gpt2_124m.py", {"accumulate_steps": 1, "batch_size": 16}),
+    "tiny-f32": StepCase("chat_tiny.py", {}),
 }
 RIVALS = ("xla", "cudnn", "torch")
 WARM_UP = 1.0  # seconds of steps: clocks of a device that rested while kernels were compiled are low for that long
 
 
-def case_of(name: str) -> Case:
+def case_of(name: str) -> StepCase:
     """One of CASES, or chat-DTYPE-bB-tT: the chat config with a batch and a block of that size, for scaling."""
     if name in CASES:
         return CASES[name]
     _, dtype, batch, block = name.split("-")
     fields = {"batch_size": int(batch[1:]), "model.block_size": int(block[1:])}
-    return Case("chat.py", fields | (BF16 if dtype == "bf16" else {}))
+    return StepCase("chat.py", fields | (BF16 if dtype == "bf16" else {}))
 
 
 # One side, in a process of its own. Everything is imported here, so that imports are in the time of the first step.
 
 
-def run_side(side: str, case: Case, steps: int, profile: bool) -> dict[str, Any]:
+def run_side(side: str, case: StepCase, steps: int, profile: bool) -> dict[str, Any]:
     """Runs one side of a case; returns the figures of the table and of the profile."""
     config = case.load()
     if side == "torch":

@@ -17,7 +17,7 @@ from profiles import NIGHT
 from vulkan_devices import SELECTOR, needs_vulkan
 
 from vk_kernels.tools.conformance.compare import check
-from vk_kernels.tools.conformance.registry import Case, draw
+from vk_kernels.tools.conformance.registry import PrimitiveCase, draw
 
 pytestmark = needs_vulkan
 
@@ -157,7 +157,7 @@ PROFILE = settings(
 @given(PROGRAMS, SHAPES, SHAPES)
 def test_functions_give_what_xla_gives_and_so_do_their_gradients(programs, first, second):
     args = tuple(draw(shape, np.dtype(np.float32), i) for i, shape in enumerate((first, second)))
-    cases = [Case("", str(program), function_of(program), args, gradient=True) for program in programs]
+    cases = [PrimitiveCase("", str(program), function_of(program), args, gradient=True) for program in programs]
     wrong = check(cases, SELECTOR)
     assert not wrong, "\n".join(f"{case}: {message}" for case, message in wrong.items())
 

@@ -16,7 +16,7 @@ import vk_kernels
 from vk_kernels.errors import UnsupportedError
 from vk_kernels.tools.conformance import table
 from vk_kernels.tools.conformance.compare import check, results
-from vk_kernels.tools.conformance.suite import Case, cases, names
+from vk_kernels.tools.conformance.suite import PrimitiveCase, cases, names
 from vk_kernels.tools.conformance.unsupported import UNSUPPORTED
 
 PAGE = Path(__file__).parents[2] / "docs" / "primitives.md"
@@ -48,11 +48,11 @@ def test_what_differs_is_found():
     def other(x):
         return jax.lax.platform_dependent(x, cpu=lambda x: x + 1, default=lambda x: x + 2), x.sum()
 
-    differs = Case("add", "", other, (np.ones(3, np.float32),))
+    differs = PrimitiveCase("add", "", other, (np.ones(3, np.float32),))
     assert "output 0: an error of" in check([differs], SELECTOR)[differs]
     assert "output 0: 3 of 3, first at [0]: 3" in check([exact := replace(differs, exact=True)], SELECTOR)[exact]
-    refused = Case("svd", "", jax.numpy.linalg.svd, (np.ones((3, 3), np.float32),))
-    fine = Case("add", "", lambda x: x + 1, (np.ones(3, np.float32),), gradient=True)
+    refused = PrimitiveCase("svd", "", jax.numpy.linalg.svd, (np.ones((3, 3), np.float32),))
+    fine = PrimitiveCase("add", "", lambda x: x + 1, (np.ones(3, np.float32),), gradient=True)
     assert list(check([refused, fine], SELECTOR)) == [refused]
     outputs, gradients = results(fine, *fine.args)
     np.testing.assert_array_equal(outputs[0], [2, 2, 2])

@@ -99,7 +99,7 @@ class Reflection:
         return any(isinstance(size, str) for size in self.workgroup)
 
 
-class _Module:
+class _Declarations:
     """The declarations of a module, by result id."""
 
     def __init__(self, code: bytes, spec: dict[str, int | float | bool]):
@@ -244,7 +244,7 @@ def reflect(code: bytes, entry: str | None = None, spec: dict[str, int | float |
     Raises ValueError for what the runtime cannot serve: another descriptor than a storage buffer in set 0, a
     capability that no known feature allows, or not exactly one entry point (called `entry`, if given).
     """
-    module = _Module(code, spec or {})
+    module = _Declarations(code, spec or {})
     points = {name: result for result, name in module.entry_points.items() if entry in (None, name)}
     if len(points) != 1:
         raise ValueError(f"{len(points)} compute entry points{f' called {entry!r}' if entry else ''}, not 1")
@@ -283,7 +283,7 @@ def reflect(code: bytes, entry: str | None = None, spec: dict[str, int | float |
     )
 
 
-def _binding(module: _Module, binding: int, views: list[tuple[int, int]], entry: str) -> Binding:
+def _binding(module: _Declarations, binding: int, views: list[tuple[int, int]], entry: str) -> Binding:
     """The buffer that is bound there; Slang declares one that is read in several types once for each."""
     name = module.names.get(views[0][0], "").removeprefix("entryPointParams.")
     writable = False
@@ -303,7 +303,7 @@ def _binding(module: _Module, binding: int, views: list[tuple[int, int]], entry:
     return Binding(binding, name, writable, tuple(sorted(scalars or {kind for kind, _ in elements})))
 
 
-def _axis(module: _Module, size_id: int) -> int | str:
+def _axis(module: _Declarations, size_id: int) -> int | str:
     constant = module.spec_constants.get(size_id)
     return constant.name if constant else module.constants[size_id]
 

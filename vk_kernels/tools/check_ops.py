@@ -25,7 +25,7 @@ from vk_kernels.bridge.use import use
 from vk_kernels.errors import FeatureError, NoDeviceError
 from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.tools.arguments import BAD_INPUT, ArgumentParser, run_tool
-from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, Case, Operands
+from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, OpCase, Operands
 from vk_kernels.tools.tolerances import GRADIENT_FACTOR, OUTPUT_FACTOR, SLACK
 
 VARIANTS = ("coop2", "coop1", "plain")
@@ -39,7 +39,7 @@ HEADER = f"{'operation':<34} {'size':<9} {'dtype':<8} {'variant':<8} {'of':<9} {
 class Result:
     """The worst output, or the worst gradient, of a case run by one variant."""
 
-    case: Case
+    case: OpCase
     size: str
     dtype: str
     variant: str
@@ -58,7 +58,7 @@ class Result:
         return f"{where} {numbers} {'pass' if self.passed else 'FAIL'}"
 
 
-class Difference(NamedTuple):
+class Deviation(NamedTuple):
     """Distance of one output or gradient of a variant from the truth, and the largest one allowed."""
 
     variant: str
@@ -68,7 +68,7 @@ class Difference(NamedTuple):
     allowed: float
 
 
-def check(case: Case, size: str, dtype: np.dtype, device: str | None = None) -> Iterator[Result]:
+def check(case: OpCase, size: str, dtype: np.dtype, device: str | None = None) -> Iterator[Result]:
     """Runs a case with each variant that the device offers for it; raises as `compare`."""
     differences = compare(case, [case.operands(SIZES[size], dtype)], device)
     for _, group in itertools.groupby(differences, key=lambda found: (found.variant, found.of.split()[0])):
@@ -79,7 +79,7 @@ def check(case: Case, size: str, dtype: np.dtype, device: str | None = None) -> 
 
 
 def compare(
-    case: Case,
+    case: OpCase,
     draws: Sequence[Operands],
     device: str | None = None,
     *,
@@ -87,7 +87,7 @@ def compare(
     unit: float = 0.0,
     few: bool = False,
     compiler_options: dict[str, Any] | None = None,
-) -> Iterator[Difference]:
+) -> Iterator[Deviation]:
     """Runs a case on some operands, all of the same shapes, with each of `variants` that the device offers for them.
 
     An error is the largest of any draw. It is in units of the truth's largest element, or of `unit` if that is more:
@@ -127,7 +127,7 @@ def compare(
                 dtype = results[0][place][i].dtype
                 rounding = float(jnp.finfo(dtype).eps) / 2 if few and jnp.issubdtype(dtype, jnp.inexact) else 0.0
                 allowed = factor * max(xla_error, rounding) + SLACK
-                yield Difference(variant, f"{of} {i}", error, xla_error, allowed)
+                yield Deviation(variant, f"{of} {i}", error, xla_error, allowed)
 
 
 def outputs_and_gradients(function: Any, differentiable: Sequence[int], *operands: Any) -> tuple[Any, Any]:
@@ -155,7 +155,7 @@ def _bits(results: Any) -> list[bytes]:
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(results)]
 
 
-def _truths(case: Case, draws: Sequence[Operands]) -> list[tuple[Any, Any]]:
+def _truths(case: OpCase, draws: Sequence[Operands]) -> list[tuple[Any, Any]]:
     with jax.enable_x64(True):
         function = jax.jit(
             functools.partial(outputs_and_gradients, case.run_truth, case.differentiable),
@@ -205,7 +205,7 @@ def _chosen(parser: argparse.ArgumentParser, value: str | None, known: Any) -> l
     return names
 
 
-def report(cases: Sequence[Case], sizes: Sequence[str], device: str | None = None) -> bool:
+def report(cases: Sequence[OpCase], sizes: Sequence[str], device: str | None = None) -> bool:
     """Prints the table; whether everything passed."""
     print(open_device(device or "").info)
     print(HEADER)

@@ -19,7 +19,7 @@ from vk_kernels.errors import FeatureError, NoDeviceError
 from vk_kernels.runtime.physical_device import DeviceInfo, choose, list_devices
 from vk_kernels.tools import check_ops
 from vk_kernels.tools.arguments import BAD_INPUT, ArgumentParser, run_tool
-from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, Case
+from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, OpCase
 
 # How a driver is installed, by the ID of /etc/os-release. NVIDIA's own driver package includes one everywhere.
 INSTALL = {
@@ -118,7 +118,7 @@ def describe(info: DeviceInfo) -> Iterator[str]:
             yield f"  {has} {', '.join(names)}"
 
 
-def variants(case: Case, dtype: np.dtype, device: str) -> tuple[str, list[str]]:
+def variants(case: OpCase, dtype: np.dtype, device: str) -> tuple[str, list[str]]:
     """(the best variant that a device has for a case's shapes, what it lacks for each better one)."""
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.operands(SIZES[VARIANT_SIZE], dtype)]
     lacking = []
@@ -136,11 +136,11 @@ def variants(case: Case, dtype: np.dtype, device: str) -> tuple[str, list[str]]:
     return "none", lacking
 
 
-def _run(case: Case, *operands: jax.Array) -> tuple[jax.Array, ...]:
+def _run(case: OpCase, *operands: jax.Array) -> tuple[jax.Array, ...]:
     return case.run(operands)
 
 
-def one_case_each() -> list[Case]:
+def one_case_each() -> list[OpCase]:
     """The most demanding case of each operation."""
     return list({case.op: case for case in CASES}.values())
 

@@ -43,7 +43,7 @@ Operands = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class Case:
+class OpCase:
     """One operation at one shape.
 
     operands: (sizes, dtype) -> numpy arrays. keywords: the names of the last of them, which are passed by name.
@@ -234,14 +234,14 @@ def _adamw(*operands, decay, b1, b2, epsilon, weight_decay, clip_norm, shadow=Fa
 _DROPOUT = {"dropout_rate": 0.1, "site": 3}
 
 CASES = (
-    Case(
+    OpCase(
         "matmul",
         "product",
         lambda s, t: (_hidden(s, t, 1), _weights(s.width, 3 * s.width, t, 2)),
         _matmul,
         differentiable=(0, 1),
     ),
-    Case(
+    OpCase(
         "matmul",
         "bias, gelu",
         lambda s, t: (_hidden(s, t, 1), _weights(s.width, 4 * s.width, t, 2), numbers((4 * s.width,), t, 3)),
@@ -249,7 +249,7 @@ CASES = (
         {"activation": "gelu"},
         differentiable=(0, 1, 2),
     ),
-    Case(
+    OpCase(
         "matmul",
         "bias, dropout, residual",
         lambda s, t: (
@@ -264,7 +264,7 @@ CASES = (
         differentiable=(0, 1, 2, 3),
         keywords=("residual", "rng"),
     ),
-    Case(
+    OpCase(
         "matmul",
         "transposed",
         lambda s, t: (_hidden(s, t, 1), _weights(s.width, 3 * s.width, t, 2).T.copy(), numbers((3 * s.width,), t, 3)),
@@ -272,14 +272,14 @@ CASES = (
         {"transposed": True},
         differentiable=(0, 1, 2),
     ),
-    Case(
+    OpCase(
         "layer_norm",
         "",
         lambda s, t: (_hidden(s, t, 1), *_parameters(s)),
         _layer_norm,
         differentiable=(0, 1, 2),
     ),
-    Case(
+    OpCase(
         "residual_layer_norm",
         "dropout",
         lambda s, t: (_hidden(s, t, 1), _hidden(s, t, 2), *_parameters(s), RNG),
@@ -287,14 +287,14 @@ CASES = (
         _DROPOUT,
         differentiable=(0, 1, 2, 3),
     ),
-    Case(
+    OpCase(
         "attention",
         "",
         _qkv,
         _attention,
         differentiable=(0, 1, 2),
     ),
-    Case(
+    OpCase(
         "attention",
         "cap, dropout",
         lambda s, t: (*_qkv(s, t), RNG),
@@ -302,7 +302,7 @@ CASES = (
         {"cap": 30.0, **_DROPOUT},
         differentiable=(0, 1, 2),
     ),
-    Case(
+    OpCase(
         "packed_attention",
         "cap, dropout",
         lambda s, t: (np.stack(_qkv(s, t), axis=2), RNG),
@@ -310,8 +310,8 @@ CASES = (
         {"cap": 30.0, **_DROPOUT},
         differentiable=(0,),
     ),
-    Case("gelu", "", lambda s, t: (_hidden(s, t, 1),), _gelu, differentiable=(0,)),
-    Case(
+    OpCase("gelu", "", lambda s, t: (_hidden(s, t, 1),), _gelu, differentiable=(0,)),
+    OpCase(
         "dropout",
         "",
         lambda s, t: (_hidden(s, t, 1), RNG),
@@ -319,14 +319,14 @@ CASES = (
         {"rate": 0.1, "site": 3},
         differentiable=(0,),
     ),
-    Case(
+    OpCase(
         "embedding",
         "",
         lambda s, t: (numbers((s.vocab, s.width), t, 1), _ids(s)),
         _embedding,
         differentiable=(0,),
     ),
-    Case(
+    OpCase(
         "linear_cross_entropy",
         "",
         lambda s, t: (
@@ -337,7 +337,7 @@ CASES = (
         _linear_cross_entropy,
         differentiable=(0, 1),
     ),
-    Case(
+    OpCase(
         "linear_cross_entropy",
         "transposed",
         lambda s, t: (
@@ -349,11 +349,11 @@ CASES = (
         {"transposed": True},
         differentiable=(0, 1),
     ),
-    Case(
+    OpCase(
         "global_norm",
         "",
         lambda s, t: tuple(numbers(shape, t, i) for i, shape in enumerate(_model_parameters(s))),
         _norm,
     ),
-    Case("adamw", "", _adamw_operands, _adamw, {**ADAMW, "decay": (True, True, False)}),
+    OpCase("adamw", "", _adamw_operands, _adamw, {**ADAMW, "decay": (True, True, False)}),
 )

@@ -20,7 +20,7 @@ from vk_kernels.tools.conformance.registry import (
     GRADIENT,
     INTEGERS,
     NUMBERS,
-    Case,
+    PrimitiveCase,
     cases_of,
     distinct,
     draw,
@@ -52,13 +52,13 @@ def _reductions(
     gradient: bool = True,
     empty: bool = True,
 ) -> None:
-    def make(name: str, full: bool) -> Iterator[Case]:
+    def make(name: str, full: bool) -> Iterator[PrimitiveCase]:
         given = [(shape, axes) for shape, axes in _REDUCED if empty or 0 not in shape]
         for dtype, (shape, axes) in together(dtypes, given, full):
             floats = dtype in FLOATS
             reduce = functools.partial(fn, name, axes=axes)
             wanted = gradient and floats and math.prod(shape) <= _MOST_FOR_GRADIENTS
-            yield Case(name, f"over {axes}", reduce, (data(shape, dtype),), wanted, not floats)
+            yield PrimitiveCase(name, f"over {axes}", reduce, (data(shape, dtype),), wanted, not floats)
 
     register(primitives, make)
 
@@ -93,16 +93,16 @@ _reductions("reduce_max", "reduce_min", fn=_by_lax, data=lambda shape, t: draw(s
 _reductions("reduce_and", "reduce_or", "reduce_xor", fn=_by_lax, dtypes=(*INTEGERS, BOOL), gradient=False)
 
 
-def _arg(name: str, full: bool) -> Iterator[Case]:
+def _arg(name: str, full: bool) -> Iterator[PrimitiveCase]:
     fn = getattr(lax, name)
     given = [(shape, axes) for shape, axes in _REDUCED if len(axes) == 1 and 0 not in shape]
     given += [((4, 6), (0,)), ((2, 3, 4), (1,)), ((9,), (0,))]
     for dtype, (shape, axes) in together(DTYPES, given, full):
         along = functools.partial(fn, axis=axes[0], index_dtype=np.int32)
-        yield Case(name, f"over {axes}", along, (draw(shape, dtype),), exact=True)
+        yield PrimitiveCase(name, f"over {axes}", along, (draw(shape, dtype),), exact=True)
     for odd in (np.array([1, np.nan, 3, np.nan], F32), np.array([2, 1, 2, 1], F32)):
         along = functools.partial(fn, axis=0, index_dtype=np.uint8)
-        yield Case(name, "of NaN or equal ones", along, (odd,), exact=True)
+        yield PrimitiveCase(name, "of NaN or equal ones", along, (odd,), exact=True)
 
 
 register(("argmax", "argmin"), _arg)
@@ -111,14 +111,14 @@ _ALONG = (((7,), 0), ((3, 5), 0), ((3, 5), 1), ((2, 3, 4), 1), ((0, 3), 0), ((40
 
 
 def _cumulative(*primitives: str, dtypes: Sequence[np.dtype] = NUMBERS, **bounds: float) -> None:
-    def make(name: str, full: bool) -> Iterator[Case]:
+    def make(name: str, full: bool) -> Iterator[PrimitiveCase]:
         for i, (dtype, (shape, axis)) in enumerate(together(dtypes, _ALONG, full)):
             for reverse in (False, True) if full else (i % 2 == 1,):
                 fn = functools.partial(getattr(lax, name), axis=axis, reverse=reverse)
                 floats = dtype in FLOATS
                 wanted = floats and math.prod(shape) <= _MOST_FOR_GRADIENTS
                 label = f"along {axis}" + (" in reverse" if reverse else "")
-                yield Case(name, label, fn, (draw(shape, dtype, **bounds),), wanted, not floats)
+                yield PrimitiveCase(name, label, fn, (draw(shape, dtype, **bounds),), wanted, not floats)
 
     register(primitives, make)
 
@@ -146,12 +146,14 @@ def _has_gradient(padding: Sequence[tuple[int, int]], *dilations: Sequence[int])
 
 
 def _windowed(*primitives: str, fn: Callable[..., Any], dtypes: Sequence[np.dtype], gradient: bool = True) -> None:
-    def make(name: str, full: bool) -> Iterator[Case]:
+    def make(name: str, full: bool) -> Iterator[PrimitiveCase]:
         for dtype, (shape, *window) in together(dtypes, _WINDOWS, full):
             floats = dtype in FLOATS
             wanted = gradient and floats and (name == "reduce_window_sum" or _has_gradient(*window[2:]))
             call = functools.partial(fn, name, window=window)
-            yield Case(name, f"{window[0]} by {window[1]}", call, (distinct(shape, dtype),), wanted, not floats)
+            yield PrimitiveCase(
+                name, f"{window[0]} by {window[1]}", call, (distinct(shape, dtype),), wanted, not floats
+            )
 
     register(primitives, make)
 

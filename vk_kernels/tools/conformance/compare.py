@@ -9,7 +9,7 @@ import numpy as np
 
 import vk_kernels
 from vk_kernels.errors import UnsupportedError
-from vk_kernels.tools.conformance.registry import FLOATS, Case
+from vk_kernels.tools.conformance.registry import FLOATS, PrimitiveCase
 from vk_kernels.tools.tolerances import GRADIENT_FACTOR, OUTPUT_FACTOR, SLACK
 
 PROGRAM = 24  # cases in one
@@ -18,7 +18,7 @@ QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expen
 Results = tuple[list[Any], list[Any]]  # outputs, gradients
 
 
-def results(case: Case, *args: Any) -> Results:
+def results(case: PrimitiveCase, *args: Any) -> Results:
     """The outputs of a case, and the gradients of a fixed combination of them, as flat lists."""
     if not case.gradient:
         return jax.tree.leaves(case.fn(*args)), []
@@ -44,15 +44,15 @@ def _weights(x: Any) -> Any:
     return ((jnp.arange(x.size) % 7 - 3) / 4).reshape(x.shape).astype(x.dtype)
 
 
-def check(cases: Sequence[Case], device: str | None = None) -> dict[Case, str]:
+def check(cases: Sequence[PrimitiveCase], device: str | None = None) -> dict[PrimitiveCase, str]:
     """The fault of each case; those that pass are absent. device: as for `vk_kernels.use`."""
-    wrong: dict[Case, str] = {}
+    wrong: dict[PrimitiveCase, str] = {}
     for start in range(0, len(cases), PROGRAM):
         wrong |= _check_program(cases[start : start + PROGRAM], device)
     return wrong
 
 
-def _check_program(cases: Sequence[Case], device: str | None) -> dict[Case, str]:
+def _check_program(cases: Sequence[PrimitiveCase], device: str | None) -> dict[PrimitiveCase, str]:
     arguments = [case.args for case in cases]
 
     def program(arguments: Any) -> list[Results]:
@@ -70,7 +70,7 @@ def _check_program(cases: Sequence[Case], device: str | None) -> dict[Case, str]
     return {case: message for case, message in differences if message}
 
 
-def _difference(case: Case, found: Results, expected: Results) -> str:
+def _difference(case: PrimitiveCase, found: Results, expected: Results) -> str:
     """Empty where there is none that matters."""
     for kind, some, others in zip(("output", "gradient"), found, expected, strict=True):
         for i, (x, y) in enumerate(zip(some, others, strict=True)):
@@ -85,7 +85,7 @@ def described(x: Any) -> str:
     return x.aval.str_short() + ("*" if x.aval.weak_type else "")
 
 
-def _distance(case: Case, kind: str, i: int, x: np.ndarray, y: np.ndarray) -> str:
+def _distance(case: PrimitiveCase, kind: str, i: int, x: np.ndarray, y: np.ndarray) -> str:
     if (case.exact and kind == "output") or not _is_float(x):
         same = (x == y) | ((x != x) & (y != y))
         return "" if np.all(same) else _shown(x, y, ~same)

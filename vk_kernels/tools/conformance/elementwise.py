@@ -24,7 +24,7 @@ from vk_kernels.tools.conformance.registry import (
     SHAPES,
     SIGNED,
     SPECIAL,
-    Case,
+    PrimitiveCase,
     cases_of,
     draw,
     register,
@@ -42,15 +42,15 @@ def _elementwise(
     between: tuple[float, float] = (-3.0, 3.0),
     exact: bool = False,
 ) -> None:
-    def make(name: str, full: bool) -> Iterator[Case]:
+    def make(name: str, full: bool) -> Iterator[PrimitiveCase]:
         call = fn or getattr(lax, {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"}.get(name, name))
         for dtype, shape in together(dtypes, SHAPES, full):
             args = tuple(draw(shape, dtype, i, *between) for i in range(operands))
             floats = dtype in FLOATS
-            yield Case(name, "", call, args, gradient and floats, exact or not floats)
+            yield PrimitiveCase(name, "", call, args, gradient and floats, exact or not floats)
         if special and F32 in dtypes:
             grid = np.meshgrid(*(SPECIAL,) * operands) if operands > 1 else [SPECIAL]
-            yield Case(name, "of special values", call, tuple(x.ravel() for x in grid), exact=exact)
+            yield PrimitiveCase(name, "of special values", call, tuple(x.ravel() for x in grid), exact=exact)
 
     register(primitives, make)
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import linear_call
 
-from vk_kernels.tools.conformance.registry import EXACT, F32, Case, cases_of, draw, register
+from vk_kernels.tools.conformance.registry import EXACT, F32, PrimitiveCase, cases_of, draw, register
 
 X = draw((3, 5), F32)
 
@@ -19,9 +19,9 @@ X = draw((3, 5), F32)
 def _on_array(primitive: str, *functions: tuple[str, Callable[..., Any]]) -> None:
     """Functions of one array and all their gradients."""
 
-    def make(name: str, full: bool) -> Iterator[Case]:
+    def make(name: str, full: bool) -> Iterator[PrimitiveCase]:
         for label, fn in functions:
-            yield Case(name, label, fn, (X,), gradient=True)
+            yield PrimitiveCase(name, label, fn, (X,), gradient=True)
 
     register([primitive], make)
 

@@ -14,7 +14,7 @@ from vk_kernels.tools.conformance.registry import (
     F32,
     FLOATS,
     NUMBERS,
-    Case,
+    PrimitiveCase,
     cases_of,
     draw,
     register,
@@ -27,9 +27,9 @@ def _moves(
 ) -> None:
     """calls: (label, function of an array, its shape)."""
 
-    def make(name: str, full: bool) -> Iterator[Case]:
+    def make(name: str, full: bool) -> Iterator[PrimitiveCase]:
         for dtype, (label, fn, shape) in together(DTYPES, calls, full):
-            yield Case(name, label, fn, (draw(shape, dtype),), gradient=dtype in FLOATS, exact=exact)
+            yield PrimitiveCase(name, label, fn, (draw(shape, dtype),), gradient=dtype in FLOATS, exact=exact)
 
     register([primitive], make)
 
@@ -210,11 +210,13 @@ def _scatters(primitive: str, method: str, dtypes: Sequence[np.dtype], repeats: 
         ),
     ]
 
-    def make(name: str, full: bool) -> Iterator[Case]:
+    def make(name: str, full: bool) -> Iterator[PrimitiveCase]:
         for dtype, (label, fn, shape, of_values, indices) in together(dtypes, calls, full):
             args = (draw(shape, dtype), indices, draw(of_values, dtype, 1))
             fn_of = lambda x, v, fn=fn, indices=indices: fn(x, indices, v)  # noqa: E731
-            yield Case(name, label, fn_of, (args[0], args[2]), gradient and dtype in FLOATS, dtype not in FLOATS)
+            yield PrimitiveCase(
+                name, label, fn_of, (args[0], args[2]), gradient and dtype in FLOATS, dtype not in FLOATS
+            )
 
     register([primitive], make)
 

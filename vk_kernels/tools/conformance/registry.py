@@ -27,7 +27,7 @@ SPECIAL = np.array(
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class PrimitiveCase:
     """A function of arrays that calls a primitive.
 
     gradient: whether the gradient by its arrays of floats is compared too. exact: its results are to be XLA's bits.
@@ -45,7 +45,7 @@ class Case:
         return f"{self.primitive} {self.label}({given})"
 
 
-_MAKERS: dict[str, Callable[[str, bool], Iterator[Case]]] = {}
+_MAKERS: dict[str, Callable[[str, bool], Iterator[PrimitiveCase]]] = {}
 
 
 def names(module: str = "") -> list[str]:
@@ -53,17 +53,17 @@ def names(module: str = "") -> list[str]:
     return sorted(name for name, make in _MAKERS.items() if make.__module__.endswith(module))
 
 
-def cases(primitive: str, full: bool = False) -> list[Case]:
+def cases(primitive: str, full: bool = False) -> list[PrimitiveCase]:
     """The cases of a primitive. full: every dtype in every shape; else each comes once and only f32 has gradients."""
     found = list(_MAKERS[primitive](primitive, full))
     return found if full else [replace(case, gradient=case.gradient and _is_single(case)) for case in found]
 
 
-def _is_single(case: Case) -> bool:
+def _is_single(case: PrimitiveCase) -> bool:
     return all(x.dtype == F32 for x in case.args if x.dtype in FLOATS)
 
 
-def register(primitives: Sequence[str], make: Callable[[str, bool], Iterator[Case]]) -> None:
+def register(primitives: Sequence[str], make: Callable[[str, bool], Iterator[PrimitiveCase]]) -> None:
     _MAKERS.update(dict.fromkeys(primitives, make))
 
 
@@ -103,9 +103,9 @@ def cases_of(*primitives: str) -> Callable[[Callable], Callable]:
     """Registers a function of (full) that gives (label, fn, args) or (label, fn, args, options)."""
 
     def decorate(make: Callable[[bool], Iterator[tuple]]) -> Callable:
-        def of(name: str, full: bool) -> Iterator[Case]:
+        def of(name: str, full: bool) -> Iterator[PrimitiveCase]:
             for label, fn, args, *options in make(full):
-                yield Case(name, label, fn, tuple(args), **(options[0] if options else {}))
+                yield PrimitiveCase(name, label, fn, tuple(args), **(options[0] if options else {}))
 
         of.__module__ = make.__module__
         register(primitives, of)

@@ -1,9 +1,9 @@
 """All cases, by what their primitives do."""
 
 from vk_kernels.tools.conformance import combining, elementwise, functions, moving
-from vk_kernels.tools.conformance.registry import Case, cases, names
+from vk_kernels.tools.conformance.registry import PrimitiveCase, cases, names
 
-__all__ = ["SUBJECTS", "Case", "cases", "names"]
+__all__ = ["SUBJECTS", "PrimitiveCase", "cases", "names"]
 
 _MODULES = {
     "elementwise": elementwise,
