@@ -119,7 +119,7 @@ class Module:
         self._decorate(result, Decoration.BUILT_IN, number)
         return result
 
-    def buffer(self, binding: int, bits: int, writable: bool) -> "Buffer":
+    def buffer(self, binding: int, bits: int, writable: bool) -> "StorageBuffer":
         """A storage buffer of unsigned integers of 8, 16 or 32 bits."""
         if bits < 32:
             # A type that no arithmetic uses needs no other capability.
@@ -140,7 +140,7 @@ class Module:
         self._decorate(variable, Decoration.BINDING, binding)
         if not writable:
             self._decorate(variable, Decoration.NON_WRITABLE)
-        return Buffer(self, variable, element, bits)
+        return StorageBuffer(self, variable, element, bits)
 
     def shared(self, words: int) -> "Shared":
         """An array of 32-bit words that a workgroup shares."""
@@ -436,7 +436,7 @@ class Module:
         return kept[::-1], used
 
 
-class Buffer:
+class StorageBuffer:
     """A storage buffer of a kernel: an array of 8, 16 or 32-bit words, which are 32-bit words in registers."""
 
     def __init__(self, module: Module, variable: Id, element: Id, bits: int):

@@ -23,7 +23,7 @@ from vk_kernels.compiler.codegen.sections import (
 from vk_kernels.compiler.codegen.stages import Stage, Write, numbers, without_common_arrays
 from vk_kernels.compiler.codegen.workgroup_reduce import Workspace
 from vk_kernels.compiler.ir import Graph, Node, Operand, Value
-from vk_kernels.spirv.builder import Buffer, Code, Id, Module
+from vk_kernels.spirv.builder import Code, Id, Module, StorageBuffer
 from vk_kernels.spirv.spec import Op
 
 _MANY = 1 << 20  # elements of a kernel, of which a thread makes AT_ONCE: they fill a large GPU all the same
@@ -62,9 +62,9 @@ class Bindings:
         self._module, self.memory = module, memory
         self.operands: list[int] = []
         self.writes: list[bool] = []
-        self.buffers: dict[int, Buffer] = {}
+        self.buffers: dict[int, StorageBuffer] = {}
 
-    def _bind(self, operand: int, dtype: np.dtype, writable: bool) -> Buffer:
+    def _bind(self, operand: int, dtype: np.dtype, writable: bool) -> StorageBuffer:
         if operand not in self.buffers:
             self.buffers[operand] = self._module.buffer(len(self.operands), bits_of(dtype), writable)
             self.operands.append(operand)
@@ -79,7 +79,7 @@ class Bindings:
     def __contains__(self, value: Value) -> bool:
         return value in self.memory
 
-    def __getitem__(self, value: Value) -> Buffer:
+    def __getitem__(self, value: Value) -> StorageBuffer:
         return self._bind(self.memory[value], value.dtype, False)
 
 

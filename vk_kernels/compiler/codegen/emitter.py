@@ -27,7 +27,7 @@ import numpy as np
 
 from vk_kernels.compiler.codegen.scalars import ELEMENTWISE, Scalars, threefry2x32
 from vk_kernels.compiler.ir import Function, Graph, Literal, Node, Value
-from vk_kernels.spirv.builder import Buffer, Code, Id, Module
+from vk_kernels.spirv.builder import Code, Id, Module, StorageBuffer
 from vk_kernels.spirv.spec import Op
 
 Coords = tuple[Id, ...]
@@ -74,7 +74,7 @@ def size_of(x: Value | Literal) -> int:
 class Emitter:
     """Emits values of a graph into a module. `loads`: the buffers of the values that are in memory."""
 
-    def __init__(self, module: Module, graph: Graph, loads: dict[Value, Buffer]):
+    def __init__(self, module: Module, graph: Graph, loads: dict[Value, StorageBuffer]):
         self.m = module
         self.scalars = Scalars(module)
         self._loads = loads

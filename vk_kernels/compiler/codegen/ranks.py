@@ -8,7 +8,7 @@ from vk_kernels.compiler.codegen.emitter import Coords, Emitter, dtype_of, shape
 from vk_kernels.compiler.codegen.geometry import THREADS
 from vk_kernels.compiler.codegen.scalars import Scalars, kind
 from vk_kernels.compiler.ir import Node, Operand
-from vk_kernels.spirv.builder import Buffer, Code, Id
+from vk_kernels.spirv.builder import Code, Id, StorageBuffer
 from vk_kernels.spirv.spec import Op
 
 RANKS = frozenset({"sort", "top_k"})
@@ -22,7 +22,7 @@ class RankSection:
     """
 
     node: Node
-    outputs: dict[int, Buffer]  # by the number of the node's output
+    outputs: dict[int, StorageBuffer]  # by the number of the node's output
 
     @property
     def groups(self) -> int:

@@ -14,7 +14,7 @@ from vk_kernels.compiler.codegen.geometry import THREADS, Geometry
 from vk_kernels.compiler.codegen.ranks import RankSection
 from vk_kernels.compiler.codegen.workgroup_reduce import Lanes, Stretch, Workspace, reduce_in_workgroup
 from vk_kernels.compiler.ir import Node, Operand
-from vk_kernels.spirv.builder import Buffer, Code, Id
+from vk_kernels.spirv.builder import Code, Id, StorageBuffer
 from vk_kernels.spirv.spec import Ext, Op
 
 AT_ONCE = 4  # elements that a thread has on their way together: one by one, most of the time goes by waiting
@@ -22,7 +22,7 @@ AT_ONCE = 4  # elements that a thread has on their way together: one by one, mos
 
 class Output(NamedTuple):
     value: Operand
-    buffer: Buffer
+    buffer: StorageBuffer
 
 
 def _words(e: Emitter, outputs: Sequence[Output], place: Sequence[Id]) -> Code:
@@ -133,7 +133,7 @@ class SplitReductionSection:
 
     geometry: Geometry
     nodes: list[Node]
-    buffers: list[Buffer]
+    buffers: list[StorageBuffer]
     outputs: list[Output]
     workspace: Workspace
     indices: set[Id] = field(default_factory=set)  # of the elements that a thread goes over, once emitted
