@@ -11,6 +11,7 @@ them up, always in the same order, so that a product is the same bit for bit eve
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -128,25 +129,22 @@ NOTHING = Epilogue()
 
 
 class Tile(NamedTuple):
-    """A variant of a kernel: a workgroup makes m x n of C, k at a time, in `threads` threads.
+    """A variant of a kernel: a workgroup makes m x n of C, k at a time.
 
-    How fast is measured on an H100, or on lavapipe for the tiles of CPUs, and read from there by `choose_tile` (coop1's
-    are fitted, so that it makes the best choices for the products of GPT-2 on an H200):
-    TFLOP/s of a product that fills the device, workgroups that share a core, of how much k the time is that a workgroup
-    takes beside its k, and what is left of the rate where tiles stick out of a matrix. unbounded: whether to load
-    without bounds where rows start aligned and k is whole tiles. lanes: what its subgroups must have; 0: any number.
+    What `choose_tile` reads, from rate to ragged, is measured on an H100, or on lavapipe for the tiles of CPUs; coop1's
+    is fitted, so that it makes the best choices for the products of GPT-2 on an H200.
     """
 
-    m: int
-    n: int
-    k: int
-    threads: int
-    rate: float
-    resident: int
-    overhead: int
-    ragged: float = 1.0
-    unbounded: bool = False
-    lanes: int = 0
+    m: int  # rows of C
+    n: int  # columns of C
+    k: int  # columns of op(A), and rows of op(B), that are in shared memory at a time
+    threads: int  # of the workgroup
+    rate: float  # TFLOP/s of a product that fills the device with such tiles
+    resident: int  # workgroups that share a core
+    overhead: int  # fixed cost of a workgroup, as the elements of k that it could have done meanwhile
+    ragged: float = 1.0  # share of the rate that is left where tiles stick out of the matrix
+    unbounded: bool = False  # whether to load without bounds where rows start aligned and k is whole tiles
+    lanes: int = 0  # threads that its subgroups must have; 0: any number
 
 
 # Each is a variant of its family's kernel.
@@ -300,26 +298,14 @@ def plan_gemm(
     Raises:
       ValueError: shapes, dtypes or demands that do not fit; FeatureError: the device lacks `variant`.
     """
-    m, k = (a.columns, a.rows) if transpose_a else (a.rows, a.columns)
-    k_of_b, n = (b.columns, b.rows) if transpose_b else (b.rows, b.columns)
-    if (m, n) != (c.rows, c.columns) or k != k_of_b:
-        raise ValueError(f"no product of {m}x{k} and {k_of_b}x{n} is {c.rows}x{c.columns}")
-    if a.dtype != b.dtype or a.dtype not in _SHORT or c.dtype not in (F32, a.dtype):
-        raise ValueError(f"no product of {a.dtype.name} and {b.dtype.name} gives {c.dtype.name}")
+    m, n, k = _sizes(a, b, c, transpose_a, transpose_b)
     epilogue.check(batch)
     if 0 in (m, n, batch):
         return Plan(())
-
-    chosen = choose_variant(info, a.dtype, variant)
-    if chosen != "plain" and not all(_starts_aligned(x, batch) for x in (a, b, c)):
-        if variant is not None:
-            raise ValueError(f"matmul variant {variant!r} takes matrices that start at multiples of {_ALIGNMENT} bytes")
-        chosen = "plain"
+    chosen = _variant_for(info, (a, b, c), batch, variant)
     if tile is None:
-        on_cpu = info.kind == "cpu"
-        tiles = CPU_TILES if on_cpu and chosen == "plain" else TILES[chosen]
-        tiles = tuple(tile for tile in tiles if _fits(info, *_kernel(chosen, tile, a, c), tile))
-        tile, found = choose_tile(tiles, m, n, k, batch, transpose_b and not transpose_a, on_cpu)
+        k_inner = transpose_b and not transpose_a
+        tile, found = choose_tile(_tiles_for(info, chosen, a, c), m, n, k, batch, k_inner, info.kind == "cpu")
         splits = found if splits is None else splits
     slice_k = max(1, ceil_divide(k, (splits or 1) * tile.k)) * tile.k  # whole tiles: only the last slice is ragged
     splits = max(1, ceil_divide(k, slice_k))
@@ -336,6 +322,33 @@ def plan_gemm(
         first = multiply.dispatch(c, epilogue.before_dropout())
         return Plan((first, _finish(size, c, c, epilogue.from_dropout())))
     return Plan((multiply.dispatch(c, epilogue),))
+
+
+def _sizes(a: Matrix, b: Matrix, c: Matrix, transpose_a: bool, transpose_b: bool) -> tuple[int, int, int]:
+    """m, n and k of a product. Raises ValueError for matrices that make none."""
+    m, k = (a.columns, a.rows) if transpose_a else (a.rows, a.columns)
+    k_of_b, n = (b.columns, b.rows) if transpose_b else (b.rows, b.columns)
+    if (m, n) != (c.rows, c.columns) or k != k_of_b:
+        raise ValueError(f"no product of {m}x{k} and {k_of_b}x{n} is {c.rows}x{c.columns}")
+    if a.dtype != b.dtype or a.dtype not in _SHORT or c.dtype not in (F32, a.dtype):
+        raise ValueError(f"no product of {a.dtype.name} and {b.dtype.name} gives {c.dtype.name}")
+    return m, n, k
+
+
+def _variant_for(info: DeviceInfo, matrices: Sequence[Matrix], batch: int, variant: str | None) -> str:
+    """The family of kernels that multiplies matrices; `variant` demands one. Raises as `choose_variant`."""
+    chosen = choose_variant(info, matrices[0].dtype, variant)
+    if chosen == "plain" or all(_starts_aligned(x, batch) for x in matrices):
+        return chosen
+    if variant is not None:
+        raise ValueError(f"matmul variant {variant!r} takes matrices that start at multiples of {_ALIGNMENT} bytes")
+    return "plain"
+
+
+def _tiles_for(info: DeviceInfo, variant: str, a: Matrix, c: Matrix) -> tuple[Tile, ...]:
+    """The tiles of a family that the device can run."""
+    tiles = CPU_TILES if info.kind == "cpu" and variant == "plain" else TILES[variant]
+    return tuple(tile for tile in tiles if _fits(info, *_kernel(variant, tile, a, c), tile))
 
 
 def plan_epilogue(a: Matrix, c: Matrix, epilogue: Epilogue) -> Plan:
