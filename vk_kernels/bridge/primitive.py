@@ -15,8 +15,8 @@ from jax.interpreters import ad, batching, mlir
 
 from vk_kernels.bridge import custom_call
 from vk_kernels.bridge.xla_ffi import CALL_ATTRIBUTE
-from vk_kernels.compiler.op_call import encode_call, make_plan
-from vk_kernels.compiler.op_registry import BatchAxes, KernelOp, register_op
+from vk_kernels.compiler.op_call import CallSite, encode_call, make_plan
+from vk_kernels.compiler.op_registry import KernelOp, register_op
 from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.open_devices import open_device
 
@@ -46,89 +46,108 @@ def make_primitive(name: str, reference: Callable[..., Any], op: KernelOp) -> Pr
     primitive = Primitive(name)
     primitive.multiple_results = True
     register_op(name, op)
+    rules = _Rules(primitive, reference, op)
+    primitive.def_abstract_eval(rules.abstract_eval)  # shapes and dtypes, when a function is traced
+    primitive.def_impl(rules.impl)  # a call outside of any jit
+    mlir.register_lowering(primitive, rules.lower)  # XLA, any platform
+    mlir.register_lowering(primitive, rules.lower_on_cpu, platform="cpu")
+    ad.primitive_jvps[primitive] = rules.jvp
+    batching.primitive_batchers[primitive] = rules.batch  # vmap
+    return primitive
 
-    def results(*operands, **parameters):
-        found = reference(*operands, **parameters)
+
+class _Rules:
+    """The rules of one primitive: what JAX asks of it, a method each."""
+
+    def __init__(self, primitive: Primitive, reference: Callable[..., Any], op: KernelOp):
+        self._primitive, self._reference, self._op = primitive, reference, op
+        self._lower_reference = mlir.lower_fun(self._results, multiple_results=True)
+        self._result_avals = functools.lru_cache(maxsize=4096)(self._trace_reference)
+        self._compiled = functools.lru_cache(maxsize=4096)(self._compile)
+
+    def _results(self, *operands: Any, **parameters: Any) -> list[Any]:
+        found = self._reference(*operands, **parameters)
         return list(found) if isinstance(found, (tuple, list)) else [found]
 
-    @functools.lru_cache(maxsize=4096)
-    def result_avals(operands, parameters):
-        traced = jax.make_jaxpr(functools.partial(results, **dict(parameters)))(*operands)
+    def _trace_reference(self, operands: tuple, parameters: tuple) -> list[Any]:
+        traced = jax.make_jaxpr(functools.partial(self._results, **dict(parameters)))(*operands)
         return [aval.update(weak_type=False) for aval in traced.out_avals]
 
-    @primitive.def_abstract_eval
-    def abstract(*operands, target, **parameters):
-        shaping = parameters | dict.fromkeys(op.shapeless, 0)  # traced once for all their values
-        return result_avals(operands, tuple(sorted(shaping.items())))
+    def _compile(self, parameters: tuple) -> Callable[..., Any]:
+        return jax.jit(functools.partial(self._primitive.bind, **dict(parameters)))
 
-    @functools.lru_cache(maxsize=4096)
-    def compiled(parameters):
-        return jax.jit(functools.partial(primitive.bind, **dict(parameters)))
+    def abstract_eval(self, *operands: Any, target: CallSite | None, **parameters: Any) -> list[Any]:
+        shaping = parameters | dict.fromkeys(self._op.shapeless, 0)  # traced once for all their values
+        return self._result_avals(operands, tuple(sorted(shaping.items())))
 
-    @primitive.def_impl
-    def run(*operands, **parameters):
+    def impl(self, *operands: Any, **parameters: Any) -> list[Any]:
         with jax.disable_jit(False):  # without it, this would call itself for ever
-            return compiled(tuple(sorted(parameters.items())))(*operands)
+            return self._compiled(tuple(sorted(parameters.items())))(*operands)
 
-    as_reference = mlir.lower_fun(results, multiple_results=True)
-
-    def lower(context, *operands, target, **parameters):
+    def lower(self, context: Any, *operands: Any, target: CallSite | None, **parameters: Any) -> Any:
         if target is not None:
             raise NotImplementedError(
-                f"{name}: the Vulkan kernels are called from JAX's CPU backend, and this program is compiled for "
-                f"{'/'.join(context.module_context.platforms)}; set JAX_PLATFORMS=cpu, or take implementation='xla'"
+                f"{self._primitive}: the Vulkan kernels are called from JAX's CPU backend, and this program is "
+                f"compiled for {'/'.join(context.module_context.platforms)}; set JAX_PLATFORMS=cpu, or take "
+                "implementation='xla'"
             )
-        return as_reference(context, *operands, **parameters)
+        return self._lower_reference(context, *operands, **parameters)
 
-    def lower_on_cpu(context, *operands, target, **parameters):
+    def lower_on_cpu(self, context: Any, *operands: Any, target: CallSite | None, **parameters: Any) -> Any:
         if target is None:
-            return as_reference(context, *operands, **parameters)
-        what = encode_call(name, parameters, target)
+            return self._lower_reference(context, *operands, **parameters)
+        call = encode_call(self._primitive.name, parameters, target)
         _lowered.set()
         # Made now for its errors, which belong to the line that traces the call.
         device = open_device(target.device)
-        make_plan(device, what.encode(), _arrays(context.avals_in), _arrays(context.avals_out))
-        return jax.ffi.ffi_lowering(custom_call.CUSTOM_CALL)(context, *operands, **{CALL_ATTRIBUTE: what})
+        make_plan(device, call.encode(), _arrays(context.avals_in), _arrays(context.avals_out))
+        return jax.ffi.ffi_lowering(custom_call.CUSTOM_CALL)(context, *operands, **{CALL_ATTRIBUTE: call})
 
-    mlir.register_lowering(primitive, lower)
-    mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
-
-    def refuse(*_, **__):
+    def jvp(self, *_: Any, **__: Any) -> Any:
         raise TypeError(
-            f"{name}: the Vulkan kernels have a gradient, but no forward-mode (jvp) and no second derivative; "
-            "take implementation='xla' for these"
+            f"{self._primitive}: the Vulkan kernels have a gradient, but no forward-mode (jvp) and no second "
+            "derivative; take implementation='xla' for these"
         )
 
-    ad.primitive_jvps[primitive] = refuse
-    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive, op.batch_axes)
-    return primitive
+    def batch(self, operands: Sequence[Any], axes: Sequence[int | None], **parameters: Any) -> tuple[list, list[int]]:
+        """One call for all where the operation has a batch axis for each batched operand, else one after another."""
+        moved = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(operands, axes, strict=True)]
+        batched = [axis is not None for axis in axes]
+        static = {name: value for name, value in parameters.items() if name != "target"}
+        carriers = self._op.batch_axes(**static) if self._op.batch_axes else None
+        call = functools.partial(self._primitive.bind, **parameters)
+        if carriers is None or any(b and not c for b, c in zip(batched, carriers, strict=True)):
+            results = _in_turn(call, moved, batched)
+        else:
+            results = _at_once(call, moved, batched, carriers)
+        return results, [0] * len(results)
 
 
 def _arrays(avals: Sequence[Any]) -> tuple[ArraySpec, ...]:
     return tuple(ArraySpec(tuple(aval.shape), np.dtype(aval.dtype)) for aval in avals)
 
 
-def _batch(primitive: Primitive, batch_axes: BatchAxes | None, operands, axes, **parameters):
-    """vmap: one call for all where the operation has a batch axis for it, else one call after another."""
-    moved = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(operands, axes, strict=True)]
-    batched = [axis is not None for axis in axes]
-    size = next(x.shape[0] for x, is_batched in zip(moved, batched, strict=True) if is_batched)
-    static = {name: value for name, value in parameters.items() if name != "target"}
-    carriers = batch_axes(**static) if batch_axes else None
-    if carriers is not None and not any(b and not c for b, c in zip(batched, carriers, strict=True)):
-        folded = [
-            _fold(x if is_batched else jnp.broadcast_to(x, (size, *x.shape))) if carries else x
-            for x, is_batched, carries in zip(moved, batched, carriers, strict=True)
-        ]
-        results = [_unfold(y, size) for y in primitive.bind(*folded, **parameters)]
-        return results, [0] * len(results)
+def _at_once(
+    call: Callable[..., list], operands: Sequence[Any], batched: Sequence[bool], carriers: Sequence[bool]
+) -> list:
+    """One call for a batch, along the first axis of `operands` where `batched`. It becomes part of the operation's own
+    batch axis, which the `carriers` have."""
+    size = next(x.shape[0] for x, is_batched in zip(operands, batched, strict=True) if is_batched)
+    folded = [
+        _fold(x if is_batched else jnp.broadcast_to(x, (size, *x.shape))) if carries else x
+        for x, is_batched, carries in zip(operands, batched, carriers, strict=True)
+    ]
+    return [_unfold(y, size) for y in call(*folded)]
 
-    def element(mapped):
-        mapped = iter(mapped)
-        return primitive.bind(*(next(mapped) if b else x for x, b in zip(moved, batched, strict=True)), **parameters)
 
-    results = jax.lax.map(element, [x for x, is_batched in zip(moved, batched, strict=True) if is_batched])
-    return results, [0] * len(results)
+def _in_turn(call: Callable[..., list], operands: Sequence[Any], batched: Sequence[bool]) -> list:
+    """A call for each element of a batch, along the first axis of `operands` where `batched`."""
+
+    def element(mapped: list) -> list:
+        of_batch = iter(mapped)
+        return call(*(next(of_batch) if b else x for x, b in zip(operands, batched, strict=True)))
+
+    return jax.lax.map(element, [x for x, is_batched in zip(operands, batched, strict=True) if is_batched])
 
 
 def _fold(x: jax.Array) -> jax.Array:
