@@ -115,27 +115,17 @@ def prepare(
     fraction = data_config.validation_fraction
     if not 0 < fraction < 1:
         raise UserError(f"data.validation_fraction is {fraction}: it must lie between 0 and 1")
-    file = data_config.tokenizer or tokenizer_file
-    given = tokenizer.load(file) if file and file != NEW_TOKENIZER else None
-    if given and given.get_vocab_size() > vocab_size:
-        raise UserError(
-            f"tokenizer {file} has {given.get_vocab_size()} ids but the model's vocab_size "
-            f"is {vocab_size}: raise vocab_size"
-        )
+    given = _given_tokenizer(data_config.tokenizer or tokenizer_file, vocab_size)
     choices = {name: data_config[name] for name in ("tool_calls", "on_error") if name in data_config}
-    source = corpus.source_fingerprint(data_config.source)
-    rest = [fraction, given.to_str() if given else vocab_size]
-    reading = Reading(**choices)
-    how = {"tool_calls": reading.tool_calls, "on_error": reading.on_error}
-    fingerprint = _digest([FORMAT_VERSION, source, how, *rest])
-    older = [_digest([version, source, how | _ONCE_IN_HOW, *rest]) for version in (3, 2)]
-    if expected not in (None, fingerprint, *older, _digest([1, source, *rest])):
+    split_and_ids = [fraction, given.to_str() if given else vocab_size]
+    fingerprint, *older = _fingerprints(data_config.source, Reading(**choices), split_and_ids)
+    if expected not in (None, fingerprint, *older):
         raise UserError(
             f"data source {data_config.source!r}, or how config.data has it read and split, is not what the run's "
             f"checkpoint was trained on (fingerprint {expected}, now {fingerprint}): put both back, or give a new "
             "--workdir with --config.init_from=RUN"
         )
-    if expected not in (None, fingerprint):
+    if expected in older:
         log("data: the checkpoint is of a version that read some rows in another way; the source is the same")
     root = _cache_root(data_config.cache_dir)
     folder = root / fingerprint
@@ -153,6 +143,28 @@ def prepare(
     log(f"data: using the token cache {folder}")
     _log_facts(prepared, vocab_size, log)
     return prepared
+
+
+def _given_tokenizer(file: str | Path | None, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a file; None where one is to be trained. Raises UserError for one of too many ids."""
+    if not file or file == NEW_TOKENIZER:
+        return None
+    given = tokenizer.load(file)
+    if given.get_vocab_size() > vocab_size:
+        raise UserError(
+            f"tokenizer {file} has {given.get_vocab_size()} ids but the model's vocab_size "
+            f"is {vocab_size}: raise vocab_size"
+        )
+    return given
+
+
+def _fingerprints(source: str, reading: Reading, split_and_ids: list[Any]) -> list[str]:
+    """Names of a corpus that is read, split and encoded in one way: that of this version, and those of older ones."""
+    content = corpus.source_fingerprint(source)
+    how = {"tool_calls": reading.tool_calls, "on_error": reading.on_error}
+    now = [FORMAT_VERSION, content, how, *split_and_ids]
+    older = [[version, content, how | _ONCE_IN_HOW, *split_and_ids] for version in (3, 2)]
+    return [_digest(parts) for parts in (now, *older, [1, content, *split_and_ids])]
 
 
 def _prepare_anew(
