@@ -18,10 +18,9 @@ from vk_kernels.compiler.codegen import cache, kernels
 from vk_kernels.compiler.cost import step_flops
 from vk_kernels.compiler.ir import Graph, Node, Value
 from vk_kernels.compiler.list_schedule import assign_stages
-from vk_kernels.compiler.op_call import make_plan
+from vk_kernels.compiler.op_call import describe_call, make_plan
 from vk_kernels.compiler.partition import Partition, Step
 from vk_kernels.errors import FeatureError
-from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.dispatch_plan import kernel_of
 from vk_kernels.runtime.program import BufferSlice, Command, Program
 
@@ -51,8 +50,8 @@ def make_program(partition: Partition, device: "Device", donated: Sequence[bool]
         commands += _copy(copies[start : start + most])
     return Program(
         tuple(commands),
-        tuple(map(_array, partition.inputs)),
-        tuple(map(_array, partition.outputs)),
+        tuple(value.spec for value in partition.inputs),
+        tuple(value.spec for value in partition.outputs),
         tuple(partition.constants.values()),
         outputs.aliases,
         arena_bytes,
@@ -83,10 +82,6 @@ def _commands(
     return [command for _, command in sorted(ordered, key=lambda item: item[0])]
 
 
-def _array(value: Value) -> ArraySpec:
-    return ArraySpec(value.shape, value.dtype)
-
-
 def _plan(step: Step, device: "Device") -> PlannedStep:
     if step.node is not None:
         return _plan_kernel_op(step, step.node, device)
@@ -99,7 +94,7 @@ def _plan(step: Step, device: "Device") -> PlannedStep:
 
 
 def _plan_kernel_op(step: Step, node: Node, device: "Device") -> PlannedStep:
-    inputs, outputs = (tuple(ArraySpec(x.shape, x.dtype) for x in values) for values in (node.inputs, node.outputs))
+    inputs, outputs = (tuple(x.spec for x in values) for values in (node.inputs, node.outputs))
     try:
         plan = make_plan(device, node.call, inputs, outputs)
     except (ValueError, FeatureError) as error:
@@ -107,7 +102,7 @@ def _plan_kernel_op(step: Step, node: Node, device: "Device") -> PlannedStep:
     dispatches = []
     for dispatch in plan.dispatches:
         name = f"{dispatch.kernel}.{dispatch.variant}" if dispatch.variant else dispatch.kernel
-        label = f"{name} of {node.op}({', '.join(map(str, inputs))})"
+        label = f"{name} of {describe_call(node.op, inputs)}"
         writes = kernel_of(device, dispatch).writable
         launched = dispatch.operands, writes, dispatch.groups, dispatch.push_constants
         dispatches.append(PlannedDispatch(label, dispatch, *launched, dispatch.disjoint_writes))

@@ -21,7 +21,7 @@ from vk_kernels.compiler.avals import check_dtype, is_array, is_key, on_device, 
 from vk_kernels.compiler.codegen import primitives
 from vk_kernels.compiler.decompositions import EXPANSIONS
 from vk_kernels.compiler.ir import Function, Graph, Literal, Node, Operand, Value
-from vk_kernels.compiler.op_call import CallSite, encode_call
+from vk_kernels.compiler.op_call import CallSite, describe_call, encode_call
 from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.compiler.passes.simplify import simplify
 from vk_kernels.compiler.refusals import advice
@@ -55,6 +55,11 @@ class Origin(NamedTuple):
     scope: str = ""
     source: str = ""
     pinned: bool = False  # whether all that is called here is of this line
+
+    @property
+    def line(self) -> str:
+        """The end of a message about it."""
+        return f" at {self.source}" if self.source else ""
 
     def inner(self, equation: JaxprEqn) -> "Origin":
         """That of an equation of what was called here. Functions of JAX itself have no line of their own."""
@@ -98,7 +103,7 @@ def _described(make: Callable[[], Any], what: str, at: Origin) -> Any:
     try:
         return make()
     except ValueError as error:
-        raise UnsupportedError(f"{error}: {what}" + (f" at {at.source}" if at.source else "")) from None
+        raise UnsupportedError(f"{error}: {what}{at.line}") from None
 
 
 def _refuse_effects(jaxpr: Jaxpr, at: Origin) -> None:
@@ -410,9 +415,9 @@ class _Counter:
 
 
 def _where(equation: JaxprEqn, at: Origin) -> str:
-    shapes = ", ".join(str(x.aval) for x in equation.invars)
-    gives = "" if shapes else " -> " + ", ".join(str(x.aval) for x in equation.outvars)
-    return f"{equation.primitive.name}({shapes}){gives}" + (f" at {at.source}" if at.source else "")
+    call = describe_call(equation.primitive.name, [x.aval for x in equation.invars])
+    gives = "" if equation.invars else " -> " + ", ".join(str(x.aval) for x in equation.outvars)
+    return f"{call}{gives}{at.line}"
 
 
 def _on_words(equation: JaxprEqn) -> Callable[..., Any]:

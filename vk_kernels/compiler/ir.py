@@ -4,12 +4,14 @@ Values are dense arrays in row-major order; there are no views, PRNG key arrays 
 weak types. Operations carry the names and the parameters of JAX's primitives.
 """
 
-import math
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from vk_kernels.runtime.array_spec import ArraySpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,17 +21,21 @@ class Value:
     shape: tuple[int, ...]
     dtype: np.dtype
 
+    @functools.cached_property
+    def spec(self) -> ArraySpec:
+        return ArraySpec(self.shape, self.dtype)
+
     @property
     def size(self) -> int:
         """Elements."""
-        return math.prod(self.shape)
+        return self.spec.size
 
     @property
     def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
+        return self.spec.nbytes
 
     def __str__(self) -> str:
-        return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
+        return str(self.spec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +43,10 @@ class Literal:
     """An operand known when the kernel is made; usually a scalar, always small."""
 
     value: np.ndarray
+
+    @property
+    def spec(self) -> ArraySpec:
+        return ArraySpec(self.shape, self.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,11 +87,6 @@ class Node:
     source: str = ""
     scope: str = ""
     call: bytes = b""
-
-    def where(self) -> str:
-        """The node for messages: what, of which shapes, from which line."""
-        shapes = ", ".join(f"{x.dtype.name}[{','.join(map(str, x.shape))}]" for x in self.inputs)
-        return f"{self.op}({shapes})" + (f" at {self.source}" if self.source else "")
 
 
 @dataclass

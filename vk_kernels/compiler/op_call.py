@@ -6,7 +6,7 @@ another one.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from vk_kernels.compiler.op_registry import kernel_op
@@ -88,6 +88,6 @@ def _check_sizes(device: Device, what: str, sizes: Sequence[tuple[str, int]]) ->
             )
 
 
-def describe_call(op: str, inputs: Sequence[ArraySpec]) -> str:
+def describe_call(op: str, inputs: Iterable[object]) -> str:
     """The call for messages: op(dtype[shape], ...)."""
     return f"{op}({', '.join(map(str, inputs))})"

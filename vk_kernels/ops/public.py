@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from vk_kernels.bridge.use import target_of
+from vk_kernels.runtime.array_spec import ArraySpec
 
 R = TypeVar("R")
 
@@ -67,7 +68,7 @@ def check_arrays(operation: str, **arrays: tuple[Any, tuple[int, ...], Any]) -> 
     for name, (array, shape, dtype) in arrays.items():
         if array is not None and (jnp.shape(array) != shape or jnp.result_type(array) != dtype):
             wanted, found = (
-                f"{jnp.dtype(kind).name}[{','.join(map(str, sizes))}]"
+                ArraySpec(sizes, jnp.dtype(kind))
                 for sizes, kind in ((shape, dtype), (jnp.shape(array), jnp.result_type(array)))
             )
             raise ValueError(f"{operation}: {name} must be {wanted}, found {found}")

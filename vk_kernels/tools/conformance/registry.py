@@ -11,6 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from vk_kernels.compiler.op_call import describe_call
+from vk_kernels.runtime.array_spec import ArraySpec
+
 F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 FLOATS = (F32, BF16, F16)
 SIGNED = tuple(map(np.dtype, (np.int32, np.int8, np.int16)))
@@ -41,8 +44,7 @@ class PrimitiveCase:
     exact: bool = False
 
     def __str__(self) -> str:
-        given = ", ".join(f"{x.dtype.name}[{','.join(map(str, x.shape))}]" for x in self.args)
-        return f"{self.primitive} {self.label}({given})"
+        return describe_call(f"{self.primitive} {self.label}", [ArraySpec(x.shape, x.dtype) for x in self.args])
 
 
 _MAKERS: dict[str, Callable[[str, bool], Iterator[PrimitiveCase]]] = {}
