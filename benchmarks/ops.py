@@ -27,7 +27,7 @@ from vk_kernels.compiler.op_call import CallSite, encode_call, make_plan
 from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.errors import FeatureError
 from vk_kernels.runtime.array_spec import ArraySpec
-from vk_kernels.runtime.command_buffer import Recorder
+from vk_kernels.runtime.command_buffer import CommandRecorder
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.dispatch_plan import Plan, record
 from vk_kernels.runtime.open_devices import open_device
@@ -94,7 +94,7 @@ def random_array(array: ArraySpec, largest: int) -> np.ndarray:
     return np.resize(values, array.shape).astype(array.dtype)
 
 
-def replay_seconds(recorder: Recorder, repeats: int, warm: float = 0.1) -> float:
+def replay_seconds(recorder: CommandRecorder, repeats: int, warm: float = 0.1) -> float:
     """Median device time of `repeats`, after `warm` seconds of them: after a rest a device's clocks are low."""
     times, start = [], time.perf_counter()
     while len(times) < repeats + 3 or time.perf_counter() < start + warm:
@@ -114,7 +114,7 @@ def device_seconds(
     """Median device time of a plan."""
     inputs = [device.upload(random_array(array, largest)) for array in reads]
     others = [device.buffer(array.nbytes) for array in writes] + [device.buffer(size) for size in plan.scratch]
-    recorder = device.record(timestamps=len(plan.dispatches), replay=True)
+    recorder = device.new_recorder(timestamps=len(plan.dispatches), replay=True)
     try:
         record(recorder, plan, [*inputs, *others])
         recorder.end()
@@ -150,7 +150,7 @@ def copy_rate(device: Device, repeats: int, warm: float = 0.1) -> float:
     array = ArraySpec((workgroup * groups,), F32)
     kernel = device.kernel("copy", "f32", {"WORKGROUP": workgroup})
     source, target = device.upload(random_array(array, 1)), device.buffer(array.nbytes)
-    recorder = device.record(timestamps=1, replay=True)
+    recorder = device.new_recorder(timestamps=1, replay=True)
     recorder.dispatch(kernel, [source, target], np.uint32(array.size).tobytes(), (groups, 1, 1))
     recorder.end()
     seconds = replay_seconds(recorder, repeats, warm)

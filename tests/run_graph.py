@@ -63,7 +63,7 @@ def run(device: Device, fn: Callable[..., Any], *args: np.ndarray, check: bool =
     buffers = [device.upload(x) for x in inputs]
     results = [device.upload(np.full(size + GUARD, FILL, np.uint8)) for size in sizes]
     buffers += results + [device.upload(np.full(size, FILL, np.uint8)) for size in generated.scratch]
-    with device.recorder() as recorder:
+    with device.pooled_recorder() as recorder:
         for kernel in generated.kernels:
             made = device.kernel_from_spirv(kernel.spirv, kernel.label)
             recorder.dispatch(made, [buffers[i] for i in kernel.operands], b"", kernel.groups, kernel.label)

@@ -39,7 +39,7 @@ def run(
     results = [device.upload(np.full(output.nbytes + GUARD, FILL, np.uint8)) for output in outputs]
     scratch = [device.upload(np.full(nbytes, FILL, np.uint8)) for nbytes in plan.scratch]
     if plan.dispatches:
-        with device.recorder() as recorder:
+        with device.pooled_recorder() as recorder:
             record(recorder, plan, [*sources, *results, *scratch], planner.__name__)
             recorder.submit().wait()
     for result, output in zip(results, outputs, strict=True):

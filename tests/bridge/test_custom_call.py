@@ -18,7 +18,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
 from vk_kernels.bridge.custom_call import counts
-from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.differentiable import make_differentiable
 from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.bridge.use import target_of
 from vk_kernels.compiler.op_call import CallSite, decode_call, encode_call, make_plan
@@ -60,7 +60,7 @@ COPY = make_primitive("test_copy", copies, KernelOp(plan_copies, batch_axes=lamb
 COPY_IN_TURN = make_primitive("test_copy_in_turn", copies, KernelOp(plan_copies))
 PAIR = make_primitive("test_pair", copies, KernelOp(plan_copies))
 PAIR_BACKWARD = make_primitive("test_pair_backward", copies, KernelOp(plan_copies))
-pair_operation = make_operation(
+pair_operation = make_differentiable(
     PAIR,
     lambda target, operands, results, cotangents, **parameters: PAIR_BACKWARD.bind(
         *cotangents, target=target, **parameters

@@ -462,7 +462,7 @@ def test_what_the_arena_holds_before_changes_nothing():
     assert compiled.cost().arena_bytes > 0
 
     def filled(state, x):
-        with compiled.device.recorder() as recorder:
+        with compiled.device.pooled_recorder() as recorder:
             for block in compiled.executable.arena:
                 recorder.fill(block, 0xFFFFFFFF)
             recorder.submit()

@@ -98,7 +98,7 @@ def test_replays_are_fresh_recordings_in_an_arena_of_nan_bit_for_bit():
     def fresh(state, batch):
         executable = compiled.compile().executable
         executable._recordings.clear()
-        with compiled.device.recorder() as recorder:
+        with compiled.device.pooled_recorder() as recorder:
             for block in executable.arena:
                 recorder.fill(block, 0xFFFFFFFF)
             recorder.submit()

@@ -91,7 +91,7 @@ def test_what_a_signal_raises_between_two_submissions_leaves_no_array_half_writt
     for _ in range(3):
         state, _ = step(state, x)
     buffers = [array.buffer for array in state]
-    submit, calls = command_buffer.Recorder.submit, []
+    submit, calls = command_buffer.CommandRecorder.submit, []
 
     def interrupted(self):
         calls.append(self)
@@ -100,7 +100,7 @@ def test_what_a_signal_raises_between_two_submissions_leaves_no_array_half_writt
             raise error
         return submission
 
-    monkeypatch.setattr(command_buffer.Recorder, "submit", interrupted)
+    monkeypatch.setattr(command_buffer.CommandRecorder, "submit", interrupted)
     with pytest.raises(error):
         step(state, x)
     assert len(set(calls)) == step.cost(*start()).barriers + 1

@@ -65,6 +65,6 @@ def test_every_primitive_in_plain_jax_is_supported(name):
 def test_every_primitive_beside_the_hot_operations_is_supported(name):
     with vk_kernels.use("vulkan", device=SELECTOR):
         found = found_in(name)
-    hot = {primitive for primitive in found if kernel_op(primitive)}
-    assert hot
-    assert sorted(found - hot - set(names())) == []
+    kernel_ops = {primitive for primitive in found if kernel_op(primitive)}
+    assert kernel_ops
+    assert sorted(found - kernel_ops - set(names())) == []

@@ -80,8 +80,8 @@ def test_arrays_of_the_fullest_time_make_a_stack_where_the_largest_first_would_l
     assert place(lifetimes, 1 << 20)[1] == 768 + 512 + 512
 
 
-def dispatch(reads: str, writes: str, nbytes: int = 4, parts: str = "") -> Access:
-    return Access(frozenset(reads), frozenset(writes), nbytes, frozenset(parts))
+def dispatch(reads: str, writes: str, nbytes: int = 4) -> Access:
+    return Access(frozenset(reads), frozenset(writes), nbytes)
 
 
 def test_independent_chains_of_a_level_run_side_by_side():
@@ -115,7 +115,7 @@ def test_memory_is_read_before_it_is_written_again():
     st.lists(st.tuples(st.integers(0, 3), st.text("abcdef", max_size=3), st.text("abcdef", max_size=2)), max_size=12)
 )
 @settings(max_examples=200, deadline=None)
-def test_waves_keep_the_order_of_what_meets(found):
+def test_stages_keep_the_order_of_what_meets(found):
     steps = [(level, [dispatch(reads, writes)]) for level, reads, writes in sorted(found, key=lambda item: item[0])]
     stages = [stage for (stage,) in assign_stages(steps)]
     assert all(stage >= 0 for stage in stages)

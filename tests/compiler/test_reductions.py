@@ -268,7 +268,7 @@ def test_an_output_in_the_memory_of_an_input(device, size, groups):
     (kernel,) = generated.kernels
     assert kernel.groups == (groups, 1, 1)
     buffers = [device.upload(x), device.upload(y)] * 2  # outputs 0 and 1 in inputs 0 and 1
-    with device.recorder() as recorder:
+    with device.pooled_recorder() as recorder:
         made = device.kernel_from_spirv(kernel.spirv, kernel.label)
         recorder.dispatch(made, [buffers[i] for i in kernel.operands], b"", kernel.groups)
         recorder.submit().wait()
@@ -300,7 +300,7 @@ def test_an_update_and_its_norms_go_over_the_arrays_once(device, shape, axes):
     buffers = [device.upload(x) for x in (p, m, v, g)]
     buffers += buffers[:3] + [device.upload(np.zeros_like(expected[3], F32)) for _ in range(2)]
     buffers += [device.upload(np.zeros(size, np.uint8)) for size in generated.scratch]
-    with device.recorder() as recorder:
+    with device.pooled_recorder() as recorder:
         for kernel in generated.kernels:
             made = device.kernel_from_spirv(kernel.spirv, kernel.label)
             recorder.dispatch(made, [buffers[i] for i in kernel.operands], b"", kernel.groups)

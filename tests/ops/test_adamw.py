@@ -159,7 +159,7 @@ def test_an_update_in_place(device):
     buffers = [device.upload(np.asarray(x)) for x in operands]
     replaced = [*buffers[:size], *buffers[2 * size : 4 * size + 1], device.buffer(4), device.buffer(4)]
     scratch = [device.buffer(nbytes) for nbytes in plan.scratch]
-    recorder = device.record(replay=True)
+    recorder = device.new_recorder(replay=True)
     record(recorder, plan, [*buffers, *replaced, *scratch])
     recorder.submit().wait()
     found = [buffer.read(array.dtype, array.shape) for buffer, array in zip(replaced, outputs, strict=True)]

@@ -191,7 +191,7 @@ def test_the_default_device_is_shared_and_opened_again_after_a_close(monkeypatch
 def test_a_process_that_never_closes_its_device_ends_cleanly():
     code = (
         f"from vk_kernels.runtime.device import Device\nd = Device.open({SELECTOR!r})\n"
-        "b = d.buffer(4000); d.kernel('fill'); r = d.record(); print('end')"
+        "b = d.buffer(4000); d.kernel('fill'); r = d.new_recorder(); print('end')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")

@@ -92,7 +92,7 @@ def test_a_long_recording_in_order_and_replayed(without):
     """600 dependent dispatches: more than one descriptor pool holds, a barrier before each."""
     with Device.open(SELECTOR, without=without) as device:
         buffers = [device.upload(np.full(300, i, np.float32)) for i in range(601)]
-        recorder = device.record(replay=True)
+        recorder = device.new_recorder(replay=True)
         for source, target in itertools.pairwise(buffers):
             copy(recorder, source, target, 300)
         for round_ in range(3):
@@ -104,7 +104,7 @@ def test_a_long_recording_in_order_and_replayed(without):
 @pytest.mark.parametrize("without", [(), ("VK_KHR_push_descriptor",)], ids=["push", "pool"])
 def test_a_recorder_is_used_again_after_a_reset(without):
     with Device.open(SELECTOR, without=without) as device:
-        buffer, recorder = device.buffer(4000), device.record()
+        buffer, recorder = device.buffer(4000), device.new_recorder()
         for word in range(3):
             fill(recorder, buffer, 1000, word)
             recorder.submit().wait()
@@ -120,7 +120,7 @@ def test_barriers_stand_only_at_hazards(device, monkeypatch):
     a, b, c, d = (device.buffer(4000) for _ in range(4))
 
     def count(record) -> int:
-        recorder = device.record()
+        recorder = device.new_recorder()
         before = len(barriers)
         record(recorder)
         return len(barriers) - before
@@ -139,7 +139,7 @@ def test_barriers_stand_only_at_hazards(device, monkeypatch):
 
 
 def test_a_recording_without_replay_is_submitted_once(device):
-    recorder, buffer = device.record(), device.buffer(16)
+    recorder, buffer = device.new_recorder(), device.buffer(16)
     fill(recorder, buffer, 4, 1)
     recorder.submit().wait()
     with pytest.raises(VulkanError, match=r"fill .1, 1, 1.: submitted already"):
@@ -147,7 +147,7 @@ def test_a_recording_without_replay_is_submitted_once(device):
 
 
 def test_a_buffer_freed_before_the_submission_is_named(device):
-    recorder, buffer = device.record(), device.buffer(16)
+    recorder, buffer = device.new_recorder(), device.buffer(16)
     fill(recorder, buffer, 4, 1)
     buffer.free()
     with pytest.raises(VulkanError, match=r"fill .1, 1, 1.: a buffer of 16 bytes was freed"):
@@ -156,14 +156,14 @@ def test_a_buffer_freed_before_the_submission_is_named(device):
 
 def test_copies_and_fills(device):
     a, b = device.upload(np.arange(100, dtype=np.uint32)), device.buffer(400)
-    recorder = device.record()
+    recorder = device.new_recorder()
     recorder.fill(b, 0xFFFFFFFF)
     recorder.copy(a, b, 40, source_offset=80, target_offset=8)
     recorder.submit()
     expected = [0xFFFFFFFF] * 2 + list(range(20, 30)) + [0xFFFFFFFF] * 88
     assert b.read(np.uint32, (100,)).tolist() == expected
     with pytest.raises(ValueError, match=r"copy of 400 bytes at 4"):
-        device.record().copy(a, b, 400, source_offset=4)
+        device.new_recorder().copy(a, b, 400, source_offset=4)
 
 
 def test_no_workgroups_is_no_work(device):
@@ -198,7 +198,7 @@ def test_two_threads_at_once(device):
 def test_a_buffer_dropped_before_its_work_is_done_is_not_reused(device):
     """The memory of `source` goes back only after the copy out of it."""
     target = device.buffer(40 << 20)
-    recorder = device.record()
+    recorder = device.new_recorder()
     source = device.upload(np.full(10 << 20, 1, np.uint32))
     recorder.copy(source, target)
     recorder.submit()
@@ -210,7 +210,7 @@ def test_a_buffer_dropped_before_its_work_is_done_is_not_reused(device):
 
 def test_a_recorder_is_destroyed_once(device):
     """A driver may give a new object the handle of an old one, which must not be destroyed again."""
-    recorder = device.record()
+    recorder = device.new_recorder()
     recorder.close()
     retired = len(device.queue._retired)
     recorder.close()
@@ -221,7 +221,7 @@ def test_a_recorder_is_destroyed_once(device):
 def test_timestamps(device):
     if not device.limits.timestamp_bits:
         pytest.skip("the device has no timestamps")
-    recorder = device.record(timestamps=2)
+    recorder = device.new_recorder(timestamps=2)
     large = device.buffer(16 << 20)
     fill(recorder, large, 4 << 20, 1)
     recorder.dispatch(device.kernel("fill"), [large], struct.pack("II", 1, 1), (1, 1, 1), label="one word")
@@ -230,7 +230,7 @@ def test_timestamps(device):
     assert second == "one word"
     assert 0 < quick < slow < 60
     with pytest.raises(VulkanError, match=r"has no timestamps"):
-        device.record().submit().timings()
+        device.new_recorder().submit().timings()
 
 
 def test_arguments_that_do_not_fit_are_named(device):
@@ -243,12 +243,12 @@ def test_arguments_that_do_not_fit_are_named(device):
         (([buffer], push, (1, 1)), "fill: .1, 1. workgroups"),
     ):
         with pytest.raises(ValueError, match=message):
-            device.record().dispatch(kernel, *arguments)
+            device.new_recorder().dispatch(kernel, *arguments)
     buffer.free()
     with pytest.raises(VulkanError, match=r"fill: buffer 0 .16 bytes. was freed"):
-        device.record().dispatch(kernel, [buffer], push, (1, 1, 1))
+        device.new_recorder().dispatch(kernel, [buffer], push, (1, 1, 1))
     with Device.open(SELECTOR) as other, pytest.raises(ValueError, match=r"fill: buffer 0 is of another device"):
-        device.record().dispatch(kernel, [other.buffer(16)], push, (1, 1, 1))
+        device.new_recorder().dispatch(kernel, [other.buffer(16)], push, (1, 1, 1))
 
 
 def test_a_range_over_the_device_limit_is_refused(device):
@@ -257,7 +257,7 @@ def test_a_range_over_the_device_limit_is_refused(device):
         pytest.skip("the limit is too high to try")
     arena = device.buffer(limit + 1024, sliced=True)
     with pytest.raises(ValueError, match=rf"buffer 0 of {limit + 1024:,} bytes.*{limit:,} .maxStorageBufferRange"):
-        device.record().dispatch(device.kernel("fill"), [arena], struct.pack("II", 4, 0))
+        device.new_recorder().dispatch(device.kernel("fill"), [arena], struct.pack("II", 4, 0))
 
 
 def test_names_and_constants_that_are_not_there(device):
@@ -298,7 +298,7 @@ def test_an_interrupted_submission_is_known_of(device, monkeypatch):
         raise KeyboardInterrupt
 
     buffer = device.buffer(64 << 20)
-    with device.recorder() as recorder:
+    with device.pooled_recorder() as recorder:
         fill(recorder, buffer, 15 << 20, 7)
         with monkeypatch.context() as patched:
             patched.setattr(device.fn, "vkQueueSubmit", interrupted, raising=False)
@@ -311,7 +311,7 @@ def test_an_interrupted_submission_is_known_of(device, monkeypatch):
 def test_a_submission_that_the_driver_refuses_is_none(device, monkeypatch):
     buffer = device.upload(np.zeros(10, np.uint32))
     before = device.completed()
-    with device.recorder() as recorder:
+    with device.pooled_recorder() as recorder:
         fill(recorder, buffer, 10, 7)
         last_use = recorder.last_use, buffer.last_use
         with monkeypatch.context() as patched:
@@ -336,7 +336,7 @@ def test_a_timeout_names_the_kernels_and_the_work_goes_on(device):
     if device.instance.validation == "gpu":
         pytest.skip("validation on the GPU makes every submission wait")
     buffer = device.buffer(64 << 20)
-    recorder = device.record()
+    recorder = device.new_recorder()
     fills = 3 if device.info.kind == "cpu" else 1000  # some ten milliseconds
     for word in range(fills):
         fill(recorder, buffer, 15 << 20, word)
@@ -454,7 +454,7 @@ def test_validation_has_nothing_to_say(mode):
         buffers = [device.buffer(4000) for _ in range(4)]
         buffers[0].write(np.ones(1000, np.float32))
         timed = 8 if device.limits.timestamp_bits else 0
-        recorder = device.record(timestamps=timed, replay=True)
+        recorder = device.new_recorder(timestamps=timed, replay=True)
         for source, target in itertools.pairwise(buffers):
             copy(recorder, source, target, 1000)
         recorder.copy(buffers[3], buffers[0])
@@ -468,7 +468,7 @@ def test_validation_has_nothing_to_say(mode):
 def test_validation_catches_a_missing_barrier():
     with Device.open(SELECTOR, validation=True) as device:
         a, b = device.buffer(4000), device.buffer(4000)
-        recorder = device.record(hazards=False)
+        recorder = device.new_recorder(hazards=False)
         fill(recorder, a, 1000, 1)
         with pytest.raises(ValidationError, match=r"copy.f32 \(4, 1, 1\): .*SYNC-HAZARD-READ-AFTER-WRITE"):
             copy(recorder, a, b, 1000)
@@ -481,10 +481,10 @@ def test_validation_catches_a_missing_barrier_between_submissions(monkeypatch):
     monkeypatch.setattr(command_buffer, "_barriers", lambda: barriers)
     with Device.open(SELECTOR, validation=True) as device:
         a, b = device.buffer(4000), device.buffer(4000)
-        with device.recorder() as recorder:
+        with device.pooled_recorder() as recorder:
             fill(recorder, a, 1000, 1)
             recorder.submit()
-        with device.recorder() as recorder:
+        with device.pooled_recorder() as recorder:
             copy(recorder, a, b, 1000)
             with pytest.raises(ValidationError, match=r"copy.f32 \(4, 1, 1\): .*SYNC-HAZARD-READ-AFTER-WRITE"):
                 recorder.submit()

@@ -124,7 +124,7 @@ def test_memory_that_is_freed_but_in_use_is_waited_for(opened, monkeypatch):
     size = memory.BLOCK_BYTES + 4096
     opened.wait(opened.queue.submitted)
     buffer = opened.buffer(size)
-    with opened.recorder() as recorder:
+    with opened.pooled_recorder() as recorder:
         recorder.fill(buffer, 1)
         recorder.submit()
     buffer.free()
@@ -164,7 +164,7 @@ def test_a_thousand_cycles_leave_nothing_behind(opened):
     def cycle(i: int) -> None:
         buffer = opened.upload(array)
         other = opened.buffer(large if i % 100 == 0 else 777 * (i % 50))
-        with opened.recorder() as recorder:
+        with opened.pooled_recorder() as recorder:
             recorder.copy(buffer, opened.buffer(array.nbytes))
             recorder.submit()
         other.free()
@@ -197,12 +197,12 @@ def test_host_memory_is_imported_not_copied(device):
     array[:] = 7
     imported = device.import_host(array)
     copy = device.buffer(array.nbytes)
-    with device.recorder() as recorder:
+    with device.pooled_recorder() as recorder:
         recorder.copy(imported, copy)
         recorder.submit().wait()
     np.testing.assert_array_equal(copy.read(np.uint8, array.shape), array)
     copy.write(np.full(array.nbytes, 9, np.uint8))
-    with device.recorder() as recorder:
+    with device.pooled_recorder() as recorder:
         recorder.copy(copy, imported)
         recorder.submit().wait()
     assert (array == 9).all()

@@ -11,7 +11,7 @@ from vk_kernels.bridge.primitive import vary_alike
 from vk_kernels.compiler.op_call import CallSite
 
 
-def make_operation(
+def make_differentiable(
     forward: Primitive,
     backward: Callable[..., Sequence[jax.Array | None]],
     outputs: int = 1,

@@ -70,13 +70,13 @@ class _CarriedOutputs:
         return self._only_reference[0]
 
     @property
-    def held(self) -> bool:
+    def is_referenced(self) -> bool:
         """Whether a caller has the tuple or any of the arrays."""
         return bool(referenced_elsewhere(self._only_reference) or referenced_elsewhere(self.arrays))
 
     def try_reuse(self) -> bool:
         """Makes a donated generation current again if that is safe: nobody has any of its arrays, none was deleted."""
-        is_safe = self.donation.all_alive and not self.held
+        is_safe = self.donation.all_alive and not self.is_referenced
         self.donation.donated = not is_safe
         return is_safe
 
@@ -167,7 +167,7 @@ class DonatingCaller:
 
     def call(self, leaves: Sequence[Any]) -> Any:
         """The results for the leaves of a call, which are of the function's types."""
-        if not self._last.held:  # the loop's state was abandoned
+        if not self._last.is_referenced:  # the loop's state was abandoned
             self._execute.release_donated()
             self._buffers = []
         carried = [self.argument(i, leaves[i]) for i in self._carried]

@@ -1,8 +1,8 @@
 """Primitives that are functions of others: what each is made of, in jax.lax.
 
-An expansion takes an equation and gives a function of its operands, which is traced and inlined in its place; or None,
-where kernels are generated for the primitive as it is. PRNG keys come as the uint32 words that they are made of. A
-ValueError says in a line what cannot be expanded.
+A decomposition takes an equation and gives a function of its operands, which is traced and inlined in its place; or
+None, where kernels are generated for the primitive as it is. PRNG keys come as the uint32 words that they are made of.
+A ValueError says in a line what cannot be decomposed.
 """
 
 import functools
@@ -350,7 +350,7 @@ def _polynomial(_: JaxprEqn) -> Callable[..., Any]:
     return lambda x, *coefficients: functools.reduce(lambda result, c: result * x + c, reversed(coefficients))
 
 
-EXPANSIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
+DECOMPOSITIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
     "one_minus_square": lambda _: lambda x: (1 + x) * (1 - x),  # jax 0.11
     "approx_top_k": _approx_top_k,
     "bitcast_convert_type": _bitcast,

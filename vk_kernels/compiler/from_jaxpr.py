@@ -19,7 +19,7 @@ from jax.extend.core import Literal as JaxLiteral
 from vk_kernels.compiler import parameters
 from vk_kernels.compiler.avals import check_dtype, is_array, is_key, on_device, to_device
 from vk_kernels.compiler.codegen import primitives
-from vk_kernels.compiler.decompositions import EXPANSIONS
+from vk_kernels.compiler.decompositions import DECOMPOSITIONS
 from vk_kernels.compiler.ir import Function, Graph, Literal, Node, Operand, Value
 from vk_kernels.compiler.op_call import CallSite, describe_call, encode_call
 from vk_kernels.compiler.op_registry import kernel_op
@@ -189,8 +189,8 @@ class _Inliner:
                 return inputs
             if name in _STRUCTURES:
                 return _STRUCTURES[name](self, equation, inputs, at)
-            if name in EXPANSIONS and (expansion := EXPANSIONS[name](equation)):
-                return self.expand(expansion, inputs, at)
+            if name in DECOMPOSITIONS and (decomposition := DECOMPOSITIONS[name](equation)):
+                return self.expand(decomposition, inputs, at)
             if refused := advice(equation):
                 raise ValueError(refused)
             if any(is_key(x.aval) for x in (*equation.invars, *equation.outvars)):
@@ -366,7 +366,7 @@ _COMPARISONS = {"eq": jnp.all, "ne": jnp.any}
 
 
 def _is_handled(name: str) -> bool:
-    named = name in primitives.SUPPORTED or name in EXPANSIONS
+    named = name in primitives.SUPPORTED or name in DECOMPOSITIONS
     return named or name in _CALLS or name in _IDENTITIES or name in _STRUCTURES
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.differentiable import make_differentiable
 from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.ops.philox import BITS_PER_DRAW, random_uint16
@@ -149,7 +149,7 @@ def _dropout_gradients(target, operands, results, cotangents, **drawing):
     return *_dropout_backward.bind(*cotangents, rng, target=target, **drawing), None
 
 
-_dropout_operation = make_operation(
+_dropout_operation = make_differentiable(
     make_primitive("dropout", dropout_forward_reference, KernelOp(plan_dropout_forward, shapeless=("site",))),
     _dropout_gradients,
 )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.differentiable import make_differentiable
 from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.ops.planning import (
@@ -152,7 +152,7 @@ def _embedding_gradients(target, operands, results, cotangents):
     return *_embedding_backward.bind(ids, *cotangents, target=target, table_rows=table.shape[0]), None
 
 
-_embedding_operation = make_operation(
+_embedding_operation = make_differentiable(
     make_primitive(
         "embedding",
         embedding_forward_reference,

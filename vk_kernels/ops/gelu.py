@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.differentiable import make_differentiable
 from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.ops.planning import (
@@ -81,7 +81,7 @@ _gelu_backward = make_primitive(
     KernelOp(plan_gelu_backward, batch_axes=lambda: (True, True)),
 )
 
-_gelu_operation = make_operation(
+_gelu_operation = make_differentiable(
     make_primitive("gelu", gelu_forward_reference, KernelOp(plan_gelu_forward, batch_axes=lambda: (True,))),
     lambda target, operands, results, cotangents: _gelu_backward.bind(*operands, *cotangents, target=target),
 )

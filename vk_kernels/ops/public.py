@@ -1,7 +1,7 @@
 """Public ops: each runs as its reference, compiled by XLA with all around it, or as its Vulkan kernels.
 
 On Vulkan an op is a primitive for its forward and one for its backward pass (`make_primitive`), tied by
-`make_operation`; optional operands stand last, and are left out where absent. What an op's api does is what
+`make_differentiable`; optional operands stand last, and are left out where absent. What an op's api does is what
 kernels leave to their caller: to check shapes and dtypes, and to bring the operands into the form that kernels take.
 """
 

@@ -37,7 +37,7 @@ def _barriers() -> tuple[Any, Any, Any]:
 class Submission:
     """A recording that was handed to the device. It keeps alive all that the recording uses."""
 
-    def __init__(self, recorder: "Recorder", value: int):
+    def __init__(self, recorder: "CommandRecorder", value: int):
         self._recorder = recorder
         self.value = value  # the device's timeline reaches this when the work is done
 
@@ -58,7 +58,7 @@ class Submission:
         return self._recorder.read_timestamps()
 
 
-class Recorder:
+class CommandRecorder:
     """Records commands into one command buffer, then submits it. Not for two threads at once.
 
     `replay` allows many submissions, also while earlier ones run. `hazards=False` leaves every barrier to the caller.
@@ -286,7 +286,7 @@ class Recorder:
 
     def read_timestamps(self) -> list[Timing]:
         if not self._capacity:
-            raise VulkanError("this recording has no timestamps: make it with device.record(timestamps=N)")
+            raise VulkanError("this recording has no timestamps: make it with device.new_recorder(timestamps=N)")
         device, count = self.device, self._timed
         if count == 0:
             return []
@@ -372,7 +372,7 @@ class Recorder:
 class Chain:
     """Recordings that stand for one. They run in order: each ends with a barrier for what is submitted after it."""
 
-    def __init__(self, recorders: Sequence[Recorder]):
+    def __init__(self, recorders: Sequence[CommandRecorder]):
         self._recorders = recorders
 
     @property
@@ -400,14 +400,14 @@ class Chain:
             raise raised
         return submission
 
-    def _submit(self, recorder: Recorder) -> Submission:
+    def _submit(self, recorder: CommandRecorder) -> Submission:
         return recorder.submit()
 
 
 class TimedChain(Chain):
     """Waits for each of its recordings before the next, and calls `learn` with the seconds that each took."""
 
-    def __init__(self, recorders: Sequence[Recorder], learn: Callable[[list[float]], None]):
+    def __init__(self, recorders: Sequence[CommandRecorder], learn: Callable[[list[float]], None]):
         super().__init__(recorders)
         self._learn = learn
         self._seconds: list[float] = []
@@ -418,7 +418,7 @@ class TimedChain(Chain):
         self._learn(self._seconds)
         return submission
 
-    def _submit(self, recorder: Recorder) -> Submission:
+    def _submit(self, recorder: CommandRecorder) -> Submission:
         start = time.perf_counter()
         submission = recorder.submit()
         submission.wait()

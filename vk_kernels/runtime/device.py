@@ -5,7 +5,7 @@
         device.run(device.kernel("fill"), [x], struct.pack("II", 1000, 7), groups=(4, 1, 1))
         print(x.read(np.uint32, (1000,)))
 
-A device may be used from several threads at once; a Recorder belongs to one thread at a time.
+A device may be used from several threads at once; a CommandRecorder belongs to one thread at a time.
 """
 
 import atexit
@@ -21,7 +21,7 @@ import numpy as np
 
 from vk_kernels.errors import DeviceLostError, VulkanError
 from vk_kernels.runtime import kernel, vulkan
-from vk_kernels.runtime.command_buffer import Recorder
+from vk_kernels.runtime.command_buffer import CommandRecorder
 from vk_kernels.runtime.instance import Instance, validation_mode
 from vk_kernels.runtime.kernel import Kernel
 from vk_kernels.runtime.logical_device import LogicalDevice
@@ -72,13 +72,13 @@ class Device(LogicalDevice):
         self.program_lock = threading.RLock()  # held while a program is prepared: its arguments must not be moved
         self._lock = threading.Lock()  # of the two below
         self._kernels: dict[Any, Kernel] = {}
-        self._idle: list[Recorder] = []
+        self._idle: list[CommandRecorder] = []
         self.compilers = ThreadPoolExecutor(thread_name_prefix="compile")  # a driver compiles a kernel on one core
         try:
             self.check_validation(f"opening {self.info.name}")
             self.queue = Queue(self, timeout)
             self.memory = Memory(self.queue, direct)
-            self.memory.staging = Staging(self.memory, self.recorder)
+            self.memory.staging = Staging(self.memory, self.pooled_recorder)
         except BaseException:
             self._destroy()
             raise
@@ -140,9 +140,9 @@ class Device(LogicalDevice):
             made.destroy()
         return kept
 
-    def record(self, hazards: bool = True, timestamps: int = 0, replay: bool = False) -> Recorder:
-        """A new, empty recording; see Recorder."""
-        return Recorder(self.queue, hazards, timestamps, replay)
+    def new_recorder(self, hazards: bool = True, timestamps: int = 0, replay: bool = False) -> CommandRecorder:
+        """A new, empty recording; see CommandRecorder."""
+        return CommandRecorder(self.queue, hazards, timestamps, replay)
 
     def run(
         self,
@@ -153,8 +153,8 @@ class Device(LogicalDevice):
         label: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Runs one kernel and waits for it; arguments as in Recorder.dispatch and Submission.wait."""
-        with self.recorder() as recorder:
+        """Runs one kernel and waits for it; arguments as in CommandRecorder.dispatch and Submission.wait."""
+        with self.pooled_recorder() as recorder:
             recorder.dispatch(kernel, buffers, push_constants, groups, label)
             recorder.submit().wait(timeout)
 
@@ -177,14 +177,14 @@ class Device(LogicalDevice):
         self.queue.collect()
 
     @contextlib.contextmanager
-    def recorder(self) -> Iterator[Recorder]:
+    def pooled_recorder(self) -> Iterator[CommandRecorder]:
         """A recorder for one submission, reused when that is done. After an error it is dropped."""
         with self._lock:
             completed = self.queue.completed()
             free = next((i for i, idle in enumerate(self._idle) if idle.last_use <= completed), None)
             recorder = None if free is None else self._idle.pop(free)
         if recorder is None:
-            recorder = Recorder(self.queue)
+            recorder = CommandRecorder(self.queue)
         else:
             recorder.reset()
         yield recorder

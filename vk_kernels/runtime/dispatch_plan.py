@@ -16,7 +16,7 @@ from vk_kernels.runtime.kernel_signature import signature
 from vk_kernels.runtime.memory import Buffer
 
 if TYPE_CHECKING:
-    from vk_kernels.runtime.command_buffer import Recorder
+    from vk_kernels.runtime.command_buffer import CommandRecorder
     from vk_kernels.runtime.device import Device
     from vk_kernels.runtime.kernel import Kernel
 
@@ -64,7 +64,7 @@ def kernel_of(device: "Device", dispatch: Dispatch) -> "Kernel":
     return device.kernel(dispatch.kernel, dispatch.variant, dict(dispatch.spec), subgroup_size=dispatch.subgroup_size)
 
 
-def record(recorder: "Recorder", plan: Plan, buffers: Sequence[Buffer], label: str = "") -> None:
+def record(recorder: "CommandRecorder", plan: Plan, buffers: Sequence[Buffer], label: str = "") -> None:
     """Adds a plan's dispatches to a recording; `buffers` are (*inputs, *outputs, *scratch).
 
     `label` says what the plan is for (the operation and its shapes) in errors and timings.
@@ -79,6 +79,6 @@ def record(recorder: "Recorder", plan: Plan, buffers: Sequence[Buffer], label: s
 def execute(device: "Device", plan: Plan, inputs: Sequence[Buffer], outputs: Sequence[Buffer], label: str = "") -> None:
     """Runs a plan and waits for it. Safe from several threads at once."""
     scratch = [device.buffer(nbytes) for nbytes in plan.scratch]
-    with device.recorder() as recorder:
+    with device.pooled_recorder() as recorder:
         record(recorder, plan, [*inputs, *outputs, *scratch], label)
         recorder.submit().wait()

@@ -25,7 +25,7 @@ from vk_kernels.runtime.memory import Buffer
 from vk_kernels.runtime.program import BufferSlice, Command, Program, find_barriers
 
 if TYPE_CHECKING:
-    from vk_kernels.runtime.command_buffer import Recorder, Timing
+    from vk_kernels.runtime.command_buffer import CommandRecorder, Timing
     from vk_kernels.runtime.device import Device
     from vk_kernels.runtime.kernel import Kernel
 
@@ -54,7 +54,7 @@ class _Recording:
 
     def __init__(
         self,
-        recorder: "Recorder | Chain",
+        recorder: "CommandRecorder | Chain",
         inputs: list[Buffer | None],
         slots: dict[int, tuple[Buffer, np.ndarray | None]],
         outputs: Sequence[Buffer],
@@ -150,7 +150,7 @@ class Executable:
 
     def _copy(self, copies: Sequence[tuple[Buffer, Buffer]]) -> None:
         if copies:
-            with self.device.recorder() as recorder:
+            with self.device.pooled_recorder() as recorder:
                 for source, target in copies:
                     recorder.copy(source, target)
                 recorder.submit()
@@ -229,10 +229,10 @@ class Executable:
         recorder = self._recorded([buffers.get(i) or x for i, x in enumerate(bound)], outputs)
         return _Recording(recorder, bound, slots, [x for x in outputs if x is not None], self._types)
 
-    def _recorded(self, inputs: Sequence[Buffer], outputs: Sequence[Buffer | None]) -> "Recorder | Chain":
+    def _recorded(self, inputs: Sequence[Buffer], outputs: Sequence[Buffer | None]) -> "CommandRecorder | Chain":
         recorders = []
         for start, end in self._submissions():
-            recorder = self.device.record(hazards=False, replay=True)
+            recorder = self.device.new_recorder(hazards=False, replay=True)
             self._fill(recorder, inputs, outputs, start, end)
             recorder.end()
             recorders.append(recorder)
@@ -263,7 +263,7 @@ class Executable:
 
     def _fill(
         self,
-        recorder: "Recorder",
+        recorder: "CommandRecorder",
         inputs: Sequence[Buffer],
         outputs: Sequence[Buffer | None],
         start: int,
@@ -299,7 +299,7 @@ class Executable:
         timings = []
         for start, end in self._submissions():
             count = sum(0 not in command.groups for command in self.program.commands[start:end])
-            recorder = self.device.record(hazards=False, timestamps=max(count, 1))
+            recorder = self.device.new_recorder(hazards=False, timestamps=max(count, 1))
             self._fill(recorder, inputs, outputs, start, end)
             timings += recorder.submit().timings()
         return timings

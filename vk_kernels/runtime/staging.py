@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from vk_kernels.runtime.command_buffer import Recorder
+from vk_kernels.runtime.command_buffer import CommandRecorder
 from vk_kernels.runtime.memory import Buffer, Memory
 
 STAGING_BYTES = 8 << 20  # each of the two slots
@@ -15,7 +15,7 @@ STAGING_BYTES = 8 << 20  # each of the two slots
 class Staging:
     """Copies between numpy and memory that the host cannot map, through two mapped slots in turn. Thread-safe."""
 
-    def __init__(self, memory: Memory, recorder: Callable[[], contextlib.AbstractContextManager[Recorder]]):
+    def __init__(self, memory: Memory, recorder: Callable[[], contextlib.AbstractContextManager[CommandRecorder]]):
         """recorder: gives one for one submission."""
         self._memory, self._recorder = memory, recorder
         self._lock = threading.Lock()

@@ -94,10 +94,10 @@ class _Readers:
         self._order: dict[Node, int] = {}
         self._clock: dict[Node, int] = {}  # kernel ops before a node
         self._readers: dict[Value, list[Node]] = {}
-        hot = 0
+        kernel_ops = 0
         for i, node in enumerate(graph.nodes):
-            self._order[node], self._clock[node] = i, hot
-            hot += bool(node.call)
+            self._order[node], self._clock[node] = i, kernel_ops
+            kernel_ops += bool(node.call)
             if node.op == "reshape":
                 self._roots[node.outputs[0]] = self.root(node.inputs[0])
                 continue

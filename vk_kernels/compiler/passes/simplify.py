@@ -1,7 +1,7 @@
 """Graphs made smaller, to the same bits: each pass takes a graph and gives another.
 
-fold: what is known now is computed now, and what changes nothing goes. merge: what is computed twice is computed once.
-prune: what nobody reads goes. flatten: barriers go, in the end.
+constant_fold: what is known now is computed now, and what changes nothing goes. cse: what is computed twice is computed
+once. dce: what nobody reads goes. drop_barriers: in the end.
 """
 
 import operator

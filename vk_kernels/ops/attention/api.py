@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
-from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.differentiable import make_differentiable
 from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.compiler.op_registry import KernelOp, Planner
 from vk_kernels.ops.attention.planner import (
@@ -51,7 +51,7 @@ def _attention_gradients(target, operands, results, cotangents, **parameters):
     return *_attention_backward.bind(*reads, target=target, **parameters), None
 
 
-_attention_operation = make_operation(
+_attention_operation = make_differentiable(
     make_primitive(
         "attention",
         attention_forward_reference,
@@ -92,7 +92,7 @@ def _packed_attention_gradients(target, operands, results, cotangents, **paramet
     ), None
 
 
-_packed_attention_operation = make_operation(
+_packed_attention_operation = make_differentiable(
     make_primitive(
         "packed_attention",
         packed_attention_forward_reference,

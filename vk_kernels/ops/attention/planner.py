@@ -150,8 +150,8 @@ def plan_packed_attention_forward(
 ) -> Plan:
     """inputs: qkv and, for dropout, rng; outputs: out, lse. options and what is raised: as `plan_attention_forward`."""
     qkv, *rest = inputs
-    one = _one(qkv)
-    plan = plan_attention_forward(info, [one] * 3 + rest, outputs, views=packed(one.shape), **options)
+    single = _single_spec(qkv)
+    plan = plan_attention_forward(info, [single] * 3 + rest, outputs, views=packed(single.shape), **options)
     return _with_operands(plan, (0, 0, 0, *range(1, len(inputs) + len(outputs))))
 
 
@@ -161,12 +161,12 @@ def plan_packed_attention_backward(
 ) -> Plan:
     """inputs: qkv, out, lse, d_out and, for dropout, rng; outputs: dqkv. Otherwise as `plan_attention_backward`."""
     qkv, *rest = inputs
-    one, dqkv = _one(qkv), len(inputs)
-    plan = plan_attention_backward(info, [one] * 3 + rest, [one] * 3, views=packed(one.shape), **options)
+    single, dqkv = _single_spec(qkv), len(inputs)
+    plan = plan_attention_backward(info, [single] * 3 + rest, [single] * 3, views=packed(single.shape), **options)
     return _with_operands(plan, (0, 0, 0, *range(1, len(inputs)), dqkv, dqkv, dqkv))
 
 
-def _one(qkv: ArraySpec) -> ArraySpec:
+def _single_spec(qkv: ArraySpec) -> ArraySpec:
     """Like q, k or v."""
     batch, length, _, heads, head_dim = qkv.shape
     return ArraySpec((batch, length, heads, head_dim), qkv.dtype)

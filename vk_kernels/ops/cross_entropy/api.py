@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.differentiable import make_differentiable
 from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.compiler.op_registry import ForwardBackward, KernelOp, register_op
 from vk_kernels.ops.cross_entropy.planner import (
@@ -38,7 +38,7 @@ def _linear_cross_entropy_gradients(target, operands, results, cotangents, **par
     return *_linear_cross_entropy_backward.bind(*operands, target=target, **parameters), None
 
 
-_linear_cross_entropy_operation = make_operation(
+_linear_cross_entropy_operation = make_differentiable(
     make_primitive(
         "linear_cross_entropy",
         linear_cross_entropy_forward_reference,

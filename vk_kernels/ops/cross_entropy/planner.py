@@ -215,9 +215,9 @@ class _Head:
         transposed: bool,
         chunk_rows: int | None,
         variant: str | None,
-        held: np.dtype,
+        logits_dtype: np.dtype,
     ) -> "_Head":
-        """operands: x and w; held: dtype of the logits, or of their gradients."""
+        """operands: x and w; logits_dtype: of the logits, or of their gradients."""
         x, w = (inputs[i] for i in operands)
         dtype_suffix(x)
         width, vocab = reversed(w.shape) if transposed else w.shape
@@ -231,8 +231,9 @@ class _Head:
                 shape = (stride, width) if transposed else (width, stride)
                 weights = matrix(builder.own(w.dtype.itemsize * width * stride), w.dtype, *shape)
         tokens = x.shape[0]
-        held = F32 if family == "coop2" else held  # which has no softmax_gradient: it makes logits in f32 first
-        largest = min(_chunk_rows(info, tokens, stride, held, chunk_rows), max(tokens, 1))
+        if family == "coop2":
+            logits_dtype = F32  # which has no softmax_gradient: it makes logits in f32 first
+        largest = min(_chunk_rows(info, tokens, stride, logits_dtype, chunk_rows), max(tokens, 1))
         return cls(info, variant, x, given, weights, transposed, vocab, stride, largest)
 
     @property
@@ -308,9 +309,9 @@ class _Gradients:
             builder.add(plan_epilogue(replace(self.total, columns=self.dw.columns), self.dw, NOTHING))
 
 
-def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, held: np.dtype, wanted: int | None) -> int:
-    """Tokens whose logits are held at a time, in the dtype `held`."""
-    row_bytes = held.itemsize * max(vocab, 1)
+def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, logits_dtype: np.dtype, wanted: int | None) -> int:
+    """Tokens whose logits are held at a time."""
+    row_bytes = logits_dtype.itemsize * max(vocab, 1)
     limit = info.limits.storage_buffer_range // row_bytes
     if limit == 0:
         raise ValueError(
@@ -319,7 +320,7 @@ def _chunk_rows(info: "DeviceInfo", tokens: int, vocab: int, held: np.dtype, wan
         )
     if wanted is not None:
         return min(wanted, limit)
-    few, nbytes = (_CHUNKS, _CHUNK_BYTES) if held == F32 else (_BF16_CHUNKS, _BF16_CHUNK_BYTES)
+    few, nbytes = (_CHUNKS, _CHUNK_BYTES) if logits_dtype == F32 else (_BF16_CHUNKS, _BF16_CHUNK_BYTES)
     largest = max(min(limit, nbytes // row_bytes), 1)
     even = ceil_divide(tokens, max(few, ceil_divide(tokens, largest)))
     most = min(largest, max(ceil_divide(even, _CHUNK_STEP) * _CHUNK_STEP, _CACHED_BYTES // row_bytes))

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.differentiable import make_differentiable
 from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.ops.dropout import drawing_of
@@ -36,7 +36,7 @@ def _layer_norm_gradients(target, operands, results, cotangents, epsilon):
     return _layer_norm_backward.bind(x, scale, mean, rstd, *cotangents, target=target)
 
 
-_layer_norm_operation = make_operation(
+_layer_norm_operation = make_differentiable(
     make_primitive(
         "layer_norm",
         layer_norm_forward_reference,
@@ -78,7 +78,7 @@ def _residual_layer_norm_gradients(target, operands, results, cotangents, epsilo
     return *_residual_layer_norm_backward.bind(*reads, target=target, **drawing), None
 
 
-_residual_layer_norm_operation = make_operation(
+_residual_layer_norm_operation = make_differentiable(
     make_primitive(
         "residual_layer_norm",
         residual_layer_norm_forward_reference,

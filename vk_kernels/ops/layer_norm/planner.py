@@ -61,7 +61,7 @@ def plan_residual_layer_norm_forward(
     """
     require_plain(variant)
     (x, branch, scale, bias, *rng), (total, y, mean, rstd), _ = operands_of(inputs, outputs)
-    rng, drawing = _drawing(rng, dropout_rate, site)
+    rng, drawing = _dropout_arguments(rng, dropout_rate, site)
     buffers = {"input": x, "scale": scale, "bias": bias, "y": y, "mean": mean, "rstd": rstd}
     buffers |= {"branch": branch, "rng": rng, "sum": total}
     return _plan_forward(f"residual_{dtype_suffix(inputs[x])}", inputs[x], drawing, epsilon, buffers)
@@ -96,7 +96,7 @@ def plan_residual_layer_norm_backward(
     require_plain(variant)
     (total, scale, mean, rstd, dtotal, dy, *rng), outs, scratch = operands_of(inputs, outputs)
     dx, dbranch, dscale, dbias = outs
-    rng, drawing = _drawing(rng, dropout_rate, site)
+    rng, drawing = _dropout_arguments(rng, dropout_rate, site)
     buffers = {"x": total, "scale": scale, "mean": mean, "rstd": rstd, "dy": dy, "dx": dx}
     buffers |= {"direct": dtotal, "rng": rng, "dbranch": dbranch}
     return _plan_backward(
@@ -104,7 +104,7 @@ def plan_residual_layer_norm_backward(
     )
 
 
-def _drawing(rng: list[int], rate: float, site: int) -> tuple[int | None, DropoutConstants]:
+def _dropout_arguments(rng: list[int], rate: float, site: int) -> tuple[int | None, DropoutConstants]:
     """The rng, if there is one, and the constants of dropout, of none without it."""
     return (rng[0], dropout_constants(rate, site)) if rng else (None, dropout_constants(0.0, 0))
 

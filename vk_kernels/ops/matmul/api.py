@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from vk_kernels.bridge.differentiable import make_operation
+from vk_kernels.bridge.differentiable import make_differentiable
 from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.compiler.passes.fuse_epilogue import with_operands
@@ -52,7 +52,7 @@ def _matmul_gradients(target, operands, results, cotangents, has_residual, **par
     return dx, dw, dbias[0] if dbias else None, dy if has_residual else None, None
 
 
-_matmul_operation = make_operation(
+_matmul_operation = make_differentiable(
     make_primitive(
         "matmul",
         matmul_forward_reference,
