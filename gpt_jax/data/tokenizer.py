@@ -147,6 +147,29 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
+def vocabulary_bytes(tokenizer: Tokenizer, size: int) -> list[bytes]:
+    """The bytes of each token; none for those of `size` ids that there is no token for.
+
+    Raises:
+      UserError: a token is not of GPT-2's byte alphabet.
+    """
+    # GPT-2's alphabet: a byte that prints is its own character, the others follow from 256 on.
+    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in prints]
+    byte_of = {chr(byte): byte for byte in prints} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+
+    def spelled(token: str | None) -> bytes:
+        if token is None or token in added:
+            return (token or "").encode()
+        try:
+            return bytes(byte_of[character] for character in token)
+        except KeyError:
+            raise UserError(f"the tokenizer's token {token!r} is not byte-level, as all must be") from None
+
+    return [spelled(tokenizer.id_to_token(i)) for i in range(size)]
+
+
 def encode_prompt(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
     """The ids of turns that end with a user turn, and the `<|assistant|>` that asks for the answer."""
     user, assistant, _ = marker_ids(tokenizer)

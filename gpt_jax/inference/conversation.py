@@ -49,11 +49,12 @@ def fit(tokenizer: Tokenizer, turns: Sequence[Turn], system: str = "", *, block_
       TooLong: the last turn and the system text alone are longer.
     """
     limit = block_size - room
-    sizes = [1 + len(encode(tokenizer, turn.text)) for turn in turns]
-    first, total = 0, sum(sizes) + 1
-    while total > limit and first + 2 < len(turns):
-        total -= sizes[first] + sizes[first + 1]
-        first += 2
+    first, total = len(turns) - 1, 1 + _size(tokenizer, turns[-1])
+    while first >= 2:  # from the newest back: what is long before is not even encoded
+        total += _size(tokenizer, turns[first - 1]) + _size(tokenizer, turns[first - 2])
+        if total > limit:
+            break
+        first -= 2
     # The system text changes how the turn after it is encoded, so its own size is not added but measured.
     while True:
         kept = [turns[first]._replace(text=with_system(system, turns[first].text)), *turns[first + 1 :]]
@@ -67,6 +68,11 @@ def fit(tokenizer: Tokenizer, turns: Sequence[Turn], system: str = "", *, block_
                 f"{room:,} are for the answer: shorten it"
             )
         first += 2
+
+
+def _size(tokenizer: Tokenizer, turn: Turn) -> int:
+    """Tokens of a turn, with its marker."""
+    return 1 + len(encode(tokenizer, turn.text))
 
 
 def with_system(system: str, text: str) -> str:

@@ -1,0 +1,323 @@
+"""Continuous batching: many requests share one decoding batch, each in a slot from its turn until its end.
+
+One thread owns the decoder. Between two chunks it frees the slots of texts that ended or were cancelled, fills them
+from a bounded queue, first come first served, and hands each reader its piece. It waits for nobody: a piece is put into
+its reader's own buffer, which holds at most what one block of text has, so a slow reader costs others nothing.
+"""
+
+import contextlib
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, NamedTuple, Protocol
+
+from gpt_jax.backend import describe, is_device_error
+from gpt_jax.inference.sampling import SamplingOptions
+
+CANCELLED = "cancelled"  # a reason beside the decoder's 'stop' and 'length'
+
+
+class Request(NamedTuple):
+    """A prompt as token ids, how to continue it, and the tokens that end it."""
+
+    tokens: Sequence[int]
+    options: SamplingOptions
+    end_tokens: Sequence[int] = ()
+
+
+class DrawnToken(NamedTuple):
+    """A token of an answer, its log-probability, and the likeliest ones at its place with theirs, if asked for."""
+
+    token: int
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+class Event(NamedTuple):
+    """A piece of a text, as its reader gets it.
+
+    text: new characters. tokens: drawn since the last event, without one that ends the text. reason: why the text has
+    ended: stop, length or cancelled; None: it goes on. error: a line that says why it failed, and nothing more comes.
+    """
+
+    text: str = ""
+    tokens: Sequence[DrawnToken] = ()
+    reason: str | None = None
+    error: str | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.reason is not None or self.error is not None
+
+
+class TextStream(Protocol):
+    """Token ids to text, piece by piece; see `text_stream`."""
+
+    stopped: bool
+
+    def feed(self, tokens: Sequence[int]) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class QueueFull(Exception):
+    """As many requests wait as may."""
+
+
+class EngineFailed(Exception):
+    """The device failed; the message is one line, and no request will be answered."""
+
+
+class Generation:
+    """A request on its way: waiting, in a slot, or ended."""
+
+    def __init__(self, engine: "Engine", request: Request, deliver: Callable[[Event], None]) -> None:
+        self._engine, self._deliver = engine, deliver
+        self.request = request
+        self.cancelled = self.ended = False
+        self.text: TextStream | None = None
+
+    def cancel(self) -> None:
+        """Ends it as soon as may be, if it has not ended; its place is free then. From any thread, any number of times.
+
+        What comes after may still be some events, the last of which has the reason `cancelled`.
+        """
+        self._engine._cancel(self)
+
+    def deliver(self, event: Event) -> None:
+        """Hands an event to the reader, none after the last. Of the engine's thread."""
+        if not self.ended:
+            self.ended = event.is_last
+            self._deliver(event)
+
+
+class Engine:
+    """Answers requests with one decoder, in a thread that owns it. Use it as a context manager.
+
+    Args:
+      open_decoder: makes the decoder, in the thread: a backend's settings are of the thread that entered them. What the
+        decoder needs until the end is registered with the stack that it is given.
+      open_text: a `TextStream` that stops at the given strings.
+      max_waiting: how many requests may wait for a slot.
+
+    Raises:
+      What `open_decoder` raises.
+    """
+
+    def __init__(
+        self,
+        open_decoder: Callable[[contextlib.ExitStack], Any],
+        open_text: Callable[[Sequence[str]], TextStream],
+        *,
+        max_waiting: int,
+    ) -> None:
+        self.max_waiting = max_waiting
+        self.failure: str | None = None  # the line of a device that failed
+        self._open_text = open_text
+        self._changed = threading.Condition()  # guards all below
+        self._waiting: deque[Generation] = deque()
+        self._running: dict[int, Generation] = {}  # by slot
+        self._tasks: deque[tuple[Callable[[Any], Any], Future]] = deque()
+        self._closing = False
+        opened: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._own_decoder, args=(open_decoder, opened), name="engine", daemon=True
+        )
+        self._thread.start()
+        opened.result()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many requests have a slot."""
+        return len(self._running)
+
+    def submit(self, request: Request, deliver: Callable[[Event], None]) -> Generation:
+        """Puts a request into the queue.
+
+        Args:
+          deliver: takes each event, in the engine's thread, which it must not hold up.
+
+        Raises:
+          QueueFull: too many wait already.
+          EngineFailed: the device has failed, or the engine is closed.
+        """
+        generation = Generation(self, request, deliver)
+        with self._changed:
+            self._check()
+            if len(self._waiting) >= self.max_waiting:
+                raise QueueFull(f"{len(self._waiting)} requests wait already, which is the limit: try again later")
+            self._waiting.append(generation)
+            self._changed.notify_all()
+        return generation
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """The events of a request; closing the iterator, or an exception while it waits, cancels it.
+
+        Raises:
+          QueueFull, EngineFailed: as `submit`.
+        """
+        events: SimpleQueue[Event] = SimpleQueue()
+        generation = self.submit(request, events.put)
+        try:
+            while True:
+                event = events.get()
+                yield event
+                if event.is_last:
+                    return
+        finally:
+            generation.cancel()
+
+    def run(self, task: Callable[[Any], Any]) -> Any:
+        """The result of `task(decoder)`, called in the engine's thread between two chunks. Texts in slots must be none.
+
+        Raises:
+          EngineFailed: as `submit`. And what the task raises.
+        """
+        done: Future[Any] = Future()
+        with self._changed:
+            self._check()
+            self._tasks.append((task, done))
+            self._changed.notify_all()
+        return done.result()
+
+    def close(self) -> None:
+        """Fails what is on its way with a line, and gives the decoder up. May be called again."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _check(self) -> None:
+        if self.failure is not None or self._closing:
+            raise EngineFailed(self.failure or "the engine is closed")
+
+    def _cancel(self, generation: Generation) -> None:
+        with self._changed:
+            generation.cancelled = True
+            if generation in self._waiting:
+                self._waiting.remove(generation)
+                generation.deliver(Event(reason=CANCELLED))
+            self._changed.notify_all()
+
+    # From here on: the engine's thread.
+
+    def _own_decoder(self, open_decoder: Callable[[contextlib.ExitStack], Any], opened: Future) -> None:
+        with contextlib.ExitStack() as stack:
+            try:
+                decoder = open_decoder(stack)
+            except BaseException as error:
+                opened.set_exception(error)
+                return
+            opened.set_result(None)
+            failure = "the server is stopping"
+            try:
+                while self._await_work():
+                    self._refill(decoder)
+                    if self._running:
+                        self._decode(decoder)
+            except Exception as error:
+                if not is_device_error(error):  # a mistake of ours, which is told in full once
+                    traceback.print_exc(file=sys.stderr)
+                failure = describe(error)
+                self.failure = failure
+            finally:
+                self._end_all(failure)
+
+    def _await_work(self) -> bool:
+        """Waits until there is something to do; False when the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._waiting or self._running or self._tasks)
+            return not self._closing
+
+    def _refill(self, decoder: Any) -> None:
+        """Frees the slots of cancelled texts, does the tasks, and gives free slots to those that wait."""
+        for slot, generation in list(self._running.items()):
+            if generation.cancelled:
+                self._release(decoder, slot, Event(reason=CANCELLED))
+        while not self._running and self._tasks:
+            task, done = self._tasks.popleft()
+            try:
+                done.set_result(task(decoder))
+            except BaseException as error:
+                done.set_exception(error)
+        for slot in decoder.free_slots if not self._tasks else ():
+            with self._changed:
+                if not self._waiting:
+                    return
+                generation = self._waiting.popleft()
+                self._running[slot] = generation
+            request = generation.request
+            generation.text = self._open_text(request.options.stop)
+            try:
+                decoder.insert(
+                    slot,
+                    request.tokens,
+                    request.options,
+                    max_tokens=request.options.max_tokens,
+                    end_tokens=request.end_tokens,
+                )
+            except ValueError as error:  # a request that should not have come this far costs no other one
+                with self._changed:
+                    del self._running[slot]
+                generation.deliver(Event(error=describe(error)))
+
+    def _decode(self, decoder: Any) -> None:
+        for slot, piece in decoder.decode().items():
+            event = next_event(self._running[slot].text, piece)
+            if event.is_last:
+                self._release(decoder, slot, event)
+            else:
+                self._running[slot].deliver(event)
+
+    def _release(self, decoder: Any, slot: int, last: Event) -> None:
+        decoder.release(slot)
+        with self._changed:
+            generation = self._running.pop(slot)
+        generation.deliver(last)
+
+    def _end_all(self, failure: str) -> None:
+        with self._changed:
+            self._closing = True
+            generations = [*self._running.values(), *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+            tasks, self._tasks = list(self._tasks), deque()
+        for generation in generations:
+            generation.deliver(Event(error=failure))
+        for _, done in tasks:
+            done.set_exception(EngineFailed(failure))
+
+
+def next_event(text: TextStream, piece: Any) -> Event:
+    """The event of what a chunk added to a text: characters that are sure, up to a stop string."""
+    tokens = [
+        DrawnToken(token, logprob, tuple(alternatives))
+        for token, logprob, alternatives in zip(
+            piece.tokens, piece.logprobs, getattr(piece, "alternatives", None) or [()] * len(piece.tokens), strict=True
+        )
+    ]
+    if piece.reason == "stop":  # its last token is the end's, which is no text
+        tokens.pop()
+    new = ""
+    for i, drawn in enumerate(tokens):
+        new += text.feed([drawn.token])
+        if text.stopped:
+            return Event(new, tokens[: i + 1], "stop")
+    if piece.reason:
+        new += text.finish()
+    return Event(new, tokens, piece.reason)
