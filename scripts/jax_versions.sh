@@ -26,7 +26,7 @@ try() { # PYTHON JAX ENVIRONMENT [pytest arguments]
     shift 3
     echo "jax_versions: jax $jax on $python, in $environment"
     UV_PROJECT_ENVIRONMENT=$environment "$uv" sync -q --frozen --python "$python" \
-        --extra notebook --extra hf --group dev --group shaders &&
+        --extra notebook --extra hf --extra serve --group dev --group shaders &&
         "$uv" pip install -q --python "$environment/bin/python" "jax==$jax" ||
         { failed+=("jax $jax (its environment could not be made)"); return; }
     "$environment/bin/python" -m pytest "$@" || failed+=("jax $jax (pytest)")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv with the locked dependencies, from nothing but python3 (3.11 or newer).
 #
-#   scripts/setup.sh          what training, sampling and the notebooks need
+#   scripts/setup.sh          what training, the chat, the server and the notebooks need
 #   scripts/setup.sh --dev    and what the tests and the shader build need
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,7 +30,7 @@ if [ -z "$uv" ]; then
     fi
 fi
 
-options=(--extra notebook)
+options=(--extra notebook --extra serve)
 if [ "${1:-}" = --dev ]; then
     options+=(--extra hf --group dev --group shaders --compile-bytecode)  # the tests start Python a hundred times
 elif [ $# -gt 0 ]; then

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 # Rooms from the top to the bottom: a module imports from its own room and from those below.
 LIBRARY = ("tools", "ops", "bridge", "compiler", "runtime", "spirv", "errors")
 TRAINER = (
-    ("main", "sample", "report"),
-    ("training",),
+    ("main", "sample", "report", "chat", "serve"),
+    ("training", "serving"),
     ("inference",),
     ("checkpoint", "backend"),
     ("runs",),
