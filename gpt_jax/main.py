@@ -33,10 +33,8 @@ def main(argv: Sequence[str]) -> int:
     validate(config)
     exit_on_interrupt()
     require_jax()
-    from gpt_jax.training.trainer import (  # after the config: a typo need not wait for jax
-        TrainingFailed,
-        train_and_evaluate,
-    )
+    from gpt_jax.training.failures import TrainingFailed  # after the config: a typo need not wait for jax
+    from gpt_jax.training.train import train_and_evaluate
 
     try:
         stopped_by = train_and_evaluate(config, None if workdir is None else Path(workdir))

@@ -11,6 +11,10 @@ LONG_STEP = 0.5  # seconds; in a longer one the watchdog may well be why a devic
 SUBMIT_MS = 500.0  # that is suggested then
 
 
+class TrainingFailed(RuntimeError):
+    """The run cannot go on: its message is one line that says why."""
+
+
 def remedies(error: BaseException, config: ConfigDict, step_seconds: float | None = None) -> str:
     """Names the values of a config that would help. step_seconds: that a step took until now; None: not measured."""
     sizes = config.batch_size, config.model.block_size

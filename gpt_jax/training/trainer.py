@@ -7,8 +7,6 @@ checkpoint, and every random choice is a function of the seed and the step.
 
 import collections
 import contextlib
-import functools
-import json
 import math
 import signal
 import time
@@ -19,39 +17,26 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tokenizers import Tokenizer
 
-from gpt_jax.backend import Backend, describe, enter_backend, is_device_error
-from gpt_jax.checkpoint import CHECKPOINTS, Checkpointer, restore_parameters, saved_steps
-from gpt_jax.config import leaves, validate
+from gpt_jax.backend import Backend
+from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.data import batches, token_cache
 from gpt_jax.data.dialogue import Turn
-from gpt_jax.data.tokenizer import save as save_tokenizer
 from gpt_jax.inference.generate import answer
 from gpt_jax.log import Log
-from gpt_jax.model.gpt import GPT, ModelConfig, init_params
-from gpt_jax.model.parameters import merge_parameters
+from gpt_jax.model.gpt import GPT
 from gpt_jax.runs.flops import device_peak_flops, model_flops_utilisation
-from gpt_jax.runs.folder import open_folder
-from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, mark_failed, new_run_id, read_config, write_json
-from gpt_jax.runs.metrics import METRICS_FILE, MetricsWriter
-from gpt_jax.runs.report import write_report
+from gpt_jax.runs.info import RunInfo
+from gpt_jax.runs.metrics import MetricsWriter
 from gpt_jax.signals import StopSignal
-from gpt_jax.storage.files import StorageError, writing
-from gpt_jax.training import finetune
-from gpt_jax.training.failures import remedies
-from gpt_jax.training.history import LAST_CHECKPOINT, NOTHING, Recorded, check_history, read_recorded
-from gpt_jax.training.optimizer import make_optimizer
-from gpt_jax.training.preflight import check_start
-from gpt_jax.training.programs import Programs, abstract_state, plan_programs
-from gpt_jax.training.steps import Batch, TrainState, init_state
+from gpt_jax.storage.files import writing
+from gpt_jax.training.failures import TrainingFailed
+from gpt_jax.training.history import LAST_CHECKPOINT, NOTHING, Recorded
+from gpt_jax.training.programs import Programs
+from gpt_jax.training.steps import Batch, TrainState
 
 READ_BACK_LAG = 2  # steps whose metrics may still be on their way while the next one is dispatched
 SAMPLING = 1  # purpose of a random key; dropout needs none, its bits are keyed by seed and step
-
-
-class TrainingFailed(RuntimeError):
-    """The run cannot go on: its message is one line that says why."""
 
 
 class PhaseClock:
@@ -72,38 +57,6 @@ class PhaseClock:
         """The seconds since the last call."""
         taken, self.seconds = self.seconds, collections.defaultdict(float)
         return taken
-
-
-def parameter_table(params: Any) -> str:
-    """Name, shape and size of each parameter, and the total."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    rows = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, leaf.size) for path, leaf in leaves]
-    width = max(len(name) for name, _, _ in rows)
-    lines = [f"  {name:<{width}}  {shape!s:<14} {size:>12,}" for name, shape, size in rows]
-    total = sum(size for _, _, size in rows)
-    return "\n".join([*lines, f"  {'total':<{width}}  {'':<14} {total:>12,}"])
-
-
-def initial_state(
-    config: ConfigDict, model: GPT, checkpointer: Checkpointer, tokenizer: Tokenizer, log: Log
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """The state to go on from, on JAX's default device, and the position saved with it: the run's own checkpoint if it
-    has one, else the parameters of `init_from` with a fresh optimizer, else fresh parameters."""
-    optimizer = make_optimizer(config.optimizer)
-    fresh = functools.partial(init_params, model, config.seed)
-    restored = checkpointer.restore_latest(jax.eval_shape(lambda: init_state(fresh(), optimizer)))
-    if restored is not None:
-        log(f"initialised from this run's checkpoint at step {restored.step}")
-        return restored.state, restored.position
-    params = jax.jit(fresh)()
-    if config.init_from:
-        donor, description = restore_parameters(Path(config.init_from))
-        donor, moved = finetune.map_token_rows(donor, params, config, tokenizer)
-        params, report = merge_parameters(params, donor)
-        log("\n".join(filter(None, (f"initialised from {description}", str(report), moved))))
-    else:
-        log(f"initialised from scratch with seed {config.seed}")
-    return init_state(params, optimizer), None
 
 
 class Trainer:
@@ -407,167 +360,3 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02}m{seconds:02}s"
     return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
-
-
-def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signal.Signals | None:
-    """Runs a config from where its folder stands to its last step.
-
-    Args:
-      config: see configs/chat.py.
-      workdir: the run's folder; None makes a new one, runs/RUN_ID.
-
-    Returns:
-      The signal that ended the run early, after its state was saved; None if it is complete.
-
-    Raises:
-      UserError: the config, the data, a checkpoint or the folder cannot be used.
-      TrainingFailed: too many steps in a row had a non-finite loss or gradient; the device failed, or memory ran out.
-    """
-    validate(config)
-    run_id = new_run_id()
-    workdir = Path("runs") / run_id if workdir is None else workdir
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())
-        backend = enter_backend(config.backend, config.matmul_precision, stack, config.vulkan.submit_ms)
-        saved = check_start(config, workdir, abstract_state(config))
-        programs, shortage = plan_programs(config, backend)  # what kernels cannot do is said before any work
-        stop.check()
-        log = stack.enter_context(open_folder(workdir))
-        check_history(workdir, log)
-        log(f"run folder {workdir}\nbackend {backend}")
-        failure = stack.enter_context(DeviceFailure(config, workdir, backend))
-        if shortage is not None:
-            raise failure.ended_by(shortage)
-        kept_tokenizer = finetune.tokenizer_to_keep(config, workdir)
-        expected = None if saved is None else saved["data_fingerprint"]
-        corpus = token_cache.prepare(config.data, config.model.vocab_size, log, kept_tokenizer, expected)
-        if saved is not None:
-            finetune.check_same_tokenizer(workdir, corpus.tokenizer)
-        batches.check_windows(corpus, config.model.block_size, config.data.targets)
-        stop.check()
-        model = GPT(ModelConfig.from_config(config.model))
-        checkpointer = stack.enter_context(
-            Checkpointer(
-                workdir / CHECKPOINTS,
-                keep_last=config.checkpoint.keep_last,
-                keep_every=config.checkpoint.keep_every or None,
-            )
-        )
-        state, position = initial_state(config, model, checkpointer, corpus.tokenizer, log)
-        stop.check()
-
-        # Only now is it certain that this config and data are those of the folder: from here on it is written to.
-        is_new = not (workdir / INFO_FILE).exists()
-        resume_step = None if position is None else int(state.step)
-        info = RunInfo(
-            workdir,
-            name=config.name,
-            domain=config.domain,
-            backend=str(backend),
-            device=backend.device,
-            peak_bytes=backend.peak_bytes,
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-            vocabulary=corpus.tokenizer.get_vocab_size(),
-            tokenizer=finetune.FROM_DONOR if kept_tokenizer else config.data.tokenizer or "trained",
-            data=corpus.stats,
-            spent_seconds=0.0 if position is None else position["elapsed_seconds"],
-            **{LAST_CHECKPOINT: resume_step},
-            **({"run_id": run_id} if is_new else {}),
-        )
-        stack.push(functools.partial(finish_if_failed, info, checkpointer))
-        save_config(config, workdir, log)
-        with writing(workdir / "tokenizer.json"):
-            save_tokenizer(corpus.tokenizer, workdir / "tokenizer.json")
-        log(f"parameters\n{parameter_table(state.params)}")
-
-        writer = stack.enter_context(MetricsWriter(workdir, resume_step, config.log.tensorboard))
-        recorded = NOTHING
-        if resume_step is not None:
-            recorded = read_recorded(workdir, resume_step)
-            text = f"resumed from {resume_step}"
-            if recorded.last_step < resume_step:
-                text += f"; {METRICS_FILE} ends at step {recorded.last_step}, what came between is not in it"
-                log(f"warning: {text}")
-            writer.write(resume_step, "event", {"text": text})
-        trainer = Trainer(
-            config,
-            workdir,
-            backend=backend,
-            programs=programs,
-            corpus=corpus,
-            model=model,
-            state=state,
-            position=position,
-            recorded=recorded,
-            checkpointer=checkpointer,
-            writer=writer,
-            info=info,
-            log=log,
-        )
-        failure.trainer = trainer
-        stop.defer()
-        stopped_by = trainer.loop(stop)
-        checkpointer.wait()
-        writer.flush()
-        status = "interrupted" if stopped_by else "completed"
-        info.finish(status, peak_flops=trainer.peak_flops, **{LAST_CHECKPOINT: checkpointer.newest})
-        if stopped_by:
-            log(f"stopped by {stopped_by.name} at step {trainer.step}, saved; go on with --workdir={workdir}")
-        with writing(workdir / "report.md"):
-            log(f"report: {write_report(workdir)}")
-        return stopped_by
-
-
-class DeviceFailure:
-    """Turns what a device raises into a TrainingFailed whose line says what happened and how to go on.
-
-    Entered before all that closes files and marks the run, so that these are done when the line is made.
-    """
-
-    def __init__(self, config: ConfigDict, workdir: Path, backend: Backend) -> None:
-        self._config, self._workdir, self._backend = config, workdir, backend
-        self.trainer: Trainer | None = None  # once there is one
-
-    def __enter__(self) -> "DeviceFailure":
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if error is None or not is_device_error(error):
-            return
-        step, seconds = (None, None) if self.trainer is None else (self.trainer.step, self.trainer.step_seconds)
-        text = f"{describe(error)}; {remedies(error, self._config, seconds)}"
-        raise self.ended_by(text if step is None else f"step {step}: {text}") from error
-
-    def ended_by(self, text: str) -> TrainingFailed:
-        """The error to raise for a run that is marked as failed by then, whether it had begun or not.
-
-        A folder that was removed in the meantime is not made again.
-        """
-        names = {"name": self._config.name, "domain": self._config.domain, "backend": str(self._backend)}
-        if not self._workdir.is_dir():
-            return TrainingFailed(f"{text}; {self._workdir} is gone, and what was saved in it")
-        mark_failed(self._workdir, device=self._backend.device, peak_bytes=self._backend.peak_bytes, **names)
-        steps = saved_steps(self._workdir / CHECKPOINTS)
-        line = f"{text}; no checkpoint was written yet"
-        if steps:
-            line = f"{text}; the last checkpoint is of step {max(steps)}, --workdir={self._workdir} goes on from it"
-        return TrainingFailed(line)
-
-
-def finish_if_failed(info: RunInfo, checkpointer: Checkpointer, error: type[BaseException] | None, *_: object) -> None:
-    """Marks a run that an exception ends, where the disk still takes that."""
-    if error is not None:
-        with contextlib.suppress(StorageError):  # the exception that is on its way says more
-            status = "interrupted" if issubclass(error, KeyboardInterrupt) else "failed"
-            info.finish(status, **{LAST_CHECKPOINT: checkpointer.newest})
-
-
-def save_config(config: ConfigDict, workdir: Path, log: Log) -> None:
-    """Writes config.json, and tells what differs from the config that the run had until now."""
-    before = dict(leaves(read_config(workdir)))
-    saved = json.loads(config.to_json_best_effort())
-    now = dict(leaves(saved))
-    for name in sorted(before.keys() | now.keys()) if before else ():
-        if before.get(name) != now.get(name):
-            log(f"config.{name} was {before.get(name)!r}, now {now.get(name)!r}")
-    write_json(workdir / CONFIG_FILE, saved)

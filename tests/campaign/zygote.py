@@ -17,7 +17,7 @@ from pathlib import Path
 
 import gpt_jax.report
 import gpt_jax.sample
-import gpt_jax.training.trainer  # noqa: F401 for the forks
+import gpt_jax.training.train  # noqa: F401 for the forks
 
 LIMIT = 600  # seconds that a process may take
 TRACEBACK = "Traceback (most recent call last)"

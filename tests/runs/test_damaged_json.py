@@ -26,7 +26,7 @@ from gpt_jax.runs.load import load_run
 from gpt_jax.runs.report import make_report
 from gpt_jax.storage import checkpoint_files
 from gpt_jax.storage.checksum import crc32_of_json
-from gpt_jax.training.trainer import save_config
+from gpt_jax.training.train import save_config
 
 GOOD = {INFO_FILE: {"run_id": "1", "status": "completed"}, CONFIG_FILE: {"num_steps": 5, "model": {"vocab_size": 9}}}
 DAMAGE = [

@@ -16,7 +16,8 @@ from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.storage.files import StorageError
 from gpt_jax.storage.lock import lock
-from gpt_jax.training.trainer import Trainer, train_and_evaluate
+from gpt_jax.training.train import train_and_evaluate
+from gpt_jax.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 

@@ -12,7 +12,7 @@ from gpt_jax.data import tokenizer as tk
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.training.finetune import FROM_DONOR, check_same_tokenizer, map_token_rows, tokenizer_to_keep
-from gpt_jax.training.trainer import initial_state
+from gpt_jax.training.train import initial_state
 
 WIDTH, SIZE = 8, 300
 

@@ -34,7 +34,8 @@ from gpt_jax.data import batches, token_cache
 from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.storage.checksum import crc32_of_json
-from gpt_jax.training.trainer import Trainer, train_and_evaluate
+from gpt_jax.training.train import train_and_evaluate
+from gpt_jax.training.trainer import Trainer
 
 
 def test_a_run_leaves_all_that_it_should(straight):

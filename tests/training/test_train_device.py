@@ -15,8 +15,9 @@ from gpt_jax import backend
 from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.training import programs
-from gpt_jax.training.failures import remedies, smaller
-from gpt_jax.training.trainer import DeviceFailure, Trainer, TrainingFailed, train_and_evaluate
+from gpt_jax.training.failures import TrainingFailed, remedies, smaller
+from gpt_jax.training.train import DeviceFailure, train_and_evaluate
+from gpt_jax.training.trainer import Trainer
 from vk_kernels.bridge import jit
 from vk_kernels.errors import BufferSizeError, DeviceLostError, FeatureError, OutOfMemoryError
 from vk_kernels.runtime.memory import Memory
@@ -221,7 +222,7 @@ def test_what_is_named_as_enough_is_the_least_change_that_is(error, possible, wa
 
 @pytest.mark.parametrize(
     ("where", "line"),
-    [("gpt_jax.training.trainer.Trainer.evaluate", "step 0: "), ("gpt_jax.training.trainer.initial_state", "")],
+    [("gpt_jax.training.trainer.Trainer.evaluate", "step 0: "), ("gpt_jax.training.train.initial_state", "")],
 )
 def test_memory_that_xla_does_not_get_costs_one_line_too(where, line, corpus, tmp_path, monkeypatch):
     """Also before the run has begun."""

@@ -24,7 +24,7 @@ from gpt_jax.data.token_cache import Tokens
 from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.training.programs import abstract_state
-from gpt_jax.training.trainer import train_and_evaluate
+from gpt_jax.training.train import train_and_evaluate
 
 TINY = [
     *("--config.num_steps=2", "--config.model.num_layers=1", "--config.model.embed_dim=16"),

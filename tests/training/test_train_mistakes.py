@@ -25,7 +25,8 @@ from gpt_jax.inference.generate import answer, make_sampler
 from gpt_jax.inference.load import load_for_sampling
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.runs.metrics import read_lines
-from gpt_jax.training.trainer import TrainingFailed, train_and_evaluate
+from gpt_jax.training.failures import TrainingFailed
+from gpt_jax.training.train import train_and_evaluate
 
 # Nothing but steps: no evaluation, sample or diagnostics to compile.
 ONLY_STEPS = [f"--config.{name}=0" for name in ("eval.every", "sample.every", "log.diagnostics_every")]
@@ -56,7 +57,7 @@ def test_nonfinite_steps_are_named_and_end_the_run(corpus, tmp_path, monkeypatch
     def fail(*_):
         raise failed.value
 
-    monkeypatch.setattr("gpt_jax.training.trainer.train_and_evaluate", fail)
+    monkeypatch.setattr("gpt_jax.training.train.train_and_evaluate", fail)
     monkeypatch.setattr(main, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(config=config, workdir=None)))
     monkeypatch.setattr(main, "exit_on_interrupt", lambda: None)
     assert main.main(["main"]) == 1
