@@ -27,12 +27,12 @@ from gpt_jax.signals import StopSignal
 from gpt_jax.storage.files import StorageError, writing
 from gpt_jax.training import finetune
 from gpt_jax.training.failures import TrainingFailed, remedies
-from gpt_jax.training.history import LAST_CHECKPOINT, NOTHING, check_history, read_recorded
+from gpt_jax.training.history import LAST_CHECKPOINT, NOTHING, Recorded, check_history, read_recorded
 from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.preflight import check_start
 from gpt_jax.training.programs import abstract_state, plan_programs
 from gpt_jax.training.steps import TrainState, init_state
-from gpt_jax.training.trainer import Trainer
+from gpt_jax.training.trainer import Run, Start, Trainer
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signal.Signals | None:
@@ -64,14 +64,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
         failure = stack.enter_context(DeviceFailure(config, workdir, backend))
         if shortage is not None:
             raise failure.ended_by(shortage)
-        kept_tokenizer = finetune.tokenizer_to_keep(config, workdir)
-        expected = None if saved is None else saved["data_fingerprint"]
-        corpus = token_cache.prepare(config.data, config.model.vocab_size, log, kept_tokenizer, expected)
-        if saved is not None:
-            finetune.check_same_tokenizer(workdir, corpus.tokenizer)
-        batches.check_windows(corpus, config.model.block_size, config.data.targets)
+        kept = finetune.tokenizer_to_keep(config, workdir)
+        corpus = open_corpus(config, workdir, kept, saved, log)
         stop.check()
-        model = GPT(ModelConfig.from_config(config.model))
         checkpointer = stack.enter_context(
             Checkpointer(
                 workdir / CHECKPOINTS,
@@ -79,11 +74,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
                 keep_every=config.checkpoint.keep_every or None,
             )
         )
-        state, position = initial_state(config, model, checkpointer, corpus.tokenizer, log)
+        state, position = initial_state(config, checkpointer, corpus.tokenizer, log)
         stop.check()
 
         # Only now is it certain that this config and data are those of the folder: from here on it is written to.
-        is_new = not (workdir / INFO_FILE).exists()
         resume_step = None if position is None else int(state.step)
         info = RunInfo(
             workdir,
@@ -92,64 +86,57 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             backend=str(backend),
             device=backend.device,
             peak_bytes=backend.peak_bytes,
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-            vocabulary=corpus.tokenizer.get_vocab_size(),
-            tokenizer=finetune.FROM_DONOR if kept_tokenizer else config.data.tokenizer or "trained",
-            data=corpus.stats,
             spent_seconds=0.0 if position is None else position["elapsed_seconds"],
+            **facts(config, corpus, state, from_donor=kept is not None),
             **{LAST_CHECKPOINT: resume_step},
-            **({"run_id": run_id} if is_new else {}),
+            **({} if (workdir / INFO_FILE).exists() else {"run_id": run_id}),
         )
         stack.push(functools.partial(finish_if_failed, info, checkpointer))
         save_config(config, workdir, log)
         with writing(workdir / "tokenizer.json"):
             save_tokenizer(corpus.tokenizer, workdir / "tokenizer.json")
         log(f"parameters\n{parameter_table(state.params)}")
-
         writer = stack.enter_context(MetricsWriter(workdir, resume_step, config.log.tensorboard))
-        recorded = NOTHING
-        if resume_step is not None:
-            recorded = read_recorded(workdir, resume_step)
-            text = f"resumed from {resume_step}"
-            if recorded.last_step < resume_step:
-                text += f"; {METRICS_FILE} ends at step {recorded.last_step}, what came between is not in it"
-                log(f"warning: {text}")
-            writer.write(resume_step, "event", {"text": text})
-        trainer = Trainer(
-            config,
-            workdir,
-            backend=backend,
-            programs=programs,
-            corpus=corpus,
-            model=model,
-            state=state,
-            position=position,
-            recorded=recorded,
-            checkpointer=checkpointer,
-            writer=writer,
-            info=info,
-            log=log,
-        )
+        recorded = NOTHING if resume_step is None else take_up(workdir, resume_step, writer, log)
+        run = Run(config, workdir, backend, programs, corpus, checkpointer, writer, info, log)
+        trainer = Trainer(run, Start(state, position, recorded))
         failure.trainer = trainer
         stop.defer()
         stopped_by = trainer.loop(stop)
-        checkpointer.wait()
-        writer.flush()
-        status = "interrupted" if stopped_by else "completed"
-        info.finish(status, peak_flops=trainer.peak_flops, **{LAST_CHECKPOINT: checkpointer.newest})
-        if stopped_by:
-            log(f"stopped by {stopped_by.name} at step {trainer.step}, saved; go on with --workdir={workdir}")
-        with writing(workdir / "report.md"):
-            log(f"report: {write_report(workdir)}")
+        finish(run, trainer, stopped_by)
         return stopped_by
 
 
+def finish(run: Run, trainer: Trainer, stopped_by: signal.Signals | None) -> None:
+    """Ends a run in order: everything on disk, its status in run.json, its report."""
+    run.checkpointer.wait()
+    run.writer.flush()
+    status = "interrupted" if stopped_by else "completed"
+    run.info.finish(status, peak_flops=trainer.peak_flops, **{LAST_CHECKPOINT: run.checkpointer.newest})
+    if stopped_by:
+        run.log(f"stopped by {stopped_by.name} at step {trainer.step}, saved; go on with --workdir={run.workdir}")
+    with writing(run.workdir / "report.md"):
+        run.log(f"report: {write_report(run.workdir)}")
+
+
+def open_corpus(
+    config: ConfigDict, workdir: Path, kept_tokenizer: Path | None, saved: dict[str, Any] | None, log: Log
+) -> token_cache.Corpus:
+    """The data of a run. saved: the position beside its checkpoint, whose data it must be."""
+    expected = None if saved is None else saved["data_fingerprint"]
+    corpus = token_cache.prepare(config.data, config.model.vocab_size, log, kept_tokenizer, expected)
+    if saved is not None:
+        finetune.check_same_tokenizer(workdir, corpus.tokenizer)
+    batches.check_windows(corpus, config.model.block_size, config.data.targets)
+    return corpus
+
+
 def initial_state(
-    config: ConfigDict, model: GPT, checkpointer: Checkpointer, tokenizer: Tokenizer, log: Log
+    config: ConfigDict, checkpointer: Checkpointer, tokenizer: Tokenizer, log: Log
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """The state to go on from, on JAX's default device, and the position saved with it: the run's own checkpoint if it
     has one, else the parameters of `init_from` with a fresh optimizer, else fresh parameters."""
-    optimizer = make_optimizer(config.optimizer)
+    model, optimizer = GPT(ModelConfig.from_config(config.model)), make_optimizer(config.optimizer)
     fresh = functools.partial(init_params, model, config.seed)
     restored = checkpointer.restore_latest(jax.eval_shape(lambda: init_state(fresh(), optimizer)))
     if restored is not None:
@@ -164,6 +151,27 @@ def initial_state(
     else:
         log(f"initialised from scratch with seed {config.seed}")
     return init_state(params, optimizer), None
+
+
+def facts(config: ConfigDict, corpus: token_cache.Corpus, state: TrainState, from_donor: bool) -> dict[str, Any]:
+    """The model and the data of a run, for run.json."""
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "vocabulary": corpus.tokenizer.get_vocab_size(),
+        "tokenizer": finetune.FROM_DONOR if from_donor else config.data.tokenizer or "trained",
+        "data": corpus.stats,
+    }
+
+
+def take_up(workdir: Path, step: int, writer: MetricsWriter, log: Log) -> Recorded:
+    """Reads what is recorded of the step that a run goes on from; notes that it does, and what is missing before."""
+    recorded = read_recorded(workdir, step)
+    text = f"resumed from {step}"
+    if recorded.last_step < step:
+        text += f"; {METRICS_FILE} ends at step {recorded.last_step}, what came between is not in it"
+        log(f"warning: {text}")
+    writer.write(step, "event", {"text": text})
+    return recorded
 
 
 class DeviceFailure:

@@ -11,6 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from gpt_jax.data import batches, token_cache
 from gpt_jax.data.dialogue import Turn
 from gpt_jax.inference.generate import answer
 from gpt_jax.log import Log
-from gpt_jax.model.gpt import GPT
+from gpt_jax.model.gpt import ModelConfig
 from gpt_jax.runs.flops import device_peak_flops, model_flops_utilisation
 from gpt_jax.runs.info import RunInfo
 from gpt_jax.runs.metrics import MetricsWriter
@@ -59,59 +60,74 @@ class PhaseClock:
         return taken
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run: all that stays from its first step to its last."""
+
+    config: ConfigDict
+    workdir: Path
+    backend: Backend
+    programs: Programs
+    corpus: token_cache.Corpus
+    checkpointer: Checkpointer
+    writer: MetricsWriter
+    info: RunInfo
+    log: Log
+
+
+@dataclass(frozen=True)
+class Start:
+    """The point from which a run goes on, in this process.
+
+    position: what was saved beside the state; None for a run without a checkpoint. recorded: what of this step is in
+    the files already.
+    """
+
+    state: TrainState
+    position: dict[str, Any] | None
+    recorded: Recorded
+
+
 class Trainer:
     """One run on its way. The methods are the parts of the loop, `loop` puts them together."""
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        workdir: Path,
-        *,
-        backend: Backend,
-        programs: Programs,
-        corpus: token_cache.Corpus,
-        model: GPT,
-        state: TrainState,
-        position: dict[str, Any] | None,
-        recorded: Recorded,
-        checkpointer: Checkpointer,
-        writer: MetricsWriter,
-        info: RunInfo,
-        log: Log,
-    ) -> None:
-        self.config, self.workdir, self.corpus, self.model = config, workdir, corpus, model
-        self.checkpointer, self.writer, self.info, self.log = checkpointer, writer, info, log
-        self.backend = backend
-        leaves, self.structure = jax.tree.flatten(backend.put(state))
+    def __init__(self, run: Run, start: Start) -> None:
+        config, self.config, self.workdir, self.backend = run.config, run.config, run.workdir, run.backend
+        self.corpus, self.checkpointer, self.writer = run.corpus, run.checkpointer, run.writer
+        self.info, self.log = run.info, run.log
+        self.train_step, self.eval_step, self.diagnostics_step, self.nonfinite_places, self.sampler = run.programs
+
+        leaves, self.structure = jax.tree.flatten(run.backend.put(start.state))
         self.leaves = tuple(leaves)
-        self.step = int(state.step)
-        position = position or {}
+        self.step = int(start.state.step)
+        position = start.position or {}
         self.tokens_seen: int = position.get("tokens_seen", 0)
         best_loss = position.get("best_validation_loss")
         self.best_loss: float | None = best_loss if best_loss is not None and np.isfinite(best_loss) else None
-        self.recorded = recorded
+        self.recorded = start.recorded
         if self.recorded.validation_loss is not None:
             self.note_validation(self.recorded.validation_loss)
         self.elapsed_before: float = position.get("elapsed_seconds", 0.0)
+
         self.started = time.perf_counter()
         self.clock = PhaseClock()
         self.pending: collections.deque = collections.deque()  # (step, metrics on the device)
         self.logged_step, self.logged_time = self.step, time.perf_counter()
         self.step_seconds: float | None = None  # the last measured
         self.trace, self.tracing = contextlib.ExitStack(), False  # JAX's profiler, and whether it runs
+        self.peak_flops = device_peak_flops(run.backend.device["kind"], self._matmul_kind())
 
-        self.train_step, self.eval_step, self.diagnostics_step, self.nonfinite_places, self.sampler = programs
         shape = {
             "block_size": config.model.block_size,
             "batch_size": config.batch_size,
             "targets": config.data.targets,
-            "log": log,
+            "log": run.log,
         }
         self.order = {"seed": config.seed, "targets": config.data.targets}  # what the order of the windows follows from
         self.first_step, self.first_window = self.step, self._windows_seen(position)
-        self.train_batches = batches.windows(corpus.train, seed=config.seed, seen=self.first_window, **shape)
-        self.validation_batches = batches.evaluation_batches(corpus.validation, batches=config.eval.batches, **shape)
-        self.peak_flops = device_peak_flops(backend.device["kind"], self._matmul_kind())
+        self.train_batches = batches.windows(self.corpus.train, seed=config.seed, seen=self.first_window, **shape)
+        validation = self.corpus.validation
+        self.validation_batches = batches.evaluation_batches(validation, batches=config.eval.batches, **shape)
 
     def _windows_seen(self, position: dict[str, Any]) -> int:
         """The number of windows of the endless order that the run has had, by the position of its checkpoint."""
@@ -253,7 +269,8 @@ class Trainer:
         found = self.nonfinite_places(self.state.params, self.train_batches[step - 1 - self.first_step])
         places = [place for place, nonfinite in found.items() if nonfinite]
         # Backward, a bad value spreads towards the input: the layer nearest the output is where it began.
-        layers = [layer for layer in self.model.config.layer_names if not np.isfinite(values[f"grad_norm/{layer}"])]
+        names = ModelConfig.from_config(self.config.model).layer_names
+        layers = [layer for layer in names if not np.isfinite(values[f"grad_norm/{layer}"])]
         place = (places or [f"gradient of {layer}" for layer in reversed(layers)] or ["gradient norm"])[0]
         text = (
             f"step {step}: update skipped, {place} is not finite "

@@ -10,7 +10,6 @@ from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.data import token_cache
 from gpt_jax.data import tokenizer as tk
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.training.finetune import FROM_DONOR, check_same_tokenizer, map_token_rows, tokenizer_to_keep
 from gpt_jax.training.train import initial_state
 
@@ -134,9 +133,8 @@ def test_a_run_on_other_data_starts_from_the_donors_words(donor, words, tmp_path
         config.data.update(cache_dir=str(tmp_path / "cache"), validation_fraction=0.2)
         corpus = token_cache.prepare(config.data, SIZE, lines.append, tokenizer_to_keep(config, tmp_path / "run"))
         assert (corpus.tokenizer.to_str() == words.to_str()) == kept
-    model = GPT(ModelConfig.from_config(config.model))
     with Checkpointer(tmp_path / "run" / "checkpoints", keep_last=1, keep_every=None) as checkpointer:
-        state, _ = initial_state(config, model, checkpointer, corpus.tokenizer, lines.append)
+        state, _ = initial_state(config, checkpointer, corpus.tokenizer, lines.append)
     assert "are the donor's too and take its rows" in lines[-1]
     lamp, ladder = words.get_vocab(), corpus.tokenizer.get_vocab()
     saved = parameters(SIZE, 1)["wte"]
