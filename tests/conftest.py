@@ -62,7 +62,14 @@ LONGEST = (
         "test_matmul",
     ),
     # Their kernels are those of the first: by now the driver's cache has them.
-    *("test_train_vulkan", "test_ops_in_training", "test_references", "test_data", "test_jit", "test_optimizer"),
+    *(
+        "test_train_vulkan",
+        "test_ops_in_training",
+        "test_references",
+        "test_default_corpus",
+        "test_jit",
+        "test_optimizer",
+    ),
     *("test_model", "test_train_early", "test_checkpoint_damage", "test_corpus", "test_sample", "test_notebooks"),
     "test_checkpoint",
 )
