@@ -99,10 +99,10 @@ def _plan_kernel_op(step: Step, node: Node, device: "Device") -> PlannedStep:
         plan = make_plan(device, node.call, inputs, outputs)
     except (ValueError, FeatureError) as error:
         raise type(error)(f"{error}: {node.source}") from None
-    dispatches = []
+    call, dispatches = describe_call(node.op, inputs), []
     for dispatch in plan.dispatches:
         name = f"{dispatch.kernel}.{dispatch.variant}" if dispatch.variant else dispatch.kernel
-        label = f"{name} of {describe_call(node.op, inputs)}"
+        label = f"{name} of {call}"
         writes = kernel_of(device, dispatch).writable
         launched = dispatch.operands, writes, dispatch.groups, dispatch.push_constants
         dispatches.append(PlannedDispatch(label, dispatch, *launched, dispatch.disjoint_writes))

@@ -6,7 +6,7 @@ another one.
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vk_kernels.compiler.op_registry import kernel_op
@@ -15,6 +15,8 @@ from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.dispatch_plan import Plan, kernel_of
 from vk_kernels.runtime.open_devices import open_device
+
+_MOST_SHOWN = 8  # arrays of a call, in messages and labels: an optimizer's has hundreds
 
 
 class CallSite(NamedTuple):
@@ -65,7 +67,7 @@ def make_plan(device: Device, call: bytes, inputs: tuple[ArraySpec, ...], output
     op, parameters, site = decode_call(call)
     what = f"{describe_call(op, inputs)} on {device.info.name}"
     options = {"variant": site.variant} if site.variant else {}
-    _check_sizes(device, what, [(str(array), array.nbytes) for array in (*inputs, *outputs)])
+    _check_sizes(device, what, [(array, array.nbytes) for array in (*inputs, *outputs)])
     try:
         plan = kernel_op(op).planner(device.info, inputs, outputs, **parameters, **options)
         for dispatch in plan.dispatches:
@@ -78,7 +80,7 @@ def make_plan(device: Device, call: bytes, inputs: tuple[ArraySpec, ...], output
     return plan
 
 
-def _check_sizes(device: Device, what: str, sizes: Sequence[tuple[str, int]]) -> None:
+def _check_sizes(device: Device, what: str, sizes: Sequence[tuple[object, int]]) -> None:
     limit = device.limits.storage_buffer_range
     for name, nbytes in sizes:
         if nbytes > limit:
@@ -88,6 +90,8 @@ def _check_sizes(device: Device, what: str, sizes: Sequence[tuple[str, int]]) ->
             )
 
 
-def describe_call(op: str, inputs: Iterable[object]) -> str:
-    """The call for messages: op(dtype[shape], ...)."""
-    return f"{op}({', '.join(map(str, inputs))})"
+def describe_call(op: str, inputs: Sequence[object]) -> str:
+    """The call for messages: op(dtype[shape], ...), of many arrays the first ones."""
+    shown = ", ".join(map(str, inputs[:_MOST_SHOWN]))
+    more = len(inputs) - _MOST_SHOWN
+    return f"{op}({shown} and {more} more)" if more > 0 else f"{op}({shown})"
