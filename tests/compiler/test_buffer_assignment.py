@@ -11,9 +11,11 @@ from vk_kernels.compiler.buffer_assignment import (
     place_in_arena,
     share_memory,
     step_accesses,
+    update_in_place,
 )
 from vk_kernels.compiler.ir import Value
 from vk_kernels.compiler.partition import Partition, Step
+from vk_kernels.runtime.dispatch_plan import Update
 
 F32 = np.dtype(np.float32)
 
@@ -91,3 +93,54 @@ def test_scratch_shares_the_arena_with_what_does_not_live_then():
     _, slices, nbytes = assigned([x], [step([x], [a]), step([a], [b]), step([b], [c], scratch=[256])], [c], [False])
     assert slices[2, 0].index == slices[a].index
     assert nbytes == 512
+
+
+def updating(inputs, outputs):
+    """A step whose first output is its first input, updated: a copy, then what changes it."""
+    copy = PlannedDispatch("copy", b"", (0, len(inputs)), (False, True), (1, 1, 1))
+    numbers = (*range(1, len(inputs)), *range(len(inputs), len(inputs) + len(outputs)))
+    change = PlannedDispatch("change", b"", numbers, tuple(i >= len(inputs) for i in numbers), (1, 1, 1))
+    made = Step(tuple(inputs), tuple(outputs), 0)
+    return PlannedStep(made, (copy, change), (), frozenset(), (Update(0, 0, copy=0),))
+
+
+def labels(steps):
+    return [[one.label for one in step.dispatches] for step in steps]
+
+
+def updated(inputs, steps, outputs, donated):
+    return update_in_place(Partition(tuple(inputs), {}, [s.step for s in steps], tuple(outputs)), steps, donated)
+
+
+def test_updates_of_a_donated_input_one_after_the_other_are_one_array():
+    x, y, z = value(), value(), value()
+    partition, steps = updated([x], [updating([x], [y]), updating([y], [z])], [z], [True])
+    assert labels(steps) == [["change"], ["change"]]
+    assert partition.outputs == (x,)
+    assert [one.step.outputs for one in steps] == [(x,), (x,)]
+
+
+@pytest.mark.parametrize("case", ["kept by the caller", "read later", "an output too"])
+def test_an_update_copies_what_is_still_needed(case):
+    x, y, z = value(), value(), value()
+    later = [step([x], [z])] if case == "read later" else []
+    outputs = [y, x] if case == "an output too" else [y, *(z for _ in later)]
+    partition, steps = updated([x], [updating([x], [y]), *later], outputs, [case != "kept by the caller"])
+    assert labels(steps)[0] == ["copy", "change"]
+    assert partition.outputs == tuple(outputs)
+
+
+def test_a_reader_before_the_update_does_not_keep_the_array():
+    x, y, z = value(), value(), value()
+    partition, steps = updated([x], [step([x], [z]), updating([x], [y])], [y, z], [True])
+    assert labels(steps)[1] == ["change"]
+    found, slices, _ = assigned([x], steps, partition.outputs, [True])
+    assert (found.aliases[0], slices[x].space, found.copied) == (0, "input", [])
+
+
+def test_an_update_of_what_was_made_here_shares_its_memory():
+    x, y, z = value(), value(), value()
+    partition, steps = updated([x], [step([x], [y]), updating([y], [z])], [z], [False])
+    assert labels(steps) == [["d"], ["change"]]
+    _, slices, nbytes = assigned([x], steps, partition.outputs, [False])
+    assert (slices[y].space, nbytes) == ("output", 0)

@@ -2,19 +2,19 @@
 
 An output lies in the memory of a donated input where nothing is read there any more when it is written; where that
 cannot be, it is copied there in the end. What only steps need lies in the arena, and what one dispatch alone reads last
-may give its memory to what that dispatch writes. In order: `alias_outputs`, `find_lifetimes`, `share_memory`,
-`place_in_arena`.
+may give its memory to what that dispatch writes. What updates an array writes to that array's own memory, if nobody
+needs it as it was. In order: `update_in_place`, `alias_outputs`, `find_lifetimes`, `share_memory`, `place_in_arena`.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from vk_kernels.compiler import arena
 from vk_kernels.compiler.ir import Value
 from vk_kernels.compiler.list_schedule import Access
 from vk_kernels.compiler.partition import Partition, Step
-from vk_kernels.runtime.dispatch_plan import Dispatch
+from vk_kernels.runtime.dispatch_plan import Dispatch, Update
 from vk_kernels.runtime.program import BufferSlice
 
 Slices = dict[Hashable, BufferSlice]  # of a Value, or of scratch: (number of the step, number of the scratch)
@@ -44,6 +44,7 @@ class PlannedStep:
     dispatches: tuple[PlannedDispatch, ...]
     scratch: tuple[int, ...]
     shareable: frozenset[tuple[int, int]]  # (input, output) numbers of the step that may be the same memory
+    updates: tuple[Update, ...] = ()
 
     def in_place(self, donor: Value, value: Value) -> bool:
         """Whether an input and an output of the step may be the same memory."""
@@ -54,6 +55,39 @@ def memory_of(index: int, planned: PlannedStep) -> list[Hashable]:
     """The memory that a step's dispatches number: its inputs, its outputs, its scratch."""
     scratch = ((index, number) for number in range(len(planned.scratch)))
     return [*planned.step.inputs, *planned.step.outputs, *scratch]
+
+
+def update_in_place(
+    partition: Partition, planned: Sequence[PlannedStep], donated: Sequence[bool]
+) -> tuple[Partition, list[PlannedStep]]:
+    """Makes one value of an array and its update, where no later step reads the array and the program may write to it.
+
+    The dispatch that copies the one to the other is gone then.
+    """
+    last_reads = {value: i for i, step in enumerate(planned) for value in step.step.inputs}
+    kept = {value for value, is_donated in zip(partition.inputs, donated, strict=True) if not is_donated}
+    kept |= {*partition.constants, *partition.outputs}
+    memory: dict[Value, Value] = {}  # of an update: the array that it began as
+    found = []
+    for i, step in enumerate(planned):
+        inputs, outputs, left_out = step.step.inputs, step.step.outputs, set()
+        for update in step.updates:
+            array = inputs[update.input]
+            if array not in kept and last_reads[array] == i and inputs.count(array) == 1:
+                memory[outputs[update.output]] = memory.get(array, array)
+                left_out.add(update.copy)
+        found.append(
+            replace(
+                step,
+                step=replace(step.step, inputs=_at(memory, inputs), outputs=_at(memory, outputs)),
+                dispatches=tuple(one for n, one in enumerate(step.dispatches) if n not in left_out),
+            )
+        )
+    return replace(partition, outputs=_at(memory, partition.outputs)), found
+
+
+def _at(memory: Mapping[Value, Value], values: Iterable[Value]) -> tuple[Value, ...]:
+    return tuple(memory.get(value, value) for value in values)
 
 
 class Outputs(NamedTuple):
@@ -90,7 +124,9 @@ def alias_outputs(partition: Partition, planned: Sequence[PlannedStep], donated:
     donors: dict[tuple, list[int]] = {}
     for value, i in numbers.items():
         donors.setdefault((value.shape, value.dtype), []).append(i)
-    makers = {value: i for i, step in enumerate(planned) for value in step.step.outputs}
+    makers: dict[Value, int] = {}  # the first steps that write them
+    for i, step in enumerate(planned):
+        makers = dict.fromkeys(step.step.outputs, i) | makers
     last_reads = {value: i for i, step in enumerate(planned) for value in step.step.inputs}
 
     def overwrites(value: Value, donor: Value) -> bool:
@@ -171,7 +207,7 @@ def share_memory(planned: Sequence[PlannedStep], lives: Lifetimes, known: Mappin
         made = memory_of(index, step)[len(step.step.inputs) :]
         sizes = [*(value.nbytes for value in step.step.outputs), *step.scratch]
         for x, nbytes in zip(made, sizes, strict=True):
-            if x in known:
+            if x in known or x in blocks.numbers:
                 continue
             shares = (y for y in donors if isinstance(x, Value) and step.in_place(y, x) and lives.passes_on(y, x))
             donor = next(shares, None)

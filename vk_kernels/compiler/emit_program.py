@@ -13,6 +13,7 @@ from vk_kernels.compiler.buffer_assignment import (
     place_in_arena,
     share_memory,
     step_accesses,
+    update_in_place,
 )
 from vk_kernels.compiler.codegen import cache, kernels
 from vk_kernels.compiler.cost import step_flops
@@ -34,6 +35,7 @@ _COPIES = 32  # of outputs, that one kernel does
 def make_program(partition: Partition, device: "Device", donated: Sequence[bool]) -> Program:
     """Raises ValueError or FeatureError for what the kernels or the device cannot do, naming the line."""
     planned = [_plan(step, device) for step in partition.steps]
+    partition, planned = update_in_place(partition, planned, donated)
     block = device.memory.largest(sliced=True)[0] // arena.ALIGNMENT * arena.ALIGNMENT
     outputs = alias_outputs(partition, planned, donated)
     accesses = [step_accesses(index, step, outputs.slices) for index, step in enumerate(planned)]
@@ -106,7 +108,7 @@ def _plan_kernel_op(step: Step, node: Node, device: "Device") -> PlannedStep:
         writes = kernel_of(device, dispatch).writable
         launched = dispatch.operands, writes, dispatch.groups, dispatch.push_constants
         dispatches.append(PlannedDispatch(label, dispatch, *launched, dispatch.disjoint_writes))
-    return PlannedStep(step, tuple(dispatches), plan.scratch, frozenset())
+    return PlannedStep(step, tuple(dispatches), plan.scratch, frozenset(), plan.updates)
 
 
 def _copy(copies: Sequence[tuple[BufferSlice, BufferSlice, Value]]) -> list[Command]:

@@ -74,6 +74,13 @@ def dispatch(
     )
 
 
+def copy_dispatch(array: ArraySpec, source: int, target: int) -> Dispatch:
+    """Copies one operand to another, both like `array`, f32 or bf16."""
+    groups = ceil_divide(array.size, 4 * THREADS)
+    count = {"count": array.size}
+    return dispatch("copy_array", dtype_suffix(array), groups, constants=count, input=source, output=target)
+
+
 def operands_of(inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec]) -> tuple[range, range, int]:
     """The indices of the inputs and of the outputs in (*inputs, *outputs, *scratch), and that of the first scratch."""
     end = len(inputs) + len(outputs)
@@ -98,6 +105,19 @@ def has_lanes(info: "DeviceInfo", count: int) -> bool:
     """Whether a kernel can have subgroups of so many lanes."""
     smallest, largest = info.limits.subgroup_size_range
     return smallest == largest == count or (info.limits.subgroup_size_selectable and smallest <= count <= largest)
+
+
+def has_teams(info: "DeviceInfo", lanes: int, needs: Mapping[str, Any]) -> bool:
+    """Whether the device runs a kernel in which `lanes` threads side by side shuffle. needs: its manifest entry."""
+    features = {*needs["features"], "computeFullSubgroups"}
+    smallest, largest = info.limits.subgroup_size_range
+    whole = needs["workgroup"][0] % largest == 0
+    return (
+        smallest >= lanes
+        and whole
+        and features <= info.features.names
+        and (needs["shared_bytes"] <= info.limits.shared_memory)
+    )
 
 
 def require_plain(variant: str | None) -> None:

@@ -8,7 +8,7 @@ recording of a whole program.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.kernel import Spec
@@ -38,6 +38,18 @@ class Dispatch:
     disjoint_writes: tuple[int, ...] = ()
 
 
+class Update(NamedTuple):
+    """An output that is an input, some of it written anew.
+
+    input, output: their numbers, among inputs and among outputs. copy: the number of the dispatch that copies the one
+    to the other; the dispatches after it know the output alone. Where both are one memory, it is left out.
+    """
+
+    input: int
+    output: int
+    copy: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """Dispatches in order, each after the ones whose results it reads; `scratch` holds bytes a buffer.
@@ -47,6 +59,7 @@ class Plan:
 
     dispatches: tuple[Dispatch, ...]
     scratch: tuple[int, ...] = ()
+    updates: tuple[Update, ...] = ()
 
 
 def check_operands(plan: Plan, inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec]) -> None:

@@ -194,6 +194,19 @@ def _attention(q, k, v, rng=None, scale=None, cap=None, dropout_rate=0.0, site=0
     return (jnp.einsum("bhqk,bkhd->bqhd", weights, v),)
 
 
+def _decode_attention(qkv, cache, positions, scale=None, cap=None):
+    length, head_dim = cache.shape[1], cache.shape[-1]
+    places = jnp.arange(length, dtype=jnp.int32)[None]  # (1, T)
+    new = (places == positions[:, None])[..., None, None, None]
+    cache = jnp.where(jnp.broadcast_to(new, cache.shape), jnp.broadcast_to(qkv[:, None, 1:], cache.shape), cache)
+    scores = jnp.einsum("bhd,bkhd->bhk", qkv[:, 0], cache[:, :, 0]) * (
+        1 / math.sqrt(head_dim) if scale is None else scale
+    )
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+    weights = jax.nn.softmax(jnp.where((places <= positions[:, None])[:, None], scores, -1e300), axis=-1)
+    return jnp.einsum("bhk,bkhd->bhd", weights, cache[:, :, 1]), cache
+
+
 def _embedding(table, ids):
     inside = (ids >= 0) & (ids < len(table))
     return (jnp.where(inside[..., None], table[jnp.where(inside, ids, 0)], jnp.nan),)
@@ -229,6 +242,14 @@ def _adamw(*operands, decay, b1, b2, epsilon, weight_decay, clip_norm, shadow=Fa
     old = *old[:size], *old[2 * size :], count  # without the gradients
     new = [jnp.where(finite, x, y) for x, y in zip((*params, *mus, *nus, next_count), old, strict=True)]
     return *new, norm, finite.astype(norm.dtype), *(new[:size] if shadow else ())
+
+
+def _decode_operands(sizes: Sizes, dtype: np.dtype) -> Operands:
+    """Texts that are empty, full, and of lengths between."""
+    head_dim, texts = sizes.width // sizes.heads, sizes.batch
+    qkv = numbers((texts, 3, sizes.heads, head_dim), dtype, 1)
+    cache = numbers((texts, sizes.length, 2, sizes.heads, head_dim), dtype, 2)
+    return qkv, cache, np.linspace(0, sizes.length - 1, texts).astype(np.int32)
 
 
 _DROPOUT = {"dropout_rate": 0.1, "site": 3}
@@ -273,6 +294,18 @@ CASES = (
         differentiable=(0, 1, 2),
     ),
     OpCase(
+        "matmul",
+        "few rows, bias, gelu",
+        lambda s, t: (
+            _hidden(s, t, 1)[:, 0],
+            _weights(s.width, 4 * s.width, t, 2).T.copy(),
+            numbers((4 * s.width,), t, 3),
+        ),
+        _matmul,
+        {"activation": "gelu", "transposed": True},
+        differentiable=(0, 1, 2),
+    ),
+    OpCase(
         "layer_norm",
         "",
         lambda s, t: (_hidden(s, t, 1), *_parameters(s)),
@@ -310,6 +343,7 @@ CASES = (
         {"cap": 30.0, **_DROPOUT},
         differentiable=(0,),
     ),
+    OpCase("decode_attention", "cap", _decode_operands, _decode_attention, {"cap": 30.0}),
     OpCase("gelu", "", lambda s, t: (_hidden(s, t, 1),), _gelu, differentiable=(0,)),
     OpCase(
         "dropout",

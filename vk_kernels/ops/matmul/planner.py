@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vk_kernels.compiler.ir import Node
 from vk_kernels.ops.dropout import dropout_scale, dropout_threshold
+from vk_kernels.ops.matmul.few_rows import FewRows, plan_few_rows
 from vk_kernels.ops.matmul.gemm import Epilogue, Matrix, matrix, plan_column_sums, plan_epilogue, plan_gemm
 from vk_kernels.ops.matmul.reference import check_activation
 from vk_kernels.ops.planning import planner
@@ -44,12 +45,15 @@ def plan_matmul_forward(
     for name, operand in (("bias", bias), ("residual", residual)):
         if operand is not None and inputs[operand].dtype != x.dtype:
             raise ValueError(f"matmul: {name} must be {x.dtype.name} as x is, found {inputs[operand]}")
+    pre_activation = None if activation is None else y + 1
+    drop = _dropout_step(next(optional, None), dropout_rate, site)
+    if transposed and not drop and variant in (None, "plain"):
+        product = FewRows(0, 1, y, bias, residual, pre_activation, activation == "gelu")
+        rows = ArraySpec((x.rows, x.columns), x.dtype)
+        if (plan := plan_few_rows(info, rows, inputs[1], product)) is not None:
+            return plan
     epilogue = Epilogue(
-        bias=bias,
-        save_pre_activation=None if activation is None else y + 1,
-        gelu=activation == "gelu",
-        residual=residual,
-        **_dropout_step(next(optional, None), dropout_rate, site),
+        bias=bias, save_pre_activation=pre_activation, gelu=activation == "gelu", residual=residual, **drop
     )
     scratch = len(inputs) + len(outputs)
     options = {"transpose_b": transposed, "scratch": scratch, "variant": variant}
