@@ -10,7 +10,8 @@ import numpy as np
 
 from gpt_jax.config import FIELDS, Field
 from gpt_jax.errors import UserError
-from vk_kernels.ops.draw_tokens import GENERATED, IN_PROMPT, Controls, draw_tokens_reference, log_probabilities
+from vk_kernels.ops import Controls, draw_tokens
+from vk_kernels.ops.draw_tokens import GENERATED, IN_PROMPT, log_probabilities
 
 MOST_ALTERNATIVES = 20  # of a token, as in OpenAI's API
 
@@ -124,7 +125,7 @@ def draw(
     and cuts: vLLM's default (logprobs_mode 'raw_logprobs'), and what clients of OpenAI's API use them for. So the
     token drawn need not be among the likeliest ones.
     """
-    tokens, logprobs = draw_tokens_reference(logits, seen, seeds, positions, controls)
+    tokens, logprobs = draw_tokens(logits, seen, seeds, positions, controls)
     if not alternatives:
         none = (tokens.shape[0], 0)
         return Draw(tokens, logprobs, jnp.zeros(none, jnp.int32), jnp.zeros(none, jnp.float32))

@@ -108,9 +108,11 @@ def noise(seed: int, position: int, vocab_size: int) -> np.ndarray:
             key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
         return counter
 
+    key = [seed, int.from_bytes(b"DRAW")]
+
     def half(token: int, part: int) -> int:
-        word = philox([token // 8, position, part, 0], [seed, int.from_bytes(b"DRAW")])[token % 8 // 2]
-        return word >> 16 if token % 2 else word % 2**16
+        word = philox([token // 256 * 32 + token % 32, position, part, 0], key)[token // 64 % 4]
+        return word >> 16 if token // 32 % 2 else word % 2**16
 
     bits = np.array([half(token, 0) * 2**16 + (half(token, 1) | 1) for token in range(vocab_size)])
     return -np.log(-np.log1p(-np.minimum(bits / 2**32, 1 - 2**-24)))

@@ -7,6 +7,7 @@ from vk_kernels.ops.attention.dot_product_attention import dot_product_attention
 from vk_kernels.ops.attention.reference import attention_scores
 from vk_kernels.ops.cross_entropy.api import linear_cross_entropy
 from vk_kernels.ops.cross_entropy.reference import IGNORED
+from vk_kernels.ops.draw_tokens import Controls, Drawn, draw_tokens
 from vk_kernels.ops.dropout import dropout
 from vk_kernels.ops.embedding import embedding
 from vk_kernels.ops.gelu import gelu
@@ -16,11 +17,14 @@ from vk_kernels.ops.matmul.api import matmul
 
 __all__ = [
     "IGNORED",
+    "Controls",
+    "Drawn",
     "adamw",
     "attention",
     "attention_scores",
     "decode_attention",
     "dot_product_attention",
+    "draw_tokens",
     "dropout",
     "embedding",
     "gelu",

@@ -4,19 +4,32 @@ Random bits are a pure function of (seed, position, token), so that a text is th
 batch and however many tokens are drawn in a submission.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vk_kernels.bridge.primitive import make_primitive, vary_alike
+from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.ops.philox import DRAWS_PER_BLOCK, philox4x32
+from vk_kernels.ops.planning import dispatch, has_lanes, operands_of, planner, require_plain
+from vk_kernels.ops.public import check_arrays, public
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Plan
+from vk_kernels.runtime.kernel import manifest
+
+if TYPE_CHECKING:
+    from vk_kernels.runtime.physical_device import DeviceInfo
 
 SITE = 0x44524157  # of these bits in Philox's key: no use of dropout has it
 IN_PROMPT = 1  # of an element of `seen`: the token is in the prompt
 GENERATED = 2  # of an element of `seen`: what each time that it was generated adds
 LARGEST = float(np.finfo(np.float32).max)
 _UNBOUNDED = np.int32(2**31 - 1)  # above the bits of every distance
+_LANES = 32  # of a subgroup of the wide kernel
+_NEIGHBOURS = 32  # tokens whose bits come from as many blocks
 
 
 class Controls(NamedTuple):
@@ -38,6 +51,9 @@ class Controls(NamedTuple):
     top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
+
+
+_CONTROL_TYPES = {name: jnp.int32 if name == "top_k" else jnp.float32 for name in Controls._fields}
 
 
 class Drawn(NamedTuple):
@@ -123,16 +139,18 @@ def _farthest(distance: jax.Array, weights: jax.Array, share: jax.Array) -> jax.
 def log_probabilities(logits: jax.Array) -> jax.Array:
     """The logarithm of the softmax, f32 (B, V)."""
     below = logits - jnp.maximum(logits.max(axis=-1, keepdims=True), -LARGEST)
-    return below - jnp.log(jnp.exp(below).sum(axis=-1, keepdims=True))
+    total = jnp.exp(below).sum(axis=-1, keepdims=True)
+    return below - jnp.log(jnp.maximum(total, 1))  # less only where no token is possible
 
 
 def gumbel(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array:
     """Standard Gumbel noise for each token, f32 (B, vocab_size): -log(-log(1 - v)).
 
     v is uniform in [2**-32, 1 - 2**-24], where f32 holds it in steps of 2**-31: the near end decides for rare tokens.
-    Token 8i + 2w + h takes the upper 16 of its 32 bits from half h (0 = low) of word w of the Philox block with
-    counter (i, position, 0, 0) and key (seed, SITE), and the lower 16 from counter (i, position, 1, 0): a kernel needs
-    the second block only for tokens that the first leaves in the race.
+    Of each 256 tokens from 256 g on, number 32 (2 w + h) + i takes the upper 16 of its 32 bits from half h (0 = low) of
+    word w of the Philox block with counter (32 g + i, position, 0, 0) and key (seed, SITE), and the lower 16 from
+    counter (32 g + i, position, 1, 0): 32 threads read neighbours, each with a block of its own, and make the second
+    one only for tokens that the first leaves in the race.
     """
     upper, lower = (_random_uint16(seeds, positions, vocab_size, part) for part in (0, 1))
     v = upper.astype(jnp.float32) * 2.0**-16 + (lower | 1).astype(jnp.float32) * 2.0**-32
@@ -141,16 +159,80 @@ def gumbel(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax.Array
 
 def _random_uint16(seeds: jax.Array, positions: jax.Array, vocab_size: int, part: int) -> jax.Array:
     """16 random bits for each token, as uint32 (B, vocab_size)."""
-    batch, blocks = seeds.shape[0], -(-vocab_size // DRAWS_PER_BLOCK)
-    grid = (batch, blocks)
+    groups = -(-vocab_size // (_NEIGHBOURS * DRAWS_PER_BLOCK))
+    grid = (seeds.shape[0], groups, _NEIGHBOURS)
+    first, neighbour = (jax.lax.broadcasted_iota(jnp.uint32, grid, axis) for axis in (1, 2))
     counter = (
-        jax.lax.broadcasted_iota(jnp.uint32, grid, 1),
-        jnp.broadcast_to(positions.astype(jnp.uint32)[:, None], grid),
+        first * _NEIGHBOURS + neighbour,
+        jnp.broadcast_to(positions.astype(jnp.uint32)[:, None, None], grid),
         jnp.full(grid, part, jnp.uint32),
         jnp.zeros(grid, jnp.uint32),
     )
-    words = philox4x32(counter, (jnp.broadcast_to(seeds[:, None], grid), jnp.uint32(SITE)))
+    words = philox4x32(counter, (jnp.broadcast_to(seeds[:, None, None], grid), jnp.uint32(SITE)))
     # The barrier keeps XLA from computing a whole block again for each of the eight tokens it decides.
     words = jax.lax.optimization_barrier(words)
     halves = [half for word in words for half in (word & jnp.uint32(0xFFFF), word >> 16)]
-    return jnp.stack(halves, axis=-1).reshape(batch, blocks * DRAWS_PER_BLOCK)[:, :vocab_size]
+    return jnp.stack(halves, axis=2).reshape(grid[0], -1)[:, :vocab_size]
+
+
+@planner
+def plan_draw_tokens(
+    info: "DeviceInfo", inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec], *, variant: str | None = None
+) -> Plan:
+    """inputs: logits, seen, seeds, positions, and those of Controls; outputs: those of Drawn. See `draw_tokens`.
+
+    Raises:
+      ValueError: rows without a token.
+    """
+    require_plain(variant)
+    (logits, seen, seeds, positions, *controls), (tokens, logprobs), _ = operands_of(inputs, outputs)
+    rows, columns = inputs[logits].shape
+    if rows == 0:
+        return Plan(())
+    if columns == 0:
+        raise ValueError(f"logits must be of a token or more, found {inputs[logits]}")
+    wide = manifest()["draw_tokens.wide"]
+    lacks = (set(wide["features"]) | {"computeFullSubgroups"}) - info.features.names
+    is_wide = not lacks and has_lanes(info, _LANES) and wide["workgroup"][0] <= info.limits.workgroup_invocations
+    run = dispatch(
+        "draw_tokens",
+        "wide" if is_wide else "small",
+        rows,
+        constants={"rows": rows, "columns": columns},
+        subgroup_size=_LANES if is_wide else None,
+        logits=logits,
+        seen=seen,
+        seeds=seeds,
+        positions=positions,
+        **dict(zip(Controls._fields, controls, strict=True)),
+        tokens=tokens,
+        logprobs=logprobs,
+    )
+    return Plan((run,))
+
+
+def _reference_of_operands(logits, seen, seeds, positions, *controls):
+    return tuple(draw_tokens_reference(logits, seen, seeds, positions, Controls(*controls)))
+
+
+_OPERANDS = 4 + len(Controls._fields)
+_draw_tokens_primitive = make_primitive(
+    "draw_tokens", _reference_of_operands, KernelOp(plan_draw_tokens, batch_axes=lambda: (True,) * _OPERANDS)
+)
+
+
+@public(draw_tokens_reference)
+def draw_tokens(target, logits, seen, seeds, positions, controls):
+    if jnp.ndim(logits) != 2:
+        raise ValueError(f"draw_tokens: logits must be (B, V), found {jnp.shape(logits)}")
+    rows = jnp.shape(logits)[:1]
+    of_rows = {name: (value, rows, _CONTROL_TYPES[name]) for name, value in controls._asdict().items()}
+    check_arrays(
+        "draw_tokens",
+        logits=(logits, jnp.shape(logits), jnp.float32),
+        seen=(seen, jnp.shape(logits), jnp.int32),
+        seeds=(seeds, rows, jnp.uint32),
+        positions=(positions, rows, jnp.int32),
+        **of_rows,
+    )
+    return Drawn(*_draw_tokens_primitive.bind(*vary_alike(logits, seen, seeds, positions, *controls), target=target))

@@ -161,7 +161,7 @@ def _truths(case: OpCase, draws: Sequence[Operands]) -> list[tuple[Any, Any]]:
             functools.partial(outputs_and_gradients, case.run_truth, case.differentiable),
             compiler_options=QUICK_TO_COMPILE,
         )
-        return [jax.tree.map(np.asarray, function(*map(_exact, operands))) for operands in draws]
+        return [jax.tree.map(np.asarray, function(*jax.tree.map(_exact, operands))) for operands in draws]
 
 
 def _exact(x: np.ndarray) -> np.ndarray:

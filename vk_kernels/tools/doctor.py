@@ -120,7 +120,8 @@ def describe(info: DeviceInfo) -> Iterator[str]:
 
 def variants(case: OpCase, dtype: np.dtype, device: str) -> tuple[str, list[str]]:
     """(the best variant that a device has for a case's shapes, what it lacks for each better one)."""
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.operands(SIZES[VARIANT_SIZE], dtype)]
+    operands = case.operands(SIZES[VARIANT_SIZE], dtype)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
     lacking = []
     for variant in check_ops.VARIANTS:
         with use("vulkan", device=device, variant=variant):

@@ -129,6 +129,29 @@ def _adamw_operands(sizes: Sizes, dtype: np.dtype) -> Operands:
     return *arrays[: 3 * len(shapes)], *seconds, np.int32(4), np.float32(1e-3), np.float32(2.5)
 
 
+SEEDS, PLACES = np.arange(5, 2**32, 2**27, np.uint32), np.arange(32, dtype=np.int32) % 7  # of a token's random bits
+
+
+def _drawing(sizes: Sizes, dtype: np.dtype) -> Operands:
+    """Logits of up to 32 texts, f32 whatever the dtype, and controls that differ from row to row."""
+    rows = sizes.batch
+
+    def cycle(*values: float, dtype: np.dtype = F32) -> np.ndarray:
+        return np.resize(np.array(values, dtype), rows)
+
+    seen = np.random.default_rng(14).integers(0, 8, (rows, sizes.vocab), np.int32)
+    controls = ops.Controls(
+        repetition_penalty=cycle(1, 1.3, 1, 1, 1),
+        presence_penalty=cycle(0, 0.5, 0, 0, 0),
+        frequency_penalty=cycle(0, -0.2, 0, 0, 0),
+        temperature=cycle(1, 0.7, 1.2, 0, 1),
+        top_k=cycle(0, 40, 0, 7, 0, dtype=np.dtype(np.int32)),
+        top_p=cycle(1, 0.95, 0.9, 1, 1),
+        min_p=cycle(0, 0.01, 0, 0, 0.02),
+    )
+    return numbers((rows, sizes.vocab), F32, 1, 3.0), seen, SEEDS[:rows], PLACES[:rows], controls
+
+
 # The truths.
 
 
@@ -216,6 +239,43 @@ def _linear_cross_entropy(x, w, targets, transposed=False):
     logits = x @ (w.T if transposed else w)
     hit = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
     return (jnp.where(targets < 0, 0.0, jax.nn.logsumexp(logits, axis=-1) - hit),)
+
+
+def _draw_tokens(logits, seen, seeds, positions, controls):
+    """By sorting. The noise is that of SEEDS and PLACES."""
+    logprobs = jax.nn.log_softmax(logits)
+    controls = ops.Controls(*(x[:, None] for x in controls))
+    repetition, temperature, k, p = (
+        *(controls.repetition_penalty, jnp.maximum(controls.temperature, 1e-30)),
+        *(controls.top_k, controls.top_p),
+    )
+    scores = jnp.where(seen > 0, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+    times = (seen // 2).astype(scores.dtype)
+    scores = scores - jnp.where(times > 0, controls.presence_penalty, 0) - controls.frequency_penalty * times
+    scores = (scores - scores.max(-1, keepdims=True)) / temperature
+    descending = -jnp.sort(-scores)
+    kth = jnp.take_along_axis(descending, jnp.where(k > 0, k, scores.shape[-1]) - 1, axis=-1)
+    scores = jnp.where(scores >= kth, scores, -jnp.inf)
+    probabilities = jax.nn.softmax(descending, where=descending >= kth)
+    is_out = (jnp.cumsum(probabilities, axis=-1) - probabilities >= p) & (p < 1)
+    smallest = jnp.where(is_out, jnp.inf, descending).min(-1, keepdims=True)
+    kept = (scores >= smallest) & (scores >= jnp.log(controls.min_p))
+    noise = jnp.where(controls.temperature > 0, _gumbel(len(seeds), logits.shape[-1]), 0)
+    tokens = jnp.where(kept, scores + noise, -jnp.inf).argmax(-1)
+    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+
+
+def _gumbel(rows: int, columns: int) -> np.ndarray:
+    """Standard Gumbel noise of the first rows of SEEDS and PLACES, by 32 bits a token."""
+    groups = -(-columns // 256)
+    noise = []
+    for seed, place in zip(SEEDS[:rows], PLACES[:rows], strict=True):
+        bits = random_bits(np.array([seed, 0]), 0x44524157, (2, place + 1, groups * 256))[:, place]
+        # Blocks of 8 neighbours here, of 8 that are 32 apart there.
+        upper, lower = bits.reshape(2, groups, 32, 8).transpose(0, 1, 3, 2).reshape(2, -1)[:, :columns].astype(np.int64)
+        v = np.minimum((upper * 2**16 + (lower | 1)) / 2**32, 1 - 2**-24)
+        noise.append(-np.log(-np.log1p(-v)))
+    return np.array(noise)
 
 
 def _norm(*arrays):
@@ -383,6 +443,7 @@ CASES = (
         {"transposed": True},
         differentiable=(0, 1),
     ),
+    OpCase("draw_tokens", "", _drawing, _draw_tokens),
     OpCase(
         "global_norm",
         "",
