@@ -15,8 +15,12 @@ from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from vk_kernels.errors import DeviceLostError
 
 MODEL = GPT(ModelConfig(vocab_size=270, block_size=10, num_layers=1, num_heads=2, embed_dim=16))
-PARAMS = jax.jit(init_params, static_argnums=(0, 1))(MODEL, 3)
 KEY = jax.random.key(0)
+
+
+@functools.cache  # not when the file is imported, which every selection of tests does
+def parameters():
+    return jax.jit(init_params, static_argnums=(0, 1))(MODEL, 3)
 
 
 @jax.jit
@@ -30,13 +34,13 @@ BLOCK = 6  # tokens that are kept in view
 def logits_after(ids: list[int]) -> np.ndarray:
     """Logits after a text without padding, a program for each length."""
     view = jnp.asarray([ids[-BLOCK:]])
-    return np.asarray(next_token_logits(PARAMS, view, jnp.array([view.shape[1] - 1])))[0]
+    return np.asarray(next_token_logits(parameters(), view, jnp.array([view.shape[1] - 1])))[0]
 
 
 def test_greedy_follows_the_argmax_of_the_last_block_of_tokens():
     prompts = [[5, 6, 7], [9] * 14]
     generated = generate(
-        make_sampler(MODEL, 0.0, 0), PARAMS, prompts, block_size=BLOCK, end_tokens=(), max_tokens=8, key=KEY
+        make_sampler(MODEL, 0.0, 0), parameters(), prompts, block_size=BLOCK, end_tokens=(), max_tokens=8, key=KEY
     )
     for prompt, new in zip(prompts, generated, strict=True):
         text = list(prompt)
@@ -48,7 +52,7 @@ def test_greedy_follows_the_argmax_of_the_last_block_of_tokens():
 
 
 def test_top_k_draws_only_from_the_largest_and_from_all_of_them():
-    params = jax.tree.map(lambda leaf: leaf * 4, PARAMS)  # not all but uniform
+    params = jax.tree.map(lambda leaf: leaf * 4, parameters())  # not all but uniform
     draw = jax.jit(functools.partial(next_token, model=MODEL, temperature=1.0, top_k=3))
     tokens, last = jnp.array([[4, 8]]), jnp.array([1])
     drawn = {int(draw(params, tokens, last, jax.random.key(i))[0]) for i in range(60)}
@@ -60,16 +64,16 @@ def test_top_k_draws_only_from_the_largest_and_from_all_of_them():
 def test_the_same_key_gives_the_same_text_and_another_key_another():
     sampler = make_sampler(MODEL, 1.0, 0)
     options = {"block_size": 10, "end_tokens": (), "max_tokens": 8}
-    one, again = (generate(sampler, PARAMS, [[1, 2]], key=KEY, **options) for _ in range(2))
-    other = generate(sampler, PARAMS, [[1, 2]], key=jax.random.key(9), **options)
+    one, again = (generate(sampler, parameters(), [[1, 2]], key=KEY, **options) for _ in range(2))
+    other = generate(sampler, parameters(), [[1, 2]], key=jax.random.key(9), **options)
     assert one == again != other
 
 
 def test_a_row_ends_at_its_end_token_while_others_go_on():
     sampler = make_sampler(MODEL, 0.0, 0)
-    [free] = generate(sampler, PARAMS, [[1, 2]], block_size=10, end_tokens=(), max_tokens=6, key=KEY)
+    [free] = generate(sampler, parameters(), [[1, 2]], block_size=10, end_tokens=(), max_tokens=6, key=KEY)
     prompts = [[1, 2], [1, 2, *free[:1]]]
-    ended = generate(sampler, PARAMS, prompts, block_size=10, end_tokens=(free[2],), max_tokens=6, key=KEY)
+    ended = generate(sampler, parameters(), prompts, block_size=10, end_tokens=(free[2],), max_tokens=6, key=KEY)
     stop = free.index(free[2])
     assert ended[0] == free[: stop + 1]
     assert ended[1][-1] == free[2] or len(ended[1]) == 6

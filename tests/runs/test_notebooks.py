@@ -4,9 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from synthetic_run import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +26,9 @@ CASES: dict[str, Callable[[Path], dict[str, str]]] = {"loss_curves.ipynb": two_r
 
 @pytest.mark.parametrize("name", CASES)
 def test_notebook_runs(name, tmp_path, monkeypatch):
+    import nbformat  # here: it takes seconds, and every selection of tests imports this file
+    from nbclient import NotebookClient
+
     for variable, value in CASES[name](tmp_path).items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the kernel starts in notebooks/
@@ -42,6 +43,8 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
 
 
 def test_every_notebook_is_run_and_stored_without_output():
+    import nbformat
+
     stored = sorted(NOTEBOOKS.glob("*.ipynb"))
     assert [path.name for path in stored] == sorted(CASES)
     for path in stored:
