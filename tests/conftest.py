@@ -71,7 +71,7 @@ LONGEST = (
         "test_optimizer",
     ),
     *("test_model", "test_train_early", "test_checkpoint_damage", "test_corpus", "test_sample", "test_notebooks"),
-    "test_checkpoint",
+    *("test_checkpoint", "test_decoder"),
 )
 
 
