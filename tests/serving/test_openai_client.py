@@ -5,9 +5,13 @@ import threading
 import pytest
 from serving_stub import serve, wait_for
 
-openai = pytest.importorskip("openai")
-
 MESSAGES = [{"role": "user", "content": "a question"}]
+
+
+@pytest.fixture(scope="module")
+def openai():
+    """The client, imported here: it takes seconds, and every selection of tests imports this file."""
+    return pytest.importorskip("openai")
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +21,7 @@ def stub():
 
 
 def client_of(stub, **options):
+    openai = pytest.importorskip("openai")
     return openai.OpenAI(base_url=f"{stub.url}/v1", api_key="none", max_retries=0, timeout=20, **options)
 
 
@@ -40,7 +45,7 @@ def test_answers_streams_and_usage(stub):
         assert text.choices[0].text == "an answer"
 
 
-def test_errors_are_those_of_its_own_classes(stub):
+def test_errors_are_those_of_its_own_classes(openai, stub):
     with client_of(stub) as client:
         with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4' here"):
             client.chat.completions.create(model="gpt-4", messages=MESSAGES)
@@ -54,7 +59,7 @@ def test_errors_are_those_of_its_own_classes(stub):
         client.models.list()
 
 
-def test_a_failure_on_the_way_is_raised():
+def test_a_failure_on_the_way_is_raised(openai):
     def fail(number):
         if number == 2:
             raise MemoryError
