@@ -48,7 +48,10 @@ from gpt_jax.serving.responses import error_body
 
 PAGE = "page.html"
 # The page needs nothing from anywhere, and may reach nothing but this server.
-_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 _CLIENT_LEFT = 499  # as nginx has it: nobody reads this answer
 DEFAULT_COMPLETION = 16  # tokens, as OpenAI has it
 
