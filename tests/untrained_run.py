@@ -13,7 +13,7 @@ from gpt_jax.runs.info import CONFIG_FILE, write_json
 
 def write_untrained_run(folder: Path, steps: int = 2, **changes) -> Path:
     """Writes a run with so many checkpoints, of another seed each; the first has the lowest loss."""
-    config = tiny(folder / "no corpus", model__block_size=32, **changes)
+    config = tiny(folder / "no corpus", **{"model__block_size": 32, **changes})
     folder.mkdir(parents=True)
     write_json(folder / CONFIG_FILE, config.to_dict())
     save(train_tokenizer(["a question and an answer, another question"] * 3, 270), folder / "tokenizer.json")
