@@ -45,7 +45,7 @@ def rematerialize(
             before.setdefault(readers[0], []).extend(nodes)
             for reader in readers:
                 for x in reader.inputs:
-                    if found.root(x) is node.outputs[k]:
+                    if found.base(x) is node.outputs[k]:
                         views, operand = _reshape_like(result, x, node)
                         before[readers[0]] += views
                         known.setdefault(reader, {})[x] = operand
@@ -90,7 +90,7 @@ class _Readers:
     """Who reads each array of a graph, and when. Reshapes are no readers: they are the array itself."""
 
     def __init__(self, graph: Graph):
-        self._roots: dict[Value, Value] = {}
+        self._bases: dict[Value, Value] = {}
         self._order: dict[Node, int] = {}
         self._clock: dict[Node, int] = {}  # kernel ops before a node
         self._readers: dict[Value, list[Node]] = {}
@@ -99,14 +99,14 @@ class _Readers:
             self._order[node], self._clock[node] = i, kernel_ops
             kernel_ops += bool(node.call)
             if node.op == "reshape":
-                self._roots[node.outputs[0]] = self.root(node.inputs[0])
+                self._bases[node.outputs[0]] = self.base(node.inputs[0])
                 continue
-            for x in dict.fromkeys(map(self.root, node.inputs)):
+            for x in dict.fromkeys(map(self.base, node.inputs)):
                 self._readers.setdefault(x, []).append(node)
-        self._kept = {*graph.inputs, *graph.constants, *map(self.root, graph.outputs)}
+        self._kept = {*graph.inputs, *graph.constants, *map(self.base, graph.outputs)}
 
-    def root(self, x: Operand) -> Operand:
-        return self._roots.get(x, x)
+    def base(self, x: Operand) -> Operand:
+        return self._bases.get(x, x)
 
     def late(self, producer: Node, value: Value, distance: int) -> list[Node]:
         """The readers of a value after the longest time without one, if that is long enough."""
@@ -119,7 +119,7 @@ class _Readers:
 
     def outlives(self, x: Value, value: Value) -> bool:
         """Whether `x` is in memory for as long as `value` is read."""
-        x = self.root(x)
+        x = self.base(x)
         return x in self._kept or self._last(x) >= self._last(value)
 
     def _last(self, value: Value) -> int:
