@@ -17,6 +17,7 @@ BAD_INPUT = UserError.exit_code
 def run_main(
     main: Callable[[Sequence[str]], int | None],
     arguments: Sequence[str] = (),
+    more: str = "",
     define: Callable[[], None] = lambda: None,
 ) -> None:
     """`absl.app.run(main)`, with a bad flag, a `UserError` or a failing file turned into one line on stderr.
@@ -24,6 +25,7 @@ def run_main(
     Args:
       main: takes the program's name and its arguments, returns the exit code; None is 0.
       arguments: names of the arguments that must stand beside the flags.
+      more: the name of any number of arguments after these; empty: there are none.
       define: defines the flags.
     """
 
@@ -31,7 +33,7 @@ def run_main(
         logging.set_verbosity(logging.WARNING)  # the libraries' chatter is not the program's output
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            if len(argv) - 1 > len(arguments):
+            if len(argv) - 1 > len(arguments) and not more:
                 raise UserError(f"unexpected argument {argv[-1]!r}: every option is written --name=value")
             if len(argv) - 1 < len(arguments):
                 raise UserError(f"missing argument: {arguments[len(argv) - 1]}")

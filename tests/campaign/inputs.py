@@ -80,7 +80,9 @@ def _flags(tiny: Tiny, workdir: Path, run: Path) -> Iterator[Bad]:
     yield Bad("a flag", TRAIN, [f"--workdir={workdir}"])
     for extra in (
         *("--temperature=-1", "--temperature=nan", "--temperature=x", "--top_k=-1", "--top_k=x", "--max_tokens=0"),
-        *("--max_tokens=x", "--seed=-1", f"--seed={2**70}", "--backend=cuda", "--prompt=\udcff", "--nope", "extra"),
+        *("--max_tokens=x", "--seed=-1", f"--seed={2**70}", "--backend=cuda", "--prompt=\udcff", "--nope", "\udcff"),
+        *("--top_p=0", "--top_p=nan", "--min_p=2", "--repetition_penalty=0", "--presence_penalty=3", "--n=0", "--n=x"),
+        *("--frequency_penalty=-3", "--stop=", "--logprobs=21", "--logprobs=1", "--prompts=nowhere"),
     ):
         yield Bad("a flag of sample", SAMPLE, [f"--workdir={run}", "--prompt=hi", extra])
     yield Bad("a flag of sample", SAMPLE, ["--prompt=hi"])

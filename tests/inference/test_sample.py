@@ -101,9 +101,9 @@ def test_answers_are_decoded_without_the_marker_that_ends_them():
     ],
 )
 def test_a_device_that_fails_costs_one_line(error, line, monkeypatch, capsys):
-    def fail(_):
+    def fail(*_):
         raise error
 
-    monkeypatch.setattr(sample, "chat", fail)
-    assert sample.main([]) == 1
+    monkeypatch.setattr(sample, "answer_prompts", fail)
+    assert sample.main(["sample"]) == 1
     assert capsys.readouterr().err == line

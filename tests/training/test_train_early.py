@@ -189,7 +189,7 @@ def test_sampling_asks_for_a_device_before_it_reads_a_checkpoint(monkeypatch, tm
     monkeypatch.setattr(jax, "devices", forbidden)  # an AssertionError, as JAX's for a platform that is not there
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(UserError, match="does not find a device: JAX_PLATFORMS=cuda must be unset"):
-        sample.chat(contextlib.ExitStack())
+        sample.answer_prompts(["a question"], contextlib.ExitStack())
 
 
 JAX_VARIABLES = [

@@ -7,7 +7,6 @@ import sys
 import types
 from pathlib import Path
 
-import jax
 import pytest
 from whole_run import (
     ROOT,
@@ -19,11 +18,8 @@ from whole_run import (
 )
 
 from gpt_jax import main
-from gpt_jax.data.dialogue import Turn
 from gpt_jax.errors import UserError
-from gpt_jax.inference.generate import answer, make_sampler
 from gpt_jax.inference.load import load_for_sampling
-from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.training.failures import TrainingFailed
 from gpt_jax.training.train import train_and_evaluate
@@ -102,17 +98,13 @@ def test_mistakes_about_runs_and_data_cost_one_line(straight, corpus, tmp_path):
 
 
 def test_sampling_from_a_run_on_the_command_line(straight):
-    """A chat, whose answers are those of the function, since the seed and the words are the same."""
-    ask = [sys.executable, "-m", "gpt_jax.sample", f"--workdir={straight}", "--seed=1", "--max_tokens=5"]
+    """Prompts in a pipe; the same one by the same seed has the same answer."""
+    ask = [sys.executable, "-m", "gpt_jax.sample", f"--workdir={straight}", "--seed=1", "--max_tokens=5", "--json"]
     options = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": 120, "check": False}
-    chat = subprocess.run(ask, input="moon?\n\nmoon?\n", **options)
-    assert chat.returncode == 0, chat.stderr
-    replies = [part.split("\nyou> ")[0] for part in chat.stdout.split("gpt> ")[1:]]
-    config, params, tokenizer, _ = load_for_sampling(straight)
-    sampler = make_sampler(GPT(ModelConfig.from_config(config.model)), config.sample.temperature, config.sample.top_k)
-    key = jax.random.fold_in(jax.random.key(1), 1)
-    sizes = {"block_size": config.model.block_size, "max_tokens": 5}
-    [expected] = answer(sampler, params, tokenizer, [[Turn("user", "moon?")]], key=key, **sizes)
-    assert replies == [expected.text.strip()] * 2  # the empty line started anew, with the same seed
+    done = subprocess.run(ask, input="moon?\n\nmoon?\n", **options)
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert first == second
+    assert (first["prompt"], first["seed"]) == ("moon?", 1)
     with pytest.raises(UserError, match="nowhere is no run folder"):
         load_for_sampling(Path("nowhere"))
