@@ -21,7 +21,7 @@ from gpt_jax.inference.sampling import (
     seen_in_prompts,
     with_generated,
 )
-from vk_kernels.ops.draw_tokens import GENERATED, IN_PROMPT, LARGEST
+from vk_kernels.ops.draw_tokens import GENERATED, IN_PROMPT, LARGEST, gumbel
 
 draw_jit = jax.jit(draw, static_argnames="alternatives")
 VOCAB = 12
@@ -115,7 +115,13 @@ def noise(seed: int, position: int, vocab_size: int) -> np.ndarray:
         return word >> 16 if token // 32 % 2 else word % 2**16
 
     bits = np.array([half(token, 0) * 2**16 + (half(token, 1) | 1) for token in range(vocab_size)])
-    return -np.log(-np.log1p(-np.minimum(bits / 2**32, 1 - 2**-24)))
+    v = np.minimum((bits / 2**32).astype(np.float32), 1 - 2**-24).astype(np.float64)
+    return -np.log(-np.log1p(-v))
+
+
+def test_the_noise_is_that_of_the_definition_past_one_block_of_tokens():
+    found = np.asarray(jax.jit(gumbel, static_argnums=2)(np.uint32([5, 2**32 - 1]), np.int32([0, 70_000]), 600))
+    np.testing.assert_allclose(found, [noise(5, 0, 600), noise(2**32 - 1, 70_000, 600)], rtol=1e-6, atol=1e-6)
 
 
 numbers = st.integers(-480, 480).map(lambda i: i / 16)  # so that f32 ties where the definition does

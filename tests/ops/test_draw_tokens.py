@@ -60,6 +60,15 @@ def test_the_tokens_are_those_of_the_reference(vocab, scale):
     np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=1e-6, atol=2e-6)
 
 
+def test_under_vmap_a_batch_is_more_rows():
+    operands = drawing(53, 3.0, seed=1)
+    halves = jax.tree.map(lambda x: x.reshape(2, len(ROWS), *x.shape[1:]), operands)
+    expected = draw_on_vulkan(*operands)
+    with vk_kernels.use("vulkan", device=SELECTOR):
+        found = jax.jit(jax.vmap(ops.draw_tokens))(*halves)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.reshape(b.shape), b), found, expected)
+
+
 def test_a_row_without_a_possible_token_ends():
     logits, *rest = drawing(9, 1.0, seed=0)
     logits[::2], logits[1::2] = -np.inf, np.nan
