@@ -33,6 +33,7 @@ from vk_kernels import VulkanError
 
 FLAGS = flags.FLAGS
 _LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
+_BACKLOG = 2048  # connections that may wait to be accepted
 _GRACE = 5  # seconds that open requests have when the server is stopped
 
 
@@ -89,23 +90,28 @@ def read_key(value: str | None) -> str | None:
     return value.strip()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, at which nobody listens yet.
 
     Raises:
       UserError: the address is none, not this machine's, or in use.
     """
-    try:
-        [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except (OSError, UnicodeError) as error:  # UnicodeError: a host's name with an empty or too long part
-        cause = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"cannot listen at --host={host} --port={port}: {cause}; choose another") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            bound = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was just left is no obstacle
+            bound.bind(address)
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host's name with an empty or too long part
+            cause = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise UserError(f"cannot listen at --host={host} --port={port}: {cause}; choose another") from None
+        stack.pop_all()
+        return bound
 
 
-def is_loopback(listener: socket.socket) -> bool:
+def is_loopback(bound: socket.socket) -> bool:
     """Whether only this machine reaches it."""
-    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
 
 
 def main(argv: Sequence[str]) -> int:
@@ -121,7 +127,8 @@ def main(argv: Sequence[str]) -> int:
     key = read_key(FLAGS.api_key)
     limits = Limits(FLAGS.max_body_kb * 1024, FLAGS.body_timeout, FLAGS.timeout, FLAGS.max_clients)
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(listen(FLAGS.host, FLAGS.port))  # first: a port in use costs no loading
+        # First, so that a port in use costs no loading; it listens when the model is there.
+        bound = stack.enter_context(bind(FLAGS.host, FLAGS.port))
         try:
             run = open_run(
                 argv[1],
@@ -137,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
             way_out = "; --backend=xla serves without Vulkan" if isinstance(error, VulkanError) else ""
             print(f"error: {describe(error)}{way_out}", file=sys.stderr)
             return 1
-        is_private = is_loopback(listener)
+        is_private = is_loopback(bound)
         app = make_app(
             run,
             limits,
@@ -146,24 +153,30 @@ def main(argv: Sequence[str]) -> int:
             origins=FLAGS.cors,
             hosts=_LOOPBACK if is_private else ["*"],
         )
+        bound.listen(_BACKLOG)
         print(f"{run.description}; {run.backend}")
-        print(f"{FLAGS.model_name or run.name} at {address_of(listener)} (a page to chat; API under /v1)", flush=True)
+        print(f"{FLAGS.model_name or run.name} at {address_of(bound)} (a page to chat; API under /v1)", flush=True)
         if not is_private:
             who = "anyone who reaches it, with the key," if key else "anyone who reaches it, without a key,"
             print(f"warning: other machines reach this address; {who} may use it", file=sys.stderr, flush=True)
         server = uvicorn.Server(
             uvicorn.Config(
-                app, log_level="warning", lifespan="off", timeout_graceful_shutdown=_GRACE, server_header=False
+                app,
+                backlog=_BACKLOG,
+                log_level="warning",
+                lifespan="off",
+                timeout_graceful_shutdown=_GRACE,
+                server_header=False,
             )
         )
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        server.run(sockets=[listener])
+        server.run(sockets=[bound])
     return 0
 
 
-def address_of(listener: socket.socket) -> str:
+def address_of(bound: socket.socket) -> str:
     """The URL of a socket, for people."""
-    host, port = listener.getsockname()[:2]
+    host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 

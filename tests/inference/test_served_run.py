@@ -24,6 +24,7 @@ def folder(tmp_path_factory) -> Path:
     return write_untrained_run(tmp_path_factory.mktemp("runs") / "tiny")
 
 
+@pytest.mark.slow
 def test_a_run_answers_and_nothing_of_its_folder_is_written(folder):
     before = digests(folder)
     with contextlib.ExitStack() as stack:

@@ -74,20 +74,21 @@ def test_a_key_may_come_from_a_file(tmp_path):
 
 
 def test_an_address_that_cannot_be_listened_at_is_a_line():
-    with serve.listen("127.0.0.1", 0) as taken:
+    with serve.bind("127.0.0.1", 0) as taken:
+        taken.listen()
         assert serve.is_loopback(taken)
         assert serve.address_of(taken).startswith("http://127.0.0.1:")
         with pytest.raises(UserError, match=r"cannot listen at --host=127.0.0.1 --port=.*[Aa]ddress already in use"):
-            serve.listen("127.0.0.1", taken.getsockname()[1])
+            serve.bind("127.0.0.1", taken.getsockname()[1])
     for host in ("192.0.2.1", "a..b", "x" * 70 + ".invalid"):
         with pytest.raises(UserError, match="cannot listen at"):
-            serve.listen(host, 0)
+            serve.bind(host, 0)
 
 
 @pytest.mark.skipif(not socket.has_ipv6 or not os.path.exists("/proc/net/if_inet6"), reason="there is no IPv6")
 def test_addresses_of_six():
     try:
-        listener = serve.listen("::1", 0)
+        listener = serve.bind("::1", 0)
     except UserError:
         pytest.skip("::1 is not up")
     with listener:
@@ -96,5 +97,5 @@ def test_addresses_of_six():
 
 
 def test_a_wide_address_is_known_as_one():
-    with serve.listen("0.0.0.0", 0) as listener:
+    with serve.bind("0.0.0.0", 0) as listener:
         assert not serve.is_loopback(listener)
