@@ -21,6 +21,8 @@ from vk_kernels.ops.matmul.gemm import (
 )
 from vk_kernels.ops.matmul.planner import plan_matmul_forward
 from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.features import CooperativeMatrix, Features
+from vk_kernels.runtime.kernel import manifest
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 
@@ -42,6 +44,38 @@ def test_a_plain_tile_is_chosen_by_how_many_fill_the_device():
     assert choose_tile(tiles, 4096, 1024, 256) == (big, 1)  # all at once: 256, two to a core
     assert choose_tile(tiles, 4096, 768, 768) == (wide, 1)  # 384, three to a core
     assert choose_tile(tiles, 64, 48, 64) == (small, 1)
+
+
+def test_a_tile_in_stages_is_chosen_where_whole_ones_fill_the_device():
+    staged, *_ = tiles = TILES["coop1"]
+    assert choose_tile(tiles, 4096, 768, 768) == (staged, 1)
+    assert choose_tile(tiles, 768, 3072, 16384)[0] == staged
+    for m, n, k in [(4096, 768, 800), (4096, 800, 768), (4096, 256, 256)]:  # it would load with bounds; too few of them
+        assert choose_tile(tiles, m, n, k)[0] != staged
+
+
+def test_a_tile_in_stages_takes_rows_of_b_along_n_alone(device):
+    info = with_cooperative_matrices(device.info)
+    a, b, c = matrix(0, BF16, 4096, 768), matrix(1, BF16, 768, 768), matrix(2, BF16, 4096, 768)
+    tile = TILES["coop1"][0]
+    for transpose_b, staged in [(False, True), (True, False)]:
+        (found,) = plan_gemm(info, a, b, c, transpose_b=transpose_b, scratch=3).dispatches
+        assert (found.kernel, found.variant == "bf16_128x192x128") == ("matmul_coop1", staged)
+        assert ("TRANSPOSE_B" in dict(found.spec)) != staged
+    with pytest.raises(ValueError, match=r"matmul tile 128x192x128 takes no transposed b"):
+        plan_gemm(info, a, b, c, transpose_b=True, scratch=3, tile=tile)
+
+
+def with_cooperative_matrices(info):
+    """A device with all that matmul_coop1 needs."""
+    needed = {
+        feature for record in manifest().values() if record["entry"] == "matmul_coop1" for feature in record["features"]
+    }
+    rows = (CooperativeMatrix(16, 16, 16, "bf16", "bf16", "f32", "f32", "subgroup", 0),)
+    limits = dataclasses.replace(info.limits, subgroup_size_range=(32, 32), shared_memory=48 << 10)
+    return dataclasses.replace(
+        info, kind="discrete", features=Features(info.features.names | needed, rows, ()), limits=limits
+    )
 
 
 @pytest.mark.parametrize(("sizes", "kernel"), [((8, 8), "matmul_lanes"), ((4, 8), "matmul_lanes"), ((4, 4), "matmul")])

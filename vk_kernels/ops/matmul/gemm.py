@@ -137,7 +137,7 @@ class Tile(NamedTuple):
 
     m: int  # rows of C
     n: int  # columns of C
-    k: int  # columns of op(A), and rows of op(B), that are in shared memory at a time
+    k: int  # columns of op(A), and rows of op(B), that a turn of its loop takes
     threads: int  # of the workgroup
     rate: float  # TFLOP/s of a product that fills the device with such tiles
     resident: int  # workgroups that share a core
@@ -145,6 +145,7 @@ class Tile(NamedTuple):
     ragged: float = 1.0  # share of the rate that is left where tiles stick out of the matrix
     unbounded: bool = False  # whether to load without bounds where rows start aligned and k is whole tiles
     lanes: int = 0  # threads that its subgroups must have; 0: any number
+    transposes_b: bool = True  # whether it takes a B whose rows run along k
 
 
 # Each is a variant of its family's kernel.
@@ -156,6 +157,7 @@ TILES = {
         Tile(32, 32, 16, 64, 31, 7, 120),
     ),
     "coop1": (
+        Tile(128, 192, 128, 256, 420, 1, 580, 0.5, unbounded=True, lanes=_COOP1_LANES, transposes_b=False),
         Tile(192, 128, 64, 256, 380, 1, 516, unbounded=True, lanes=_COOP1_LANES),
         Tile(128, 192, 64, 256, 378, 1, 533, unbounded=True, lanes=_COOP1_LANES),
         Tile(128, 128, 32, 128, 395, 2, 690, unbounded=True, lanes=_COOP1_LANES),
@@ -305,8 +307,11 @@ def plan_gemm(
     chosen = _variant_for(info, (a, b, c), batch, variant)
     if tile is None:
         k_inner = transpose_b and not transpose_a
-        tile, found = choose_tile(_tiles_for(info, chosen, a, c), m, n, k, batch, k_inner, info.kind == "cpu")
+        tiles = _tiles_for(info, chosen, a, c, transpose_b)
+        tile, found = choose_tile(tiles, m, n, k, batch, k_inner, info.kind == "cpu")
         splits = found if splits is None else splits
+    elif transpose_b and not tile.transposes_b:
+        raise ValueError(f"matmul tile {tile.m}x{tile.n}x{tile.k} takes no transposed b")
     slice_k = max(1, ceil_divide(k, (splits or 1) * tile.k)) * tile.k  # whole tiles: only the last slice is ragged
     splits = max(1, ceil_divide(k, slice_k))
 
@@ -345,9 +350,10 @@ def _variant_for(info: DeviceInfo, matrices: Sequence[Matrix], batch: int, varia
     return "plain"
 
 
-def _tiles_for(info: DeviceInfo, variant: str, a: Matrix, c: Matrix) -> tuple[Tile, ...]:
-    """The tiles of a family that the device can run."""
+def _tiles_for(info: DeviceInfo, variant: str, a: Matrix, c: Matrix, transpose_b: bool) -> tuple[Tile, ...]:
+    """The tiles of a family that the device can run, and that take B as it is."""
     tiles = CPU_TILES if info.kind == "cpu" and variant == "plain" else TILES[variant]
+    tiles = (tile for tile in tiles if tile.transposes_b or not transpose_b)
     return tuple(tile for tile in tiles if _fits(info, *_kernel(variant, tile, a, c), tile))
 
 
@@ -409,7 +415,7 @@ class _Multiply:
     def dispatch(self, c: Matrix, epilogue: Epilogue) -> Dispatch:
         """C = the epilogue of the product, or of each of its partial sums."""
         tile, size, a, b = self.tile, self.size, self.a, self.b
-        spec = {"TRANSPOSE_A": self.transpose_a, "TRANSPOSE_B": self.transpose_b}
+        spec = {"TRANSPOSE_A": self.transpose_a} | ({"TRANSPOSE_B": self.transpose_b} if tile.transposes_b else {})
         buffers = {"a": a.operand, "b": b.operand, **_epilogue_buffers(epilogue), "c": c.operand}
         if self.variant == "coop2":
             edges = _sticks_out(tile, size.m, size.n, size.k)
