@@ -11,7 +11,7 @@ test: ## all tests
 	bash scripts/test.sh
 
 quick: ## the tests that need no Vulkan device and take milliseconds
-	.venv/bin/python -m pytest -n auto -m "not vulkan and not slow"
+	.venv/bin/python -m pytest -n auto -m "not vulkan"
 
 types: ## what the type checker says
 	.venv/bin/pyrefly check --python-interpreter-path .venv/bin/python

@@ -29,7 +29,7 @@ try() { # PYTHON JAX ENVIRONMENT [pytest arguments]
         --extra notebook --extra hf --extra serve --group dev --group shaders &&
         "$uv" pip install -q --python "$environment/bin/python" "jax==$jax" ||
         { failed+=("jax $jax (its environment could not be made)"); return; }
-    "$environment/bin/python" -m pytest "$@" || failed+=("jax $jax (pytest)")
+    "$environment/bin/python" -m pytest --slow "$@" || failed+=("jax $jax (pytest)")
 }
 
 try 3.11 '0.10.2' .venv-jax-0.10 "$@"

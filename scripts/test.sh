@@ -9,4 +9,4 @@ scripts/install_vulkan.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyrefly check --python-interpreter-path .venv/bin/python
-.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"
+.venv/bin/python -m pytest --slow -n auto --dist loadfile --no-loadscope-reorder "$@"

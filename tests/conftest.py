@@ -37,9 +37,13 @@ if _validate():
     os.environ.setdefault("VK_KERNELS_VALIDATION", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also what takes seconds, where no file or test is named")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "vulkan: needs a Vulkan device")
-    config.addinivalue_line("markers", "slow: takes seconds; all tests of the files in LONGEST do")
+    config.addinivalue_line("markers", "slow: takes seconds; all tests of the files in LONGEST do. See --slow")
     config.addinivalue_line("markers", "validation_layer: needs a Vulkan device and the Khronos validation layer")
 
 
@@ -76,7 +80,7 @@ LONGEST = (
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))  # stable: the others stay as they are
     for item in items:
@@ -88,6 +92,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = layer_skip_reason() if needs_layer else skip_reason()
         if reason and item.get_closest_marker("vulkan"):
             item.add_marker(pytest.mark.skip(reason=reason))
+    if not config.getoption("--slow") and config.args_source != pytest.Config.ArgsSource.ARGS:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
 
 
 @pytest.fixture(scope="module", name="device")
