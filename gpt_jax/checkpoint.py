@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -301,7 +302,10 @@ class Checkpointer:
 
     def _is_in_place(self) -> bool:
         """Whether the directory is the one that was opened, and not one made in its place."""
-        return os.path.samestat(os.stat(self._directory), self._opened)
+        try:
+            return os.path.samestat(os.stat(self._directory), self._opened)
+        except FileNotFoundError:
+            return False
 
     def _keep(self, losses: dict[int, float | None]) -> None:
         """Removes the steps that are not kept."""
@@ -317,16 +321,28 @@ class Checkpointer:
         try:
             yield
         except (OSError, ValueError) as error:
+            new = path.with_name(path.name + NEW)
             cause = error if isinstance(error, OSError) else os_error_of(error)
+            if cause is None and not (new.exists() and self._is_in_place()):  # orbax may miss parameters then, say
+                cause = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(new))
             with contextlib.suppress(OSError):
-                delete(path.with_name(path.name + NEW))
-            with contextlib.suppress(OSError):
-                if not self._is_in_place():
-                    self._directory.rmdir()
-                    self._directory.parent.rmdir()
+                delete(new)
+            if not self._is_in_place():
+                self._remove_what_was_made_again(new)
             if cause is None:
                 raise
             raise StorageError(f"could not write the checkpoint {path}: {explain(cause)}") from error
+
+    def _remove_what_was_made_again(self, new: Path) -> None:
+        """Removes the folders that orbax made where ours had been; its writes that are still under way make more."""
+        for _ in range(10):
+            with contextlib.suppress(OSError):
+                delete(new)
+            with contextlib.suppress(OSError):
+                self._directory.rmdir()
+            with contextlib.suppress(OSError):
+                self._directory.parent.rmdir()
+            time.sleep(0.05)
 
 
 def saved_steps(directory: Path) -> list[int]:

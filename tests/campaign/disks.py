@@ -100,7 +100,13 @@ def removed(tiny: Tiny, straight: Path, folder: Path, rng: random.Random, count:
         os.rename(what, folder / f"moved-{i}")
         begun = time.monotonic()
         ended = process.wait(60)
-        problem = ended.problem(1) or (workdir.exists() and i % 2 == 0 and "the folder was made again") or ""
+        problem = (
+            ended.problem(1)
+            or (
+                workdir.exists() and i % 2 == 0 and f"the folder was made again: {sorted(map(str, workdir.rglob('*')))}"
+            )
+            or ""
+        )
         if time.monotonic() - begun > 30:
             problem = problem or "noticed after more than 30 s"
         yield "removed during the run", problem

@@ -40,7 +40,7 @@ class Ended:
         printed = self.err + self.out
         if TRACEBACK in printed:
             place = printed.index(TRACEBACK)
-            return f"a traceback: {printed[max(place - 300, 0) : place + 3000]}"
+            return f"a traceback: {printed[place:][-2500:]}"
         if self.code not in codes:
             return f"exit code {self.code}, not {codes}: {self.err.strip()[-300:]}"
         if self.code in (1, 2) and len(self.errors) != 1:

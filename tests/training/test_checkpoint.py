@@ -203,6 +203,22 @@ def test_a_folder_that_goes_in_the_middle_of_a_save_is_not_made_again(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 
 
+def test_a_folder_that_goes_is_named_whatever_orbax_says(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+
+    def missed(self: ocp.Checkpointer, path: Path, **options: Any) -> None:
+        run.rename(tmp_path / "moved")
+        path.mkdir(parents=True)  # as orbax does
+        raise ValueError("Save failed: 1/1 params are missing .zarray in checkpoint: w. Tensorstore KvStore: ...")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", missed)
+    with open_(run / "checkpoints") as checkpointer:
+        checkpointer.save(1, {"w": jnp.zeros(3)}, {})
+        with pytest.raises(StorageError, match=r"checkpoints/1: No such file or directory; the folder was removed"):
+            checkpointer.wait()
+    assert not run.exists()
+
+
 def test_a_loss_that_comes_after_the_save_is_marked(tmp_path):
     target = {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
     with open_(tmp_path, keep_last=1) as checkpointer:
