@@ -24,8 +24,8 @@ class Limits(NamedTuple):
 
 
 DEFAULT_LIMITS = Limits()
-# Times the limit that a body may go on, read and dropped: where bytes are unread when a connection is closed, the answer
-# that says so may be lost.
+# Times the limit that a body may go on, read and dropped: where bytes are unread when a connection is closed, the
+# answer that says why may be lost.
 _DROPPED = 16
 
 
