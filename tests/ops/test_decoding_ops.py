@@ -114,6 +114,21 @@ def test_a_row_of_few_is_the_same_however_many_there_are(device, dtype, k):
         assert same_bits(multiply(x[:rows], w, bias), [y[:rows] for y in whole])
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("has_branch", [False, True])
+def test_a_norm_and_its_product_of_a_row_or_more_with_a_branch_or_without(rows, has_branch):
+    x, branch, w = normal(rows, 48, seed=1), normal(rows, 48, seed=2), normal(37, 48, seed=3)
+    scale, shift = normal(48, seed=4), normal(48, seed=5)
+    operands = x, branch if has_branch else None, scale, shift, w
+    right = ops.norm_matmul(*operands, implementation="xla")
+    with vk_kernels.use("vulkan", device=SELECTOR):
+        step = vk_kernels.jit(ops.norm_matmul)
+        found, text = step(*operands), step.lower(*operands).as_text()
+    for one, other in zip(found, right, strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-4, atol=1e-5)
+    assert ("norm_matmul_few" in text) == (rows == 1)
+
+
 def test_few_rows_have_a_kernel_of_their_own_and_more_or_a_device_without_subgroups_none(device):
     def kernels(info, rows, dtype=BF16, **options):
         specs = [ArraySpec((rows, 64), dtype), ArraySpec((96, 64), dtype)]

@@ -14,6 +14,7 @@ from vk_kernels.ops.gelu import gelu
 from vk_kernels.ops.global_norm import global_norm
 from vk_kernels.ops.layer_norm.api import layer_norm, residual_layer_norm
 from vk_kernels.ops.matmul.api import matmul
+from vk_kernels.ops.matmul.norm_matmul import norm_matmul
 
 __all__ = [
     "IGNORED",
@@ -32,6 +33,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "matmul",
+    "norm_matmul",
     "packed_attention",
     "residual_layer_norm",
 ]

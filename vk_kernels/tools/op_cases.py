@@ -206,6 +206,11 @@ def _matmul(x, w, bias=None, activation=None, residual=None, rng=None, dropout_r
     return (y if residual is None else residual + y,)
 
 
+def _norm_matmul(x, branch, scale, shift, w, bias=None, activation=None):
+    total, norm = _residual_layer_norm(x, branch, scale, shift)
+    return total, *_matmul(norm, w, bias, activation, transposed=True)
+
+
 def _attention(q, k, v, rng=None, scale=None, cap=None, dropout_rate=0.0, site=0):
     batch, length, heads, head_dim = q.shape
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (1 / math.sqrt(head_dim) if scale is None else scale)
@@ -402,6 +407,28 @@ CASES = (
         lambda qkv, *rest, **options: _attention(*jnp.moveaxis(qkv, 2, 0), *rest, **options),
         {"cap": 30.0, **_DROPOUT},
         differentiable=(0,),
+    ),
+    OpCase(
+        "norm_matmul",
+        "few rows, gelu",
+        lambda s, t: (
+            *(_hidden(s, t, i)[:, 0] for i in (1, 4)),
+            *_parameters(s),
+            _weights(s.width, 4 * s.width, t, 2).T.copy(),
+        ),
+        _norm_matmul,
+        {"activation": "gelu"},
+    ),
+    OpCase(
+        "norm_matmul",
+        "a row, bias",
+        lambda s, t: (
+            *(_hidden(s, t, i)[0, :1] for i in (1, 4)),
+            *_parameters(s),
+            _weights(s.width, 4 * s.width, t, 2).T.copy(),
+            numbers((4 * s.width,), t, 3),
+        ),
+        _norm_matmul,
     ),
     OpCase("decode_attention", "cap", _decode_operands, _decode_attention, {"cap": 30.0}),
     OpCase("gelu", "", lambda s, t: (_hidden(s, t, 1),), _gelu, differentiable=(0,)),

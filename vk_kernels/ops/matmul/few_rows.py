@@ -16,6 +16,9 @@ _TILES = ((1, 1), (2, 2), (4, 4), (8, 4), (16, 4))
 _CPU_TILES = _TILES[:3]
 _THREADS = 64  # of a workgroup
 _LANES = 8, 16, 32  # of a team
+_BYTES = 16  # that a lane reads at once
+_NORM_STEPS = 4  # how often it does so, of a row that it also normalises
+_MANY_COLUMNS = 16384  # from which on four columns a team fill any device
 
 
 class FewRows(NamedTuple):
@@ -40,11 +43,11 @@ def plan_few_rows(info: "DeviceInfo", x: ArraySpec, w: ArraySpec, product: FewRo
     kind = f"{dtype_suffix(x)}_{rows}x{columns}"
     if not has_teams(info, _LANES[0], manifest()[f"matmul_few.{kind}"]):
         return None
-    team = max(lanes for lanes in _LANES if lanes <= info.limits.subgroup_size_range[0])
+    team = _team(info)
     groups = ceil_divide(m, rows) * ceil_divide(n, _THREADS // team * columns)
     spec = {
         "TEAM": team,
-        "ALIGNED": k * x.dtype.itemsize % 16 == 0,
+        "ALIGNED": k * x.dtype.itemsize % _BYTES == 0,
         "BIAS": product.bias is not None,
         "SAVE_PRE_ACTIVATION": product.pre_activation is not None,
         "GELU": product.gelu,
@@ -54,7 +57,7 @@ def plan_few_rows(info: "DeviceInfo", x: ArraySpec, w: ArraySpec, product: FewRo
         "matmul_few",
         kind,
         groups,
-        constants={"m": m, "n": n, "k": k},
+        constants={"m": m, "n": n, "k": k, "epsilon": 0.0},
         spec=spec,
         a=product.x,
         b=product.w,
@@ -64,3 +67,42 @@ def plan_few_rows(info: "DeviceInfo", x: ArraySpec, w: ArraySpec, product: FewRo
         pre_activation=product.pre_activation,
     )
     return Plan((run,))
+
+
+def plan_norm_and_row(
+    info: "DeviceInfo",
+    x: ArraySpec,
+    w: ArraySpec,
+    buffers: dict[str, int | None],
+    gelu: bool,
+    epsilon: float,
+) -> Plan | None:
+    """The plan of a layer norm and the product that reads it, for one row; None where no kernel takes it.
+
+    buffers: those of `norm_matmul_few`, by name.
+    """
+    n, k = w.shape
+    columns = 4 if n >= _MANY_COLUMNS else 2
+    kind = f"{dtype_suffix(x)}_{columns}"
+    team = _team(info)
+    if x.size != k or n == 0 or not has_teams(info, _LANES[0], manifest()[f"norm_matmul_few.{kind}"]):
+        return None
+    if k * x.dtype.itemsize > team * _BYTES * _NORM_STEPS:
+        return None
+    spec = {
+        "TEAM": team,
+        "ALIGNED": k * x.dtype.itemsize % _BYTES == 0,
+        "BIAS": buffers["bias"] is not None,
+        "GELU": gelu,
+        "BRANCH": buffers["branch"] is not None,
+    }
+    groups = ceil_divide(n, _THREADS // team * columns)
+    constants = {"m": 1, "n": n, "k": k, "epsilon": epsilon}
+    unused = {"residual": None, "pre_activation": None}
+    run = dispatch("norm_matmul_few", kind, groups, constants=constants, spec=spec, **buffers, **unused)
+    return Plan((run,))
+
+
+def _team(info: "DeviceInfo") -> int:
+    """Lanes of a team, no more than a subgroup has."""
+    return max((lanes for lanes in _LANES if lanes <= info.limits.subgroup_size_range[0]), default=_LANES[0])
