@@ -8,6 +8,8 @@ and draws the first new token as it draws all others.
 
 import dataclasses
 import functools
+import operator
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,20 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.backend import Backend
+from gpt_jax.inference.sampling import (
+    MOST_ALTERNATIVES,
+    Draw,
+    SamplingOptions,
+    draw,
+    make_controls,
+    seen_in_prompts,
+)
 from gpt_jax.model.cached import Cache, Weights, decode_step, decoding_weights, empty_cache, prefill
 from gpt_jax.model.gpt import GPT, ModelConfig
+from vk_kernels.ops.draw_tokens import GENERATED, Controls
 
 SHORTEST_PREFILL = 16  # tokens; longer ones are powers of two, so that few programs serve every prompt
 MOST_ENDS = 8  # tokens that may end a text
 UNDRAWN = -1  # in the place of a token where a text had ended
-
-
-class SamplingOptions(NamedTuple):
-    """How a text's tokens are drawn. temperature: 0 takes the likeliest. top_k: of the likeliest; 0: of all."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    seed: int = 0
 
 
 class State(NamedTuple):
@@ -37,7 +40,7 @@ class State(NamedTuple):
 
     tokens, positions: each text's last token, which is not in the cache yet, and its place. left: tokens that are
     still to be drawn, 0 where a text has ended. ends: (slots, MOST_ENDS), tokens that end a text; UNDRAWN where there
-    are fewer. seeds, temperatures, top_ks: see `SamplingOptions`.
+    are fewer. seeds, seen, controls: see `sampling.draw`.
     """
 
     tokens: jax.Array
@@ -45,36 +48,38 @@ class State(NamedTuple):
     left: jax.Array
     ends: jax.Array
     seeds: jax.Array
-    temperatures: jax.Array
-    top_ks: jax.Array
+    seen: jax.Array
+    controls: Controls
     cache: Cache
-
-
-class Draws(NamedTuple):
-    """The draws of a chunk, (chunk, slots) each: tokens, UNDRAWN where a text had ended, and log-probabilities."""
-
-    tokens: jax.Array
-    logprobs: jax.Array
 
 
 class Piece(NamedTuple):
     """The part of a text that a chunk added.
 
-    logprobs: of the tokens, under the model's own distribution. reason: None while the text goes on; 'stop': the last
-    token is one of its ends; 'length': it has max_tokens, or fills the block.
+    logprobs: of the tokens, under the model's own distribution. alternatives: at each place the likeliest tokens with
+    theirs, as many as the text's options ask for. reason: None while the text goes on; 'stop': the last token is one
+    of its ends; 'length': it has max_tokens, or fills the block.
     """
 
     tokens: list[int]
     logprobs: list[float]
+    alternatives: list[list[tuple[int, float]]]
     reason: str | None
 
 
 def empty_state(config: ModelConfig, slots: int) -> State:
     """No slot in use."""
-    integers, floats = jnp.zeros((slots,), jnp.int32), jnp.ones((slots,), jnp.float32)
-    ends = jnp.full((slots, MOST_ENDS), UNDRAWN, jnp.int32)
-    seeds = jnp.zeros((slots,), jnp.uint32)
-    return State(integers, integers, integers, ends, seeds, floats, integers, empty_cache(config, slots))
+    controls = Controls(*map(jnp.asarray, make_controls([SamplingOptions()] * slots)))
+    return State(
+        tokens=jnp.zeros((slots,), jnp.int32),
+        positions=jnp.zeros((slots,), jnp.int32),
+        left=jnp.zeros((slots,), jnp.int32),
+        ends=jnp.full((slots, MOST_ENDS), UNDRAWN, jnp.int32),
+        seeds=jnp.zeros((slots,), jnp.uint32),
+        seen=jnp.zeros((slots, config.vocab_size), jnp.int32),
+        controls=controls,
+        cache=empty_cache(config, slots),
+    )
 
 
 def fill_slot(
@@ -91,57 +96,50 @@ def fill_slot(
     cache = tuple(
         jax.lax.dynamic_update_slice(kept, one, (slot, 0, 0, 0, 0)) for kept, one in zip(state.cache, new, strict=True)
     )
-    rows = [
-        jax.lax.dynamic_update_slice(all_rows, jnp.asarray(x, all_rows.dtype)[None], (slot,) + (0,) * x.ndim)
-        for all_rows, x in zip(state[:-1], row[:-1], strict=True)
-    ]
+    *rows, _ = jax.tree.map(
+        lambda all_rows, x: jax.lax.dynamic_update_slice(all_rows, x[None], (slot,) + (0,) * x.ndim),
+        state._replace(cache=()),
+        row,
+    )
     return State(*rows, cache)
 
 
-def decode_chunk(weights: Weights, state: State, config: ModelConfig, chunk: int) -> tuple[State, Draws]:
-    """Draws up to `chunk` tokens of every text that has not ended."""
+def decode_chunk(
+    weights: Weights, state: State, config: ModelConfig, chunk: int, alternatives: int
+) -> tuple[State, Draw, jax.Array]:
+    """Draws up to `chunk` tokens of every text that has not ended.
 
-    def step(state: State, _: None) -> tuple[State, Draws]:
+    Returns:
+      The state; the draws, (chunk, slots) each: tokens are UNDRAWN where a text had ended; and the state's `left`.
+    """
+
+    def step(state: State, _: None) -> tuple[State, Draw]:
         logits, cache = decode_step(weights, state.tokens, state.positions, state.cache, config)
-        tokens, logprobs = _draw(logits, state)
+        drawn = draw(logits, state.controls, state.seen, state.seeds, state.positions + 1, alternatives)
         going_on = state.left > 0
-        is_end = (state.ends == tokens[:, None]).any(axis=1)
+        is_end = functools.reduce(operator.or_, [state.ends[:, i] == drawn.tokens for i in range(MOST_ENDS)])
         left = jnp.where(going_on & ~is_end, state.left - 1, 0)
-        moved = going_on & (left > 0)
+        moved = left > 0
+        is_drawn = jnp.arange(config.vocab_size, dtype=jnp.int32)[None] == drawn.tokens[:, None]  # (slots, vocab_size)
         new = state._replace(
-            tokens=jnp.where(moved, tokens, state.tokens),
+            tokens=jnp.where(moved, drawn.tokens, state.tokens),
             positions=jnp.where(moved, state.positions + 1, state.positions),
             left=left,
+            seen=state.seen + jnp.where(is_drawn, GENERATED, 0),
             cache=cache,
         )
-        return new, Draws(jnp.where(going_on, tokens, UNDRAWN), logprobs)
+        return new, drawn._replace(tokens=jnp.where(going_on, drawn.tokens, UNDRAWN))
 
-    return jax.lax.scan(step, state, None, length=chunk)
-
-
-def _draw(logits: jax.Array, state: State) -> tuple[jax.Array, jax.Array]:
-    """Each text's next token, and its log-probability."""
-    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    k = jnp.clip(state.top_ks - 1, 0, logits.shape[-1] - 1)
-    smallest = jnp.take_along_axis(jax.lax.top_k(logits, logits.shape[-1])[0], k[:, None], axis=-1)
-    kept = (state.top_ks[:, None] == 0) | (logits >= smallest)
-
-    def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), position + 1)
-        return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
-
-    is_greedy = state.temperatures[:, None] == 0
-    scaled = logits / jnp.where(is_greedy, 1.0, state.temperatures[:, None])
-    scores = scaled + jnp.where(is_greedy, 0.0, jax.vmap(noise)(state.seeds, state.positions))
-    tokens = jnp.where(kept, scores, -jnp.inf).argmax(axis=-1).astype(jnp.int32)
-    return tokens, jnp.take_along_axis(log_probabilities, tokens[:, None], axis=-1)[:, 0]
+    state, draws = jax.lax.scan(step, state, None, length=chunk)
+    return state, draws, state.left
 
 
 @dataclasses.dataclass
 class _Text:
-    """A text in a slot, as it is known here: the tokens that end it, and whether it has ended."""
+    """A text in a slot, as it is known here: the tokens that end it, alternatives to tell, and whether it has ended."""
 
     ends: frozenset[int]
+    alternatives: int
     has_ended: bool = False
 
 
@@ -159,11 +157,18 @@ class Decoder:
         self.slots, self.chunk = slots, chunk
         self._backend = backend
         config = self.config
-        self._prepare = backend.jit(functools.partial(decoding_weights, config=config))
-        self._empty = backend.jit(functools.partial(empty_state, config, slots))
+        # New weights come into the memory of the old: recordings are bound to it.
+        prepare = functools.partial(_reload, config=config)
+        self._prepare = backend.jit(prepare, donate_argnums=0, keep_unused=True)
         self._fill = backend.jit(_on_leaves(functools.partial(fill_slot, config=config), config), donate_argnums=1)
-        chunked = functools.partial(decode_chunk, config=config, chunk=chunk)
-        self._decode = backend.jit(_on_leaves(chunked, config), donate_argnums=1)
+        # Two programs, so that no text pays for what another one asks; the second is compiled when one does.
+        self._decode = {
+            count: backend.jit(
+                _on_leaves(functools.partial(decode_chunk, config=config, chunk=chunk, alternatives=count), config),
+                donate_argnums=1,
+            )
+            for count in (0, min(MOST_ALTERNATIVES, config.vocab_size))
+        }
         self._texts: dict[int, _Text] = {}
         self._weights: Any = None
         self._state: Any = None
@@ -174,13 +179,11 @@ class Decoder:
     def load(self, params: Any) -> None:
         """Takes other parameters; no text is in any slot from then on."""
         self._texts.clear()
-        self._weights = self._prepare(params)
-        self._state = self._state or tuple(jax.tree.leaves(self._empty()))
-
-    def unload(self) -> None:
-        """Gives the memory of weights and cache back, until `load`."""
-        self._texts.clear()
-        self._weights = self._state = self._held = None
+        if self._state is None:
+            shapes = jax.eval_shape(functools.partial(decoding_weights, config=self.config), params)
+            self._weights, state = self._backend.jit(functools.partial(_empty, shapes, self.config, self.slots))()
+            self._state = tuple(jax.tree.leaves(state))
+        self._weights = self._prepare(self._weights, params)
 
     @property
     def free_slots(self) -> list[int]:
@@ -192,7 +195,7 @@ class Decoder:
         tokens: Sequence[int],
         options: SamplingOptions,
         *,
-        max_tokens: int,
+        max_tokens: int | None = None,
         end_tokens: Sequence[int] = (),
         width: int = 0,
     ) -> None:
@@ -200,7 +203,9 @@ class Decoder:
 
         Args:
           tokens: 1 to block_size of them.
-          max_tokens: how many tokens to draw at most, 1 or more; the text also ends where the block is full.
+          options: how to draw; without a seed another text each time. Stop strings are the caller's business.
+          max_tokens: how many tokens to draw at most, 1 or more, instead of the options'; the text also ends where the
+            block is full: the last token that is drawn comes behind it.
           end_tokens: tokens any of which ends the text, which then has it as its last; MOST_ENDS at most.
           width: of the prefill, if the prompt is shorter: prompts that are filled alike share one program.
 
@@ -208,6 +213,7 @@ class Decoder:
           ValueError: an argument that is not as said, or a slot in use.
         """
         block, count = self.config.block_size, len(tokens)
+        max_tokens = options.max_tokens if max_tokens is None else max_tokens
         if slot in self._texts or not 0 <= slot < self.slots:
             raise ValueError(f"slot {slot} is not one of the free slots, {self.free_slots}")
         if not 1 <= count <= block:
@@ -224,15 +230,15 @@ class Decoder:
             positions=np.int32(count - 1),
             left=np.int32(min(max_tokens, block - count + 1)),
             ends=np.array(ends, np.int32),
-            seeds=np.uint32(options.seed % 2**32),
-            temperatures=np.float32(options.temperature),
-            top_ks=np.int32(options.top_k),
+            seeds=np.uint32((secrets.randbits(32) if options.seed is None else options.seed) % 2**32),
+            seen=seen_in_prompts([tokens], self.config.vocab_size)[0],
+            controls=Controls(*(x[0] for x in make_controls([options]))),
             cache=(),
         )
         # The recording of `decode` stays as long as its last results are held.
         self._held, state = self._state, self._state
         self._state = self._fill(self._weights, state, padded, row, np.int32(slot))[0]
-        self._texts[slot] = _Text(frozenset(end_tokens))
+        self._texts[slot] = _Text(frozenset(end_tokens), options.logprobs)
 
     def prefill_width(self, count: int) -> int:
         """The tokens that a prefill of a prompt of `count` tokens takes."""
@@ -243,24 +249,37 @@ class Decoder:
 
     def decode(self) -> dict[int, Piece]:
         """Draws up to `chunk` tokens of every text that has not ended; of each, what it has gained."""
-        self._state, draws = self._decode(self._weights, self._state)
+        texts = {slot: text for slot, text in self._texts.items() if not text.has_ended}
+        most = max((text.alternatives for text in texts.values()), default=0)
+        program = self._decode[max(self._decode) if most else 0]
+        self._state, draws, left = program(self._weights, self._state)
         self._held = None
-        tokens, logprobs, left = (np.asarray(x) for x in (*draws, self._state[State._fields.index("left")]))
+        draws, left = Draw(*map(np.asarray, draws)), np.asarray(left)
         pieces = {}
-        for slot, text in self._texts.items():
-            if text.has_ended:
-                continue
-            count = int((tokens[:, slot] != UNDRAWN).sum())
-            new = tokens[:count, slot].tolist()
+        for slot, text in texts.items():
+            count = int((draws.tokens[:, slot] != UNDRAWN).sum())
+            tokens, logprobs = (x[:count, slot].tolist() for x in draws[:2])
+            likeliest = (x[:count, slot, : text.alternatives].tolist() for x in draws[2:])
+            alternatives = [list(zip(*pair, strict=True)) for pair in zip(*likeliest, strict=True)]
             reason = None
             if left[slot] == 0:
-                reason, text.has_ended = "stop" if new[-1] in text.ends else "length", True
-            pieces[slot] = Piece(new, logprobs[:count, slot].tolist(), reason)
+                reason, text.has_ended = "stop" if tokens[-1] in text.ends else "length", True
+            pieces[slot] = Piece(tokens, logprobs, alternatives, reason)
         return pieces
 
     def release(self, slot: int) -> None:
         """Frees a slot."""
         del self._texts[slot]
+
+
+def _empty(shapes: Weights, config: ModelConfig, slots: int) -> tuple[Weights, State]:
+    """Weights of these shapes, all 0, and a state without a text."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), empty_state(config, slots)
+
+
+def _reload(old: Weights, params: Any, config: ModelConfig) -> Weights:
+    """The weights of other parameters; `old` is donated, and nothing else of it matters."""
+    return decoding_weights(params, config)
 
 
 def _on_leaves(fn: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:

@@ -1,19 +1,16 @@
-"""Text from a trained model: the next token, continuations, and answers in a conversation."""
+"""Text from a trained model: continuations of prompts, and answers in conversations, by a `Decoder`."""
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from tokenizers import Tokenizer
 
 from gpt_jax.data.dialogue import Turn
-from gpt_jax.data.tokenizer import decode, encode_prompt, marker_ids
-from gpt_jax.model.gpt import GPT
-
-COLDEST = 1e-6  # a softmax at lower temperatures is its argmax, and in f32 logits / temperature might overflow
+from gpt_jax.data.tokenizer import encode_prompt, marker_ids, vocabulary_bytes
+from gpt_jax.inference.conversation import room_for_answer
+from gpt_jax.inference.decoder import Decoder, Piece
+from gpt_jax.inference.sampling import SamplingOptions
+from gpt_jax.inference.text_stream import TextStream
 
 
 class Sample(NamedTuple):
@@ -21,97 +18,81 @@ class Sample(NamedTuple):
 
     text: str
     tokens: int  # generated, the end marker included
-    ended: bool  # by the model itself, not by the limit
+    ended: bool  # by the model itself or a stop string, not by the limit
 
 
-def next_token(
-    params: Any,
-    tokens: jax.Array,
-    last: jax.Array,
-    key: jax.Array,
+def stream(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    options: Sequence[SamplingOptions],
     *,
-    model: GPT,
-    temperature: float,
-    top_k: int,
-) -> jax.Array:
-    """One token, int32 (B,), after position `last` (B,) of `tokens` (B, T).
+    end_tokens: Sequence[int] = (),
+) -> Iterator[tuple[int, Piece]]:
+    """Continues each prompt (token ids) as its options say, as many at a time as the decoder has free slots.
 
-    Drawn from the softmax of logits / temperature over the `top_k` largest (0: all); the largest if below COLDEST.
+    Yields the number of a prompt and what its text has gained, whenever that is something, up to the piece with a
+    reason. Closing the iterator frees the slots; so does sending True, for the text of the last piece.
     """
-    logits = model.apply({"params": params}, tokens, last, method="next_token_logits")  # (B, V)
-    if temperature < COLDEST:
-        return logits.argmax(axis=-1).astype(jnp.int32)
-    if 0 < top_k < logits.shape[-1]:
-        smallest_kept = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
-    return jax.random.categorical(key, logits / temperature, axis=-1).astype(jnp.int32)
-
-
-@functools.lru_cache(maxsize=8)
-def make_sampler(
-    model: GPT, temperature: float, top_k: int, jit: Callable[..., Any] = jax.jit
-) -> Callable[..., jax.Array]:
-    """`next_token` compiled by `jit`, for `generate`."""
-    return jit(functools.partial(next_token, model=model, temperature=temperature, top_k=top_k))
+    width = max(map(len, prompts), default=0)
+    waiting, running = list(range(len(prompts)))[::-1], {}
+    try:
+        while waiting or running:
+            for slot in decoder.free_slots[: len(waiting)]:
+                number = waiting.pop()
+                decoder.insert(slot, prompts[number], options[number], end_tokens=end_tokens, width=width)
+                running[slot] = number
+            for slot, piece in decoder.decode().items():
+                stopped = yield running[slot], piece
+                if piece.reason or stopped:
+                    decoder.release(slot)
+                    del running[slot]
+    finally:
+        for slot in running:
+            decoder.release(slot)
 
 
 def generate(
-    sampler: Callable[..., jax.Array],
-    params: Any,
+    decoder: Decoder,
     prompts: Sequence[Sequence[int]],
+    options: Sequence[SamplingOptions],
     *,
-    block_size: int,
-    end_tokens: Sequence[int],
-    max_tokens: int,
-    key: jax.Array,
+    end_tokens: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Continues each prompt (token ids) until one of `end_tokens` or `max_tokens`; the prompts run as one batch.
-
-    A text longer than the block keeps its last `block_size` tokens in view.
-    """
-    texts = [list(prompt) for prompt in prompts]
-    if not texts:
-        return []
-    starts = [len(text) for text in texts]
-    width = min(block_size, max(starts) + max_tokens)
-    open_rows = set(range(len(texts)))
-    for i in range(max_tokens):
-        views = [text[-width:] for text in texts]
-        tokens = np.array([view + [0] * (width - len(view)) for view in views], np.int32)
-        last = np.array([len(view) - 1 for view in views], np.int32)
-        drawn = np.asarray(sampler(params, tokens, last, jax.random.fold_in(key, i)))
-        for row in tuple(open_rows):
-            texts[row].append(int(drawn[row]))
-            if drawn[row] in end_tokens:
-                open_rows.remove(row)
-        if not open_rows:
-            break
-    return [text[start:] for text, start in zip(texts, starts, strict=True)]
+    """The new tokens of each prompt: see `stream`. A text that reaches the block ends there."""
+    texts: list[list[int]] = [[] for _ in prompts]
+    for number, piece in stream(decoder, prompts, options, end_tokens=end_tokens):
+        texts[number] += piece.tokens
+    return texts
 
 
 def answer(
-    sampler: Callable[..., jax.Array],
-    params: Any,
+    decoder: Decoder,
     tokenizer: Tokenizer,
     conversations: Sequence[Sequence[Turn]],
-    *,
-    block_size: int,
-    max_tokens: int,
-    key: jax.Array,
+    options: Sequence[SamplingOptions],
 ) -> list[Sample]:
-    """Generates the assistant's next turn in each conversation, whose last turn is the user's."""
-    markers = marker_ids(tokenizer)
-    generated = generate(
-        sampler,
-        params,
-        [encode_prompt(tokenizer, turns) for turns in conversations],
-        block_size=block_size,
-        end_tokens=markers,  # any of them closes the assistant's turn
-        max_tokens=max_tokens,
-        key=key,
-    )
-    samples = []
-    for ids in generated:
-        ended = bool(ids) and ids[-1] in markers
-        samples.append(Sample(decode(tokenizer, ids[:-1] if ended else ids), len(ids), ended))
-    return samples
+    """The assistant's next turn in each conversation, whose last turn is the user's.
+
+    Of one that is too long for the block, the last tokens are kept; `conversation.fit` does better with several turns.
+    """
+    block = decoder.config.block_size
+    prompts = [
+        encode_prompt(tokenizer, turns)[room_for_answer(each.max_tokens, block) - block :]
+        for turns, each in zip(conversations, options, strict=True)
+    ]
+    vocabulary = vocabulary_bytes(tokenizer, decoder.config.vocab_size)
+    texts = [TextStream(vocabulary, each.stop) for each in options]
+    samples = [Sample("", 0, False)] * len(prompts)
+    pieces = stream(decoder, prompts, options, end_tokens=marker_ids(tokenizer))  # any closes the assistant's turn
+    stopped: bool | None = None
+    while True:
+        try:
+            number, piece = pieces.send(stopped)
+        except StopIteration:
+            return samples
+        text, so_far = texts[number], samples[number]
+        ended = piece.reason == "stop"
+        new = text.feed(piece.tokens[:-1] if ended else piece.tokens)
+        new += text.finish() if piece.reason else ""
+        stopped = text.stopped
+        samples[number] = Sample(so_far.text + new, so_far.tokens + len(piece.tokens), ended or stopped)

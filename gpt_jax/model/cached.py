@@ -51,8 +51,8 @@ def prefill(weights: Weights, tokens: jax.Array, config: ModelConfig) -> Cache:
     x = _embed(weights, tokens, jnp.arange(tokens.shape[1]), config)
     branch, cache = None, []
     for layer in weights["layers"]:
-        x, y = _norm(x, branch, layer["ln_1"])
-        qkv = _linear(y, layer["qkv"]).reshape(shape)
+        x, qkv = _norm_linear(x, branch, layer["ln_1"], layer["qkv"])
+        qkv = qkv.reshape(shape)
         cache.append(qkv[:, :, 1:])
         attended = ops.packed_attention(qkv, cap=config.soft_cap)
         x, branch = _rest_of_layer(x, attended.reshape(x.shape), layer)
@@ -75,13 +75,12 @@ def decode_step(
     x = _embed(weights, tokens, positions, config)
     branch, new = None, []
     for layer, kept in zip(weights["layers"], cache, strict=True):
-        x, y = _norm(x, branch, layer["ln_1"])
-        qkv = _linear(y, layer["qkv"]).reshape(shape)
+        x, qkv = _norm_linear(x, branch, layer["ln_1"], layer["qkv"])
+        qkv = qkv.reshape(shape)
         attended, kept = ops.decode_attention(qkv, kept, positions, cap=config.soft_cap)
         new.append(kept)
         x, branch = _rest_of_layer(x, attended.reshape(x.shape), layer)
-    _, hidden = _norm(x, branch, weights["ln_f"])
-    logits = ops.matmul(hidden, weights["head"], transposed=True)
+    _, logits = _norm_linear(x, branch, weights["ln_f"], {"matrix": weights["head"]})
     return logits.astype(jnp.float32), tuple(new)
 
 
@@ -91,18 +90,23 @@ def _embed(weights: Weights, tokens: jax.Array, positions: jax.Array, config: Mo
     return (token + jnp.broadcast_to(position, token.shape)).astype(jnp.dtype(config.dtype))
 
 
-def _norm(x: jax.Array, branch: jax.Array | None, norm: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """x + branch, and the layer norm of that."""
-    if branch is None:
-        return x, ops.layer_norm(x, norm["scale"], norm["bias"])
-    return ops.residual_layer_norm(x, branch, norm["scale"], norm["bias"])
+def _linear(x: jax.Array, layer: dict[str, jax.Array]) -> jax.Array:
+    return ops.matmul(x, layer["matrix"], layer.get("bias"), transposed=True)
 
 
-def _linear(x: jax.Array, layer: dict[str, jax.Array], activation: str | None = None) -> jax.Array:
-    return ops.matmul(x, layer["matrix"], layer.get("bias"), activation=activation, transposed=True)
+def _norm_linear(
+    x: jax.Array,
+    branch: jax.Array | None,
+    norm: dict[str, jax.Array],
+    layer: dict[str, jax.Array],
+    activation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """x + branch, and the linear layer that reads the norm of that."""
+    operands = norm["scale"], norm["bias"], layer["matrix"], layer.get("bias")
+    return ops.norm_matmul(x, branch, *operands, activation=activation)
 
 
 def _rest_of_layer(x: jax.Array, attended: jax.Array, layer: Weights) -> tuple[jax.Array, jax.Array]:
     """All of a layer that comes after attention: x, and the branch that is to be added to it."""
-    x, y = _norm(x, _linear(attended, layer["projection"]), layer["ln_2"])
-    return x, _linear(_linear(y, layer["mlp_in"], "gelu"), layer["mlp_out"])
+    x, y = _norm_linear(x, _linear(attended, layer["projection"]), layer["ln_2"], layer["mlp_in"], "gelu")
+    return x, _linear(y, layer["mlp_out"])

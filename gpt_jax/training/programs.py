@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from gpt_jax.backend import Backend, check_heads, describe, is_device_error
 from gpt_jax.errors import UserError
-from gpt_jax.inference.generate import make_sampler
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.training.failures import remedies, remedies_of_model, smaller
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -34,7 +33,6 @@ class Programs(NamedTuple):
     eval_step: Callable[..., Any]  # (params, batch), as the next two
     diagnostics_step: Callable[..., Any]
     nonfinite_places: Callable[..., Any]
-    sampler: Callable[..., Any]
 
 
 def make_programs(config: ConfigDict, backend: Backend) -> Programs:
@@ -54,7 +52,6 @@ def make_programs(config: ConfigDict, backend: Backend) -> Programs:
         eval_step=backend.jit(functools.partial(eval_step, model=model)),
         diagnostics_step=backend.jit(functools.partial(diagnostics_step, model=model)),
         nonfinite_places=backend.jit(functools.partial(nonfinite_places, model=model)),
-        sampler=make_sampler(model, config.sample.temperature, config.sample.top_k, backend.jit),
     )
 
 

@@ -7,11 +7,12 @@ checkpoint, and every random choice is a function of the seed and the step.
 
 import collections
 import contextlib
+import dataclasses
+import functools
 import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from gpt_jax.backend import Backend
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.data import batches, token_cache
 from gpt_jax.data.dialogue import Turn
+from gpt_jax.inference.decoder import Decoder
 from gpt_jax.inference.generate import answer
+from gpt_jax.inference.sampling import SamplingOptions
 from gpt_jax.log import Log
-from gpt_jax.model.gpt import ModelConfig
+from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.runs.flops import device_peak_flops, model_flops_utilisation
 from gpt_jax.runs.info import RunInfo
 from gpt_jax.runs.metrics import MetricsWriter
@@ -37,6 +40,7 @@ from gpt_jax.training.programs import Programs
 from gpt_jax.training.steps import Batch, TrainState
 
 READ_BACK_LAG = 2  # steps whose metrics may still be on their way while the next one is dispatched
+MOST_SAMPLES = 8  # side by side
 SAMPLING = 1  # purpose of a random key; dropout needs none, its bits are keyed by seed and step
 
 
@@ -60,7 +64,7 @@ class PhaseClock:
         return taken
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A run: all that stays from its first step to its last."""
 
@@ -75,7 +79,7 @@ class Run:
     log: Log
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Start:
     """The point from which a run goes on, in this process.
 
@@ -95,7 +99,7 @@ class Trainer:
         config, self.config, self.workdir, self.backend = run.config, run.config, run.workdir, run.backend
         self.corpus, self.checkpointer, self.writer = run.corpus, run.checkpointer, run.writer
         self.info, self.log = run.info, run.log
-        self.train_step, self.eval_step, self.diagnostics_step, self.nonfinite_places, self.sampler = run.programs
+        self.train_step, self.eval_step, self.diagnostics_step, self.nonfinite_places = run.programs
 
         leaves, self.structure = jax.tree.flatten(run.backend.put(start.state))
         self.leaves = tuple(leaves)
@@ -309,19 +313,24 @@ class Trainer:
         }
         self.writer.write(self.step, "diagnostics", values)
 
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """A decoder for the config's prompts, without parameters."""
+        model = GPT(ModelConfig.from_config(self.config.model))
+        return Decoder(model, None, self.backend, slots=min(len(self.config.sample.prompts), MOST_SAMPLES))
+
     def sample(self) -> None:
         """Answers the config's prompts, to log and file, but those whose answers are there already."""
         config = self.config.sample
         start = time.perf_counter()
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), SAMPLING), self.step)
+        self.decoder.load(self.state.params)
+        seeds = np.random.SeedSequence([self.config.seed, SAMPLING, self.step]).generate_state(len(config.prompts))
+        drawn = SamplingOptions.from_config(self.config)
         answers = answer(
-            self.sampler,
-            self.state.params,
+            self.decoder,
             self.corpus.tokenizer,
             [[Turn("user", prompt)] for prompt in config.prompts],
-            block_size=self.config.model.block_size,
-            max_tokens=config.max_tokens,
-            key=key,
+            [dataclasses.replace(drawn, seed=int(seed)) for seed in seeds],
         )
         seconds = (time.perf_counter() - start) / max(len(answers), 1)
         for prompt, sample in list(zip(config.prompts, answers, strict=True))[self.recorded.samples :]:

@@ -11,7 +11,8 @@ from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
 from configs import chat
-from gpt_jax.inference.generate import next_token
+from gpt_jax.inference.decoder import decode_chunk, empty_state
+from gpt_jax.model.cached import decoding_weights
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import diagnostics_step, eval_step, init_state, nonfinite_places, train_step
@@ -175,14 +176,25 @@ def test_evaluation_and_diagnostics():
     close(found, jax.tree.map(np.asarray, jax.jit(all_of_them)(params, make_batch(0))), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("temperature", "top_k"), [(0.8, 5), (1.0, 0), (0, 0)])
-def test_tokens_drawn_are_those_of_xla(temperature, top_k):
-    params = make_step()[0].params
-    draw = functools.partial(next_token, model=GPT(MODEL), temperature=temperature, top_k=top_k)
-    tokens, last = make_batch(1)["inputs"], np.array([3, 15, 0, 7], np.int32)
-    ours, theirs = vk_kernels.jit(draw, device=SELECTOR), jax.jit(draw)
-    for i in range(5):
-        key = jax.random.fold_in(jax.random.key(SEED), i)
-        found = ours(params, tokens, last, key)
-        assert found.dtype == jnp.int32
-        np.testing.assert_array_equal(found, theirs(params, tokens, last, key))
+def make_decoding(alternatives: int = 0):
+    """A function that draws four tokens of four texts, and its arguments: a greedy text, and three that are drawn."""
+    state = empty_state(MODEL, 4)
+    controls = state.controls._replace(temperature=jnp.array([0, 1, 0.8, 1.5]), top_k=jnp.array([0, 0, 5, 40]))
+    state = state._replace(
+        tokens=jnp.arange(4, dtype=jnp.int32),
+        left=jnp.array([9, 3, 9, 9], jnp.int32),
+        seeds=jnp.arange(4, dtype=jnp.uint32),
+        controls=controls,
+    )
+    draw = functools.partial(decode_chunk, config=MODEL, chunk=4, alternatives=alternatives)
+    return draw, (decoding_weights(make_step()[0].params, MODEL), state)
+
+
+def test_tokens_drawn_are_those_of_xla():
+    draw, args = make_decoding()
+    _, ours, left = vk_kernels.jit(draw, device=SELECTOR)(*args)
+    _, theirs, expected = jax.jit(draw)(*args)
+    np.testing.assert_array_equal(np.asarray(ours.tokens), theirs.tokens)
+    np.testing.assert_allclose(np.asarray(ours.logprobs), theirs.logprobs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(left), expected)
+    assert (np.asarray(theirs.tokens) == -1).sum(axis=0).tolist() == [0, 1, 0, 0]  # the second had three left

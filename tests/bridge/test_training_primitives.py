@@ -3,15 +3,13 @@
 import functools
 
 import jax
-import numpy as np
 import pytest
 from profiles import night
 from run_graph import primitives_of
-from test_jit_train import MODEL, make_batch, make_step
+from test_jit_train import MODEL, make_batch, make_decoding, make_step
 from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
-from gpt_jax.inference.generate import next_token
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.training.steps import diagnostics_step, eval_step, nonfinite_places
 from vk_kernels.compiler.op_registry import kernel_op
@@ -29,11 +27,6 @@ def of_params(function):
     return functools.partial(function, model=GPT(MODEL)), (make_step()[0].params, make_batch(0))
 
 
-def sample(temperature, top_k):
-    draw = functools.partial(next_token, model=GPT(MODEL), temperature=temperature, top_k=top_k)
-    return draw, (make_step()[0].params, make_batch(0)["inputs"], np.zeros(4, np.int32), jax.random.key(0))
-
-
 FUNCTIONS = {
     "train": train,
     "train in bf16": lambda: train(dtype="bfloat16"),
@@ -41,9 +34,8 @@ FUNCTIONS = {
     "evaluate": lambda: of_params(eval_step),
     "diagnose": lambda: of_params(diagnostics_step),
     "find what is not finite": lambda: of_params(nonfinite_places),
-    "sample": lambda: sample(0.8, 5),
-    "sample from all": lambda: sample(1.0, 0),
-    "take the best": lambda: sample(0, 0),
+    "decode": make_decoding,
+    "decode, and name alternatives": lambda: make_decoding(20),
 }
 
 

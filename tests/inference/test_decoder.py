@@ -1,31 +1,40 @@
 """Cached decoding: the tokens of a model without a cache, whatever the chunk, the slot and the texts beside it."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
+from vulkan_devices import SELECTOR, needs_vulkan
 
 from gpt_jax.backend import Backend, enter_backend
-from gpt_jax.inference.decoder import Decoder, SamplingOptions
+from gpt_jax.inference.decoder import Decoder
+from gpt_jax.inference.sampling import SamplingOptions
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 
 CONFIG = ModelConfig(vocab_size=61, block_size=24, num_layers=2, num_heads=2, embed_dim=16, soft_cap=30.0)
 MODEL = GPT(CONFIG)
-PARAMS = jax.tree.map(lambda x: 4 * x, jax.jit(init_params, static_argnums=(0, 1))(MODEL, 0))  # not all but uniform
 PROMPTS = ([5, 6, 7], [9] * 14, [3], [8] * 24)
 
 
-@pytest.fixture(scope="module")
-def backend() -> Iterator[Backend]:
-    with contextlib.ExitStack() as stack:
-        yield enter_backend("xla", "highest", stack)
+@functools.cache  # not when the file is imported, which every selection of tests does
+def parameters():
+    params = jax.jit(init_params, static_argnums=(0, 1))(MODEL, 0)
+    return jax.tree.map(lambda x: 4 * x, params)  # not all but uniform
+
+
+@pytest.fixture(scope="module", params=["xla", pytest.param("vulkan", marks=needs_vulkan)])
+def backend(request) -> Iterator[Backend]:
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VK_KERNELS_DEVICE", SELECTOR)
+        yield enter_backend(request.param, "highest", stack)
 
 
 @jax.jit
-def uncached_logits(tokens, last):
-    return MODEL.apply({"params": PARAMS}, tokens, last, method="next_token_logits")[0]
+def uncached_logits(params, tokens, last):
+    return MODEL.apply({"params": params}, tokens, last, method="next_token_logits")[0]
 
 
 def uncached_greedy(prompt, count):
@@ -33,7 +42,7 @@ def uncached_greedy(prompt, count):
     while len(text) < len(prompt) + count and len(text) <= CONFIG.block_size:
         tokens = np.zeros((1, CONFIG.block_size), np.int32)
         tokens[0, : len(text)] = text
-        text.append(int(uncached_logits(tokens, np.array([len(text) - 1])).argmax()))
+        text.append(int(uncached_logits(parameters(), tokens, np.array([len(text) - 1])).argmax()))
     return text[len(prompt) :]
 
 
@@ -53,7 +62,7 @@ def decode_all(decoder, prompts, options, **limits):
 
 
 def test_greedy_texts_of_mixed_lengths_are_those_without_a_cache_until_the_block_is_full(backend):
-    decoder = Decoder(MODEL, backend.put(PARAMS), backend, slots=4, chunk=4)
+    decoder = Decoder(MODEL, backend.put(parameters()), backend, slots=4, chunk=4)
     texts, reasons = decode_all(decoder, PROMPTS, [SamplingOptions(temperature=0)] * 4, max_tokens=40)
     assert texts == [uncached_greedy(prompt, 40) for prompt in PROMPTS]
     assert [len(text) for text in texts] == [25 - len(prompt) for prompt in PROMPTS]
@@ -61,7 +70,7 @@ def test_greedy_texts_of_mixed_lengths_are_those_without_a_cache_until_the_block
 
 
 def test_a_text_ends_at_its_own_end_token_and_its_slot_takes_another(backend):
-    decoder = Decoder(MODEL, backend.put(PARAMS), backend, slots=1, chunk=4)
+    decoder = Decoder(MODEL, backend.put(parameters()), backend, slots=1, chunk=4)
     greedy = SamplingOptions(temperature=0)
     free = uncached_greedy([5, 6, 7], 12)
     stop = free.index(free[5])
@@ -72,8 +81,8 @@ def test_a_text_ends_at_its_own_end_token_and_its_slot_takes_another(backend):
 
 def test_a_seed_gives_one_text_whatever_the_chunk_the_slot_and_the_texts_beside_it(backend):
     def texts(chunk, prompts, seeds):
-        decoder = Decoder(MODEL, backend.put(PARAMS), backend, slots=len(prompts), chunk=chunk)
-        options = [SamplingOptions(1.0, 40, seed) for seed in seeds]
+        decoder = Decoder(MODEL, backend.put(parameters()), backend, slots=len(prompts), chunk=chunk)
+        options = [SamplingOptions(1.0, 40, seed=seed) for seed in seeds]
         return decode_all(decoder, prompts, options, max_tokens=9)[0]
 
     alone = texts(1, [[5, 6, 7]], [3])[0]
@@ -92,6 +101,6 @@ def test_a_seed_gives_one_text_whatever_the_chunk_the_slot_and_the_texts_beside_
     ],
 )
 def test_what_no_slot_takes_is_refused(backend, changes, message):
-    decoder = Decoder(MODEL, backend.put(PARAMS), backend, slots=2)
+    decoder = Decoder(MODEL, backend.put(parameters()), backend, slots=2)
     with pytest.raises(ValueError, match=message):
         decoder.insert(**({"slot": 0, "tokens": [1], "options": SamplingOptions(), "max_tokens": 5} | changes))

@@ -1,96 +1,111 @@
-"""Sampling: greedy, top-k, long texts, and the chat around it."""
+"""Continuations and answers by a decoder, and what sampling says when the device fails."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from gpt_jax import sample
+from gpt_jax.backend import Backend, enter_backend
 from gpt_jax.data.dialogue import Turn
 from gpt_jax.data.tokenizer import encode_prompt, marker_ids, train_tokenizer
-from gpt_jax.inference.generate import answer, generate, make_sampler, next_token
+from gpt_jax.inference.decoder import Decoder, Piece
+from gpt_jax.inference.generate import answer, generate, stream
+from gpt_jax.inference.sampling import SamplingOptions
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from vk_kernels.errors import DeviceLostError
 
 MODEL = GPT(ModelConfig(vocab_size=270, block_size=10, num_layers=1, num_heads=2, embed_dim=16))
-KEY = jax.random.key(0)
 
 
 @functools.cache  # not when the file is imported, which every selection of tests does
-def parameters():
-    return jax.jit(init_params, static_argnums=(0, 1))(MODEL, 3)
+def parameters(seed=3):
+    params = jax.jit(init_params, static_argnums=(0, 1))(MODEL, seed)
+    return jax.tree.map(lambda x: 20 * x, params)  # not all but uniform
 
 
-@jax.jit
-def next_token_logits(params, view, last):
-    return MODEL.apply({"params": params}, view, last, method="next_token_logits")
+PROMPTS = [[5, 6, 7], [9] * 8, [1, 2]]
+OPTIONS = [SamplingOptions(seed=seed, max_tokens=5) for seed in (1, 2, 3)]
 
 
-BLOCK = 6  # tokens that are kept in view
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Backend]:
+    with contextlib.ExitStack() as stack:
+        yield enter_backend("xla", "highest", stack)
 
 
-def logits_after(ids: list[int]) -> np.ndarray:
-    """Logits after a text without padding, a program for each length."""
-    view = jnp.asarray([ids[-BLOCK:]])
-    return np.asarray(next_token_logits(parameters(), view, jnp.array([view.shape[1] - 1])))[0]
+@pytest.fixture(scope="module")
+def decoder(backend) -> Decoder:
+    return Decoder(MODEL, parameters(), backend, slots=2, chunk=4)
 
 
-def test_greedy_follows_the_argmax_of_the_last_block_of_tokens():
-    prompts = [[5, 6, 7], [9] * 14]
-    generated = generate(
-        make_sampler(MODEL, 0.0, 0), parameters(), prompts, block_size=BLOCK, end_tokens=(), max_tokens=8, key=KEY
-    )
-    for prompt, new in zip(prompts, generated, strict=True):
-        text = list(prompt)
-        for token in new:
-            logits = logits_after(text)
-            assert logits[token] >= logits.max() - 1e-5
-            text.append(token)
-        assert len(new) == 8
+def test_more_prompts_than_slots_wait_for_a_free_one(decoder):
+    texts = generate(decoder, PROMPTS, OPTIONS)
+    assert [len(text) for text in texts] == [5, 3, 5]  # the second one's block is full
+    assert generate(decoder, PROMPTS, OPTIONS) == texts
+    assert [generate(decoder, [prompt], [one])[0] for prompt, one in zip(PROMPTS, OPTIONS, strict=True)] == texts
+    others = [SamplingOptions(seed=9, max_tokens=5)] * 3
+    assert generate(decoder, PROMPTS, others) != texts
 
 
-def test_top_k_draws_only_from_the_largest_and_from_all_of_them():
-    params = jax.tree.map(lambda leaf: leaf * 4, parameters())  # not all but uniform
-    draw = jax.jit(functools.partial(next_token, model=MODEL, temperature=1.0, top_k=3))
-    tokens, last = jnp.array([[4, 8]]), jnp.array([1])
-    drawn = {int(draw(params, tokens, last, jax.random.key(i))[0]) for i in range(60)}
-    logits = next_token_logits(params, tokens, last)[0]
-    assert drawn <= set(np.argsort(logits)[-3:].tolist())
-    assert len(drawn) > 1
+def test_a_stream_that_is_left_frees_its_slots(decoder):
+    pieces = stream(decoder, PROMPTS, OPTIONS)
+    number, piece = next(pieces)
+    assert (number, len(piece.tokens), piece.reason) == (0, 4, None)
+    assert decoder.free_slots == []
+    pieces.close()
+    assert decoder.free_slots == [0, 1]
 
 
-def test_the_same_key_gives_the_same_text_and_another_key_another():
-    sampler = make_sampler(MODEL, 1.0, 0)
-    options = {"block_size": 10, "end_tokens": (), "max_tokens": 8}
-    one, again = (generate(sampler, parameters(), [[1, 2]], key=KEY, **options) for _ in range(2))
-    other = generate(sampler, parameters(), [[1, 2]], key=jax.random.key(9), **options)
-    assert one == again != other
+def test_another_model_in_the_same_decoder(backend, decoder):
+    fresh = generate(Decoder(MODEL, parameters(4), backend, slots=2, chunk=4), PROMPTS, OPTIONS)
+    before = generate(decoder, PROMPTS, OPTIONS)
+    decoder.load(parameters(4))
+    assert generate(decoder, PROMPTS, OPTIONS) == fresh != before
+    decoder.load(parameters())
+    assert generate(decoder, PROMPTS, OPTIONS) == before
 
 
-def test_a_row_ends_at_its_end_token_while_others_go_on():
-    sampler = make_sampler(MODEL, 0.0, 0)
-    [free] = generate(sampler, parameters(), [[1, 2]], block_size=10, end_tokens=(), max_tokens=6, key=KEY)
-    prompts = [[1, 2], [1, 2, *free[:1]]]
-    ended = generate(sampler, parameters(), prompts, block_size=10, end_tokens=(free[2],), max_tokens=6, key=KEY)
-    stop = free.index(free[2])
-    assert ended[0] == free[: stop + 1]
-    assert ended[1][-1] == free[2] or len(ended[1]) == 6
+class Scripted:
+    """A decoder of which the tokens are known."""
+
+    config = MODEL.config
+    free_slots = (0,)
+
+    def __init__(self, tokens: list[int], end: int):
+        self.tokens, self.end, self.released = tokens, end, []
+
+    def insert(self, slot, tokens, options, *, end_tokens, width):
+        assert self.end in end_tokens
+        self.prompt = list(tokens)
+
+    def decode(self):
+        new, self.tokens = self.tokens[:2], self.tokens[2:]
+        return {0: Piece(new, [0.0] * len(new), [], "stop" if self.end in new else None)}
+
+    def release(self, slot):
+        self.released.append(slot)
 
 
-def test_answers_are_decoded_without_the_marker_that_ends_them():
+def test_answers_are_decoded_without_the_marker_that_ends_them_and_end_before_a_stop_string():
     tokenizer = train_tokenizer(["a question and an answer"], 262)
     _, _, end = marker_ids(tokenizer)
     reply = tokenizer.encode("an answer", add_special_tokens=False).ids
+    turns = [Turn("user", "why?")]
 
-    def scripted(params, tokens, last, key):
-        prompt = len(encode_prompt(tokenizer, [Turn("user", "a question")]))
-        script = [*reply, end]
-        return np.array([script[int(last[0]) + 1 - prompt]])
+    def ask(**options):
+        decoder = Scripted([*reply, end], end)
+        [found] = answer(decoder, tokenizer, [turns], [SamplingOptions(**options)])
+        return decoder, found
 
-    [sample] = answer(scripted, None, tokenizer, [[Turn("user", "a question")]], block_size=64, max_tokens=50, key=KEY)
-    assert sample == ("an answer", len(reply) + 1, True)
+    decoder, whole = ask(max_tokens=50)
+    assert whole == ("an answer", len(reply) + 1, True)
+    assert decoder.prompt == encode_prompt(tokenizer, turns)
+    decoder, short = ask(max_tokens=50, stop=("ans",))
+    assert (short.text, short.ended, decoder.released) == ("an ", True, [0])
+    assert short.tokens < whole.tokens
 
 
 @pytest.mark.parametrize(

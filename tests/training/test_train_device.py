@@ -94,7 +94,7 @@ def test_a_device_that_is_lost_costs_one_line_whatever_it_was_doing(phase, vulka
     assert steps == list(range(1, len(steps) + 1))
     if phase == "sample":
         assert len(steps) == 4
-        assert len(made) == 4  # train, evaluation and diagnostics, planned before the data, and the sampler: each once
+        assert len(made) == 4  # train, evaluation and diagnostics, planned before the data, and the decoder's first one
     monkeypatch.undo()  # the device closes as it is
 
 

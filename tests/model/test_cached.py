@@ -1,0 +1,83 @@
+"""The model with a cache, beside the model without one: logits at every place of texts of mixed lengths."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from run_plan import assert_accurate
+from vulkan_devices import SELECTOR, needs_vulkan
+
+import vk_kernels
+from gpt_jax.model.cached import decode_step, decoding_weights, empty_cache, prefill
+from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+
+CONFIG = ModelConfig(vocab_size=37, block_size=20, num_layers=2, num_heads=2, embed_dim=24, soft_cap=5.0)
+OTHER = ModelConfig(
+    vocab_size=37,
+    block_size=20,
+    num_layers=2,
+    num_heads=1,
+    embed_dim=24,
+    use_bias=True,
+    tie_head=True,
+    dtype="bfloat16",
+)
+LENGTHS = (1, 7, 12)  # of the prompts, which go on until the block is full
+INIT = jax.jit(init_params, static_argnums=(0, 1))
+
+
+def cached_logits(params, tokens, *, config):
+    """f32 (B, T, V) of every place; a text's first LENGTHS tokens are prefilled, the others decoded side by side."""
+    weights = decoding_weights(params, config)
+    filled = prefill(weights, tokens[:, : max(LENGTHS)], config)
+    before = jnp.arange(config.block_size)[None] < jnp.array(LENGTHS)[:, None]
+    before = before[:, :, None, None, None]
+    padding = [(0, 0), (0, config.block_size - max(LENGTHS)), (0, 0), (0, 0), (0, 0)]
+    cache = tuple(
+        jnp.where(jnp.broadcast_to(before, kept.shape), jnp.pad(new, padding), jnp.nan).astype(kept.dtype)
+        for kept, new in zip(empty_cache(config, len(LENGTHS)), filled, strict=True)
+    )
+    found = []
+    for step in range(config.block_size - min(LENGTHS)):
+        positions = jnp.minimum(jnp.array(LENGTHS) + step, config.block_size - 1)
+        now = jnp.take_along_axis(tokens, positions[:, None], axis=1)[:, 0]
+        logits, cache = decode_step(weights, now, positions, cache, config)
+        found.append(logits)
+    return jnp.stack(found, axis=1)
+
+
+def at_the_places_decoded(logits):
+    """Of (B, T, V), those that `cached_logits` gives: rows whose text has ended repeat its last place."""
+    block = logits.shape[1]
+    places = np.minimum(np.array(LENGTHS)[:, None] + np.arange(block - min(LENGTHS)), block - 1)
+    return np.take_along_axis(np.asarray(logits), places[:, :, None], axis=1)
+
+
+@pytest.mark.parametrize("config", [CONFIG, OTHER], ids=["f32", "bf16, bias, tied head"])
+@pytest.mark.parametrize("backend", ["xla", pytest.param("vulkan", marks=needs_vulkan)])
+def test_logits_with_a_cache_are_those_without(config, backend):
+    model = GPT(config)
+    params = jax.tree.map(lambda x: 3 * x, INIT(model, 0))
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (3, config.block_size)).astype(np.int32)
+
+    @jax.jit
+    def uncached(params):
+        hidden = model.apply({"params": params}, tokens)
+        head = params["wte"].T if config.tie_head else params["head"]
+        return (hidden @ head.astype(hidden.dtype)).astype(jnp.float32)
+
+    plain = uncached(params)
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+        exact_model = GPT(ModelConfig(**{**config.__dict__, "dtype": "float64"}))
+        hidden = exact_model.apply({"params": wide}, tokens)
+        exact = hidden @ (wide["wte"].T if config.tie_head else wide["head"])
+    run = functools.partial(cached_logits, config=config)
+    if backend == "vulkan":
+        with vk_kernels.use("vulkan", device=SELECTOR):
+            found = np.asarray(vk_kernels.jit(run)(params, tokens))
+    else:
+        found = jax.jit(run)(params, tokens)
+    assert_accurate(found, at_the_places_decoded(plain), at_the_places_decoded(exact).astype(np.float64))
