@@ -29,9 +29,6 @@ def terminal(run: str) -> str:
     command = [sys.executable, "-m", "gpt_jax.chat", run, "--backend=xla"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     with Terminal(command, cwd=Path.cwd(), env=env, columns=100, lines=24) as chat:
-        chat.wait_for(lambda text: text.endswith("you>"))
-        chat.type("\x0c")  # what was printed before has a folder of this machine in it
-        chat.wait_for(lambda text: text == "you>")
         for line in ("/max 24", QUESTIONS[0], "/retry", "/temp 0.4", QUESTIONS[1]):
             chat.wait_for(lambda text: text.endswith("you>"))
             chat.type(f"{line}\r")
