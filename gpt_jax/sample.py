@@ -209,7 +209,7 @@ def as_json(run: ServedRun, answer: Answer, alternatives: int) -> str:
             {
                 "token": decode(run.tokenizer, [drawn.token]),
                 "logprob": drawn.logprob,
-                "top": {decode(run.tokenizer, [token]): logprob for token, logprob in drawn.alternatives},
+                "top": [[decode(run.tokenizer, [token]), logprob] for token, logprob in drawn.alternatives],
             }
             for drawn in answer.tokens
         ]

@@ -157,3 +157,4 @@ def test_a_run_answers_alike_by_the_same_seed(monkeypatch, capsys, tmp_path):
     assert rows[0]["text"] != rows[1]["text"]
     assert [len(row["logprobs"]) for row in rows] == [row["tokens"] for row in rows]
     assert all(token["logprob"] < 0 for row in rows for token in row["logprobs"])
+    assert all(len(token["top"]) == 2 for row in rows for token in row["logprobs"])
