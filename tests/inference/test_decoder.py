@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from profiles import PROFILE
 from vulkan_devices import SELECTOR, needs_vulkan
 
 from gpt_jax.backend import Backend, enter_backend
@@ -30,6 +33,11 @@ def backend(request) -> Iterator[Backend]:
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setenv("VK_KERNELS_DEVICE", SELECTOR)
         yield enter_backend(request.param, "highest", stack)
+
+
+@pytest.fixture(scope="module")
+def greedy_decoder(backend) -> Decoder:
+    return Decoder(MODEL, backend.put(parameters()), backend, slots=4)
 
 
 @jax.jit
@@ -89,6 +97,28 @@ def test_a_seed_gives_one_text_whatever_the_chunk_the_slot_and_the_texts_beside_
     beside = texts(8, [[9] * 14, [5, 6, 7], [3]], [1, 3, 5])
     assert alone == beside[1]
     assert texts(16, [[5, 6, 7]], [4])[0] != alone
+
+
+@PROFILE
+@given(
+    prompts=st.lists(st.lists(st.integers(0, CONFIG.vocab_size - 1), min_size=1, max_size=24), min_size=4, max_size=4),
+    counts=st.lists(st.integers(1, 24), min_size=4, max_size=4),
+)
+def test_drawn_prompts_side_by_side_go_on_as_without_a_cache(greedy_decoder, prompts, counts):
+    found = []
+    for _ in range(2):
+        for slot, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+            greedy_decoder.insert(slot, prompt, SamplingOptions(temperature=0), max_tokens=count)
+        texts, logprobs = [[] for _ in prompts], [[] for _ in prompts]
+        while any(not text.has_ended for text in greedy_decoder._texts.values()):
+            for slot, piece in greedy_decoder.decode().items():
+                texts[slot] += piece.tokens
+                logprobs[slot] += piece.logprobs
+        for slot in range(4):
+            greedy_decoder.release(slot)
+        assert texts == [uncached_greedy(prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
+        found.append(logprobs)
+    assert found[0] == found[1]  # to the bit
 
 
 @pytest.mark.parametrize(
