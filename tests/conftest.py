@@ -58,6 +58,7 @@ LONGEST = (
     *("test_train_device", "test_campaign", "test_reductions", "test_attention", "test_rowwise", "test_op_properties"),
     *(
         "test_api",
+        "test_decoder",
         "test_jit_train",
         "test_train",
         "test_steps",
@@ -75,7 +76,7 @@ LONGEST = (
         "test_optimizer",
     ),
     *("test_model", "test_train_early", "test_checkpoint_damage", "test_corpus", "test_sample", "test_notebooks"),
-    *("test_checkpoint", "test_decoder"),
+    *("test_checkpoint", "test_cached", "test_decoding_ops"),
 )
 
 
