@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 from gpt_jax.backend import describe, is_device_error
+from gpt_jax.inference.decoder import Piece
 from gpt_jax.inference.sampling import SamplingOptions
 
 CANCELLED = "cancelled"  # a reason beside the decoder's 'stop' and 'length'
@@ -303,19 +304,15 @@ class Engine:
             done.set_exception(EngineFailed(failure))
 
 
-def next_event(text: TextStream, piece: Any) -> Event:
+def next_event(text: TextStream, piece: Piece) -> Event:
     """The event of what a chunk added to a text: characters that are sure, up to a stop string."""
-    tokens = [
-        DrawnToken(token, logprob, tuple(alternatives))
-        for token, logprob, alternatives in zip(
-            piece.tokens, piece.logprobs, getattr(piece, "alternatives", None) or [()] * len(piece.tokens), strict=True
-        )
-    ]
+    drawn = zip(piece.tokens, piece.logprobs, piece.alternatives, strict=True)
+    tokens = [DrawnToken(token, logprob, tuple(alternatives)) for token, logprob, alternatives in drawn]
     if piece.reason == "stop":  # its last token is the end's, which is no text
         tokens.pop()
     new = ""
-    for i, drawn in enumerate(tokens):
-        new += text.feed([drawn.token])
+    for i, token in enumerate(tokens):
+        new += text.feed([token.token])
         if text.stopped:
             return Event(new, tokens[: i + 1], "stop")
     if piece.reason:

@@ -15,7 +15,7 @@ from gpt_jax.inference.conversation import Fitted, fit, room_for_answer
 from gpt_jax.inference.decoder import Decoder
 from gpt_jax.inference.engine import Engine, Request
 from gpt_jax.inference.load import load_for_sampling
-from gpt_jax.inference.sampling import SamplingOptions
+from gpt_jax.inference.sampling import MOST_ALTERNATIVES, SamplingOptions
 from gpt_jax.inference.text_stream import TextStream
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.runs.find import find_run, find_step
@@ -116,12 +116,15 @@ def open_run(
 
 
 def _compile_all(decoder: Decoder) -> None:
-    """Has the programs compiled that prompts of any length need."""
-    length = 1
+    """Has the programs compiled that prompts of any length need, with and without alternatives."""
+    block_size = decoder.config.block_size
+    length, alternatives = 1, MOST_ALTERNATIVES
     while True:
-        decoder.insert(0, [0] * length, SamplingOptions(seed=0), max_tokens=1)
+        options = SamplingOptions(seed=0, max_tokens=1, logprobs=alternatives)
+        decoder.insert(0, [0] * length, options)
         decoder.decode()
         decoder.release(0)
-        if length == decoder.config.block_size:
+        if length == block_size:
             return
-        length = min(decoder.prefill_width(length) + 2, decoder.config.block_size)  # the first that takes a longer one
+        # The first length that takes a longer prefill.
+        length, alternatives = min(decoder.prefill_width(length) + 2, block_size), 0
