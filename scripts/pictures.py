@@ -35,7 +35,7 @@ def terminal(run: str) -> str:
             chat.wait_for(lambda text: not text.endswith("you>"))
         text = chat.wait_for(lambda text: text.endswith("you>"))
         chat.type("\x04")
-    return FRAME + html.escape(text)
+    return FRAME + html.escape(text[text.index("you>") :])  # the lines before name a folder of this machine
 
 
 def screen(browser: Browser, content: str, file: Path) -> None:
