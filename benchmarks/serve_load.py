@@ -113,7 +113,10 @@ class Load:
         draw = random.Random(number)
         while time.monotonic() < self.until:
             body, headers, status = draw.choice(WRONG)
-            found = (await self.client.post("/v1/chat/completions", content=body, headers=headers)).status_code
+            try:
+                found = (await self.client.post("/v1/chat/completions", content=body, headers=headers)).status_code
+            except httpx.HTTPError as error:
+                found = repr(error)
             if found != status:
                 self.lost.append(f"a wrong request was answered by {found} for {status}")
             self.counts["refused"] += 1

@@ -176,12 +176,12 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(open_page):
         page.locator("#text").fill("a question " * 12)
         page.locator("#send").click()
         last_answer(page)
-        for _ in range(2):
+        for button in ("#settings", "#close"):
             assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
             assert page.evaluate(
                 "[...document.querySelectorAll('.said')].every(x => x.getBoundingClientRect().right <= 360)"
             )
-            page.locator("#settings").click()
+            page.locator(button).click()
         box = page.locator("#ask").bounding_box()
         assert box["y"] + box["height"] <= PHONE["height"] + 1
 
