@@ -122,6 +122,10 @@ def chat(session: ChatSession, lines: Iterator[str], *, show: bool) -> int:
         except UserError as error:
             tell(f"error: {' '.join(str(error).split())}")
             code = code if show else error.exit_code
+        except KeyboardInterrupt:  # while nothing is being answered: a checkpoint is read, say
+            if not show:
+                raise
+            tell("^C")
         except DeviceFailed as error:
             tell(f"error: {error}")
             return 1

@@ -50,6 +50,7 @@ class ChatSession:
         self.turns: list[Turn] = []
         self._asked: list[Turn] = []  # up to the last question, whether it has an answer or not
         self.seed: int | None = None  # of the last answer
+        self.description = run.description  # of the checkpoint that answers
         self.notice = ""  # what was left out of the last prompt, as a line
         self._own_files: set[Path] = set()  # written or read here, so that they may be written again
 
@@ -137,12 +138,12 @@ class ChatSession:
 
     def _save(self, argument: str) -> str:
         path = _path("save", argument)
-        if path.exists() and path not in self._own_files:
-            raise UserError(f"/save: {path} exists: give another name")
         messages = [{"role": "system", "content": self.system}] if self.system else []
         messages += [{"role": turn.role, "content": turn.text} for turn in self.turns]
         drawn = {name: value for name, value in vars(self.options).items() if name != "logprobs"}
         try:
+            if path not in self._own_files and path.exists():
+                raise UserError(f"/save: {path} exists: give another name")
             with replacing(path) as file:
                 json.dump({"messages": messages, "sampling": drawn}, file, indent=2, ensure_ascii=False)
                 file.write("\n")
@@ -160,9 +161,9 @@ class ChatSession:
         return f"{len(turns)} turns from {path}"
 
     def _step(self, argument: str) -> str:
-        if not argument:
-            return self.run.description
-        return self.run.load_step(argument)
+        if argument:
+            self.description = self.run.load_step(argument)
+        return self.description
 
     def _help(self, argument: str) -> str:
         _no_argument("help", argument)
@@ -213,7 +214,10 @@ def _path(name: str, argument: str) -> Path:
         raise UserError(f"/{name} needs the name of a file")
     if problem := text_problem(argument):
         raise UserError(f"/{name} {problem}")
-    return Path(argument).expanduser().absolute()
+    try:
+        return Path(argument).expanduser().absolute()
+    except RuntimeError:
+        raise UserError(f"/{name}: {argument} is in the home folder of a user that there is none of") from None
 
 
 def read_chat(path: Path, options: SamplingOptions) -> tuple[str, list[Turn], SamplingOptions]:
@@ -223,7 +227,7 @@ def read_chat(path: Path, options: SamplingOptions) -> tuple[str, list[Turn], Sa
       UserError: there is no such file, or it is no chat.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -6,6 +6,7 @@ its reader's own buffer, which holds at most what one block of text has, so a sl
 """
 
 import contextlib
+import math
 import sys
 import threading
 import traceback
@@ -19,6 +20,7 @@ from gpt_jax.backend import describe, is_device_error
 from gpt_jax.inference.decoder import Piece
 from gpt_jax.inference.sampling import SamplingOptions
 
+NO_TOKEN = "the model gives no token a probability: its numbers overflow here; take another checkpoint of the run"
 CANCELLED = "cancelled"  # a reason beside the decoder's 'stop' and 'length'
 
 
@@ -306,6 +308,8 @@ class Engine:
 
 def next_event(text: TextStream, piece: Piece) -> Event:
     """The event of what a chunk added to a text: characters that are sure, up to a stop string."""
+    if not all(map(math.isfinite, piece.logprobs)):
+        return Event(error=NO_TOKEN)
     drawn = zip(piece.tokens, piece.logprobs, piece.alternatives, strict=True)
     tokens = [DrawnToken(token, logprob, tuple(alternatives)) for token, logprob, alternatives in drawn]
     if piece.reason == "stop":  # its last token is the end's, which is no text

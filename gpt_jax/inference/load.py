@@ -13,7 +13,7 @@ from gpt_jax.config import check_saved
 from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
-from gpt_jax.model.parameters import check_parameters
+from gpt_jax.model.parameters import check_finite, check_parameters
 from gpt_jax.runs.info import CONFIG_FILE, read_config
 
 
@@ -39,4 +39,5 @@ def load_for_sampling(workdir: Path, checkpoint: Path | None = None) -> tuple[Co
     params, description = restore_parameters(workdir if checkpoint is None else checkpoint)
     model = GPT(ModelConfig.from_config(config.model))
     check_parameters(params, jax.eval_shape(functools.partial(init_params, model, 0)), description)
+    check_finite(params, description)
     return config, params, tokenizer, description

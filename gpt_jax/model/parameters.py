@@ -51,6 +51,16 @@ def check_parameters(parameters: Any, wanted: Any, where: str) -> None:
             )
 
 
+def check_finite(parameters: Any, where: str) -> None:
+    """Raises UserError, naming the first, for a parameter with NaN or an infinity in it: it would answer nonsense."""
+    for name, leaf in named_leaves(parameters).items():
+        if count := int((~jnp.isfinite(leaf)).sum()):
+            raise UserError(
+                f"{where}: {count:,} of the {leaf.size:,} numbers of the parameter {name} are NaN or infinite: take "
+                "another checkpoint of the run"
+            )
+
+
 def merge_parameters(fresh: Any, restored: Any) -> tuple[Any, MergeReport]:
     """Takes from `restored` every leaf that `fresh` has at the same path with the same shape.
 

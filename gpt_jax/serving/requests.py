@@ -145,8 +145,8 @@ class ChatRequest(_Sampling):
     def conversation(self) -> tuple[str, list[Turn]]:
         """The system text, and the turns: user and assistant by turns, the user first and last.
 
-        Messages of one role that follow each other are joined by a blank line. Where the assistant opens, the system
-        text is the user's turn, as in training.
+        Messages of one role that follow each other are joined by a blank line; an answer that is empty is left out.
+        Where the assistant opens, the system text is the user's turn, as in training.
 
         Raises:
           RequestError: a message is empty or stands where it cannot.
@@ -155,6 +155,8 @@ class ChatRequest(_Sampling):
         turns: list[Turn] = []
         for i, message in enumerate(self.messages):
             where, text = f"messages[{i}]", message.text
+            if not text and message.role == "assistant" and turns:
+                continue  # an answer that ended at once, which clients send back as it came
             if not text:
                 raise RequestError(f"{where}.content is empty", where)
             if message.role in ("system", "developer"):

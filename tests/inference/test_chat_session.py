@@ -109,6 +109,9 @@ def test_what_does_not_fit_is_told_and_a_text_that_is_too_long_says_nothing(sess
         ("/system \ud800", "/system must be text in UTF-8"),
         ("/save", "/save needs the name of a file"),
         ("/save /nowhere/x.json", r"/save: /nowhere/x.json cannot be written: No such file"),
+        (f"/save {'a' * 300}", "/save: .*a cannot be written: File name too long"),
+        ("/save ~nobody-of-this-name/x", "/save: ~nobody-of-this-name/x is in the home folder of a user"),
+        ("/load ~nobody-of-this-name/x", "/load: ~nobody-of-this-name/x is in the home folder of a user"),
         ("/load /nowhere/x.json", "/nowhere/x.json cannot be read: No such file"),
         ("/load /", "cannot be read: Is a directory"),
         ("/step 7", "nowhere has no checkpoint"),
@@ -208,6 +211,34 @@ def test_ctrl_c_ends_the_answer_and_keeps_the_chat(capsys, monkeypatch):
         assert [turn.role for turn in session.turns] == ["user", "assistant"] * 2
         assert len(session.turns[1].text) < len(session.turns[3].text)
     assert "^C\n" in capsys.readouterr().out
+
+
+def test_ctrl_c_during_a_command_keeps_the_chat_and_ends_a_pipe(capsys, monkeypatch):
+    def interrupted(session, step):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "step", COMMANDS["step"]._replace(run=interrupted))
+    with stub_run(echo) as (run, _):
+        session = ChatSession(run, OPTIONS)
+        assert chat(session, iter(["one", "/step 2", "two"]), show=True) == 0
+        assert [turn.role for turn in session.turns] == ["user", "assistant"] * 2
+        with pytest.raises(KeyboardInterrupt):
+            chat(session, iter(["/step 2"]), show=False)
+    assert capsys.readouterr().err == "^C\n"
+
+
+def test_step_tells_which_checkpoint_answers(session, monkeypatch):
+    assert session.command("/step") == "a stub"
+    monkeypatch.setattr(type(session.run), "load_step", lambda run, step: f"checkpoint {step}")
+    assert session.command("/step 2") == "checkpoint 2"
+    assert session.command("/step") == "checkpoint 2"
+
+
+def test_a_chat_that_an_editor_saved_with_a_mark_of_utf_8_comes_back(session, tmp_path):
+    file = tmp_path / "chat.json"
+    file.write_text('{"messages": [{"role": "system", "content": "Be brief."}]}', encoding="utf-8-sig")
+    session.command(f"/load {file}")
+    assert session.system == "Be brief."
 
 
 def test_a_device_that_fails_ends_the_chat_in_a_line(capsys):

@@ -160,6 +160,27 @@ def test_log_probabilities_come_with_their_tokens():
     assert all(len(drawn.alternatives) == 2 for drawn in tokens)
 
 
+@pytest.mark.parametrize("number", [float("-inf"), float("nan")])
+def test_a_token_that_cannot_be_is_a_line_and_no_text_and_costs_no_other_one(number):
+    gate = Gate()
+    engine, made = open_engine(lambda prompt, options: "long " * 30, pace=gate)
+    with engine:
+        overflown, sound = SimpleQueue(), SimpleQueue()
+        engine.submit(ask("a", max_tokens=9), overflown.put)
+        wait_for(lambda: made[0].texts)
+        engine.submit(ask("b", max_tokens=9), sound.put)
+        real = made[0].decode
+        made[0].decode = lambda: {
+            slot: piece if slot else piece._replace(logprobs=[number] * len(piece.tokens))
+            for slot, piece in real().items()
+        }
+        gate.open()
+        _, error = read(overflown)
+        assert "no token a probability" in error
+        assert read(sound)[1] == "length"
+        wait_for(lambda: not made[0].texts)
+
+
 def test_a_device_that_fails_fails_the_requests_with_one_line(capsys):
     def fail(number):
         if number == 2:

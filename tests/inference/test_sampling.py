@@ -181,6 +181,18 @@ def test_log_probabilities_are_those_of_the_model_whatever_is_cut():
     np.testing.assert_allclose(drawn.top_logprobs, -np.sort(-truth, axis=-1)[:, :4], rtol=0, atol=2e-6)
 
 
+def test_alternatives_are_numbers_where_logits_are_none():
+    logits = np.full((2, VOCAB), np.nan, np.float32)
+    logits[0, :3], logits[1, :3] = [1, np.inf, 2], [1, 3, 2]
+    seen, controls = seen_in_prompts([[], []], VOCAB), make_controls([SamplingOptions(temperature=0)] * 2)
+    drawn = draw_jit(logits, controls, seen, np.zeros(2, np.uint32), np.zeros(2, np.int32), 4)
+    assert drawn.tokens.tolist() == [1, 1]
+    np.testing.assert_array_equal(drawn.top_tokens[:, 0], drawn.tokens)
+    np.testing.assert_array_equal(drawn.top_logprobs[:, 0], drawn.logprobs)
+    assert drawn.top_tokens[1, 1:3].tolist() == [2, 0]
+    assert not np.isnan(drawn.top_logprobs).any()
+
+
 def test_a_token_depends_on_its_text_alone_and_no_value_compiles_anew():
     logits = np.random.default_rng(6).standard_normal((4, VOCAB)).astype(np.float32)
     seeds, positions = np.uint32([9, 8, 7, 2**32 - 1]), np.int32([0, 5, 5, 1000])

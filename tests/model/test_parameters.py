@@ -8,7 +8,16 @@ import pytest
 from checkpoint_states import assert_identical
 
 from gpt_jax.errors import UserError
-from gpt_jax.model.parameters import merge_parameters
+from gpt_jax.model.parameters import check_finite, merge_parameters
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_numbers_that_are_none_are_counted_and_the_parameter_is_named(dtype):
+    sound = {"h_0": {"kernel": jnp.ones((2, 3), dtype)}, "wte": jnp.ones(4, dtype)}
+    check_finite(sound, "checkpoint 7")
+    diverged = {**sound, "wte": sound["wte"].at[1].set(jnp.nan).at[2].set(-jnp.inf)}
+    with pytest.raises(UserError, match="checkpoint 7: 2 of the 4 numbers of the parameter wte are NaN or infinite"):
+        check_finite(diverged, "checkpoint 7")
 
 
 def test_merge_takes_by_path_and_shape():

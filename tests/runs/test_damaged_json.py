@@ -17,7 +17,7 @@ from gpt_jax.checkpoint import Checkpointer, restore_parameters
 from gpt_jax.cli import parse_flags
 from gpt_jax.data.tokenizer import save, train_tokenizer
 from gpt_jax.errors import UserError
-from gpt_jax.inference import generate
+from gpt_jax.inference import generate, load
 from gpt_jax.inference.load import load_for_sampling
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.runs import info
@@ -133,6 +133,15 @@ def test_files_carry_their_version_and_older_ones_without_it_are_read(run):
     rewrite(run / "checkpoints" / "2", record)
     assert load_for_sampling(run)[3].endswith("(best validation loss 5.0000)")
     assert restore_parameters(run / "checkpoints" / "2")[1].endswith("/2")
+
+
+def test_a_checkpoint_of_a_diverged_run_answers_nothing(run, monkeypatch):
+    params, description = restore_parameters(run)
+    diverged = jax.tree.map(lambda x: x * np.nan, params)
+    monkeypatch.setattr(load, "restore_parameters", lambda folder: (diverged, description))
+    line = one_line(load_for_sampling, run)
+    assert line.startswith(f"{description}: ")
+    assert "are NaN or infinite" in line
 
 
 def rewrite(step: Path, record: dict) -> None:

@@ -133,6 +133,19 @@ def test_roles_and_parts_become_the_prompt_of_training(echo):
     assert body["choices"][0]["message"]["content"].startswith("<|user|>s<|assistant|>a<|user|>u<|assistant|>")
 
 
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_answer_that_was_empty_ends_no_conversation(empty, echo):
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": empty},
+        {"role": "user", "content": "two"},
+    ]
+    body = echo.client.post("/v1/chat/completions", json={"messages": messages}).json()
+    assert body["choices"][0]["message"]["content"].startswith("<|user|>one\n\ntwo<|assistant|>")
+    first = echo.client.post("/v1/chat/completions", json={"messages": messages[1:]})
+    assert (first.status_code, first.json()["error"]["message"]) == (400, "messages[0].content is empty")
+
+
 def test_what_does_not_fit_into_the_block_is_told(echo):
     messages = [
         {"role": role, "content": f"{role} {i} " + "xyz" * 20} for i in range(6) for role in ("user", "assistant")

@@ -81,7 +81,7 @@ def draw_tokens_reference(
     temperature, top-k (Fan et al., 2018), top-p (Holtzman et al., 2020), min-p (Nguyen et al., 2024); presence and
     frequency as OpenAI's API defines them. The log-probabilities are what vLLM calls raw_logprobs, its default.
     """
-    logits = jnp.where(jnp.isnan(logits), -jnp.inf, jnp.minimum(logits, LARGEST))  # (B, V)
+    logits = _ordered(logits)
     columns = Controls(*(value[:, None] for value in controls))  # (B, 1) each
     penalised = _penalise(logits, seen, columns)
     peak = jnp.maximum(penalised.max(axis=-1, keepdims=True), -LARGEST)  # not -inf, where no token is possible
@@ -93,6 +93,11 @@ def draw_tokens_reference(
     tokens = scores.argmax(axis=-1).astype(jnp.int32)
     logprobs = log_probabilities(logits)
     return Drawn(tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0])
+
+
+def _ordered(logits: jax.Array) -> jax.Array:
+    """The logits with -inf for NaN and the largest number for +inf."""
+    return jnp.where(jnp.isnan(logits), -jnp.inf, jnp.minimum(logits, LARGEST))
 
 
 def _penalise(logits: jax.Array, seen: jax.Array, controls: Controls) -> jax.Array:
@@ -137,7 +142,8 @@ def _farthest(distance: jax.Array, weights: jax.Array, share: jax.Array) -> jax.
 
 
 def log_probabilities(logits: jax.Array) -> jax.Array:
-    """The logarithm of the softmax, f32 (B, V)."""
+    """The logarithm of the softmax, f32 (B, V); NaN counts as -inf, +inf as the largest number."""
+    logits = _ordered(logits)
     below = logits - jnp.maximum(logits.max(axis=-1, keepdims=True), -LARGEST)
     total = jnp.exp(below).sum(axis=-1, keepdims=True)
     return below - jnp.log(jnp.maximum(total, 1))  # less only where no token is possible
