@@ -1,5 +1,7 @@
 """JSON files of a run that are cut, empty, of another kind or of another version: one line, wherever they are read."""
 
+import contextlib
+import dataclasses
 import json
 import logging
 import shutil
@@ -13,12 +15,15 @@ from synthetic_run import write_run
 
 from configs import chat_tiny
 from gpt_jax import sample
+from gpt_jax.backend import enter_backend
 from gpt_jax.checkpoint import Checkpointer, restore_parameters
 from gpt_jax.cli import parse_flags
 from gpt_jax.data.tokenizer import save, train_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.inference import generate, load
+from gpt_jax.inference.decoder import Decoder
 from gpt_jax.inference.load import load_for_sampling
+from gpt_jax.inference.sampling import SamplingOptions
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.runs import info
 from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, read_json, write_json
@@ -233,7 +238,12 @@ def test_nonsense_for_sampling_costs_one_line(flag, message, monkeypatch):
 
 def test_the_coldest_temperatures_answer_as_0_does(finished):
     config, params, _, _ = load_for_sampling(finished)
-    model, key = GPT(ModelConfig.from_config(config.model)), jax.random.key(0)
-    arguments = params, np.array([[4, 5], [6, 7]], np.int32), np.array([1, 1], np.int32), key
-    coldest, zero = (generate.make_sampler(model, temperature, 40)(*arguments) for temperature in (1e-38, 0.0))
-    np.testing.assert_array_equal(coldest, zero)
+    options = SamplingOptions(temperature=0.0, top_k=40, seed=0, max_tokens=9)
+    with contextlib.ExitStack() as stack:
+        backend = enter_backend("xla", "highest", stack)
+        decoder = Decoder(GPT(ModelConfig.from_config(config.model)), backend.put(params), backend, slots=2)
+        coldest, zero = (
+            generate.generate(decoder, [[4, 5], [6, 7]], [dataclasses.replace(options, temperature=temperature)] * 2)
+            for temperature in (1e-38, 0.0)
+        )
+    assert coldest == zero
