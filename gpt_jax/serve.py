@@ -3,7 +3,7 @@
 RUN is a run's folder, latest or best, and RUN@STEP another of its checkpoints; see `gpt_jax.runs.find`.
 """
 
-from gpt_jax.signals import exit_on_interrupt
+from gpt_jax.signals import exit_on_interrupt, interrupt
 
 if __name__ == "__main__":
     exit_on_interrupt()  # before the imports, which take seconds
@@ -169,7 +169,9 @@ def main(argv: Sequence[str]) -> int:
                 server_header=False,
             )
         )
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # The server raises these again when it has stopped: the device is given up then, and the exit code tells of it.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
         server.run(sockets=[bound])
     return 0
 

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 # Windows knows the first two alone.
 _STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -16,6 +17,11 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number.name)
         self.number = number
+
+
+def interrupt(number: int, _: FrameType | None = None) -> NoReturn:
+    """Raises Interrupted where the program stands: a handler that leaves by way of all that is open."""
+    raise Interrupted(signal.Signals(number))
 
 
 class StopSignal:

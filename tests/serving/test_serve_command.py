@@ -1,14 +1,18 @@
 """The command around the server: flags, keys, addresses."""
 
 import os
+import signal
 import socket
 
 import pytest
+import uvicorn
 from absl import flags
+from stub_run import stub_run
 
 from gpt_jax import serve
 from gpt_jax.cli import parse_flags
 from gpt_jax.errors import UserError
+from gpt_jax.signals import Interrupted
 
 
 def check(*arguments: str) -> None:
@@ -99,3 +103,29 @@ def test_addresses_of_six():
 def test_a_wide_address_is_known_as_one():
     with serve.bind("0.0.0.0", 0) as listener:
         assert not serve.is_loopback(listener)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_server_and_leaves_by_way_of_all_that_is_open(number, monkeypatch, capsys):
+    values = flags.FlagValues()
+    serve.define_flags(values)
+    arguments = parse_flags(["serve", "a run", "--port=0"], values)
+    monkeypatch.setattr(serve, "FLAGS", values)
+    real = uvicorn.Server.main_loop
+
+    async def signalled(server):
+        signal.raise_signal(number)
+        await real(server)
+
+    monkeypatch.setattr(uvicorn.Server, "main_loop", signalled)
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with stub_run(lambda prompt, options: "an answer") as (run, _):
+            monkeypatch.setattr(serve, "open_run", lambda *_, **__: run)
+            with pytest.raises(Interrupted) as raised:
+                serve.main(arguments)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert raised.value.number == number
+    assert "(a page to chat; API under /v1)" in capsys.readouterr().out
