@@ -10,7 +10,7 @@ tiny: ## train the small chat model
 test: ## all tests
 	bash scripts/test.sh
 
-quick: ## the tests that need no Vulkan device and take milliseconds
+quick: ## the tests that need no Vulkan device, without those marked slow
 	.venv/bin/python -m pytest -n auto -m "not vulkan"
 
 types: ## what the type checker says

@@ -95,7 +95,7 @@ def answer_prompts(arguments: Sequence[str], stack: contextlib.ExitStack) -> Non
         print(as_json(run, found, options.logprobs) if FLAGS.json else as_text(found, len(prompts) * FLAGS.n == 1))
         sys.stdout.flush()  # a reader of the pipe sees each as it comes
     seconds = time.perf_counter() - begun
-    rate = f"{count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} a second"
+    rate = f"{count:,} tokens in {seconds:.1f} s, {count / seconds:,.1f} a second"
     print(f"{rate}, compilation included", file=sys.stderr)
 
 

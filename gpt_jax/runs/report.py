@@ -1,4 +1,4 @@
-"""A run in numbers and plain words: `python -m gpt_jax.report WORKDIR` prints it, training writes it as report.md.
+"""A run in numbers and plain words: `python -m gpt_jax.report RUN` prints it, training writes it as report.md.
 
 Works on a run that is going on, was interrupted or failed; a section without data says so.
 """

@@ -114,7 +114,8 @@ def finish(run: Run, trainer: Trainer, stopped_by: signal.Signals | None) -> Non
     status = "interrupted" if stopped_by else "completed"
     run.info.finish(status, peak_flops=trainer.peak_flops, **{LAST_CHECKPOINT: run.checkpointer.newest})
     if stopped_by:
-        run.log(f"stopped by {stopped_by.name} at step {trainer.step}, saved; go on with --workdir={run.workdir}")
+        where = f"at step {trainer.step}, saved"
+        run.log(f"stopped by {stopped_by.name} {where}; the same command goes on, with --workdir={run.workdir}")
     with writing(run.workdir / "report.md"):
         run.log(f"report: {write_report(run.workdir)}")
 

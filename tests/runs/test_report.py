@@ -191,9 +191,12 @@ def test_command_line(workdir, tmp_path):
     assert printed.stdout == report.make_report(load.load_run(workdir))
     failed = command(tmp_path / "absent")
     assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr == f"error: no run at {tmp_path / 'absent'}: there is no such folder\n"
+    assert failed.stderr.startswith(
+        f"error: there is no run {tmp_path / 'absent'}: give the folder of a run, latest or b"
+    )
+    assert failed.stderr.count("\n") == 1
     bare = command()
-    assert (bare.returncode, bare.stderr) == (2, "error: missing argument: WORKDIR\n")
+    assert (bare.returncode, bare.stderr) == (2, "error: missing argument: RUN\n")
 
 
 def test_what_is_no_run(tmp_path):

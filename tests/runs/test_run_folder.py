@@ -256,7 +256,8 @@ def test_a_file_over_the_limit_costs_no_checkpoint_and_a_line(finished, corpus, 
     workdir = tmp_path / "run"
     disk.fail_at(6, lambda: disk.limit(resource.RLIMIT_FSIZE, 2000))
     with pytest.raises(
-        StorageError, match=r"cannot write .*metrics.jsonl: File too large; .*ulimit -f.*; then go on with"
+        StorageError,
+        match=r"cannot write .*metrics.jsonl: File too large; .*ulimit -f.*; then the same command goes on",
     ):
         train_and_evaluate(tiny(corpus), workdir)
     disk.mend.pop()()
