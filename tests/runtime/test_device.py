@@ -153,7 +153,7 @@ def test_a_closed_device_says_so_and_closes_twice():
         lambda: device.buffer(16),
         lambda: buffer.read("u4", (1,)),
         lambda: device.kernel("fill"),
-        device.record,
+        device.new_recorder,
     ):
         with pytest.raises(VulkanError, match=r"is closed"):
             use()
