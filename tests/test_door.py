@@ -39,6 +39,7 @@ def test_type_checkers_see_what_is_imported_when_asked_for():
     assert seen == {name: getattr(vk_kernels, name) for name in vk_kernels._LAZY}
 
 
+@pytest.mark.slow
 def test_the_door_opens_without_jax_and_ops_is_there_at_once():
     code = (
         "import sys, vk_kernels\n"

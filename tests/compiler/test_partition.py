@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from test_from_jaxpr import graph_of
 
 from vk_kernels import ops
@@ -323,6 +324,7 @@ def listing(found: Partition) -> list[tuple]:
     return rows
 
 
+@pytest.mark.slow
 def test_kernels_are_the_same_however_objects_are_hashed(monkeypatch):
     """As in two processes, which have the objects of a graph at other addresses: the cache on disk is for both."""
 

@@ -111,6 +111,7 @@ def test_memory_is_read_before_it_is_written_again():
     assert assign_stages([(0, [dispatch("a", "b")]), (0, [dispatch("c", "b")])]) == [[0], [1]]
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.text("abcdef", max_size=3), st.text("abcdef", max_size=2)), max_size=12)
 )

@@ -280,6 +280,7 @@ def test_all_dialogues_of_an_id_are_one_source(tmp_path):
     assert isinstance(corpus.is_validation(sources[-1], 0.5), bool)  # known by its bytes
 
 
+@pytest.mark.slow
 def test_a_dataset_that_cannot_be_read_on_names_its_row(tmp_path, capfd):
     pytest.importorskip("datasets", reason="the extra hf is not installed")
     (tmp_path / "train.jsonl").write_text("\n".join([json.dumps(said(Q, A))] * 3) + '\n{"messages": [{"role": "us')
@@ -289,6 +290,7 @@ def test_a_dataset_that_cannot_be_read_on_names_its_row(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_bad_row_of_a_dataset_is_named_and_skipped_by_choice(tmp_path):
     pytest.importorskip("datasets", reason="the extra hf is not installed")
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in (said(Q, A), said(Q), said(Q, A))))

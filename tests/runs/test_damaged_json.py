@@ -33,6 +33,8 @@ from gpt_jax.storage import checkpoint_files
 from gpt_jax.storage.checksum import crc32_of_json
 from gpt_jax.training.train import save_config
 
+pytestmark = pytest.mark.slow
+
 GOOD = {INFO_FILE: {"run_id": "1", "status": "completed"}, CONFIG_FILE: {"num_steps": 5, "model": {"vocab_size": 9}}}
 DAMAGE = [
     (b"", "is not valid JSON"),

@@ -181,6 +181,7 @@ def test_notes_of_a_sick_run(tmp_path):
         assert phrase in notes
 
 
+@pytest.mark.slow
 def test_command_line(workdir, tmp_path):
     def command(*arguments):
         line = [sys.executable, "-m", "gpt_jax.report", *map(str, arguments)]

@@ -5,6 +5,8 @@ import threading
 import pytest
 from serving_stub import serve, wait_for
 
+pytestmark = pytest.mark.slow
+
 MESSAGES = [{"role": "user", "content": "a question"}]
 
 

@@ -157,6 +157,7 @@ def test_an_unknown_name_lists_what_there_is(package, capsys):
     assert "no kernel is called matmul; there are copy, copy.f16, copy.f32, fill" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_build_reproduces_the_binaries_to_the_bit(package):
     before = {file.name: file.read_bytes() for file in (package / "shaders" / "binaries").glob("*.spv")}

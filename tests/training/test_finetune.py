@@ -124,6 +124,7 @@ def test_a_bare_checkpoint_is_taken_at_the_users_word(donor, words):
     assert "no row of a token is taken" in line
 
 
+@pytest.mark.slow
 def test_a_run_on_other_data_starts_from_the_donors_words(donor, words, tmp_path):
     source = tmp_path / "chats.txt"
     source.write_text("".join(f"<|user|>ladder {n}<|assistant|>window {n}<|end_of_text|>" for n in range(40)))
