@@ -16,7 +16,6 @@ if __name__ == "__main__":
     require_jax()  # before it is imported below
 
 import contextlib
-import dataclasses
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,24 +25,18 @@ from absl import flags
 
 from gpt_jax.backend import describe, is_device_error
 from gpt_jax.config import BACKENDS, text_problem
-from gpt_jax.config_file import NUMBER, WHOLE
 from gpt_jax.errors import UserError
 from gpt_jax.inference.chat_session import COMMANDS, ChatSession, DeviceFailed, read_chat, split_command
 from gpt_jax.inference.sampling import SamplingOptions
+from gpt_jax.inference.sampling_flags import define_sampling_flags, options_of_flags
 from gpt_jax.inference.served_run import open_run
 from vk_kernels import VulkanError
 
 FLAGS = flags.FLAGS
-_OPTIONS = {
-    "temperature": NUMBER,
-    "top_k": WHOLE,
-    "top_p": NUMBER,
-    "min_p": NUMBER,
-    "repetition_penalty": NUMBER,
-    "presence_penalty": NUMBER,
-    "max_tokens": WHOLE,
-    "seed": WHOLE,
-}
+_OPTIONS = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+    *("max_tokens", "seed"),
+)
 WAY_OUT = "; --backend=xla answers without Vulkan"
 
 
@@ -52,25 +45,11 @@ def define_flags(flag_values: flags.FlagValues = FLAGS) -> None:
     flags.DEFINE_enum("backend", None, BACKENDS, "Instead of the config's.", **here)
     flags.DEFINE_string("system", "", "Text that the conversation begins with.", **here)
     flags.DEFINE_string("load", None, "File of a conversation to go on with.", **here)
-    for name, parser in _OPTIONS.items():
-        what = "Of the draws; without it, another one each time." if name == "seed" else "Instead of the config's."
-        flags.DEFINE(parser, name, None, what, **here)
-
-
-def options_of_flags(options: SamplingOptions) -> SamplingOptions:
-    """The sampling options with the flags' in place of the run's.
-
-    Raises:
-      UserError: a flag has an impossible value.
-    """
-    given = {name: FLAGS[name].value for name in _OPTIONS if FLAGS[name].value is not None}
-    options = dataclasses.replace(options, **given)
-    options.check(called="--{}")
-    return options
+    define_sampling_flags(flag_values, _OPTIONS, seed="Of the draws; without it, another one each time.")
 
 
 def main(argv: Sequence[str]) -> int:
-    options_of_flags(SamplingOptions())  # first: a typo costs no loading
+    options_of_flags(FLAGS, SamplingOptions())  # first: a typo costs no loading
     if problem := text_problem(FLAGS.system):
         raise UserError(f"--system {problem}")
     loaded = None if FLAGS.load is None else read_chat(Path(FLAGS.load), SamplingOptions())[:2]
@@ -82,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
                 raise
             print(f"error: {describe(error)}{WAY_OUT if isinstance(error, VulkanError) else ''}", file=sys.stderr)
             return 1
-        session = ChatSession(run, options_of_flags(run.defaults), FLAGS.system)
+        session = ChatSession(run, options_of_flags(FLAGS, run.defaults), FLAGS.system)
         if loaded is not None:
             session.go_on(FLAGS.system or loaded[0], loaded[1])
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -29,20 +29,21 @@ from absl import flags
 
 from gpt_jax.backend import describe, is_device_error
 from gpt_jax.config import BACKENDS, Field, text_problem
-from gpt_jax.config_file import NUMBER, WHOLE
+from gpt_jax.config_file import WHOLE
 from gpt_jax.data.dialogue import Turn
 from gpt_jax.data.tokenizer import decode
 from gpt_jax.errors import UserError
 from gpt_jax.inference.conversation import TooLong
 from gpt_jax.inference.engine import DrawnToken, EngineFailed, Event, Request
 from gpt_jax.inference.sampling import OPTION_FIELDS, SamplingOptions, choice_seed
+from gpt_jax.inference.sampling_flags import define_sampling_flags, options_of_flags
 from gpt_jax.inference.served_run import ServedRun, open_run
 from vk_kernels import VulkanError
 
 FLAGS = flags.FLAGS
 COUNT = Field(int, "answers to each prompt", 1, 1000)
 MOST_TOGETHER = 32  # texts in one batch
-_OPTIONS = {name: WHOLE if field.kind is int else NUMBER for name, field in OPTION_FIELDS.items() if name != "stop"}
+_OPTIONS = [name for name in OPTION_FIELDS if name != "stop"]
 
 
 class Answer(NamedTuple):
@@ -87,7 +88,7 @@ def answer_prompts(arguments: Sequence[str], stack: contextlib.ExitStack) -> Non
         max_waiting=len(prompts) * FLAGS.n,
     )
     print(f"{run.description}; {run.backend}", file=sys.stderr, flush=True)
-    options = options_of_flags(run.defaults)
+    options = options_of_flags(FLAGS, run.defaults)
     requests = [make_request(run, prompt, number, options) for number, prompt in enumerate(prompts, 1)]
     begun, count = time.perf_counter(), 0
     for found in answers(run, prompts, requests):
@@ -226,25 +227,13 @@ def define_flags(flag_values: flags.FlagValues = FLAGS) -> None:
     flags.DEFINE_bool("json", False, "Whether answers are JSON lines.", **here)
     flags.DEFINE_enum("backend", None, BACKENDS, "Instead of the config's.", **here)
     flags.DEFINE_multi_string("stop", None, "A text that ends an answer; may be given again.", **here)
-    for name, parser in _OPTIONS.items():
-        meaning = OPTION_FIELDS[name].meaning
-        instead = {"seed": "Of the first answer to each prompt; without it, another one each time."}
-        flags.DEFINE(parser, name, None, instead.get(name, f"Instead of the config's: {meaning}."), **here)
-
-
-def options_of_flags(options: SamplingOptions) -> SamplingOptions:
-    """The sampling options with the flags' in place of the run's. Raises UserError for an impossible value."""
-    given = {name: FLAGS[name].value for name in _OPTIONS if FLAGS[name].value is not None}
-    if FLAGS.stop is not None:
-        given["stop"] = tuple(FLAGS.stop)
-    options = dataclasses.replace(options, **given)
-    options.check(called="--{}")
-    return options
+    seed = "Of the first answer to each prompt; without it, another one each time."
+    define_sampling_flags(flag_values, _OPTIONS, seed)
 
 
 def check_flags() -> None:
     """Raises UserError for a flag with an impossible value."""
-    options = options_of_flags(SamplingOptions())
+    options = options_of_flags(FLAGS, SamplingOptions())
     if problem := COUNT.problem(FLAGS.n):
         raise UserError(f"--n {problem}")
     if problem := text_problem(FLAGS.prompt):

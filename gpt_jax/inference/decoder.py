@@ -25,10 +25,11 @@ from gpt_jax.inference.sampling import (
     draw,
     make_controls,
     seen_in_prompts,
+    with_generated,
 )
 from gpt_jax.model.cached import Cache, Weights, decode_step, decoding_weights, empty_cache, prefill
 from gpt_jax.model.gpt import GPT, ModelConfig
-from vk_kernels.ops.draw_tokens import GENERATED, Controls
+from vk_kernels.ops.draw_tokens import Controls
 
 SHORTEST_PREFILL = 16  # tokens; longer ones are powers of two, so that few programs serve every prompt
 MOST_ENDS = 8  # tokens that may end a text
@@ -120,12 +121,11 @@ def decode_chunk(
         is_end = functools.reduce(operator.or_, [state.ends[:, i] == drawn.tokens for i in range(MOST_ENDS)])
         left = jnp.where(going_on & ~is_end, state.left - 1, 0)
         moved = left > 0
-        is_drawn = jnp.arange(config.vocab_size, dtype=jnp.int32)[None] == drawn.tokens[:, None]  # (slots, vocab_size)
         new = state._replace(
             tokens=jnp.where(moved, drawn.tokens, state.tokens),
             positions=jnp.where(moved, state.positions + 1, state.positions),
             left=left,
-            seen=state.seen + jnp.where(is_drawn, GENERATED, 0),
+            seen=with_generated(state.seen, drawn.tokens),
             cache=cache,
         )
         return new, drawn._replace(tokens=jnp.where(going_on, drawn.tokens, UNDRAWN))

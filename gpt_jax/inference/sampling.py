@@ -100,7 +100,8 @@ def seen_in_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> np.nda
 
 def with_generated(seen: jax.Array, tokens: jax.Array) -> jax.Array:
     """`seen`, (B, V), after one more token of each text, (B,)."""
-    return seen.at[jnp.arange(tokens.shape[0]), tokens].add(GENERATED)
+    is_drawn = jnp.arange(seen.shape[1], dtype=jnp.int32)[None] == tokens[:, None]  # a scatter would copy all of it
+    return seen + jnp.where(is_drawn, GENERATED, 0)
 
 
 def draw(

@@ -7,17 +7,14 @@ from gpt_jax import chat
 from gpt_jax.cli import parse_flags
 from gpt_jax.errors import UserError
 from gpt_jax.inference.sampling import SamplingOptions
+from gpt_jax.inference.sampling_flags import options_of_flags
 
 
 def options(*arguments: str) -> SamplingOptions:
     values = flags.FlagValues()
     chat.define_flags(values)
     parse_flags(["chat", *arguments], values)
-    chat.FLAGS, before = values, chat.FLAGS
-    try:
-        return chat.options_of_flags(SamplingOptions(temperature=0.5, top_k=40))
-    finally:
-        chat.FLAGS = before
+    return options_of_flags(values, SamplingOptions(temperature=0.5, top_k=40))
 
 
 def test_flags_take_the_place_of_the_runs_options():
