@@ -29,11 +29,11 @@ def mode(path: Path) -> int:
 
 @pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
 def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path, relative):
-    (tmp_path / "shared").mkdir()
+    (tmp_path / "other").mkdir()
     (tmp_path / "run").mkdir()
-    real, link, second = tmp_path / "shared" / "report.md", tmp_path / "run" / "report.md", tmp_path / "run" / "again"
+    real, link, second = tmp_path / "other" / "report.md", tmp_path / "run" / "report.md", tmp_path / "run" / "again"
     real.write_text("old")
-    link.symlink_to("../shared/report.md" if relative else real)
+    link.symlink_to("../other/report.md" if relative else real)
     second.symlink_to("report.md")
     write(second)
     assert (second.readlink(), link.is_symlink(), real.is_symlink()) == (Path("report.md"), True, False)
@@ -42,10 +42,10 @@ def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path, relative):
 
 
 def test_a_link_to_a_file_that_is_not_there_yet_makes_it(tmp_path):
-    (tmp_path / "report.md").symlink_to(tmp_path / "elsewhere.md")
+    (tmp_path / "report.md").symlink_to(tmp_path / "other.md")
     write(tmp_path / "report.md")
     assert (tmp_path / "report.md").is_symlink()
-    assert (tmp_path / "elsewhere.md").read_text() == "new"
+    assert (tmp_path / "other.md").read_text() == "new"
 
 
 def test_a_link_to_a_folder_that_is_gone_says_so_and_stays(tmp_path):
