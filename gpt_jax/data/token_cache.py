@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 
 from gpt_jax.data import corpus, tokenizer
 from gpt_jax.data.dialogue import Dialogue
-from gpt_jax.data.rows import Reading
+from gpt_jax.data.reading import Reading
 from gpt_jax.errors import UserError
 from gpt_jax.log import Log
 from gpt_jax.storage.checksum import crc32_of_file, crc32_of_json
@@ -102,7 +102,7 @@ def prepare(
       data_config: a ConfigDict with `source` (see `corpus.read_corpus`), `validation_fraction`,
         `tokenizer` (path of a tokenizer.json; '' or NEW_TOKENIZER trains one on the training split),
         `cache_dir` ('' is gpt_jax in $XDG_CACHE_HOME or ~/.cache), and maybe `tool_calls` and `on_error` (see
-        `rows.Reading`).
+        `reading.Reading`).
       vocab_size: the model's; the tokenizer has as many ids or fewer.
       log: takes a line about what is done.
       tokenizer_file: a tokenizer.json to use where `tokenizer` is ''.

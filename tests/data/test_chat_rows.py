@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from gpt_jax.data import corpus
+from gpt_jax.data import corpus, files
 from gpt_jax.data.dialogue import Context, Turn
-from gpt_jax.data.rows import Reading
+from gpt_jax.data.reading import Reading
 from gpt_jax.errors import UserError
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -245,7 +245,7 @@ def test_bad_rows_are_skipped_counted_and_listed_by_choice(tmp_path):
 @pytest.mark.parametrize("chunk", [7, 2**20])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_file_of_one_list_is_read_in_chunks(tmp_path, monkeypatch, indent, chunk, end):
-    monkeypatch.setattr(corpus, "_CHUNK", chunk)
+    monkeypatch.setattr(files, "CHUNK", chunk)
     path = tmp_path / "rows.json"
     rows = [said(Q, A), [Q, A], said(Q, {"role": "assistant", "content": "日\n"})]
     expected = [chat("q", "a"), chat("q", "a"), chat("q", "日")]

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from gpt_jax.data import corpus, default_corpus
+from gpt_jax.data import corpus, default_corpus, files
 from gpt_jax.data.dialogue import Dialogue, Turn
 from gpt_jax.errors import UserError
 
@@ -132,7 +132,7 @@ def test_render_refuses_a_marker_in_a_turn():
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 10**6])
 def test_chunks_may_end_anywhere(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(corpus, "_CHUNK", chunk)
+    monkeypatch.setattr(files, "CHUNK", chunk)
     text = "\ufeff<|user|>日\r\n本<|assistant|>ü<|<|end_of_text|>\n<|user|>a<|assistant|>b<|end_of_text|>"
     assert read(tmp_path / "chats.txt", text) == [chat("日\n本", "ü<|"), chat("a", "b")]
 
@@ -158,7 +158,7 @@ GOOD = "<|user|>q\n<|assistant|>a<|end_of_text|>\n"
 )
 def test_malformed_marked_text(tmp_path, monkeypatch, content, message):
     for chunk in (3, 2**20):
-        monkeypatch.setattr(corpus, "_CHUNK", chunk)
+        monkeypatch.setattr(files, "CHUNK", chunk)
         with pytest.raises(UserError, match=message) as error:
             read(tmp_path / "chats.txt", content)
         assert str(tmp_path / "chats.txt") in str(error.value)
@@ -166,8 +166,8 @@ def test_malformed_marked_text(tmp_path, monkeypatch, content, message):
 
 
 def test_an_endless_dialogue_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "MAX_DIALOGUE", 1000)
-    monkeypatch.setattr(corpus, "_CHUNK", 100)
+    monkeypatch.setattr(files, "MAX_DIALOGUE", 1000)
+    monkeypatch.setattr(files, "CHUNK", 100)
     with pytest.raises(UserError, match=":1: found no marker in 1,000 characters"):
         read(tmp_path / "chats.txt", "word " * 300)
     with pytest.raises(UserError, match=r"the dialogue is over 1,000 characters: is <\|end_of_text\|> missing"):
@@ -342,7 +342,7 @@ def test_fingerprint_of_a_dataset_follows_its_files(tmp_path, dataset):
 
 MEASURE = """
 import re, sys
-from gpt_jax.data import corpus, default_corpus
+from gpt_jax.data import corpus, default_corpus, files
 def peak():  # KiB
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
 before = peak()

@@ -16,7 +16,7 @@ from gpt_jax.config import TARGETS
 from gpt_jax.data import token_cache
 from gpt_jax.data import tokenizer as tk
 from gpt_jax.data.batches import MASKED, windows
-from gpt_jax.data.rows import Reading
+from gpt_jax.data.reading import Reading
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import StorageError
 from gpt_jax.storage.lock import lock

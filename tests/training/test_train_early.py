@@ -19,7 +19,7 @@ from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.data import token_cache
 from gpt_jax.data.batches import loader, windows
 from gpt_jax.data.corpus import source_fingerprint
-from gpt_jax.data.rows import Reading
+from gpt_jax.data.reading import Reading
 from gpt_jax.data.token_cache import Tokens
 from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
