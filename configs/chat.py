@@ -30,6 +30,8 @@ def get_config() -> ConfigDict:
     config.model.num_layers = 6
     config.model.num_heads = 8
     config.model.embed_dim = 256
+    config.model.mlp_dim = 0  # width of a block's MLP; 0: 4 embed_dim
+    config.model.norm_epsilon = 1e-5
     config.model.dropout_rate = 0.1
     config.model.soft_cap = 30.0  # of attention scores; 0: off
     config.model.use_bias = False

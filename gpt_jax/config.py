@@ -131,6 +131,8 @@ FIELDS: dict[str, Field] = {
     "model.num_layers": _whole("transformer blocks"),
     "model.num_heads": _whole("attention heads of a block"),
     "model.embed_dim": _whole("width of the residual stream"),
+    "model.mlp_dim": _whole("width of a block's MLP; 0: 4 embed_dim", 0),
+    "model.norm_epsilon": _number("of layer norms, added to the variance", open_low=True),
     "model.dropout_rate": _number("share of elements dropped", high=1),
     "model.soft_cap": _number("of attention scores; 0: off"),
     "model.use_bias": Field(bool, "whether linear layers have one"),

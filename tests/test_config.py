@@ -32,6 +32,8 @@ def test_chat_is_the_reference_run():
         "num_layers": 6,
         "num_heads": 8,
         "embed_dim": 256,
+        "mlp_dim": 0,
+        "norm_epsilon": 1e-5,
         "dropout_rate": 0.1,
         "soft_cap": 30.0,
         "use_bias": False,

@@ -51,11 +51,11 @@ def prefill(weights: Weights, tokens: jax.Array, config: ModelConfig) -> Cache:
     x = _embed(weights, tokens, jnp.arange(tokens.shape[1]), config)
     branch, cache = None, []
     for layer in weights["layers"]:
-        x, qkv = _norm_linear(x, branch, layer["ln_1"], layer["qkv"])
+        x, qkv = _norm_linear(x, branch, layer["ln_1"], layer["qkv"], config)
         qkv = qkv.reshape(shape)
         cache.append(qkv[:, :, 1:])
         attended = ops.packed_attention(qkv, cap=config.soft_cap)
-        x, branch = _rest_of_layer(x, attended.reshape(x.shape), layer)
+        x, branch = _rest_of_layer(x, attended.reshape(x.shape), layer, config)
     return tuple(cache)
 
 
@@ -75,12 +75,12 @@ def decode_step(
     x = _embed(weights, tokens, positions, config)
     branch, new = None, []
     for layer, kept in zip(weights["layers"], cache, strict=True):
-        x, qkv = _norm_linear(x, branch, layer["ln_1"], layer["qkv"])
+        x, qkv = _norm_linear(x, branch, layer["ln_1"], layer["qkv"], config)
         qkv = qkv.reshape(shape)
         attended, kept = ops.decode_attention(qkv, kept, positions, cap=config.soft_cap)
         new.append(kept)
-        x, branch = _rest_of_layer(x, attended.reshape(x.shape), layer)
-    _, logits = _norm_linear(x, branch, weights["ln_f"], {"matrix": weights["head"]})
+        x, branch = _rest_of_layer(x, attended.reshape(x.shape), layer, config)
+    _, logits = _norm_linear(x, branch, weights["ln_f"], {"matrix": weights["head"]}, config)
     return logits.astype(jnp.float32), tuple(new)
 
 
@@ -99,14 +99,17 @@ def _norm_linear(
     branch: jax.Array | None,
     norm: dict[str, jax.Array],
     layer: dict[str, jax.Array],
+    config: ModelConfig,
     activation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """x + branch, and the linear layer that reads the norm of that."""
     operands = norm["scale"], norm["bias"], layer["matrix"], layer.get("bias")
-    return ops.norm_matmul(x, branch, *operands, activation=activation)
+    return ops.norm_matmul(x, branch, *operands, activation=activation, epsilon=config.norm_epsilon)
 
 
-def _rest_of_layer(x: jax.Array, attended: jax.Array, layer: Weights) -> tuple[jax.Array, jax.Array]:
+def _rest_of_layer(
+    x: jax.Array, attended: jax.Array, layer: Weights, config: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
     """All of a layer that comes after attention: x, and the branch that is to be added to it."""
-    x, y = _norm_linear(x, _linear(attended, layer["projection"]), layer["ln_2"], layer["mlp_in"], "gelu")
+    x, y = _norm_linear(x, _linear(attended, layer["projection"]), layer["ln_2"], layer["mlp_in"], config, "gelu")
     return x, _linear(y, layer["mlp_out"])

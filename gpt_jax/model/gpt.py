@@ -30,6 +30,8 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     embed_dim: int
+    mlp_dim: int = 0  # width of a block's MLP; 0: 4 embed_dim
+    norm_epsilon: float = 1e-5  # of layer norms, added to the variance
     dropout_rate: float = 0.0
     soft_cap: float | None = None  # of attention scores; None: off
     use_bias: bool = False  # in linear layers; layer norms always have one
@@ -42,6 +44,11 @@ class ModelConfig:
         """Makes it from `config.model`, whose soft_cap of 0 means off."""
         fields = dict(config)
         return cls(**fields | {"soft_cap": fields.get("soft_cap") or None})
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of a block's MLP."""
+        return self.mlp_dim or 4 * self.embed_dim
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -76,14 +83,16 @@ class Linear(nn.Module):
 class LayerNorm(nn.Module):
     """Layer norm over the last axis; parameters `scale` and `bias`, (D,) f32."""
 
+    epsilon: float
+
     @nn.compact
     def __call__(self, x: jax.Array, branch: jax.Array | None = None, **dropout) -> tuple[jax.Array, jax.Array]:
         """total = x + dropout(branch), or x where there is no branch yet; and the norm of total."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         if branch is None:
-            return x, ops.layer_norm(x, scale, bias)
-        return ops.residual_layer_norm(x, branch, scale, bias, **dropout)
+            return x, ops.layer_norm(x, scale, bias, epsilon=self.epsilon)
+        return ops.residual_layer_norm(x, branch, scale, bias, epsilon=self.epsilon, **dropout)
 
 
 def dropout_at(site: int, layer: int, config: ModelConfig, rng: jax.Array | None) -> dict[str, Any]:
@@ -107,7 +116,9 @@ class Block(nn.Module):
         batch, length, width = x.shape
         heads = config.num_heads
 
-        x, y = LayerNorm(name="ln_1")(x, branch, **dropout_at(MLP_SITE, self.layer - 1, config, rng))
+        x, y = LayerNorm(config.norm_epsilon, name="ln_1")(
+            x, branch, **dropout_at(MLP_SITE, self.layer - 1, config, rng)
+        )
         qkv = Linear(3 * width, config, name="qkv")(y)
         qkv = qkv.reshape(batch, length, 3, heads, width // heads)
         if self.is_mutable_collection(DIAGNOSTICS):
@@ -116,8 +127,8 @@ class Block(nn.Module):
         y = ops.packed_attention(qkv, cap=config.soft_cap, **dropout(ATTENTION_SITE))
         y = y.reshape(batch, length, width)
         branch = Linear(width, config, config.residual_init_scale, name="projection")(y)
-        x, y = LayerNorm(name="ln_2")(x, branch, **dropout(PROJECTION_SITE))
-        y = Linear(4 * width, config, name="mlp_in")(y, activation="gelu")
+        x, y = LayerNorm(config.norm_epsilon, name="ln_2")(x, branch, **dropout(PROJECTION_SITE))
+        y = Linear(config.mlp_width, config, name="mlp_in")(y, activation="gelu")
         return x, Linear(width, config, config.residual_init_scale, name="mlp_out")(y)
 
     def _sow_statistics(self, q: jax.Array, k: jax.Array) -> None:
@@ -145,7 +156,7 @@ class GPT(nn.Module):
         self.wpe = self.param("wpe", initializer, (config.block_size, config.embed_dim), jnp.float32)
         block = nn.remat(Block) if config.remat else Block
         self.h = [block(config, layer) for layer in range(config.num_layers)]
-        self.ln_f = LayerNorm()
+        self.ln_f = LayerNorm(config.norm_epsilon)
         if not config.tie_head:
             self.head = self.param("head", initializer, (config.embed_dim, config.vocab_size), jnp.float32)
 

@@ -4,6 +4,7 @@ import re
 
 from ml_collections import ConfigDict
 
+from gpt_jax.model.gpt import ModelConfig
 from vk_kernels.ops.attention.planner import backward_flops, forward_flops
 
 # Dense peaks in TFLOP/s (bfloat16 with f32 accumulation, tf32, float32 without tensor cores), by the whole name that
@@ -58,11 +59,13 @@ def model_flops_per_token(model: ConfigDict) -> int:
     "FlashAttention-2" (2023), section 4.1, for the half under a causal mask.
 
     Args:
-      model: `config.model`: L num_layers, T block_size, D embed_dim.
+      model: `config.model`: L num_layers, T block_size, D embed_dim; a block has 4 D^2 weights in attention, and 2 D
+        times its MLP's width.
     """
     shape = (1, model.block_size, model.num_heads, model.embed_dim // model.num_heads)  # (B, T, H, D)
     attention = model.num_layers * (forward_flops(shape) + backward_flops(shape)) // model.block_size
-    weights = 12 * model.num_layers * model.embed_dim**2 + model.vocab_size * model.embed_dim
+    block = (4 * model.embed_dim + 2 * ModelConfig.from_config(model).mlp_width) * model.embed_dim
+    weights = model.num_layers * block + model.vocab_size * model.embed_dim
     return 6 * weights + attention
 
 

@@ -13,7 +13,16 @@ import vk_kernels
 from gpt_jax.model.cached import decode_step, decoding_weights, empty_cache, prefill
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 
-CONFIG = ModelConfig(vocab_size=37, block_size=20, num_layers=2, num_heads=2, embed_dim=24, soft_cap=5.0)
+CONFIG = ModelConfig(
+    vocab_size=37,
+    block_size=20,
+    num_layers=2,
+    num_heads=2,
+    embed_dim=24,
+    mlp_dim=40,
+    norm_epsilon=0.1,
+    soft_cap=5.0,
+)
 OTHER = ModelConfig(
     vocab_size=37,
     block_size=20,

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from configs import chat, gpt2_124m
@@ -294,7 +295,13 @@ def test_model_flops_utilisation():
     assert model_flops_utilisation(model, 1e6, None) is None
 
 
-@pytest.mark.parametrize("get_config", [chat.get_config, gpt2_124m.get_config])
+def with_a_narrow_mlp() -> ConfigDict:
+    config = chat.get_config()
+    config.model.mlp_dim = 300
+    return config
+
+
+@pytest.mark.parametrize("get_config", [chat.get_config, gpt2_124m.get_config, with_a_narrow_mlp])
 def test_the_weights_that_count_are_those_of_the_model_in_matrix_products(get_config):
     config = get_config().model
     params = jax.eval_shape(lambda: init_params(GPT(ModelConfig.from_config(config)), 0))
