@@ -31,6 +31,7 @@ import vk_kernels
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import init_state, on_leaves, train_step
+from gpt_jax.training.trainable import trained_parameters
 from vk_kernels.runtime.open_devices import open_device
 
 
@@ -43,16 +44,17 @@ def load_config(path: str) -> Any:
 
 def make_step(config: Any) -> tuple[Any, Any, dict[str, np.ndarray]]:
     """(the step as the training loop runs it, on the leaves of a state; the state's shapes; a batch)."""
-    model, optimizer = GPT(ModelConfig.from_config(config.model)), make_optimizer(config.optimizer)
+    model, optimizer = GPT(ModelConfig.from_config(config.model)), make_optimizer(config)
     step = functools.partial(
         train_step,
         model=model,
         optimizer=optimizer,
-        schedule=learning_rate_schedule(config.optimizer),
+        schedule=learning_rate_schedule(config),
         seed=config.seed,
         accumulate_steps=config.accumulate_steps,
+        is_trained=trained_parameters(config),
     )
-    state = jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer))
+    state = jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer, trained_parameters(config)))
     return on_leaves(step, jax.tree.structure(state)), state, random_batch(config, 0)
 
 

@@ -50,6 +50,9 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.1
     config.optimizer.decay_matrices_only = True
     config.optimizer.clip_norm = 1.0
+    config.optimizer.frozen = ()  # patterns of parameters that stay as they are, such as "wte" or "h_[0-3]"
+    config.optimizer.layer_decay = 1.0  # factor of the learning rate for each layer away from the output
+    config.optimizer.rates = ()  # factors of the learning rate by pattern, such as "wte=0.1"
 
     config.data = ConfigDict()
     config.data.source = "default"  # default | a .txt with markers | .jsonl, .json: docs/data.md | hf:NAME[:SPLIT]

@@ -34,7 +34,8 @@ class Field:
 
     kind: int, float, bool, str, or tuple for a sequence of texts. low, high: the ends of its range, both inside it
     but where `open_low` or `open_high` say otherwise; of texts, how many characters each has at least, and how many
-    texts there are at most. choices: all texts that it can be; empty: any text.
+    texts there are at most. choices: all texts that it can be; empty: any text. default: its value in a run that was
+    saved before there was this setting; None: there always was.
     """
 
     kind: type
@@ -44,6 +45,7 @@ class Field:
     open_low: bool = False
     open_high: bool = False
     choices: tuple[str, ...] = ()
+    default: Any = None
 
     def problem(self, value: Any) -> str:
         """'must be ..., found ...' for a value that this setting cannot have, else nothing."""
@@ -97,8 +99,8 @@ def text_problem(value: Any) -> str:
     return f"must be text in UTF-8, found {bad!a} in it" if bad else ""
 
 
-def _whole(meaning: str, low: int = 1, high: int = _INT32) -> Field:
-    return Field(int, meaning, low, high)
+def _whole(meaning: str, low: int = 1, high: int = _INT32, **more: Any) -> Field:
+    return Field(int, meaning, low, high, **more)
 
 
 def _number(meaning: str, **ends: Any) -> Field:
@@ -109,8 +111,12 @@ def _closed(meaning: str, **ends: Any) -> Field:
     return Field(float, meaning, **ends)
 
 
-def _choice(meaning: str, choices: tuple[str, ...]) -> Field:
-    return Field(str, meaning, choices=choices)
+def _choice(meaning: str, choices: tuple[str, ...], **more: Any) -> Field:
+    return Field(str, meaning, choices=choices, **more)
+
+
+def _texts(meaning: str, **more: Any) -> Field:
+    return Field(tuple, meaning, low=1, high=64, default=(), **more)
 
 
 _EVERY = "steps between two, and once at the end; 0: never"
@@ -131,8 +137,8 @@ FIELDS: dict[str, Field] = {
     "model.num_layers": _whole("transformer blocks"),
     "model.num_heads": _whole("attention heads of a block"),
     "model.embed_dim": _whole("width of the residual stream"),
-    "model.mlp_dim": _whole("width of a block's MLP; 0: 4 embed_dim", 0),
-    "model.norm_epsilon": _number("of layer norms, added to the variance", open_low=True),
+    "model.mlp_dim": _whole("width of a block's MLP; 0: 4 embed_dim", 0, default=0),
+    "model.norm_epsilon": _number("of layer norms, added to the variance", open_low=True, default=1e-5),
     "model.dropout_rate": _number("share of elements dropped", high=1),
     "model.soft_cap": _number("of attention scores; 0: off"),
     "model.use_bias": Field(bool, "whether linear layers have one"),
@@ -142,18 +148,23 @@ FIELDS: dict[str, Field] = {
     "optimizer.learning_rate": _number("at the end of the warm-up", open_low=True),
     "optimizer.min_learning_rate": _number("at the start, and from decay_steps on"),
     "optimizer.warmup_steps": _whole("updates of the linear rise", 0),
-    "optimizer.decay_steps": _whole("update at which the cosine reaches the minimum"),
+    "optimizer.decay_steps": _whole("update at which the cosine reaches the minimum; 0: the last one", 0),
     "optimizer.b1": _number("decay of the mean of gradients, an update", high=1),
     "optimizer.b2": _number("decay of the mean of squared gradients, an update", high=1),
     "optimizer.epsilon": _number("added to the root of the mean square", open_low=True),
     "optimizer.weight_decay": _number("times the learning rate, an update"),
     "optimizer.decay_matrices_only": Field(bool, "whether biases and scales are left out of the decay"),
     "optimizer.clip_norm": _number("largest norm of the whole gradient", open_low=True),
+    "optimizer.frozen": _texts("patterns of the parameters that are not trained"),
+    "optimizer.layer_decay": _closed(
+        "factor of the rate, a layer away from the output", high=1, open_low=True, default=1.0
+    ),
+    "optimizer.rates": _texts("PATTERN=FACTOR of the learning rate, by parameter"),
     "data.source": Field(str, "default, a file, or hf:NAME[:SPLIT]"),
     "data.validation_fraction": _number("share of the sources kept for validation", high=1, open_low=True),
     "data.tokenizer": Field(str, "a tokenizer.json; empty: that of init_from, else train one; new: train one"),
-    "data.tool_calls": _choice("whether calls of tools are read as text", TOOL_CALLS),
-    "data.on_error": _choice("what a bad row or dialogue is answered with", ON_ERROR),
+    "data.tool_calls": _choice("whether calls of tools are read as text", TOOL_CALLS, default="text"),
+    "data.on_error": _choice("what a bad row or dialogue is answered with", ON_ERROR, default="stop"),
     "data.targets": _choice("what the loss counts", TARGETS),
     "data.cache_dir": Field(str, "folder of the tokens; empty: ~/.cache/gpt_jax"),
     "data.prefetch": _whole("batches made ahead"),
@@ -162,18 +173,26 @@ FIELDS: dict[str, Field] = {
     "sample.every": _whole(_EVERY, 0),
     "sample.temperature": _number("of the softmax; 0: the likeliest token"),
     "sample.top_k": _whole("likeliest tokens to draw from; 0: all", 0),
-    "sample.top_p": _closed("share of the probability to draw from, likeliest first; 1: all", high=1, open_low=True),
-    "sample.min_p": _closed("share of the largest probability that a token needs; 0: none", high=1),
-    "sample.repetition_penalty": _number("what tokens seen are made less likely by; 1: none", open_low=True),
-    "sample.presence_penalty": _closed("taken off the logits of tokens generated; 0: none", low=-2, high=2),
-    "sample.frequency_penalty": _closed("the same, each time that they were; 0: none", low=-2, high=2),
+    "sample.top_p": _closed(
+        "share of the probability to draw from, likeliest first; 1: all", high=1, open_low=True, default=1.0
+    ),
+    "sample.min_p": _closed("share of the largest probability that a token needs; 0: none", high=1, default=0.0),
+    "sample.repetition_penalty": _number(
+        "what tokens seen are made less likely by; 1: none", open_low=True, default=1.0
+    ),
+    "sample.presence_penalty": _closed(
+        "taken off the logits of tokens generated; 0: none", low=-2, high=2, default=0.0
+    ),
+    "sample.frequency_penalty": _closed("the same, each time that they were; 0: none", low=-2, high=2, default=0.0),
     "sample.max_tokens": _whole("tokens of an answer at most"),
-    "sample.stop": Field(tuple, "texts that end an answer, of which they are no part", low=1, high=64),
+    "sample.stop": _texts("texts that end an answer, of which they are no part"),
     "sample.prompts": Field(tuple, "questions to answer"),
     "checkpoint.every": _whole("steps between two; 0: only at the end and when stopped", 0),
     "checkpoint.keep_last": _whole("newest checkpoints kept"),
     "checkpoint.keep_every": _whole("steps whose multiples are kept for good; 0: none", 0),
-    "vulkan.submit_ms": _number("most that a submission of a step may take, in ms; 0: a step is one submission"),
+    "vulkan.submit_ms": _number(
+        "most that a submission of a step may take, in ms; 0: a step is one submission", default=0.0
+    ),
     "log.every": _whole("steps between two lines of progress; 0: none", 0),
     "log.diagnostics_every": _whole(_EVERY, 0),
     "log.tensorboard": Field(bool, "whether TensorBoard's files are written"),
@@ -210,7 +229,7 @@ def validate(config: Mapping[str, Any]) -> None:
         *("optimizer.min_learning_rate", "optimizer.learning_rate"),
     )
     require(
-        values["optimizer.warmup_steps"] < values["optimizer.decay_steps"],
+        values["optimizer.decay_steps"] == 0 or values["optimizer.warmup_steps"] < values["optimizer.decay_steps"],
         "optimizer.warmup_steps must be below decay_steps, where the schedule ends",
         *("optimizer.warmup_steps", "optimizer.decay_steps"),
     )

@@ -52,6 +52,9 @@ def test_chat_is_the_reference_run():
         "weight_decay": 0.1,
         "decay_matrices_only": True,
         "clip_norm": 1.0,
+        "frozen": (),
+        "layer_decay": 1.0,
+        "rates": (),
     }
     assert (config.seed, config.batch_size, config.accumulate_steps, config.num_steps) == (42, 16, 1, 50_000)
     assert (config.eval.every, config.eval.batches) == (2500, 10)
@@ -82,7 +85,7 @@ BAD_VALUES = [
     ({"num_steps": 0}, f"config.num_steps must be a whole number from 1 to {INT32}, found 0"),
     ({"num_steps": 2**40}, f"config.num_steps must be a whole number from 1 to {INT32}, found {2**40}"),
     ({"num_steps": True}, f"config.num_steps must be a whole number from 1 to {INT32}, found True"),
-    ({"optimizer.decay_steps": 2**31}, f"config.optimizer.decay_steps must be a whole number from 1 to {INT32}, found"),
+    ({"optimizer.decay_steps": 2**31}, f"config.optimizer.decay_steps must be a whole number from 0 to {INT32}, found"),
     ({"seed": 2**32}, f"config.seed must be a whole number from 0 to {2**32 - 1}, found {2**32}"),
     ({"seed": -1}, f"config.seed must be a whole number from 0 to {2**32 - 1}, found -1"),
     ({"seed": 2**70}, f"config.seed must be a whole number from 0 to {2**32 - 1}, found {2**70}"),

@@ -126,7 +126,7 @@ def leaf_rows(leaves: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {leaf_spec(leaf)}" for name, leaf in leaves.items()]
 
 
-def listing(items: Iterable) -> str:
+def listing(items: Iterable, count: int = 5) -> str:
     """The first items, for a message of one line."""
     items = [str(item) for item in items]
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")

@@ -23,7 +23,18 @@ INFO_FILE, CONFIG_FILE = "run.json", "config.json"
 FORMAT_VERSION = 1  # of run.json and config.json; raise it when an older program would misread them
 _INFO_TYPES: Types = {
     **dict.fromkeys(("run_id", "name", "domain", "status", "command", "backend", "started", "ended"), str),
-    **dict.fromkeys(("elapsed_seconds", "peak_flops", "starts", "parameters", "vocabulary", "last_checkpoint"), NUMBER),
+    **dict.fromkeys(
+        (
+            "elapsed_seconds",
+            "peak_flops",
+            "starts",
+            "parameters",
+            "trained_parameters",
+            "vocabulary",
+            "last_checkpoint",
+        ),
+        NUMBER,
+    ),
     **dict.fromkeys(("versions", "git", "data"), dict),
     "device": {"platform": str, "kind": str, "count": int},
     "host": {"platform": str, "cpu_count": int, "memory_bytes": NUMBER},

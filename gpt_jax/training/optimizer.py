@@ -5,6 +5,16 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from gpt_jax.training.trainable import RateOf, rates_of_parameters
+
+
+def last_decay_step(config: ConfigDict) -> int:
+    """The step at which the cosine reaches the minimum: by default that after which the run ends.
+
+    A run that ends within its warm-up has no cosine.
+    """
+    return config.optimizer.decay_steps or max(config.num_steps, config.optimizer.warmup_steps + 1)
+
 
 def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
     """Learning rate of the update with the given count (0 for the first).
@@ -12,12 +22,13 @@ def learning_rate_schedule(config: ConfigDict) -> optax.Schedule:
     Rises linearly from `min_learning_rate`, reached one step before the first update, to `learning_rate` at step
     `warmup_steps`, then falls along a half cosine to the minimum at step `decay_steps`, where it stays.
     """
+    settings = config.optimizer
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=config.min_learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.decay_steps,
-        end_value=config.min_learning_rate,
+        init_value=settings.min_learning_rate,
+        peak_value=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        decay_steps=last_decay_step(config),
+        end_value=settings.min_learning_rate,
     )
     return lambda count: schedule(count + 1)
 
@@ -28,18 +39,31 @@ def decay_mask(params: optax.Params) -> optax.Params:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """The chain of `config.optimizer`.
+    """The chain of `config.optimizer`, for the parameters that are trained.
 
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (ICLR 2019).
     """
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+    settings = config.optimizer
+    chain = [
+        optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(
             learning_rate_schedule(config),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=decay_mask if config.decay_matrices_only else None,
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            mask=decay_mask if settings.decay_matrices_only else None,
         ),
-    )
+    ]
+    if settings.layer_decay != 1 or settings.rates:
+        chain.append(scale_by_name(rates_of_parameters(config)))
+    return optax.chain(*chain)
+
+
+def scale_by_name(rate: RateOf) -> optax.GradientTransformation:
+    """Multiplies the update of each parameter by a factor that follows from its name."""
+
+    def scale(path: jax.tree_util.KeyPath, update: jax.Array) -> jax.Array:
+        return rate(jax.tree_util.keystr(path, simple=True, separator="/")) * update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))

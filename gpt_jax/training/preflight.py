@@ -13,6 +13,7 @@ from gpt_jax.data.token_cache import NEW_TOKENIZER
 from gpt_jax.errors import UserError
 from gpt_jax.runs.info import read_config, read_info
 from gpt_jax.training.finetune import tokenizer_to_keep
+from gpt_jax.training.trainable import check_patterns
 
 _TRAINED = (None, "", NEW_TOKENIZER)  # values that name no file
 
@@ -35,6 +36,7 @@ def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> dict[
     read_info(workdir)
     read_config(workdir)
     check_source(config.data.source)
+    check_patterns(config, abstract_state.params)
     position = check_newest(workdir / CHECKPOINTS, abstract_state)
     if position is None and config.init_from:
         try:

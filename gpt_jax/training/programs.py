@@ -22,6 +22,7 @@ from gpt_jax.training.steps import (
     on_leaves,
     train_step,
 )
+from gpt_jax.training.trainable import trained_parameters
 from vk_kernels import FeatureError, VulkanError
 from vk_kernels.runtime.open_devices import open_device
 
@@ -41,10 +42,11 @@ def make_programs(config: ConfigDict, backend: Backend) -> Programs:
     step = functools.partial(
         train_step,
         model=model,
-        optimizer=make_optimizer(config.optimizer),
-        schedule=learning_rate_schedule(config.optimizer),
+        optimizer=make_optimizer(config),
+        schedule=learning_rate_schedule(config),
         seed=config.seed,
         accumulate_steps=config.accumulate_steps,
+        is_trained=trained_parameters(config),
     )
     structure = jax.tree.structure(abstract_state(config))
     return Programs(
@@ -57,8 +59,8 @@ def make_programs(config: ConfigDict, backend: Backend) -> Programs:
 
 def abstract_state(config: ConfigDict) -> TrainState:
     """Shapes and dtypes of a run's state."""
-    model, optimizer = GPT(ModelConfig.from_config(config.model)), make_optimizer(config.optimizer)
-    return jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer))
+    model, optimizer = GPT(ModelConfig.from_config(config.model)), make_optimizer(config)
+    return jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer, trained_parameters(config)))
 
 
 def plan_programs(config: ConfigDict, backend: Backend) -> tuple[Programs, str | None]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from gpt_jax.model.gpt import DIAGNOSTICS, GPT
+from gpt_jax.training.trainable import IsTrained, all_trained, by_layer, combine, partition
 
 Batch = dict[str, jax.Array]  # 'inputs' and 'targets', int32 (B, T); a negative target counts for nothing
 Metrics = dict[str, jax.Array]
@@ -25,17 +26,17 @@ class TrainState(flax.struct.PyTreeNode):
     skipped: jax.Array  # int32 (): of those, how many changed nothing: not finite, or without a target
     skipped_in_a_row: jax.Array  # int32 (): since the last finite step that had a target
     params: Any
-    opt_state: Any
+    opt_state: Any  # of the parameters that are trained
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: Any, optimizer: optax.GradientTransformation, is_trained: IsTrained = all_trained) -> TrainState:
     """State before the first step."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(partition(params, is_trained)[0]),
     )
 
 
@@ -55,20 +56,27 @@ def loss_fn(params: Any, batch: Batch, count: jax.Array, rng: jax.Array | None, 
 
 
 def loss_and_gradient(
-    params: Any, batch: Batch, step: jax.Array, *, model: GPT, seed: int, accumulate_steps: int = 1
+    params: Any, batch: Batch, step: jax.Array, *, model: GPT, seed: int, accumulate_steps: int = 1, frozen: Any = None
 ) -> tuple[jax.Array, Any]:
     """Mean loss of the batch and its gradient, computed in `accumulate_steps` equal parts, one after another.
 
     Both are 0 for a batch without a target.
+
+    Args:
+      params: those that the gradient is of.
+      frozen: the others, as `partition` gives both; None: there are none.
     """
     count = jnp.maximum(target_count(batch), 1)
     parts = jax.tree.map(lambda x: x.reshape(accumulate_steps, -1, *x.shape[1:]), batch)
     seed = jnp.uint32(seed)
 
+    def part_loss(params: Any, *operands: Any) -> jax.Array:
+        return loss_fn(params if frozen is None else combine(params, frozen), *operands, model=model)
+
     def part_gradient(index: jax.Array, part: Batch) -> tuple[jax.Array, Any]:
         # Each part is one draw of the dropout's clock, so that no two share their bits.
         clock = step.astype(jnp.uint32) * jnp.uint32(accumulate_steps) + index
-        return jax.value_and_grad(loss_fn)(params, part, count, jnp.stack([seed, clock]), model=model)
+        return jax.value_and_grad(part_loss)(params, part, count, jnp.stack([seed, clock]))
 
     def add_part(total: Any, indexed_part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, part_gradient(*indexed_part)), None
@@ -89,18 +97,22 @@ def train_step(
     schedule: optax.Schedule,
     seed: int,
     accumulate_steps: int = 1,
+    is_trained: IsTrained = all_trained,
 ) -> tuple[TrainState, Metrics]:
     """One update, or none: a non-finite loss or gradient, or a batch without a target, leaves parameters, optimizer and
     schedule as they were, and is counted in `skipped`.
 
     Without a target there is no gradient, so decay and momentum would move the parameters for no reason in the data.
+    Parameters that are not trained have no gradient, no state of the optimizer and no decay, and all norms are of the
+    others.
 
     Returns:
       The next state, and scalars: loss (NaN without a target: a mean over nothing), learning_rate, grad_norm (in total
-      and, as grad_norm/LAYER, by layer), param_norm, update_norm, finite, skipped_in_a_row.
+      and, as grad_norm/LAYER, by layer that is trained), param_norm, update_norm, finite, skipped_in_a_row.
     """
+    trained, frozen = partition(state.params, is_trained)
     loss, grads = loss_and_gradient(
-        state.params, batch, state.step, model=model, seed=seed, accumulate_steps=accumulate_steps
+        trained, batch, state.step, model=model, seed=seed, accumulate_steps=accumulate_steps, frozen=frozen
     )
 
     counted = target_count(batch) > 0
@@ -111,14 +123,14 @@ def train_step(
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = optax.apply_updates(trained, updates)
         skipped_in_a_row = jnp.where(finite, jnp.where(counted, 0, state.skipped_in_a_row), state.skipped_in_a_row + 1)
         next_state = TrainState(
             step=state.step + 1,
             skipped=state.skipped + 1 - (finite & counted).astype(jnp.int32),
             skipped_in_a_row=skipped_in_a_row,
-            params=keep(params, state.params),
+            params=combine(keep(params, trained), frozen),
             opt_state=keep(opt_state, state.opt_state),
         )
     with jax.named_scope("metrics"):
@@ -126,12 +138,12 @@ def train_step(
             "loss": jnp.where(counted, loss, jnp.nan),
             "learning_rate": schedule(state.step - state.skipped),
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(state.params),
+            "param_norm": optax.tree.norm(trained),
             "update_norm": jnp.where(counted, optax.tree.norm(updates), 0),
             "finite": finite,
             "skipped_in_a_row": skipped_in_a_row,
         }
-        metrics |= {f"grad_norm/{layer}": optax.tree.norm(layer_grads) for layer, layer_grads in grads.items()}
+        metrics |= {f"grad_norm/{layer}": optax.tree.norm(group) for layer, group in by_layer(grads).items()}
     return next_state, metrics
 
 

@@ -18,7 +18,7 @@ from gpt_jax.data import batches, token_cache
 from gpt_jax.data.tokenizer import save as save_tokenizer
 from gpt_jax.log import Log
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
-from gpt_jax.model.parameters import merge_parameters
+from gpt_jax.model.parameters import merge_parameters, named_leaves
 from gpt_jax.runs.folder import open_folder
 from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, mark_failed, new_run_id, read_config, write_json
 from gpt_jax.runs.metrics import METRICS_FILE, MetricsWriter
@@ -32,6 +32,7 @@ from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.preflight import check_start
 from gpt_jax.training.programs import abstract_state, plan_programs
 from gpt_jax.training.steps import TrainState, init_state
+from gpt_jax.training.trainable import rates_of_parameters, trained_parameters
 from gpt_jax.training.trainer import Run, Start, Trainer
 
 
@@ -95,7 +96,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
         save_config(config, workdir, log)
         with writing(workdir / "tokenizer.json"):
             save_tokenizer(corpus.tokenizer, workdir / "tokenizer.json")
-        log(f"parameters\n{parameter_table(state.params)}")
+        log(f"parameters\n{parameter_table(state.params, config)}")
         writer = stack.enter_context(MetricsWriter(workdir, resume_step, config.log.tensorboard))
         recorded = NOTHING if resume_step is None else take_up(workdir, resume_step, writer, log)
         run = Run(config, workdir, backend, programs, corpus, checkpointer, writer, info, log)
@@ -137,9 +138,9 @@ def initial_state(
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """The state to go on from, on JAX's default device, and the position saved with it: the run's own checkpoint if it
     has one, else the parameters of `init_from` with a fresh optimizer, else fresh parameters."""
-    model, optimizer = GPT(ModelConfig.from_config(config.model)), make_optimizer(config.optimizer)
+    model, optimizer = GPT(ModelConfig.from_config(config.model)), make_optimizer(config)
     fresh = functools.partial(init_params, model, config.seed)
-    restored = checkpointer.restore_latest(jax.eval_shape(lambda: init_state(fresh(), optimizer)))
+    restored = checkpointer.restore_latest(abstract_state(config))
     if restored is not None:
         log(f"initialised from this run's checkpoint at step {restored.step}")
         return restored.state, restored.position
@@ -151,13 +152,14 @@ def initial_state(
         log("\n".join(filter(None, (f"initialised from {description}", str(report), moved))))
     else:
         log(f"initialised from scratch with seed {config.seed}")
-    return init_state(params, optimizer), None
+    return init_state(params, optimizer, trained_parameters(config)), None
 
 
 def facts(config: ConfigDict, corpus: token_cache.Corpus, state: TrainState, from_donor: bool) -> dict[str, Any]:
     """The model and the data of a run, for run.json."""
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "trained_parameters": trained_size(state.params, config),
         "vocabulary": corpus.tokenizer.get_vocab_size(),
         "tokenizer": finetune.FROM_DONOR if from_donor else config.data.tokenizer or "trained",
         "data": corpus.stats,
@@ -230,11 +232,24 @@ def save_config(config: ConfigDict, workdir: Path, log: Log) -> None:
     write_json(workdir / CONFIG_FILE, saved)
 
 
-def parameter_table(params: Any) -> str:
-    """Name, shape and size of each parameter, and the total."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    rows = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, leaf.size) for path, leaf in leaves]
-    width = max(len(name) for name, _, _ in rows)
-    lines = [f"  {name:<{width}}  {shape!s:<14} {size:>12,}" for name, shape, size in rows]
-    total = sum(size for _, _, size in rows)
-    return "\n".join([*lines, f"  {'total':<{width}}  {'':<14} {total:>12,}"])
+def parameter_table(params: Any, config: ConfigDict) -> str:
+    """Name, shape and size of each parameter, how it is trained if not as all are, and the total."""
+    is_trained, rate = trained_parameters(config), rates_of_parameters(config)
+    leaves = named_leaves(params)
+    width = max(map(len, leaves))
+
+    def note(name: str) -> str:
+        if not is_trained(name):
+            return "  frozen"
+        return "" if rate(name) == 1 else f"  rate x {rate(name):.3g}"
+
+    rows = [f"  {name:<{width}}  {leaf.shape!s:<14} {leaf.size:>12,}{note(name)}" for name, leaf in leaves.items()]
+    total, trained = sum(leaf.size for leaf in leaves.values()), trained_size(params, config)
+    rows.append(f"  {'total':<{width}}  {'':<14} {total:>12,}")
+    return "\n".join(rows if trained == total else [*rows, f"  {'trained':<{width}}  {'':<14} {trained:>12,}"])
+
+
+def trained_size(params: Any, config: ConfigDict) -> int:
+    """How many numbers are trained."""
+    is_trained = trained_parameters(config)
+    return sum(leaf.size for name, leaf in named_leaves(params).items() if is_trained(name))

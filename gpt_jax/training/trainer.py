@@ -274,7 +274,7 @@ class Trainer:
         places = [place for place, nonfinite in found.items() if nonfinite]
         # Backward, a bad value spreads towards the input: the layer nearest the output is where it began.
         names = ModelConfig.from_config(self.config.model).layer_names
-        layers = [layer for layer in names if not np.isfinite(values[f"grad_norm/{layer}"])]
+        layers = [layer for layer in names if not np.isfinite(values.get(f"grad_norm/{layer}", 0))]
         place = (places or [f"gradient of {layer}" for layer in reversed(layers)] or ["gradient norm"])[0]
         text = (
             f"step {step}: update skipped, {place} is not finite "

@@ -35,10 +35,9 @@ def make_batch(i: int, rows: int = 4) -> dict[str, np.ndarray]:
 @functools.cache
 def make_step(config: ModelConfig = MODEL, **options):
     """(state on the host, step)."""
-    optimizer_config = chat.get_config().optimizer
-    optimizer_config.update(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=5, decay_steps=200)
-    model, optimizer = GPT(config), make_optimizer(optimizer_config)
-    schedule = learning_rate_schedule(optimizer_config)
+    settings = chat.get_config()
+    settings.optimizer.update(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=5, decay_steps=200)
+    model, optimizer, schedule = GPT(config), make_optimizer(settings), learning_rate_schedule(settings)
     step = functools.partial(train_step, model=model, optimizer=optimizer, schedule=schedule, seed=SEED, **options)
     state = jax.jit(lambda: init_state(init_params(model, SEED), optimizer))()
     return jax.tree.map(np.asarray, state), step

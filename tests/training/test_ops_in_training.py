@@ -49,13 +49,13 @@ class Outcome(NamedTuple):
     kernels: dict[str, int]  # how often each ran
 
 
-MODEL, OPTIMIZER = GPT(ModelConfig.from_config(CONFIG.model)), make_optimizer(CONFIG.optimizer)
+MODEL, OPTIMIZER = GPT(ModelConfig.from_config(CONFIG.model)), make_optimizer(CONFIG)
 STEP = jax.jit(
     functools.partial(
         train_step,
         model=MODEL,
         optimizer=OPTIMIZER,
-        schedule=learning_rate_schedule(CONFIG.optimizer),
+        schedule=learning_rate_schedule(CONFIG),
         seed=CONFIG.seed,
     ),
     donate_argnums=0,

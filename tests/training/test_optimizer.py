@@ -10,7 +10,8 @@ from configs import chat
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
-CONFIG = chat.get_config().optimizer
+CONFIG = chat.get_config()
+SETTINGS = CONFIG.optimizer
 
 
 @pytest.mark.parametrize(
@@ -48,10 +49,10 @@ def adamw_in_float64(gradients, start, *, decay):
     schedule = learning_rate_schedule(CONFIG)
     for count, gradient in enumerate(gradients, start=1):
         gradient = gradient.astype(np.float64)
-        gradient = gradient * min(1.0, CONFIG.clip_norm / np.linalg.norm(gradient))
-        m = CONFIG.b1 * m + (1 - CONFIG.b1) * gradient
-        v = CONFIG.b2 * v + (1 - CONFIG.b2) * gradient**2
-        step = m / (1 - CONFIG.b1**count) / (np.sqrt(v / (1 - CONFIG.b2**count)) + CONFIG.epsilon)
+        gradient = gradient * min(1.0, SETTINGS.clip_norm / np.linalg.norm(gradient))
+        m = SETTINGS.b1 * m + (1 - SETTINGS.b1) * gradient
+        v = SETTINGS.b2 * v + (1 - SETTINGS.b2) * gradient**2
+        step = m / (1 - SETTINGS.b1**count) / (np.sqrt(v / (1 - SETTINGS.b2**count)) + SETTINGS.epsilon)
         x = x - float(schedule(count - 1)) * (step + decay * x)
     return x
 
@@ -60,8 +61,8 @@ def adamw_in_float64(gradients, start, *, decay):
     ("matrices_only", "shape", "decayed"), [(True, (3, 4), 1), (True, (12,), 0), (False, (12,), 1)]
 )
 def test_updates_are_those_of_adamw(matrices_only, shape, decayed):
-    config = chat.get_config().optimizer
-    config.decay_matrices_only = matrices_only
+    config = chat.get_config()
+    config.optimizer.decay_matrices_only = matrices_only
     optimizer = make_optimizer(config)
     rng = np.random.default_rng(0)
     start, *gradients = rng.normal(size=(6, *shape)).astype(np.float32)
@@ -72,5 +73,5 @@ def test_updates_are_those_of_adamw(matrices_only, shape, decayed):
     for gradient in gradients:
         updates, state = optimizer.update(jnp.asarray(gradient), state, params)
         params = optax.apply_updates(params, updates)
-    expected = adamw_in_float64(gradients, start, decay=CONFIG.weight_decay * decayed)
+    expected = adamw_in_float64(gradients, start, decay=SETTINGS.weight_decay * decayed)
     np.testing.assert_allclose(params - start, expected - start, rtol=2e-2, atol=1e-8)

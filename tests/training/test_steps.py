@@ -32,8 +32,9 @@ def untargeted(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 @functools.cache
 def make_run(model_config: ModelConfig = MODEL, learning_rate: float = 3e-3):
-    config = chat.get_config().optimizer
-    config.update(learning_rate=learning_rate, min_learning_rate=learning_rate / 10, warmup_steps=5, decay_steps=200)
+    config = chat.get_config()
+    rates = {"learning_rate": learning_rate, "min_learning_rate": learning_rate / 10}
+    config.optimizer.update(**rates, warmup_steps=5, decay_steps=200)
     model, optimizer = GPT(model_config), make_optimizer(config)
     step = functools.partial(
         train_step, model=model, optimizer=optimizer, schedule=learning_rate_schedule(config), seed=SEED
@@ -147,7 +148,7 @@ def test_evaluation_counts_targets_and_drops_nothing_out():
 @pytest.mark.parametrize("accumulate_steps", [1, 2])
 def test_a_batch_without_a_target_changes_nothing_and_is_counted(accumulate_steps):
     model, state, _ = make_run()
-    config = chat.get_config().optimizer
+    config = chat.get_config()
     optimizer, schedule = make_optimizer(config), learning_rate_schedule(config)
     step = functools.partial(
         train_step,

@@ -1,1 +1,0 @@
-"""GPT-2 as Hugging Face's transformers keeps it: read as a donor, and written."""
