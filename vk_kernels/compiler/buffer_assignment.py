@@ -207,7 +207,7 @@ def share_memory(planned: Sequence[PlannedStep], lives: Lifetimes, known: Mappin
         made = memory_of(index, step)[len(step.step.inputs) :]
         sizes = [*(value.nbytes for value in step.step.outputs), *step.scratch]
         for x, nbytes in zip(made, sizes, strict=True):
-            if x in known or x in blocks.numbers:
+            if x in known or x in blocks.numbers or x not in lives.last:  # the last: results that nobody makes
                 continue
             shares = (y for y in donors if isinstance(x, Value) and step.in_place(y, x) and lives.passes_on(y, x))
             donor = next(shares, None)

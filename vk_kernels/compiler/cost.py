@@ -2,6 +2,8 @@
 of what else computes."""
 
 import math
+from collections.abc import Container
+from typing import Any
 
 from vk_kernels.compiler.codegen.primitives import EXPENSIVE
 from vk_kernels.compiler.codegen.scalars import ELEMENTWISE
@@ -10,14 +12,17 @@ from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.compiler.partition import Step
 
 
-def step_flops(step: Step) -> int:
-    """Useful floating-point operations of a step."""
-    return sum(map(_generated_flops, step.graph.nodes)) if step.node is None else _op_flops(step.node)
+def step_flops(step: Step, made: Container[Any]) -> int:
+    """Useful floating-point operations of a step, of whose results only those in `made` are computed."""
+    if step.node is None:
+        return sum(map(_generated_flops, step.graph.nodes))
+    return _op_flops(step.node, [out in made for out in step.outputs])
 
 
-def _op_flops(node: Node) -> int:
+def _op_flops(node: Node, made: list[bool]) -> int:
     flops = kernel_op(node.op).flops
-    return sum(x.size for x in node.outputs) if flops is None else flops(node)
+    found = tuple(x.size for x in node.outputs) if flops is None else flops(node)
+    return found if isinstance(found, int) else sum(n for n, is_made in zip(found, made, strict=True) if is_made)
 
 
 def _generated_flops(node: Node) -> int:

@@ -17,6 +17,7 @@ from vk_kernels.compiler.buffer_assignment import (
 )
 from vk_kernels.compiler.codegen import cache, kernels
 from vk_kernels.compiler.cost import step_flops
+from vk_kernels.compiler.dead_dispatches import drop_dead_dispatches
 from vk_kernels.compiler.ir import Graph, Node, Value
 from vk_kernels.compiler.list_schedule import assign_stages
 from vk_kernels.compiler.op_call import describe_call, make_plan
@@ -36,6 +37,7 @@ def make_program(partition: Partition, device: "Device", donated: Sequence[bool]
     """Raises ValueError or FeatureError for what the kernels or the device cannot do, naming the line."""
     planned = [_plan(step, device) for step in partition.steps]
     partition, planned = update_in_place(partition, planned, donated)
+    planned = drop_dead_dispatches(planned, partition.outputs)
     block = device.memory.largest(sliced=True)[0] // arena.ALIGNMENT * arena.ALIGNMENT
     outputs = alias_outputs(partition, planned, donated)
     accesses = [step_accesses(index, step, outputs.slices) for index, step in enumerate(planned)]
@@ -67,14 +69,14 @@ def _commands(
     """All dispatches, stage after stage."""
     ordered = []
     for index, (step, own_stages) in enumerate(zip(planned, stages, strict=True)):
-        places = [slices[x] for x in memory_of(index, step)]
-        flops = step_flops(step.step)
+        memory = memory_of(index, step)
+        flops = step_flops(step.step, {memory[i] for dispatch in step.dispatches for i in dispatch.operands})
         for number, (dispatch, stage) in enumerate(zip(step.dispatches, own_stages, strict=True)):
             command = Command(
                 dispatch.label,
                 step.step.scope,
                 dispatch.kernel,
-                tuple(places[i] for i in dispatch.operands),
+                tuple(slices[memory[i]] for i in dispatch.operands),
                 dispatch.groups,
                 dispatch.push_constants,
                 0 if number else flops,

@@ -25,8 +25,9 @@ Rematerialize = Callable[..., Sequence[Any]]
 # epilogue(producer, consumer): both as they are to be, with the same outputs in the same order; None: as they are.
 Epilogue = Callable[[Node, Node], tuple[Node, Node] | None]
 
-# flops(node): the useful floating-point operations, 2 for each multiplication of a product.
-Flops = Callable[[Node], int]
+# flops(node): the useful floating-point operations, 2 for each multiplication of a product; of each result, where some
+# may be left out because nobody reads them.
+Flops = Callable[[Node], int | tuple[int, ...]]
 
 
 @dataclass(frozen=True)

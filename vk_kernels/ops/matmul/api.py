@@ -32,7 +32,7 @@ _matmul_backward = make_primitive(
     KernelOp(
         plan_matmul_backward,
         epilogues={"matmul_backward": _slope_into_product},
-        flops=lambda node: 2 * product_flops(node),
+        flops=lambda node: (product_flops(node), product_flops(node), 0)[: len(node.outputs)],  # of dx, dw, dbias
         shapeless=("site",),
     ),
 )
