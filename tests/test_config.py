@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from configs import chat, chat_tiny, gpt2_124m
+from configs import chat, chat_gpt2, chat_tiny, gpt2_124m
 from gpt_jax.cli import parse_flags
 from gpt_jax.config import FIELDS, validate
 from gpt_jax.config_file import define_config_flag, load_config
@@ -17,7 +17,7 @@ from gpt_jax.errors import UserError
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("module", [chat, chat_tiny, gpt2_124m])
+@pytest.mark.parametrize("module", [chat, chat_gpt2, chat_tiny, gpt2_124m])
 def test_configs_are_valid_and_open_with_their_command(module):
     validate(module.get_config())
     name = module.__name__.split(".")[-1]

@@ -1,0 +1,89 @@
+"""Exports a run for transformers: `python -m gpt_jax.export RUN --to FOLDER`, or `--to s3://BUCKET/FOLDER`.
+
+RUN is a run's folder, latest or best, and RUN@STEP another of its checkpoints; see `gpt_jax.runs.find`. The folder is
+there whole or not at all; what a URL gets is whole when its last file is there, SHA256SUMS.
+"""
+
+from gpt_jax.signals import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # before the imports, which take seconds
+
+from gpt_jax.cli import require_jax, run_main
+
+if __name__ == "__main__":
+    require_jax()  # before it is imported below
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from gpt_jax.config import check_saved, text_problem
+from gpt_jax.errors import UserError
+from gpt_jax.huggingface.export import MODEL_FILES, Exported, check_exportable, parse_size, write_model
+from gpt_jax.huggingface.tensors import DTYPES
+from gpt_jax.inference.load import load_for_sampling
+from gpt_jax.runs.find import FoundRun, find_run
+from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, read_config
+from gpt_jax.runs.load import RunData, load_run
+from gpt_jax.runs.metrics import METRICS_FILE
+from gpt_jax.storage.new_folder import check_target, new_folder
+from gpt_jax.storage.upload import is_url, open_target
+
+FLAGS = flags.FLAGS
+
+
+def main(argv: Sequence[str]) -> None:
+    export(find_run(argv[1]), FLAGS.to, dtype=FLAGS.dtype, most=parse_size(FLAGS.max_shard_size), force=FLAGS.force)
+
+
+def export(found: FoundRun, to: str, *, dtype: str, most: int, force: bool) -> None:
+    """Writes a checkpoint to a folder or a URL, and says so.
+
+    Raises:
+      UserError: it cannot be exported, or files are there that are not to be replaced.
+      StorageError: it could not be written; nothing of it is there.
+    """
+    if problem := text_problem(to):
+        raise UserError(f"--to {problem}")
+    if not to:
+        raise UserError("--to is empty: name a folder, or a URL such as s3://BUCKET/FOLDER")
+    saved = read_config(found.workdir)
+    if saved:  # what can be refused is, before the parameters are read
+        check_saved(saved, found.workdir / CONFIG_FILE)
+        check_exportable(ConfigDict(saved))
+    target = open_target(to, replace=force) if is_url(to) else None
+    if target is None:
+        check_target(Path(to), replace=force, ours=MODEL_FILES)
+    checkpoint = None if found.checkpoint == found.workdir else found.checkpoint
+    exported = Exported(*load_for_sampling(found.workdir, checkpoint), run=_told_of(found.workdir))
+    if target is None:
+        with new_folder(Path(to), replace=force, ours=MODEL_FILES) as folder:
+            write_model(folder, exported, dtype=dtype, most=most)
+    else:
+        with tempfile.TemporaryDirectory(prefix="gpt_jax_export_") as folder:
+            write_model(Path(folder), exported, dtype=dtype, most=most)
+            target.upload(Path(folder))
+    print(f"exported {exported.description} to {to}, in {dtype}")
+
+
+def _told_of(workdir: Path) -> RunData:
+    """The facts that a run has written down; a folder with nothing but what answers need has few."""
+    if any((workdir / name).exists() for name in (INFO_FILE, METRICS_FILE)):
+        return load_run(workdir)
+    return RunData(workdir, {}, read_config(workdir), {}, [], [], [])
+
+
+def define_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+    here = {"flag_values": flag_values}
+    flags.DEFINE_string("to", None, "Folder, or URL of a store: gs://, s3://, file://.", required=True, **here)
+    flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the weights.", **here)
+    flags.DEFINE_string("max_shard_size", "5GB", "Size of a file of weights at most.", **here)
+    flags.DEFINE_bool("force", False, "Whether a model that is there already is replaced.", **here)
+
+
+if __name__ == "__main__":
+    run_main(main, arguments=["RUN"], define=define_flags)

@@ -1,0 +1,110 @@
+"""The README.md of an exported model: what it is, how to use it, and the figures of its run."""
+
+import json
+from typing import Any
+
+from gpt_jax.data.dialogue import ASSISTANT, END, USER
+from gpt_jax.runs.load import RunData
+from gpt_jax.runs.markdown import bullet_list, format_duration, format_number, one_line
+
+
+def model_card(run: RunData, description: str, dtype: str) -> str:
+    """The card, in Markdown with the front matter of the Hugging Face hub.
+
+    Args:
+      description: which checkpoint was exported.
+      dtype: of the weights.
+    """
+    info, config = run.info, run.config
+    name = one_line(info.get("name") or run.workdir.resolve().name)
+    sections = {
+        "Use": _use(config["model"]["block_size"]),
+        "What a text looks like": (
+            f"A conversation is `{USER}`question`{ASSISTANT}`answer`{END}`, with nothing between; the chat template of "
+            "the tokenizer writes it so. A system text stands before the first question, with a blank line between. An "
+            f"answer ends with any of the three markers, which is in `generation_config.json`."
+        ),
+        "Model": bullet_list(_model(run, description, dtype)),
+        "Training": bullet_list(_training(run)),
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+    return f"{_front_matter(run)}\n# {name}\n\nA GPT-2 trained with gpt_jax.\n\n{body}\n"
+
+
+def _front_matter(run: RunData) -> str:
+    """The facts that the hub reads; JSON is YAML."""
+    facts: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gpt2", "conversational"],
+    }
+    source, donor = str((run.config.get("data") or {}).get("source")), str(run.config.get("init_from", ""))
+    if source.startswith("hf:"):
+        facts["datasets"] = [source.split(":")[1]]
+    if donor.startswith("hf:") and donor.count("/") <= 1 and not donor[3:].startswith((".", "/", "~")):
+        facts["base_model"] = donor[3:]
+    rows = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in facts.items())
+    return f"---\n{rows}---\n"
+
+
+def _without_folder(name: str) -> str:
+    """A file, folder or name of the hub without where it lies on this machine."""
+    name = one_line(name)
+    return name if name.startswith("hf:") and not name[3:].startswith((".", "/", "~")) else name.rpartition("/")[2]
+
+
+def _use(block_size: int) -> str:
+    return f"""\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where these files are
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+messages = [{{"role": "user", "content": "Who is there?"}}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**prompt)[0, prompt["input_ids"].shape[1]:]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```
+
+It sees {block_size:,} tokens, question and answer together."""
+
+
+def _model(run: RunData, description: str, dtype: str) -> list[tuple[str, Any]]:
+    model, info = run.config["model"], run.info
+    count = info.get("parameters")
+    return [
+        ("parameters", f"{count:,}" if count else None),
+        ("shape", f"{model['num_layers']} layers of {model['num_heads']} heads, {model['embed_dim']} wide"),
+        ("vocabulary", f"{model['vocab_size']:,} tokens, byte-level BPE"),
+        ("weights", dtype),
+        ("exported from", one_line(description).replace(f"{run.workdir.resolve()}/", "")),
+    ]
+
+
+def _training(run: RunData) -> list[tuple[str, Any]]:
+    info, config = run.info, run.config
+    device = info.get("device") or {}
+    _, losses = run.series("validation", "loss")
+    first_steps, train = run.series("train", "loss")
+    data = ", ".join(f"{key} {value:,}" for key, value in (info.get("data") or {}).items() if type(value) is int)
+    source = (config.get("data") or {}).get("source")
+    versions = ", ".join(f"{package} {version}" for package, version in (info.get("versions") or {}).items())
+    return [
+        ("run", info.get("run_id")),
+        ("data", source and _without_folder(source)),
+        ("amounts", data),
+        ("started from", _without_folder(config.get("init_from") or "") or None),
+        ("steps", f"{run.last_step:,} of {config.get('num_steps', 0):,}, batches of {config.get('batch_size')}"),
+        ("training loss", f"{format_number(train[0])} to {format_number(train[-1])}" if len(first_steps) else None),
+        (
+            "validation loss",
+            f"{format_number(losses[0])} to {format_number(losses[-1])}, lowest {format_number(losses.min())}"
+            if len(losses)
+            else None,
+        ),
+        ("time", format_duration(info["elapsed_seconds"]) if info.get("elapsed_seconds") else None),
+        ("hardware", device and f"{device.get('count')} x {device.get('kind')} ({device.get('platform')})"),
+        ("backend", info.get("backend")),
+        ("computed in", config["model"].get("dtype")),
+        ("versions", versions),
+    ]
