@@ -66,11 +66,12 @@ def explain(error: OSError) -> str:
 
 
 def os_error_of(error: BaseException) -> OSError | None:
-    """The OSError that an exception of tensorstore tells of; None if it tells of none.
+    """The OSError that an exception of tensorstore or safetensors tells of; None if it tells of none.
 
-    It raises ValueErrors such as "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 32: ... [os_error_code='28']".
+    The one raises ValueErrors such as "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file: ... [os_error_code='28']",
+    the other "I/O error: No space left on device (os error 28)".
     """
-    found = re.search(r"(?:OS error |os_error_code=')(\d+)", str(error))
+    found = re.search(r"(?:[Oo][Ss] error |os_error_code=')(\d+)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 

@@ -1,0 +1,1 @@
+"""GPT-2 as Hugging Face's transformers keeps it: read as a donor, and written."""
