@@ -11,13 +11,13 @@ ROOT = Path(__file__).parents[1]
 # Rooms from the top to the bottom: a module imports from its own room and from those below.
 LIBRARY = ("tools", "ops", "bridge", "compiler", "runtime", "spirv", "errors")
 TRAINER = (
-    ("main", "sample", "report", "chat", "serve", "export"),
-    ("training", "serving"),
+    ("main", "sample", "report", "chat", "serve", "export", "evaluate"),
+    ("training", "serving", "evaluation"),
     ("inference",),
     ("checkpoint", "backend", "huggingface"),
     ("runs",),
     ("data", "model"),
-    ("cli", "signals", "output", "config_file"),
+    ("cli", "signals", "output", "config_file", "tables"),
     ("storage",),
     ("config", "log"),
     ("errors",),

@@ -1,0 +1,63 @@
+"""Texts to evaluate, each with the source that its figures are told under."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from gpt_jax.data.corpus import is_validation, read_corpus
+from gpt_jax.data.dialogue import Dialogue
+from gpt_jax.data.reading import Reading
+from gpt_jax.log import Log
+
+DEFAULT = "default"
+_PARTS = {"quote": "quotes", "scene": "plays"}  # of the default corpus, by what the sources of its dialogues begin with
+
+Texts = Iterator[tuple[str, Dialogue]]
+
+
+def all_texts(source: str, log: Log) -> Texts:
+    """All that a data source holds, training and validation; a row that cannot be read is an error.
+
+    Raises:
+      UserError: as `read_corpus`.
+    """
+    reading = Reading()
+    for dialogue in read_corpus(source, reading):
+        yield _label(source, dialogue), dialogue
+    _tell(reading, log)
+
+
+def validation_texts(config: ConfigDict, recorded: Mapping[str, int], log: Log) -> Texts:
+    """The validation split of a run's data, read anew, so that it needs no cache.
+
+    Args:
+      recorded: the dialogues and bytes that it had when the run was trained, where that is known; another number now is
+        told to `log`.
+
+    Raises:
+      UserError: as `read_corpus`.
+    """
+    data = config.data
+    choices: dict[str, Any] = {name: data[name] for name in ("tool_calls", "on_error") if name in data}
+    reading = Reading(**choices)
+    found = {"dialogues": 0, "bytes": 0}
+    for dialogue in read_corpus(data.source, reading):
+        if is_validation(dialogue.source, data.validation_fraction):
+            found["dialogues"] += 1
+            found["bytes"] += sum(len(turn.text.encode()) for turn in dialogue.turns)
+            yield _label(data.source, dialogue), dialogue
+    _tell(reading, log)
+    if any(recorded.get(name, count) != count for name, count in found.items()):
+        now, then = (f"{each['dialogues']:,} dialogues of {each['bytes']:,} bytes" for each in (found, recorded))
+        log(f"warning: the validation data of {data.source!r} is {now}, and was {then} when the run was trained")
+
+
+def _label(source: str, dialogue: Dialogue) -> str:
+    part = _PARTS.get(dialogue.source.partition(":")[0]) if source == DEFAULT else None
+    return f"{source}, {part}" if part else source
+
+
+def _tell(reading: Reading, log: Log) -> None:
+    for note in reading.notes():
+        log(f"data: {note}")

@@ -1,0 +1,303 @@
+"""The command that evaluates: its figures beside plain NumPy's, what it prints, and mistakes at one line each."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from vulkan_devices import needs_vulkan
+
+from gpt_jax import evaluate
+from gpt_jax.backend import enter_backend
+from gpt_jax.cli import parse_flags
+from gpt_jax.data.batches import MASKED
+from gpt_jax.data.corpus import is_validation, read_corpus
+from gpt_jax.data.dialogue import Turn
+from gpt_jax.data.tokenizer import encode, encode_dialogues, encode_prompt
+from gpt_jax.errors import UserError
+from gpt_jax.evaluation.open_model import open_model
+from gpt_jax.evaluation.scorer import Scorer
+from gpt_jax.evaluation.windows import Window
+from gpt_jax.model.gpt import GPT, ModelConfig
+from vk_kernels import OutOfMemoryError
+
+BLOCK = 32
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the command; returns what it printed on standard output and on standard error."""
+
+    def run(*arguments: str) -> tuple[str, str]:
+        values = flags.FlagValues()
+        evaluate.define_flags(values)
+        monkeypatch.setattr(evaluate, "FLAGS", values)
+        assert evaluate.main(parse_flags(["evaluate", *arguments], values)) == 0
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def log_probabilities(run):
+    """A function of up to 32 tokens: the model's own logarithms of probabilities of the next one, f64 (n, V)."""
+    opened = open_model(str(run))
+    model = GPT(ModelConfig.from_config(opened.config.model))
+
+    @jax.jit
+    def logits(tokens):
+        return model.apply({"params": opened.params}, tokens) @ opened.params["head"]
+
+    def of(tokens: list[int]) -> np.ndarray:
+        rows = np.asarray(logits(np.pad(tokens, (0, BLOCK - len(tokens)))[None]), np.float64)[0, : len(tokens)]
+        shifted = rows - rows.max(axis=-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+    return of
+
+
+def validation_dialogues(run: Path) -> list:
+    return [d for d in read_corpus(str(run.parent / "chats.jsonl")) if is_validation(d.source, 0.3)]
+
+
+def folder_state(folder: Path) -> dict[str, tuple]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files}
+
+
+@pytest.mark.parametrize(("stride", "targets", "batch_size"), [(32, "all", 8), (5, "all", 3), (32, "assistant", 1)])
+def test_the_figures_are_those_of_a_plain_computation(stride, targets, batch_size, run, command, log_probabilities):
+    tokenizer = open_model(str(run)).tokenizer
+    dialogues = validation_dialogues(run)
+    encoded = encode_dialogues(tokenizer, dialogues)
+    stream = np.concatenate([[2], *(ids for ids, _ in encoded)])  # behind a marker of an end
+    said = np.concatenate([[0], *(said for _, said in encoded)])
+    windows = functools.cache(lambda number: log_probabilities(stream[number * stride :][:BLOCK]))
+    nats, text_nats = [], []
+    for i in range(1, len(stream)):
+        number = max(0, -(-(i - BLOCK) // stride))
+        loss = -windows(number)[i - 1 - number * stride, stream[i]]
+        if targets == "all" or said[i]:
+            nats.append(loss)
+            text_nats += [loss] if stream[i] > 2 else []
+    turns = [turn for dialogue in dialogues for turn in dialogue.turns]
+    size = sum(len(turn.text.encode()) for turn in turns if targets == "all" or turn.role == "assistant")
+
+    out, _ = command(str(run), "--json", f"--stride={stride}", f"--targets={targets}", f"--batch_size={batch_size}")
+    [model] = json.loads(out)["models"]
+    [found] = model["likelihood"]
+    assert (found["documents"], found["tokens"], found["text_bytes"]) == (len(dialogues), len(nats), size)
+    assert found["loss"] == pytest.approx(np.mean(nats), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(np.sum(text_nats) / math.log(2) / size, rel=1e-6)
+    assert model["total"] == {name: value for name, value in found.items() if name != "source"}
+
+
+def test_two_models_compare_in_one_table_and_nothing_of_their_folders_is_written(run, command, tmp_path):
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"prompt": "a question", "completion": "an answer"}\n')
+    before = folder_state(run)
+    asked = (f"{run}@1", f"{run}@2", f"--validation_of={run}", f"--data={more}", "--stride=16")
+    table, told = command(*asked, f"--output={tmp_path / 'found.json'}")
+    assert folder_state(run) == before
+    lines = [line.split() for line in table.splitlines()[2:]]
+    sources = [str(more), str(run.parent / "chats.jsonl")]
+    assert [line[:2] for line in lines[:4]] == [[source, f"{run}@{step}"] for source in sources for step in (1, 2)]
+    assert [line[:4] for line in lines[4:]] == [["all", "of", "it", f"{run}@{step}"] for step in (1, 2)]
+    assert f"{run}@2: the checkpoint {run}/checkpoints/2; xla (asked for)" in told
+
+    written = (tmp_path / "found.json").read_text()
+    assert command(*asked, "--json")[0] == written  # the same to the last digit
+    for model in json.loads(written)["models"]:
+        assert model["total"]["tokens"] == sum(each["tokens"] for each in model["likelihood"])
+        assert model["total"]["nats"] == pytest.approx(sum(each["nats"] for each in model["likelihood"]))
+        shown = [line for line in lines if model["model"] in line]
+        assert [line[-5] for line in shown] == [
+            f"{each['loss']:.4f}" for each in (*model["likelihood"], model["total"])
+        ]
+
+
+def test_data_that_is_not_what_the_run_had_is_told(run, command, tmp_path):
+    dialogues = validation_dialogues(run)
+    size = sum(len(turn.text.encode()) for dialogue in dialogues for turn in dialogue.turns)
+    info = run / "run.json"
+    for count, expected in ((len(dialogues), ""), (len(dialogues) + 1, "warning: the validation data of ")):
+        info.write_text(json.dumps({"data": {"validation": {"dialogues": count, "bytes": size}}}))
+        told = command(str(run), "--batch_size=3")[1]
+        assert ("warning" in told) == bool(expected)
+        assert expected in told
+    info.unlink()
+
+
+QUESTIONS = [
+    ("a question", ["an answer", "another question and an answer", "q"], 0),
+    ("another", ["question", "answer"], 1),
+    ("an answer, " * 12, ["a question", "and"], 1),  # longer than the model sees
+]
+
+
+@pytest.mark.parametrize("prompts", ["chat", "text"])
+def test_choices_are_taken_by_likelihood_and_by_likelihood_a_character(
+    prompts, run, command, log_probabilities, tmp_path
+):
+    tokenizer = open_model(str(run)).tokenizer
+    file = tmp_path / "choices.jsonl"
+    rows = [{"question": q, "choices": c, "answer": a} for q, c, a in QUESTIONS]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    acc, acc_norm = [], []
+    for question, choices, answer in QUESTIONS:
+        if prompts == "chat":
+            context = encode_prompt(tokenizer, [Turn("user", question.strip())])
+            continuations = [encode(tokenizer, choice) for choice in choices]
+        else:
+            context = encode(tokenizer, question.strip())
+            continuations = [encode(tokenizer, f" {choice}") for choice in choices]
+        sums = []
+        for ids in continuations:
+            tokens = [*context, *ids][-BLOCK - 1 :]
+            found = log_probabilities(tokens[:-1])[range(len(tokens) - 1), tokens[1:]]
+            sums.append(found[-len(ids) :].sum())
+        acc.append(np.argmax(sums) == answer)
+        acc_norm.append(np.argmax(sums / np.array([len(choice) for choice in choices])) == answer)
+
+    out, _ = command(str(run), f"--choices={file}", f"--prompts={prompts}", "--json")
+    [model] = json.loads(out)["models"]
+    [found] = model["choices"]
+    assert (model["likelihood"], model["total"]) == ([], None)
+    assert (found["questions"], found["contexts_cut"]) == (3, 1)
+    assert (found["acc"], found["acc_norm"]) == (np.mean(acc), np.mean(acc_norm))
+    assert found["acc_stderr"] == pytest.approx(np.std(acc, ddof=1) / math.sqrt(3))
+
+
+def write_last_words(file: Path, run: Path, log_probabilities) -> list[float]:
+    """Writes a text whose last word is the model's own, and others; returns the losses of the words."""
+    tokenizer = open_model(str(run)).tokenizer
+    words = [" question", " answer", " another", " and", " a"]
+    context = "a question and an answer,"
+    ids = encode(tokenizer, context)
+    losses = []
+    for word in words:
+        whole = [*ids, *encode(tokenizer, word)]
+        found = log_probabilities(whole[:-1])[len(ids) - 1 :]
+        losses.append(-sum(row[token] for row, token in zip(found, whole[len(ids) :], strict=True)))
+    rows = [{"text": context + word + "\n"} for word in words[:3]]
+    rows += [{"context": context, "target": word} for word in words[3:]]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return losses
+
+
+def test_last_words_have_a_perplexity(run, command, log_probabilities, tmp_path):
+    losses = write_last_words(tmp_path / "words.jsonl", run, log_probabilities)
+    [found] = json.loads(command(str(run), f"--last_word={tmp_path / 'words.jsonl'}", "--json")[0])["models"][0][
+        "last_word"
+    ]
+    assert found["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert found["questions"] == 5
+
+
+def make_scorer(run: Path, backend: str, stack: contextlib.ExitStack) -> Scorer:
+    opened = open_model(str(run))
+    model = GPT(ModelConfig.from_config(opened.config.model))
+    return Scorer(model, opened.params, enter_backend(backend, "highest", stack), batch_size=2)
+
+
+def answers_of_two_tokens(log_probabilities) -> tuple[list[Window], list[bool], list[float]]:
+    """Windows that end with the two likeliest tokens in turn, and the same with another token for one of them."""
+    windows, hits, sums = [], [], []
+    for change in ((0, 0), (1, 0), (0, 1)):
+        tokens = [5, 70, 71, 72]
+        for add in change:
+            tokens.append((int(log_probabilities(tokens)[-1].argmax()) + add) % 270)
+        whole = np.array(tokens, np.int32)
+        windows.append(Window(whole[:-1], np.where(np.arange(5) < 3, MASKED, whole[1:]).astype(np.int32)))
+        found = log_probabilities(tokens[:-1])
+        sums.append(-found[3, tokens[4]] - found[4, tokens[5]])
+        hits.append(change == (0, 0))
+    return windows, hits, sums
+
+
+def test_an_answer_counts_where_each_of_its_tokens_is_the_likeliest(run, log_probabilities):
+    windows, hits, sums = answers_of_two_tokens(log_probabilities)
+    with contextlib.ExitStack() as stack:
+        found = list(make_scorer(run, "xla", stack).losses_and_hits(windows, width=16, most=3))
+    assert [hit for _, hit in found] == hits
+    assert [losses.sum() for losses, _ in found] == pytest.approx(sums, rel=1e-5)
+
+
+@pytest.mark.slow
+@needs_vulkan
+def test_vulkan_gives_the_figures_of_xla(run, log_probabilities, monkeypatch):
+    monkeypatch.setenv("VK_KERNELS_DEVICE", "cpu")
+    windows, hits, sums = answers_of_two_tokens(log_probabilities)
+    with contextlib.ExitStack() as stack:
+        scorer = make_scorer(run, "vulkan", stack)
+        found = list(scorer.losses_and_hits(windows, width=16, most=2))
+        alone = [losses for _, losses in scorer.losses(windows, width=16)]
+    assert [hit for _, hit in found] == hits
+    assert [losses.sum() for losses, _ in found] == pytest.approx(sums, rel=1e-4)
+    assert [losses.sum() for losses in alone] == pytest.approx(sums, rel=1e-4)
+
+
+ROW = '{"question": "q", "choices": ["a", "b"], "answer": 0}'
+MISTAKES = [
+    (("nowhere",), "", "there is no run nowhere"),
+    (("{run}@9",), "", "has no checkpoint '9': there are 1, 2, best and latest"),
+    (("{run}", "--data=nowhere"), "", "data source 'nowhere' does not exist"),
+    (("{run}", "--validation_of=nowhere"), "", "there is no run nowhere"),
+    (("{run}", "--stride=33"), "", "--stride is 33, and {run} sees 32 tokens at once: lower it"),
+    (("{run}", "--stride=0"), "", "--stride must be a whole number from 1 to"),
+    (("{run}", "--batch_size=x"), "", "flag --batch_size=x: must be a whole number"),
+    (("{run}", "--targets=user"), "", "--targets=user: value should be one of <all|assistant>"),
+    (("{run}", "--output=nowhere/x.json"), "", "--output=nowhere/x.json: there is no folder nowhere"),
+    (("{run}", "--choices=nowhere"), "", "nowhere does not exist: give JSON lines"),
+    (("{run}", "--choices={file}"), "\n", "holds no question"),
+    (("{run}", "--choices={file}"), "[1]", "{file}:1: found '[1]' where a JSON object must be"),
+    (("{run}", "--choices={file}"), ROW + "\n{", "{file}:2: not valid JSON"),
+    (("{run}", "--choices={file}"), "[" * 100_000, "{file}:1: not valid JSON"),
+    (("{run}", "--choices={file}"), '{"choices": ["a", "b"]}', 'neither "question" nor "context", found'),
+    (("{run}", "--choices={file}"), '{"question": "q"}', '"choices" must be a list of two texts or more, found'),
+    (("{run}", "--choices={file}"), '{"question": "q", "choices": ["a", 1], "answer": 0}', "choice must be text"),
+    (("{run}", "--choices={file}"), ROW.replace("0", "2"), "must be the place of the right choice, 0 to 1, found"),
+    (("{run}", "--choices={file}"), ROW.replace("0", '"A"'), "must be the place of the right choice, 0 to 1, found"),
+    (("{run}", "--choices={file}"), ROW.replace('"a"', '" "'), "choice is empty"),
+    (("{run}", "--choices={file}"), ROW.replace('"a"', json.dumps("x" * 99)), "{file}:1: an answer of "),
+    (
+        ("{run}", "--choices={file}"),
+        '{"question": "\\ud800", "choices": ["a", "b"], "answer": 0}',
+        "must be text in UTF-8",
+    ),
+    (("{run}", "--last_word={file}"), ROW, 'has neither "text" nor "context" and "target", found'),
+    (
+        ("{run}", "--last_word={file}"),
+        '{"text": "word"}',
+        "text has one word, and the last of two or more is asked for",
+    ),
+    (("{run}", "--last_word={file}"), '{"context": "a", "target": ""}', "target is empty"),
+    (("{run}", "--last_word={file}"), b"\xff\xfe", "is not text in UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "content", "message"), MISTAKES, ids=range(len(MISTAKES)))
+def test_a_mistake_costs_one_line(arguments, content, message, run, command, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        command(*(argument.format(run=run, file=file) for argument in arguments))
+    assert message.format(run=run, file=file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_has_no_room_costs_one_line(run, monkeypatch, capsys):
+    def fail(names):
+        raise OutOfMemoryError("no room for 5 GB")
+
+    monkeypatch.setattr(evaluate, "evaluate", fail)
+    assert evaluate.main(["evaluate", "run"]) == 1
+    line = "error: no room for 5 GB; a smaller --batch_size or --backend=xla, without Vulkan, may help"
+    assert capsys.readouterr().err == f"{line}\n"
