@@ -1,7 +1,8 @@
 """Figures of models on data: `python -m gpt_jax.evaluate RUN [RUN ...] [--data=FILE ...]`; docs/evaluation.md has them.
 
-`runs/find.py` says what RUN may be. Without --data it is each run's own validation data, all of it. The folder of a run
-is only read; results go to standard output, with --json as JSON, and to --output.
+`runs/find.py` says what RUN may be; hf:FOLDER is a GPT-2 of transformers. Without --data it is each run's own
+validation data, all of it. The folder of a run is only read; results go to standard output, with --json as JSON, and
+to --output.
 """
 
 from gpt_jax.signals import exit_on_interrupt
@@ -99,7 +100,7 @@ def evaluate_model(opened: OpenedModel, asked: Asked, stack: contextlib.ExitStac
     if stride > config.model.block_size:
         seen = f"{opened.name} sees {config.model.block_size} tokens at once"
         raise UserError(f"--stride is {stride}, and {seen}: lower it")
-    encoding = Encoding(opened.tokenizer, config.model.vocab_size)
+    encoding = Encoding(opened.tokenizer, config.model.vocab_size, opened.end_of_text)
     if FLAGS.prompts == questions.CHAT and not encoding.chat:
         raise UserError(f"--prompts=chat: the tokenizer of {opened.name} has no markers of turns, give --prompts=text")
     scorer = Scorer(GPT(ModelConfig.from_config(config.model)), opened.params, backend, FLAGS.batch_size)

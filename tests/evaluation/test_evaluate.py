@@ -301,3 +301,33 @@ def test_a_device_that_has_no_room_costs_one_line(run, monkeypatch, capsys):
     assert evaluate.main(["evaluate", "run"]) == 1
     line = "error: no room for 5 GB; a smaller --batch_size or --backend=xla, without Vulkan, may help"
     assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_model_of_transformers_has_the_figures_that_it_has_there(command, tmp_path):
+    """As record_transformers.py recorded them; text in place of the markers, which its tokenizer has not."""
+    here = Path(__file__).parent
+    recorded = json.loads((here / "transformers.json").read_text())
+    for name in ("dialogues", "choices", "last_words"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, recorded[name])))
+    model = f"hf:{here.parent / 'huggingface' / 'models' / 'old'}"
+    asked = [model, "--json", "--backend=xla", f"--data={tmp_path / 'dialogues.jsonl'}"]
+    questions = [f"--choices={tmp_path / 'choices.jsonl'}", f"--last_word={tmp_path / 'last_words.jsonl'}"]
+    for stride, sums in recorded["sums"].items():
+        [found] = json.loads(command(*asked, *questions, f"--stride={stride}")[0])["models"]
+        total = found["total"]
+        assert (total["tokens"], total["text_bytes"]) == (sums["tokens"], recorded["bytes"])
+        assert (total["nats"], total["text_nats"]) == pytest.approx((sums["nats"], sums["text_nats"]), rel=1e-5)
+    assert found["choices"][0]["acc"] == recorded["acc"]
+    assert found["choices"][0]["acc_norm"] == recorded["acc_norm"]
+    assert found["last_word"][0]["acc"] == recorded["last_word_acc"]
+    assert math.log(found["last_word"][0]["perplexity"]) == pytest.approx(recorded["last_word_nats"], rel=1e-5)
+
+
+def test_a_model_without_data_or_markers_says_what_to_give(command):
+    model = f"hf:{Path(__file__).parents[1] / 'huggingface' / 'models' / 'old'}"
+    with pytest.raises(UserError, match=r"hf:.* has no data of its own: give --data=FILE or --validation_of=RUN"):
+        command(model, "--backend=xla")
+    with pytest.raises(UserError, match=r"--prompts=chat: the tokenizer of hf:.* has no markers of turns"):
+        command(model, "--backend=xla", "--prompts=chat", "--data=default")
+    with pytest.raises(UserError, match=r"has no tokenizer: put its tokenizer.json there"):
+        command(model.replace("old", "tied"), "--backend=xla")
