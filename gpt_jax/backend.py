@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -138,3 +139,16 @@ def is_device_error(error: BaseException) -> bool:
 def describe(error: BaseException) -> str:
     """Says what happened, in one line."""
     return " ".join(str(error).split()) or "out of memory"  # a bare MemoryError says nothing
+
+
+def print_device_error(error: RuntimeError | MemoryError) -> int:
+    """Prints what the device ran into, in one line with a way out of Vulkan's troubles; gives the exit code.
+
+    Raises:
+      RuntimeError: the error is none of the device's.
+    """
+    if not is_device_error(error):
+        raise error
+    way_out = "; --backend=xla answers without Vulkan" if isinstance(error, VulkanError) else ""
+    print(f"error: {describe(error)}{way_out}", file=sys.stderr)
+    return 1

@@ -23,21 +23,19 @@ from pathlib import Path
 
 from absl import flags
 
-from gpt_jax.backend import describe, is_device_error
+from gpt_jax.backend import print_device_error
 from gpt_jax.config import BACKENDS, text_problem
 from gpt_jax.errors import UserError
 from gpt_jax.inference.chat_session import COMMANDS, ChatSession, DeviceFailed, read_chat, split_command
 from gpt_jax.inference.sampling import SamplingOptions
 from gpt_jax.inference.sampling_flags import define_sampling_flags, options_of_flags
 from gpt_jax.inference.served_run import open_run
-from vk_kernels import VulkanError
 
 FLAGS = flags.FLAGS
 _OPTIONS = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
     *("max_tokens", "seed"),
 )
-WAY_OUT = "; --backend=xla answers without Vulkan"
 
 
 def define_flags(flag_values: flags.FlagValues = FLAGS) -> None:
@@ -57,10 +55,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             run = open_run(argv[1], stack, backend=FLAGS.backend or "")
         except (RuntimeError, MemoryError) as error:
-            if not is_device_error(error):
-                raise
-            print(f"error: {describe(error)}{WAY_OUT if isinstance(error, VulkanError) else ''}", file=sys.stderr)
-            return 1
+            return print_device_error(error)
         session = ChatSession(run, options_of_flags(FLAGS, run.defaults), FLAGS.system)
         if loaded is not None:
             session.go_on(FLAGS.system or loaded[0], loaded[1])

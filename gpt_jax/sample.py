@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from gpt_jax.backend import describe, is_device_error
+from gpt_jax.backend import print_device_error
 from gpt_jax.config import BACKENDS, Field, text_problem
 from gpt_jax.config_file import WHOLE
 from gpt_jax.data.dialogue import Turn
@@ -38,7 +38,6 @@ from gpt_jax.inference.engine import DrawnToken, EngineFailed, Event, Request
 from gpt_jax.inference.sampling import OPTION_FIELDS, SamplingOptions, choice_seed
 from gpt_jax.inference.sampling_flags import define_sampling_flags, options_of_flags
 from gpt_jax.inference.served_run import ServedRun, open_run
-from vk_kernels import VulkanError
 
 FLAGS = flags.FLAGS
 COUNT = Field(int, "answers to each prompt", 1, 1000)
@@ -68,11 +67,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
-        if not is_device_error(error):
-            raise
-        way_out = "; --backend=xla answers without Vulkan" if isinstance(error, VulkanError) else ""
-        print(f"error: {describe(error)}{way_out}", file=sys.stderr)
-        return 1
+        return print_device_error(error)
     return 0
 
 

@@ -23,13 +23,12 @@ from pathlib import Path
 
 from absl import flags
 
-from gpt_jax.backend import describe, is_device_error
+from gpt_jax.backend import print_device_error
 from gpt_jax.config import BACKENDS, text_problem
 from gpt_jax.config_file import NUMBER, WHOLE
 from gpt_jax.errors import UserError
 from gpt_jax.inference.served_run import open_run
 from gpt_jax.storage.files import explain
-from vk_kernels import VulkanError
 
 FLAGS = flags.FLAGS
 _LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
@@ -139,11 +138,7 @@ def main(argv: Sequence[str]) -> int:
                 warm_up=True,
             )
         except (RuntimeError, MemoryError) as error:
-            if not is_device_error(error):
-                raise
-            way_out = "; --backend=xla serves without Vulkan" if isinstance(error, VulkanError) else ""
-            print(f"error: {describe(error)}{way_out}", file=sys.stderr)
-            return 1
+            return print_device_error(error)
         is_private = is_loopback(bound)
         app = make_app(
             run,

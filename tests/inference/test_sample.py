@@ -1,4 +1,4 @@
-"""Continuations and answers by a decoder, and what sampling says when the device fails."""
+"""Continuations and answers by a decoder, and what each command says when the device fails."""
 
 import contextlib
 import functools
@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from absl import flags
 
-from gpt_jax import sample
+from gpt_jax import chat, sample, serve
 from gpt_jax.backend import Backend, enter_backend
 from gpt_jax.data.dialogue import Turn
 from gpt_jax.data.tokenizer import encode_prompt, marker_ids, train_tokenizer
@@ -108,6 +109,7 @@ def test_answers_are_decoded_without_the_marker_that_ends_them_and_end_before_a_
     assert short.tokens < whole.tokens
 
 
+@pytest.mark.parametrize("command", [chat, sample, serve])
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -115,10 +117,17 @@ def test_answers_are_decoded_without_the_marker_that_ends_them_and_end_before_a_
         (MemoryError(), "error: out of memory\n"),
     ],
 )
-def test_a_device_that_fails_costs_one_line(error, line, monkeypatch, capsys):
-    def fail(*_):
+def test_a_device_that_fails_costs_one_line(error, line, command, monkeypatch, capsys):
+    def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(sample, "answer_prompts", fail)
-    assert sample.main(["sample"]) == 1
+    values = flags.FlagValues()
+    command.define_flags(values)
+    values(["", *(["--workdir=run"] if command is sample else []), *(["--port=0"] if command is serve else [])])
+    monkeypatch.setattr(command, "FLAGS", values)
+    monkeypatch.setattr(command, "open_run", fail)
+    assert command.main(["", "a run, or a question"]) == 1
     assert capsys.readouterr().err == line
+    error = RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        command.main(["", "a run, or a question"])
