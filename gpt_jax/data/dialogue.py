@@ -1,4 +1,4 @@
-"""Dialogues: turns of a user and an assistant, checked while they are put together."""
+"""Dialogues: turns of a user and an assistant, checked while they are put together; and documents, which have none."""
 
 import hashlib
 import json
@@ -9,8 +9,11 @@ from gpt_jax.errors import UserError
 USER, ASSISTANT, END = MARKERS = ("<|user|>", "<|assistant|>", "<|end_of_text|>")
 
 
+TEXT = "text"  # in place of a role: the one turn of a document
+
+
 class Turn(NamedTuple):
-    role: str  # 'user' or 'assistant'
+    role: str  # 'user' or 'assistant'; of a document TEXT
     text: str  # stripped, never empty
 
 
@@ -22,7 +25,13 @@ class Context(Turn):
 
 class Dialogue(NamedTuple):
     source: str  # the unit of the training/validation split
-    turns: tuple[Turn, ...]  # user and assistant by turns; the assistant has the last
+    turns: tuple[Turn, ...]  # user and assistant by turns, the assistant has the last; or one of TEXT
+
+
+class Part(Dialogue):
+    """A part of a document that the next one goes on with: no end marker closes it."""
+
+    __slots__ = ()
 
 
 def add_turn(turns: list[Turn], turn: Turn, where: str, *, assistant_may_open: bool = False) -> None:
@@ -52,9 +61,24 @@ def finish(turns: list[Turn], where: str, source: str | None = None) -> Dialogue
     if not turns or turns[-1].role != "assistant":
         found = "ends with a user turn" if turns else "has no turn"
         raise UserError(f"{where}: the dialogue {found}: an assistant turn must come last")
+    digest = _digest(turns, where)  # refuses what is not text
+    return Dialogue(source or digest, tuple(turns))
+
+
+def finish_document(text: str, where: str, source: str | None = None, *, goes_on: bool = False) -> Dialogue:
+    """A document, or a part of one that `goes_on`; without a `source` it is known by a digest of its text.
+
+    Raises:
+      UserError: the text holds half of a surrogate pair.
+    """
+    turns = [Turn(TEXT, text)]
+    digest = _digest(turns, where)
+    return (Part if goes_on else Dialogue)(source or digest, tuple(turns))
+
+
+def _digest(turns: list[Turn], where: str) -> str:
     try:
-        digest = hashlib.blake2b(json.dumps(turns, ensure_ascii=False).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(json.dumps(turns, ensure_ascii=False).encode(), digest_size=16).hexdigest()
     except UnicodeEncodeError as error:
         found = ascii(error.object[error.start])
         raise UserError(f"{where}: found {found}, half of a surrogate pair, which is not text") from None
-    return Dialogue(source or digest, tuple(turns))

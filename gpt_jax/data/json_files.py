@@ -11,46 +11,52 @@ from typing import Any
 from gpt_jax.data import files
 from gpt_jax.errors import UserError
 
-
-def json_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file of JSON lines, or of one that is a single list or objects one after another."""
-    with path.open("rb") as file:
-        first = b""
-        while not first.strip() and (line := file.readline(files.MAX_DIALOGUE + 1)):
-            first = line.removeprefix(codecs.BOM_UTF8)
-    first = first.strip()
-    if _LIST_OF_ROWS.match(first) or first in (b"[", b"{"):
-        try:
-            json.loads(first)
-        except (ValueError, RecursionError):
-            return _json_values(path)
-    return _json_lines(path)
-
-
 _LIST_OF_ROWS = re.compile(rb"\[\s*(\[\s*)?\{")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        number = 0
+def is_one_after_another(path: Path) -> bool:
+    """Whether a file is one list, or values over several lines, and not a value a line."""
+    with files.opened(path) as file:
+        first = b""
+        while not first.strip() and (line := file.readline(files.MAX_DIALOGUE + 1)):
+            first = line.removeprefix(codecs.BOM_UTF8).strip()
+        more = file.read(files.HEAD)
+    try:
+        json.loads(first)
+        return False
+    except (ValueError, RecursionError):
+        if _LIST_OF_ROWS.match(first) or first in (b"[", b"{"):
+            return True
+    try:
+        json.JSONDecoder().raw_decode((first + b"\n" + more).decode(errors="replace"))
+        return True
+    except (ValueError, RecursionError):
+        return False  # a line that is no JSON, to be named
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of lines, (file and line, value) each; for a line that has none, a UserError in its place."""
+    with files.opened(path) as file:
+        number, decoder = 0, codecs.getincrementaldecoder("utf-8")()
         while line := file.readline(files.MAX_DIALOGUE + 1):
             number += 1
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             where = f"{path}:{number}"
             if len(line) > files.MAX_DIALOGUE:
                 raise UserError(f"{where}: the line is over {files.MAX_DIALOGUE:,} bytes: one dialogue a line")
-            decoder = codecs.getincrementaldecoder("utf-8-sig" if number == 1 else "utf-8")()
             try:
                 text = files.decode(decoder, line, path, number, final=True).strip()
                 if text:
                     yield where, json.loads(text)
             except UserError as error:
+                decoder.reset()
                 yield where, error
             except (ValueError, RecursionError) as error:
                 hint = "; remove the comma after it" if text.endswith(",") else ""
                 yield where, UserError(f"{where}: found {text[:40]!r}, not a JSON object: {error}{hint}")
 
 
-def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
+def json_values(path: Path) -> Iterator[tuple[str, Any]]:
     """The values of a list, or of a file that has one after another, each with the line that it begins in."""
     decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     text, at, line = "", 0, 1

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 from gpt_jax.data import files
 from gpt_jax.data.dialogue import ASSISTANT, END, MARKERS, USER, Dialogue, Turn, add_turn, finish
-from gpt_jax.data.rows import Reading
+from gpt_jax.data.reading import Reading
 from gpt_jax.errors import UserError
 
 MARKER = re.compile("(" + "|".join(map(re.escape, MARKERS)) + ")")
-_HOW_MARKED = f"write {USER}question{ASSISTANT}answer{END} (JSON lines must be named .jsonl)"
+_HOW_MARKED = f"write {USER}question{ASSISTANT}answer{END}"
 
 
 def read_marked(

@@ -12,41 +12,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from gpt_jax.data.dialogue import Context, Dialogue, Turn, add_turn, finish
+from gpt_jax.data.dialogue import TEXT, Context, Dialogue, Turn, add_turn, finish
+from gpt_jax.data.preferences import chosen_side, preferred_key
 from gpt_jax.data.reading import Reading
+from gpt_jax.data.row_keys import LISTS, PAIRS, ROLES, side_of
 from gpt_jax.errors import UserError
 
-Marked = Callable[[str, str, str | None], Iterable[Dialogue]]  # (text with markers, where, source) to its dialogues
+TextReader = Callable[[str, str, str | None, Reading], list[Dialogue]]  # (text, where, source, reading)
 
-_LISTS = ("messages", "conversations", "conversation")  # keys that hold messages
-_PAIRS = (  # keys of a question, of what belongs to it, and of the answer
-    ("prompt", None, "completion"),
-    ("prompt", None, "response"),
-    ("instruction", "input", "output"),  # Alpaca
-    ("instruction", "context", "response"),  # Dolly
-    ("question", "context", "answer"),
-    ("query", None, "response"),
-    ("input", None, "output"),
-)
-_PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
 _NOT_TEXT = ("image", "images", "audio", "audios", "video", "videos")  # keys of rows and of messages
 _ATTACHED = ("file", "files", "attachments")  # keys of messages; those of a row may say where it is from
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "call",
-    "tool_call": "call",
-    "tool": "answer",
-    "function": "answer",
-    "observation": "answer",
-    "function_response": "answer",
-    "tool_response": "answer",
-}
 _COUNTED = {"weight": (0, 1), "train": (False, True), "loss": (False, True)}  # by key: no target, target
 _READ = {"role", "content", "from", "value", "tool_calls", "function_call", "refusal", *_COUNTED}
 _READ_OF_PARTS = {  # by type
@@ -78,14 +53,17 @@ def _is_messages(value: Any) -> bool:
     )
 
 
-def read_row(row: Any, where: str, reading: Reading, marked: Marked) -> Iterator[Dialogue]:
-    """The dialogues of a row.
+def read_row(row: Any, where: str, reading: Reading, read_text: TextReader) -> tuple[str, list[Dialogue]]:
+    """Reads a row.
 
     Args:
       row: what JSON or a dataset gave.
       where: file and line, or dataset and number, for messages.
       reading: the choices; findings are added to it.
-      marked: reads a `text` with markers.
+      read_text: reads a `text`, with markers or without.
+
+    Returns:
+      What the row was taken for, and its dialogues or documents.
 
     Raises:
       UserError: the row is malformed, or of no format that is known.
@@ -96,24 +74,30 @@ def read_row(row: Any, where: str, reading: Reading, marked: Marked) -> Iterator
         raise UserError(f"{where}: found {_kind(row)} where a row must be an object with 'messages'")
     # A dataset of many shapes gives every row all columns, null where they do not apply.
     row = {key: value for key, value in row.items() if value is not None}
-    for key in _LISTS:
-        if isinstance(inner := row.get(key), dict) and any(name in inner for name in _LISTS):
+    for key in LISTS:
+        if isinstance(inner := row.get(key), dict) and any(name in inner for name in LISTS):
             outer = {name: value for name, value in row.items() if name != key}
-            yield from read_row({**outer, **inner}, f"{where}, {key}", reading, marked)
-            return
+            return read_row({**outer, **inner}, f"{where}, {key}", reading, read_text)
     _refuse_what_no_turn_can_say(row, where)
+    if better := preferred_key(row):
+        shape, dialogues = read_row(chosen_side(row, better, where), where, reading, read_text)
+        reading.rejected += 1
+        return f"{better!r}, {shape}", dialogues
     identity = None if row.get("id") in (None, "") else f"id {row['id']}"
     shape, used = _shape(row, where)
+    taken_for = " and ".join(repr(key) for key in row if key in used) if shape == "pair" else repr(shape)
     if shape == "text":
         text = _text(row["text"], "text", where)
         if not text.lstrip().startswith("<|im_start|>"):
             opening = _opening(_system(row, where, reading))
             _note_unread(row, _READ_OF_ROWS | used, "of rows", reading)
-            for dialogue in marked(text, where, identity):
-                yield _opened(dialogue, opening, where, identity)
-            return
-        messages = _chatml(text, where)
-    elif shape in _LISTS:
+            dialogues = [
+                _opened(dialogue, opening, where, identity) for dialogue in read_text(text, where, identity, reading)
+            ]
+            is_document = dialogues[0].turns[0].role == TEXT
+            return "'text', " + ("plain" if is_document else "with markers"), dialogues
+        taken_for, messages = "'text', ChatML", _chatml(text, where)
+    elif shape in LISTS:
         messages = row[shape]
         if not isinstance(messages, list):
             raise UserError(f"{where}: {shape!r} is {_kind(messages)}, not a list of turns")
@@ -121,7 +105,8 @@ def read_row(row: Any, where: str, reading: Reading, marked: Marked) -> Iterator
         messages, used = _pair(row, used, where)
     system = _system(row, where, reading)
     _note_unread(row, _READ_OF_ROWS | used, "of rows", reading)
-    yield finish(_turns(messages, system, where, shape if shape in _LISTS else "turn", reading), where, identity)
+    turns = _turns(messages, system, where, shape if shape in LISTS else "turn", reading)
+    return taken_for, [finish(turns, where, identity)]
 
 
 def _system(row: Mapping[str, Any], where: str, reading: Reading) -> list[str]:
@@ -145,16 +130,12 @@ def _opened(dialogue: Dialogue, opening: str, where: str, identity: str | None) 
     if not opening:
         return dialogue
     first, *rest = dialogue.turns
+    if first.role == TEXT:
+        raise UserError(f"{where}: found a system's text beside a plain 'text', which has no turns")
     return finish([first._replace(text=f"{opening}\n\n{first.text}"), *rest], where, identity)
 
 
 def _refuse_what_no_turn_can_say(row: Mapping[str, Any], where: str) -> None:
-    for better, worse in _PREFERENCES:
-        if better in row and worse in row:
-            raise UserError(
-                f"{where}: found {better!r} and {worse!r}, a pair of preferences, which this loss cannot learn from: "
-                f"keep the {better} answers, as 'messages'"
-            )
     if "completion" in row and isinstance(row.get("label"), bool):
         raise UserError(f"{where}: found 'label' beside 'completion', a judgement, which this loss cannot learn from")
     for key in _NOT_TEXT:
@@ -164,10 +145,10 @@ def _refuse_what_no_turn_can_say(row: Mapping[str, Any], where: str) -> None:
 
 def _shape(row: Mapping[str, Any], where: str) -> tuple[str, set[str]]:
     """(key of a list of messages, 'text' or 'pair'; the keys that it reads)."""
-    for key in _LISTS:
+    for key in LISTS:
         if key in row:
             return key, {key}
-    for question, more, answer in _PAIRS:
+    for question, more, answer in PAIRS:
         if question in row and answer in row:
             return "pair", {question, answer, *({more} & row.keys())}
     if "text" in row:
@@ -181,7 +162,7 @@ def _shape(row: Mapping[str, Any], where: str) -> tuple[str, set[str]]:
 
 def _pair(row: Mapping[str, Any], used: set[str], where: str) -> tuple[list[Any], set[str]]:
     """The messages of a question and its answer, and the keys that were read."""
-    question, more, answer = next(pair for pair in _PAIRS if pair[0] in used and pair[2] in used)
+    question, more, answer = next(pair for pair in PAIRS if pair[0] in used and pair[2] in used)
     messages: list[Any] = []
     if "history" in row:  # of Alpaca: pairs of texts
         used = used | {"history"}
@@ -193,8 +174,7 @@ def _pair(row: Mapping[str, Any], used: set[str], where: str) -> tuple[list[Any]
             ]
     if isinstance(row[question], list):  # of messages, which are what the answer is given to
         messages += [
-            {**message, "weight": 0} if isinstance(message, dict) and message.get("role") == "assistant" else message
-            for message in row[question]
+            {**message, "weight": 0} if side_of(message) == "assistant" else message for message in row[question]
         ]
     else:
         texts = [_text(row[key], key, where) for key in (question, more) if key in row]
@@ -241,8 +221,15 @@ def _turns(messages: list[Any], system: list[str], where: str, shape: str, readi
             system.append(one.text)
         elif not before and one.tool and one.side == "user":
             raise UserError(f"{one.where}: found a tool's answer before any call")
-        elif before and before.side == one.side and before.context == one.context and (before.tool or one.tool):
-            before.text, before.tool = f"{before.text.strip()}\n{one.text.strip()}", True
+        elif before and before.side == one.side and before.context == one.context and before.text.strip():
+            if not one.text.strip():
+                raise UserError(f"{one.where}: the {one.side} turn is empty: fill it or remove the dialogue")
+            tool = before.tool or one.tool
+            between = "\n" if tool else "\n\n"
+            before.text, before.tool = f"{before.text.strip()}{between}{one.text.strip()}", tool
+            reading.joined += not tool
+        elif before and before.side == one.side and before.context != one.context:
+            raise UserError(f"{one.where}: found weights 0 and 1 in turns of one side that follow each other")
         else:
             said.append(one)
     turns: list[Turn] = []
@@ -263,9 +250,9 @@ def _said(message: Any, where: str, reading: Reading) -> _Said:
         raise UserError(f"{where}: found {_kind(message)} where a turn must be an object with 'role' and 'content'")
     message = {key: value for key, value in message.items() if value is not None}
     role_key, text_key = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
-    role = _ROLES.get(str(message.get(role_key)))
+    role = ROLES.get(str(message.get(role_key)))
     if role is None:
-        raise UserError(f"{where}: {role_key!r} is {message.get(role_key)!r}, not one of {', '.join(_ROLES)}")
+        raise UserError(f"{where}: {role_key!r} is {message.get(role_key)!r}, not one of {', '.join(ROLES)}")
     for key in (*_NOT_TEXT, *_ATTACHED):
         if message.get(key):
             raise UserError(f"{where}: found {key!r}, which is not text")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gpt_jax.data.dialogue import ASSISTANT, END, MARKERS, USER, Context, Dialogue, Turn
+from gpt_jax.data.dialogue import ASSISTANT, END, MARKERS, TEXT, USER, Context, Dialogue, Part, Turn
 from gpt_jax.errors import UserError
 from gpt_jax.log import Log
 from gpt_jax.storage.files import replacing
@@ -182,7 +182,7 @@ def encode_prompt(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
 def encode_dialogues(tokenizer: Tokenizer, dialogues: Sequence[Dialogue]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Encodes dialogues in one parallel batch.
 
-    Returns for each dialogue of n tokens, as `corpus.render` spells it:
+    Returns for each dialogue or document of n tokens, as `corpus.render` spells it:
       ids (n,) uint32, and assistant (n,) uint8: SAID for the tokens that the assistant says, which are those of
       its text and the marker that follows it, the next `<|user|>` or the `<|end_of_text|>`, by which it says
       that it has finished; UNCOUNTED for those of a turn that is context, and of its marker; else 0.
@@ -197,9 +197,14 @@ def encode_dialogues(tokenizer: Tokenizer, dialogues: Sequence[Dialogue]) -> lis
         before = 0  # what the turn before was
         for turn in dialogue.turns:
             spoken = next(encodings).ids
+            if turn.role == TEXT:
+                ids, said = spoken, [0] * len(spoken)
+                break
             ids += [user if turn.role == "user" else assistant, *spoken]
             kind = UNCOUNTED if isinstance(turn, Context) else SAID if turn.role == "assistant" else 0
             said += [before, *[kind] * len(spoken)]
             before = kind
-        result.append((np.array([*ids, end], np.uint32), np.array([*said, before], np.uint8)))
+        if not isinstance(dialogue, Part):
+            ids, said = [*ids, end], [*said, before]
+        result.append((np.array(ids, np.uint32), np.array(said, np.uint8)))
     return result

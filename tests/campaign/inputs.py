@@ -59,7 +59,7 @@ def _contradictions(tiny: Tiny, workdir: Path) -> Iterator[Bad]:
         ["data.validation_fraction=0.0001"],
         ["data.source=nowhere.txt"],
         ["data.source="],
-        ["data.source=configs"],
+        ["data.source=nowhere/"],
         ["data.source=hf:"],
     ):
         yield Bad("settings together", TRAIN, tiny.flags(workdir, *(f"--config.{change}" for change in changes)))

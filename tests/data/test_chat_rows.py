@@ -12,6 +12,7 @@ from gpt_jax.data.reading import Reading
 from gpt_jax.errors import UserError
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+B = {"role": "assistant", "content": "b"}
 LAMP = {"id": "c1", "type": "function", "function": {"name": "lamp", "arguments": '{"n": 0}'}}
 CALL = '<tool_call>\n{"name": "lamp", "arguments": {"n": 0}}\n</tool_call>'
 ANSWER = "<tool_response>\non\n</tool_response>"
@@ -20,6 +21,10 @@ TOOLS = '<tools>\n[{"name": "lamp"}]\n</tools>'
 
 def chat(*texts):
     return tuple(Turn(role, text) for role, text in zip(itertools.cycle(["user", "assistant"]), texts))
+
+
+def document(text):
+    return (Turn("text", text),)
 
 
 def read(path, *rows, **choices):
@@ -117,6 +122,45 @@ ROWS = {
         said(Q, A | {"weight": 0}, Q, A | {"weight": 1}),
         (Turn("user", "q"), Context("assistant", "a"), *chat("q", "a")),
     ),
+    "plain text": ({"text": " one\n\ntwo ", "meta": {}}, document("one\n\ntwo")),
+    "two users": (said(Q, Q | {"content": "r"}, A), chat("q\n\nr", "a")),
+    "an answer in two turns": (said(Q, A, A | {"content": "b"}), chat("q", "a\n\nb")),
+    "preferences": ({"prompt": "q", "chosen": "a", "rejected": "b"}, chat("q", "a")),
+    "preferences with a system": (
+        {"system": "S", "question": "q", "chosen": "a", "rejected": "b"},
+        chat("S\n\nq", "a"),
+    ),
+    "Alpaca's preferences": (
+        {"instruction": "i", "input": "x", "chosen": "a", "rejected": "b"},
+        chat("i\n\nx", "a"),
+    ),
+    "preferences in messages": (
+        {"prompt": [Q, A, Q], "chosen": [A], "rejected": [B]},
+        (Turn("user", "q"), Context("assistant", "a"), *chat("q", "a")),
+    ),
+    "whole dialogues of preferences": (
+        {"prompt": "q", "prompt_id": "x", "chosen": [Q, A, Q, A], "rejected": [Q, A, Q, B], "messages": [Q, A, Q, A]},
+        (Turn("user", "q"), Context("assistant", "a"), *chat("q", "a")),
+    ),
+    "dialogues that differ from the first answer on": (
+        {"chosen": [Q, A, Q, A], "rejected": [Q, B, Q, B]},
+        chat("q", "a", "q", "a"),
+    ),
+    "Anthropic's preferences": (
+        {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: Human: r\n\nAssistant: b",
+         "rejected": "\n\nHuman: q\n\nAssistant: a\n\nHuman: Human: r\n\nAssistant: c"},
+        (Turn("user", "q"), Context("assistant", "a"), *chat("Human: r", "b")),
+    ),
+    "OpenAI's preferences": (
+        {"input": {"messages": [Q], "tools": []}, "preferred_output": [A], "non_preferred_output": [B]},
+        chat("q", "a"),
+    ),
+    "ShareGPT's preferences": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"},
+                           {"from": "human", "value": "q"}],
+         "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+        (Turn("user", "q"), Context("assistant", "a"), *chat("q", "a")),
+    ),
 }  # fmt: skip
 
 
@@ -147,20 +191,30 @@ REFUSED = {
         said(Q, {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"}]}),
         r"content\[0\]: found a part of type 'thinking'",
     ),
-    "preferences": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "found 'chosen' and 'rejected', a pair of pref"),
-    "OpenAI's preferences": (
-        {"input": {"messages": [Q]}, "preferred_output": [A], "non_preferred_output": [A]},
-        "found 'preferred_output' and 'non_preferred_output'",
+    "preferences of nothing": ({"chosen": "a", "rejected": "b"}, "but no 'prompt' that they answer"),
+    "preferences with another prompt": (
+        {"prompt": "x", "chosen": [Q, A], "rejected": [Q, B]},
+        "the 'prompt' is not in the 'chosen' dialogue",
+    ),
+    "preferences with a longer prompt": (
+        {"prompt": [Q, A, Q], "chosen": [Q, A], "rejected": [Q, B]},
+        "the 'prompt' is not how the 'chosen' dialogue begins",
     ),
     "judgement": ({"prompt": "q", "completion": "a", "label": False}, "found 'label' beside 'completion'"),
     "half a weight": (said(Q, A | {"weight": 0.5}), r"messages\[1\]: 'weight' is 0.5, neither 0 nor 1"),
     "a text for messages": ({"messages": "[]"}, "'messages' is text, not a list of turns"),
     "a number for an answer": ({"question": "q", "answer": 3}, "'answer' is a number, not text"),
     "a call without a name": (said(Q, A | {"tool_calls": [{"id": 1}]}), "a tool call without the name of a function"),
-    "two users": (said(Q, Q, A), r"messages\[1\]: found turn 'user' where 'assistant' must stand"),
+    "two weights in a row": (
+        said(Q, A | {"weight": 0}, A),
+        r"messages\[2\]: found weights 0 and 1 in turns of one side",
+    ),
+    "an empty turn after one of its side": (said(Q, Q | {"content": " "}, A), r"messages\[1\]: the user turn is empty"),
+    "a system beside plain text": ({"text": "plain", "system": "S"}, "found a system's text beside a plain 'text'"),
+    "an empty text": ({"text": " <|endoftext|>\n"}, "'text' is empty: fill it or remove the row"),
     "a history of texts": ({"instruction": "i", "output": "a", "history": ["q"]}, r"history\[0\]: found text"),
     "ChatML cut": ({"text": "<|im_start|>user\nq"}, "which is no whole turn of ChatML"),
-    "another template": ({"text": "### Human: q### Assistant: a"}, "found '### Human: q### Assistant: a' outside any"),
+    "a marker of a turn in the middle": ({"text": "stray<|user|>q"}, "found 'stray' outside any dialogue"),
     "a comma": (json.dumps(said(Q, A)) + ",", "not a JSON object: Extra data.*; remove the comma after it"),
 }
 
@@ -202,6 +256,10 @@ def test_what_is_read_otherwise_or_not_at_all_is_said(tmp_path):
         "keys that were not read: 'score' of rows (2), 'name' of messages (1)",
     ]
     assert read(tmp_path / "rows.jsonl", said(Q, A, id=1))[1] == []
+    assert read(tmp_path / "rows.jsonl", said(Q, Q, A), *[{"prompt": "q", "chosen": "a", "rejected": "b"}] * 2)[1] == [
+        "2 rows are pairs of preferences: the chosen side is read, the rejected is left out",
+        "1 turns follow one of the same side and are joined to it by a blank line",
+    ]
     about = {"file": "part-1.json", "files": ["a"], "attachments": [{"name": "b"}]}  # where the row is from, it may be
     assert read(tmp_path / "rows.jsonl", said(Q, A, **about)) == (
         [chat("q", "a")],
@@ -221,13 +279,15 @@ def test_bad_rows_are_skipped_counted_and_listed_by_choice(tmp_path):
     rows = [said(Q, A), said(Q), '{"messages": [', half_good, said(Q, A)]
     turns, notes = read(path, *rows, on_error="skip")
     assert turns == [chat("q", "a")] * 2  # nothing of a bad row, not its good half either
-    assert notes[0] == "3 bad rows or dialogues skipped (data.on_error=skip):"
+    assert notes[0] == "3 bad rows, dialogues or files skipped (data.on_error=skip):"
     assert notes[1] == f"  {path}:2: the dialogue ends with a user turn: an assistant turn must come last"
     assert [line.split(": ")[0] for line in notes[1:]] == [f"  {path}:{number}" for number in (2, 3, 4)]
     turns, notes = read(path, *[said(Q)] * 25, said(Q, A), on_error="skip")
     assert (len(turns), len(notes), notes[-1]) == (1, 22, "  and 5 more")
 
-    turns, notes = read(path, json.dumps([said(Q, A), said(Q), [said(Q, A), said(A, A)]]), on_error="skip")
+    turns, notes = read(
+        path, json.dumps([said(Q, A), said(Q), [said(Q, A), said(Q, A | {"content": ""})]]), on_error="skip"
+    )
     assert turns == [chat("q", "a")] * 2  # of a list in one line, as json.dump writes it, the bad rows alone
     assert [line.split(": ")[0] for line in notes[1:]] == [f"  {path}:1[1]", f"  {path}:1[2][1], messages[1]"]
 
@@ -342,6 +402,8 @@ def test_whatever_a_row_is_it_is_read_or_refused_in_one_line(tmp_path):
     reading = Reading(on_error="skip")
     for dialogue in corpus.read_corpus(str(path), reading):
         roles = [turn.role for turn in dialogue.turns]
+        if roles == ["text"]:
+            continue
         assert roles[-1] == "assistant"
         assert all(one != other for one, other in itertools.pairwise(roles))
         assert all(turn.text == turn.text.strip() != "" for turn in dialogue.turns)

@@ -145,7 +145,7 @@ GOOD = "<|user|>q\n<|assistant|>a<|end_of_text|>\n"
     [
         ("hello <|user|>", r":1: found 'hello' outside any dialogue: write <\|user\|>question"),
         (GOOD + "stray" + GOOD, r":2: found 'stray' outside any dialogue"),
-        ('{"messages": []}', "JSON lines must be named .jsonl"),
+        ('{"messages": []}', ":1: the dialogue has no turn"),
         (GOOD + "<|assistant|>a", ":3: found turn 'assistant' where 'user' must stand"),
         (GOOD + "<|user|>q\n<|user|>q", ":4: found turn 'user' where 'assistant' must stand"),
         (GOOD + "<|user|>q<|end_of_text|>", ":3: the dialogue ends with a user turn"),
@@ -169,7 +169,7 @@ def test_an_endless_dialogue_is_refused_before_it_fills_the_memory(tmp_path, mon
     monkeypatch.setattr(files, "MAX_DIALOGUE", 1000)
     monkeypatch.setattr(files, "CHUNK", 100)
     with pytest.raises(UserError, match=":1: found no marker in 1,000 characters"):
-        read(tmp_path / "chats.txt", "word " * 300)
+        read(tmp_path / "chats.txt", "<|user|>" + "word " * 300)
     with pytest.raises(UserError, match=r"the dialogue is over 1,000 characters: is <\|end_of_text\|> missing"):
         read(tmp_path / "chats.txt", "<|user|>question<|assistant|>answer" * 100)
     with pytest.raises(UserError, match=r"chats.jsonl:1: the line is over 1,000 bytes"):
@@ -236,7 +236,6 @@ def user_turn(**message):
         (user_turn(role="user", content=None), r"messages\[0\]: found nothing where 'content' must hold text"),
         (user_turn(role="user", content=[{"type": "text"}]), r"messages\[0\], content\[0\]: 'text' is nothing"),
         (user_turn(role="tool", content="x"), r"messages\[0\]: found a tool's answer before any call"),
-        (user_turn(role="assistant", content="x"), "found turn 'assistant' where 'user' must stand"),
         (user_turn(role="user", content=" "), "the user turn is empty"),
         (user_turn(role="user", content="\ud800"), r"found '\\ud800', half of a surrogate pair"),
         ('{"messages": [{"role": "user", "content": "q"}]}', "the dialogue ends with a user turn"),
@@ -245,7 +244,6 @@ def user_turn(**message):
         ('{"conversations": [{"from": "bot", "value": "q"}]}', r"conversations\[0\]: 'from' is 'bot'"),
         ('{"conversations": [{"from": "human", "text": "q"}]}', "found nothing where 'value' must hold text"),
         ('{"text": 3}', "'text' is a number, not text"),
-        ('{"text": "no marker"}', "found 'no marker' outside any dialogue"),
         (b'{"messages": "\xe9"}', "found byte 0xe9: save it as UTF-8"),
     ],
 )  # fmt: skip
@@ -259,9 +257,9 @@ def test_malformed_json_lines(tmp_path, line, message):
 
 
 def test_missing_source(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere.txt' does not exist: give a file, 'default' or 'hf:NAME'"):
+    with pytest.raises(UserError, match=r"nowhere.txt' does not exist: give a file, a folder, 'default' or 'hf:NAME'"):
         corpus.read_corpus(str(tmp_path / "nowhere.txt"))
-    with pytest.raises(UserError, match="is a folder, not a file"):
+    with pytest.raises(UserError, match="is a folder without files"):
         corpus.read_corpus(str(tmp_path))
 
 

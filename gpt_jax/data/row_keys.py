@@ -1,0 +1,36 @@
+"""The keys that rows and messages of other people's formats have."""
+
+from typing import Any
+
+LISTS = ("messages", "conversations", "conversation")  # keys that hold messages
+PAIRS = (  # keys of a question, of what belongs to it, and of the answer
+    ("prompt", None, "completion"),
+    ("prompt", None, "response"),
+    ("instruction", "input", "output"),  # Alpaca
+    ("instruction", "context", "response"),  # Dolly
+    ("question", "context", "answer"),
+    ("query", None, "response"),
+    ("input", None, "output"),
+)
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "call",
+    "tool_call": "call",
+    "tool": "answer",
+    "function": "answer",
+    "observation": "answer",
+    "function_response": "answer",
+    "tool_response": "answer",
+}
+
+
+def side_of(message: Any) -> str | None:
+    """The side that a message's role belongs to, before it is checked."""
+    role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+    return ROLES.get(role) if isinstance(role, str) else None
