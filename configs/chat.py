@@ -55,7 +55,10 @@ def get_config() -> ConfigDict:
     config.optimizer.rates = ()  # factors of the learning rate by pattern, such as "wte=0.1"
 
     config.data = ConfigDict()
-    config.data.source = "default"  # default | a .txt with markers | .jsonl, .json: docs/data.md | hf:NAME[:SPLIT]
+    config.data.source = "default"  # default | a file or folder, of any format in docs/data.md | hf:NAME[:SPLIT]
+    config.data.mixture = ()  # several sources in its place: ("chats.jsonl", "books")
+    config.data.weights = ()  # the share of each in what is trained on; empty: equal shares
+    config.data.validation = ""  # a source of its own; empty: validation_fraction of each source
     config.data.validation_fraction = 0.05
     config.data.tokenizer = ""  # a tokenizer.json to use; empty: that of init_from, else train one; new: train one
     config.data.tool_calls = "text"  # how calls of tools are read: text | refuse

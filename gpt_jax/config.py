@@ -35,7 +35,7 @@ class Field:
     kind: int, float, bool, str, or tuple for a sequence of texts. low, high: the ends of its range, both inside it
     but where `open_low` or `open_high` say otherwise; of texts, how many characters each has at least, and how many
     texts there are at most. choices: all texts that it can be; empty: any text. default: its value in a run that was
-    saved before there was this setting; None: there always was.
+    saved before there was this setting; None: there always was. numbers: the sequence is of positive numbers.
     """
 
     kind: type
@@ -46,6 +46,7 @@ class Field:
     open_high: bool = False
     choices: tuple[str, ...] = ()
     default: Any = None
+    numbers: bool = False
 
     def problem(self, value: Any) -> str:
         """'must be ..., found ...' for a value that this setting cannot have, else nothing."""
@@ -82,6 +83,8 @@ class Field:
         return text_problem(value)
 
     def _texts(self, value: Any) -> str:
+        if self.numbers:
+            return self._numbers(value)
         if not isinstance(value, tuple | list):
             return f"must be a list of texts, found {_show(value)}"
         if len(value) > self.high:
@@ -89,6 +92,12 @@ class Field:
         short = f"must be text of {self.low} or more characters, found "
         problems = (text_problem(text) or (short + _show(text) if len(text) < self.low else "") for text in value)
         return next((f"[{i}] {problem}" for i, problem in enumerate(problems) if problem), "")
+
+    def _numbers(self, value: Any) -> str:
+        if not isinstance(value, tuple | list):
+            return f"must be a list of numbers, found {_show(value)}"
+        one = Field(float, "", open_low=True, open_high=True)
+        return next((f"[{i}] {problem}" for i, number in enumerate(value) if (problem := one.problem(number))), "")
 
 
 def text_problem(value: Any) -> str:
@@ -160,7 +169,10 @@ FIELDS: dict[str, Field] = {
         "factor of the rate, a layer away from the output", high=1, open_low=True, default=1.0
     ),
     "optimizer.rates": _texts("PATTERN=FACTOR of the learning rate, by parameter"),
-    "data.source": Field(str, "default, a file, or hf:NAME[:SPLIT]"),
+    "data.source": Field(str, "default, a file, a folder, or hf:NAME[:SPLIT]"),
+    "data.mixture": Field(tuple, "sources in place of data.source", low=1, default=()),
+    "data.weights": Field(tuple, "their shares in what is trained on; empty: equal ones", numbers=True, default=()),
+    "data.validation": Field(str, "a source of its own to validate on; empty: a share of the others", default=""),
     "data.validation_fraction": _number("share of the sources kept for validation", high=1, open_low=True),
     "data.tokenizer": Field(str, "a tokenizer.json; empty: that of init_from, else train one; new: train one"),
     "data.tool_calls": _choice("whether calls of tools are read as text", TOOL_CALLS, default="text"),
@@ -222,6 +234,17 @@ def validate(config: Mapping[str, Any]) -> None:
         values["batch_size"] % values["accumulate_steps"] == 0,
         "batch_size must be a multiple of accumulate_steps",
         *("batch_size", "accumulate_steps"),
+    )
+    mixture, weights = values["data.mixture"], values["data.weights"]
+    require(
+        len(weights) in (0, len(mixture)),
+        "data.weights must be as many as data.mixture has sources, or none",
+        *("data.mixture", "data.weights"),
+    )
+    require(
+        not mixture or values["data.source"] in ("", "default"),
+        "data.source must stay 'default' where data.mixture is given: put it into the mixture",
+        *("data.source", "data.mixture"),
     )
     require(
         values["optimizer.min_learning_rate"] <= values["optimizer.learning_rate"],

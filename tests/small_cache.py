@@ -1,5 +1,7 @@
 """A token cache of a small source, for the tests of what prepares and reads one."""
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 from gpt_jax.data import token_cache
@@ -12,4 +14,10 @@ def config(cache, **changes):
 
 def prepare(chats, log=lambda line: None, vocab_size=300, **changes):
     fields = {"source": str(chats), "validation_fraction": 0.2} | changes
-    return token_cache.prepare(config(chats.parent / "cache", **fields), vocab_size, log)
+    return token_cache.prepare(config(Path(chats).parent / "cache", **fields), vocab_size, log)
+
+
+def folder_of(prepared):
+    """The folder of the cache that holds the tokens of a corpus of one source."""
+    [train] = prepared.train
+    return Path(train.ids.filename).parent

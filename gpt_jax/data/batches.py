@@ -3,8 +3,9 @@
 Batch n is a pure function of (seed, n): nothing about the data's position needs saving but how many windows were seen.
 """
 
+import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
 import grain
 import numpy as np
@@ -23,12 +24,13 @@ Batch = dict[str, np.ndarray]
 
 def check_windows(prepared: Corpus, block_size: int, targets: str) -> None:
     """Raises UserError if a split has no window of `block_size` tokens with a target that counts."""
-    for tokens, split in ((prepared.train, "training"), (prepared.validation, "validation")):
-        _windows(tokens, block_size, 1, targets, split, lambda line: None)
+    for streams, split in ((prepared.train, "training"), (prepared.validation, "validation")):
+        for tokens in streams:
+            _Windows(tokens, block_size, targets, split, lambda line: None)
 
 
 def windows(
-    tokens: Tokens,
+    streams: Tokens | Sequence[Tokens],
     *,
     block_size: int,
     batch_size: int,
@@ -43,7 +45,11 @@ def windows(
     first is a target once an epoch (up to a remainder shorter than a window). Every epoch has its own order;
     a batch may span two epochs, so no window is dropped.
 
+    Of several streams, each has its share of the windows, by its weight, in every stretch of the order, and an epoch
+    and an order of its own: a small one is repeated. The share is exact to a hundredth of the smallest one.
+
     Args:
+      streams: one, or several with weights.
       seed: in [0, 2**32).
       targets: 'all', or 'assistant': targets that the assistant does not say are MASKED (-1). Who says a
         token is stored with it, so this is exact in a window that starts in the middle of a turn. Windows
@@ -58,8 +64,24 @@ def windows(
     Raises:
       UserError: the tokens are fewer than one window, no window has a target, or `targets` is neither.
     """
-    order, gather = _windows(tokens, block_size, batch_size, targets, "training", log)
-    return order.shuffle(seed=seed).repeat().slice(slice(seen, _ENDLESS)).batch(batch_size, batch_fn=gather)
+    streams = [streams] if isinstance(streams, Tokens) else list(streams)
+    parts = [_Windows(tokens, block_size, targets, "training", log) for tokens in streams]
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    orders = [
+        grain.MapDataset.range(int(start), int(end)).shuffle(seed=seed).repeat()
+        for start, end in itertools.pairwise(starts)
+    ]
+    order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [tokens.weight for tokens in streams])
+
+    def gather(numbers: Iterable[int]) -> Batch:
+        wanted = np.asarray(numbers)
+        of = np.searchsorted(starts, wanted, side="right") - 1  # the stream of each
+        batch = np.empty((2, len(wanted), block_size), np.int32)
+        for number in np.unique(of):
+            batch[:, of == number] = parts[number].gather(wanted[of == number] - starts[number])
+        return {"inputs": batch[0], "targets": batch[1]}
+
+    return order.slice(slice(seen, _ENDLESS)).batch(batch_size, batch_fn=gather)
 
 
 def evaluation_batches(
@@ -78,8 +100,14 @@ def evaluation_batches(
 
     Returns and raises: as `windows`, but finite.
     """
-    order, gather = _windows(tokens, block_size, batch_size, targets, "validation", log)
-    return order.shuffle(seed=0).batch(batch_size, batch_fn=gather).slice(slice(0, batches))
+    part = _Windows(tokens, block_size, targets, "validation", log)
+
+    def gather(numbers: Iterable[int]) -> Batch:
+        inputs, wanted = part.gather(np.asarray(numbers))
+        missing = ((0, batch_size - len(inputs)), (0, 0))
+        return {"inputs": np.pad(inputs, missing), "targets": np.pad(wanted, missing, constant_values=MASKED)}
+
+    return grain.MapDataset.range(len(part)).shuffle(seed=0).batch(batch_size, batch_fn=gather).slice(slice(0, batches))
 
 
 def loader(dataset: grain.MapDataset[Batch], start: int = 0, prefetch: int = 2) -> grain.DatasetIterator[Batch]:
@@ -93,55 +121,60 @@ def loader(dataset: grain.MapDataset[Batch], start: int = 0, prefetch: int = 2) 
     return iterator
 
 
-def _windows(
-    tokens: Tokens, block_size: int, batch_size: int, targets: str, split: str, log: Log
-) -> tuple[grain.MapDataset[int], Callable[[Iterable[int]], Batch]]:
-    """The windows of a split that have a target, numbered in their order, and what makes a batch of such numbers."""
-    if targets not in TARGETS:
-        raise UserError(f"data.targets is {targets!r}: it must be 'all' or 'assistant'")
-    remedy = ("" if split == "training" else "raise data.validation_fraction, ") + "give more data"
-    if len(tokens) <= block_size:
-        raise UserError(
-            f"block_size is {block_size} but the {split} data has {len(tokens)} tokens, and a window needs "
-            f"{block_size + 1}: lower block_size, {remedy}"
-        )
-    count = (len(tokens) - 1) // block_size
-    kept = _windows_with_a_target(tokens, block_size, count, targets)
-    if not len(kept):
-        remedy += ", or set data.targets=all" if targets == "assistant" else ""
-        raise UserError(
-            f"none of the {count:,} windows of the {split} data has a target that data.targets={targets} counts: "
-            + remedy
-        )
-    if len(kept) < count:
-        left_out = count - len(kept)
-        log(f"data: {left_out:,} of {count:,} {split} windows have no counted target; they are left out")
-    offsets = np.arange(block_size + 1)
+class _Windows:
+    """The windows of a stream that have a target, numbered in their order.
 
-    def gather(numbers: Iterable[int]) -> Batch:
-        positions = kept[np.asarray(numbers)][:, None] * block_size + offsets  # (windows, T + 1)
-        block = tokens.ids[positions].astype(np.int32)
-        inputs = block[:, :-1]
-        wanted = np.where(_counted(tokens.assistant[positions[:, 1:]], targets), block[:, 1:], np.int32(MASKED))
-        missing = ((0, batch_size - len(block)), (0, 0))
-        return {
-            "inputs": np.pad(inputs, missing),
-            "targets": np.pad(wanted, missing, constant_values=MASKED),
-        }
+    Raises:
+      UserError: as `windows`.
+    """
 
-    return grain.MapDataset.range(len(kept)), gather
+    def __init__(self, tokens: Tokens, block_size: int, targets: str, split: str, log: Log) -> None:
+        if targets not in TARGETS:
+            raise UserError(f"data.targets is {targets!r}: it must be 'all' or 'assistant'")
+        self.tokens, self.targets, self.offsets = tokens, targets, np.arange(block_size + 1)
+        of = f" of {tokens.name!r}" if tokens.weight < 1 else ""
+        remedy = ("" if split == "training" else "raise data.validation_fraction, ") + "give more data"
+        if len(tokens) <= block_size:
+            raise UserError(
+                f"block_size is {block_size} but the {split} data{of} has {len(tokens)} tokens, and a window needs "
+                f"{block_size + 1}: lower block_size, {remedy}"
+            )
+        count = (len(tokens) - 1) // block_size
+        has_target = _has_a_target(tokens, block_size, count, targets)
+        if not has_target.any():
+            remedy += ", or set data.targets=all" if targets == "assistant" else ""
+            raise UserError(
+                f"none of the {count:,} windows of the {split} data{of} has a target that data.targets={targets} "
+                f"counts: {remedy}"
+            )
+        # Numbers of the windows that are left, or a range of all of them, which takes no memory.
+        self.kept = range(count) if has_target.all() else np.flatnonzero(has_target)
+        if len(self.kept) < count:
+            left_out = count - len(self.kept)
+            log(f"data: {left_out:,} of {count:,} {split} windows{of} have no counted target; they are left out")
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def gather(self, numbers: np.ndarray) -> np.ndarray:
+        """(2, B, T) int32: inputs and targets of windows."""
+        numbers = numbers if isinstance(self.kept, range) else self.kept[numbers]
+        positions = numbers[:, None] * (len(self.offsets) - 1) + self.offsets  # (B, T + 1)
+        block = self.tokens.ids[positions].astype(np.int32)
+        counted = _counted(self.tokens.assistant[positions[:, 1:]], self.targets)
+        return np.stack([block[:, :-1], np.where(counted, block[:, 1:], np.int32(MASKED))])
 
 
 def _counted(assistant: np.ndarray, targets: str) -> np.ndarray:
     return assistant == tokenizer.SAID if targets == "assistant" else assistant != tokenizer.UNCOUNTED
 
 
-def _windows_with_a_target(tokens: Tokens, block_size: int, count: int, targets: str) -> np.ndarray:
-    """Numbers of the windows that have one, int64."""
-    found = []
+def _has_a_target(tokens: Tokens, block_size: int, count: int, targets: str) -> np.ndarray:
+    """(count,) bool, by window."""
+    found = np.empty(count, bool)
     step = max(_SCANNED // block_size, 1)  # windows at a time, so that memory stays flat
     for first in range(0, count, step):
         last = min(first + step, count)
         said = tokens.assistant[1 + first * block_size : 1 + last * block_size].reshape(-1, block_size)  # by target
-        found.append(first + np.flatnonzero(_counted(said, targets).any(axis=1)))
-    return np.concatenate(found)
+        found[first:last] = _counted(said, targets).any(axis=1)
+    return found

@@ -1,74 +1,70 @@
-"""The token cache: a corpus, tokenised, on disk.
+"""The token cache: sources, tokenised, on disk.
 
-The cache is a folder named by a fingerprint of the source, how it is read, the tokenizer, the split and
-FORMAT_VERSION:
-  train.tokens, validation.tokens        ids, uint16 or uint32 (above 65,536 ids), dialogue after dialogue
-  train.assistant, validation.assistant  one byte a token: 1 where the assistant says it, 2 where no loss may count it
-  tokenizer.json
-  stats.json                             counts, notes about what was read, and the CRC-32 of every other file
-It is built beside its place and renamed into it, so a killed run leaves no half cache. Every checksum is verified
-when it is opened, at 2 GB/s a file.
+A trained tokenizer and the tokens of a source each have a folder, named by a digest of all that it follows from: for a
+tokenizer the sources, how they are read and split, and its size; for tokens the source, how it is read and split, and
+the tokenizer itself, so that one from another run or file gives the same folder. FORMAT_VERSION is part of both.
+A folder of tokens has, for each split:
+  *.tokens     ids, uint16 or uint32 (above 65,536 ids), text after text
+  *.assistant  one byte a token: 1 where the assistant says it, 2 where no loss may count it
+  *.texts      a digest of each text, uint64
+and tokenizer.json, and stats.json: counts, and lines about what was read.
 """
 
 import contextlib
 import dataclasses
-import getpass
+import functools
 import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 import time
-import uuid
-import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from gpt_jax.data import corpus, tokenizer
-from gpt_jax.data.dialogue import Dialogue
+from gpt_jax.data.cache_folder import Output, map_array, open_or_build, read_facts, write_facts, writing_cache
+from gpt_jax.data.dialogue import Dialogue, Part
 from gpt_jax.data.reading import Reading
 from gpt_jax.errors import UserError
 from gpt_jax.log import Log
-from gpt_jax.storage.checksum import crc32_of_file, crc32_of_json
-from gpt_jax.storage.files import StorageError, explain, replacing
-from gpt_jax.storage.json_file import VERSION, read_object
-from gpt_jax.storage.lock import wait_for_lock
+from gpt_jax.storage.checksum import crc32_of_file
 
 # Raise it when the same source and tokenizer would give other tokens or files than before.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 NEW_TOKENIZER = "new"  # in place of a tokenizer's path: trains one, where else the donor's would be taken
 TOKENIZER_CHARACTERS = 500_000_000  # what a BPE is trained on at most: its word table must fit in memory
 
 _BATCH_CHARACTERS = 1_000_000  # encoded at a time
 _LOG_CHARACTERS = 100_000_000  # between two lines of progress
-_ABANDONED = 3600  # seconds without a write after which a build is taken for dead
 _FEW = 1000  # different sources are counted up to here
+_COMPARED = 2**20  # texts compared at a time
 _SPLITS = ("train", "validation")
 _ONCE_IN_HOW = {"skipped": 0, "skipped_first": [], "tools": 0, "context": 0, "unread": {}}  # in older fingerprints
-_ARRAYS = tuple(f"{split}.{kind}" for split in _SPLITS for kind in ("tokens", "assistant"))
+_ARRAYS = tuple(f"{split}.{kind}" for split in _SPLITS for kind in ("tokens", "assistant", "texts"))
 _TOKENIZER = "tokenizer.json"
-_CHECKED = (*_ARRAYS, _TOKENIZER)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """A stream of N tokens.
+    """A stream of N tokens of one source.
 
     Attributes:
       ids: (N,) uint16 or uint32.
       assistant: (N,) uint8: 1 where the assistant says the token: its text, and the marker that closes it; 2 in
         a turn that is context (OpenAI's weight 0), and in the marker that closes it; else 0.
+      name: the source.
+      weight: its share of what a model is shown, among the streams of its split.
     """
 
     ids: np.ndarray
     assistant: np.ndarray
+    name: str = ""
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,17 +72,82 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus; the arrays are read-only memory maps of the cache.
+    """A prepared corpus, of one source or of several; the arrays are read-only memory maps of the cache.
 
-    `stats` counts, for each of 'train' and 'validation': `dialogues`, `bytes` of UTF-8 text and `tokens`.
+    `stats` counts, for each of 'train' and 'validation': `dialogues`, `bytes` of UTF-8 text and `tokens`; `by_source`
+    does so for each source of several.
     """
 
-    train: Tokens
-    validation: Tokens
+    train: tuple[Tokens, ...]
+    validation: tuple[Tokens, ...]
     tokenizer: Tokenizer
     fingerprint: str
     stats: dict[str, dict[str, int]]
-    notes: tuple[str, ...] = ()  # what was read in another way than as turns that count
+    by_source: dict[str, dict[str, dict[str, int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """All that a corpus follows from.
+
+    fraction: share of the sources of a source that are validation data; not used where `validation`, a source, is.
+    how: choices of `Reading`. given: None trains a tokenizer of `vocab_size` ids.
+    """
+
+    sources: tuple[str, ...]
+    weights: tuple[float, ...]  # sum to 1
+    validation: str
+    fraction: float
+    how: dict[str, str]
+    given: Tokenizer | None
+    vocab_size: int
+
+    @functools.cached_property
+    def contents(self) -> dict[str, str]:
+        """The fingerprint of each source."""
+        return {source: corpus.source_fingerprint(source) for source in filter(None, (*self.sources, self.validation))}
+
+    @property
+    def title(self) -> str:
+        return " and ".join(map(repr, self.contents))
+
+    def fingerprints(self) -> list[str]:
+        """Names of the corpus: that of this version, and those of older ones."""
+        contents = [self.contents[source] for source in self.sources]
+        content: Any = contents[0] if len(contents) == 1 else contents
+        split: Any = ["validation", self.contents[self.validation]] if self.validation else self.fraction
+        rest = [split, self.given.to_str() if self.given else self.vocab_size]
+        how = self.how
+        older = [[4, content, how], *([version, content, how | _ONCE_IN_HOW] for version in (3, 2)), [1, content]]
+        return [_digest([*first, *rest]) for first in ([FORMAT_VERSION, content, how], *older)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """All that the tokens of one source follow from. fraction: 0 has all for training, 1 all for validation."""
+
+    source: str
+    content: str  # what the source is known by
+    fraction: float
+    how: dict[str, str]
+    tokenizer: Tokenizer
+
+    @classmethod
+    def of(cls, request: _Request, source: str, fraction: float, chosen: Tokenizer) -> "_Recipe":
+        return cls(source, request.contents[source], fraction, request.how, chosen)
+
+    def fingerprint(self) -> str:
+        return _digest([FORMAT_VERSION, self.content, self.how, self.fraction, self.tokenizer.to_str()])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """An opened folder of tokens; `arrays` by name."""
+
+    arrays: dict[str, np.ndarray]
+    stats: dict[str, dict[str, int]]
+    taken: list[str]
+    notes: list[str]
 
 
 def prepare(
@@ -99,7 +160,8 @@ def prepare(
     """Tokenises a corpus, or opens the cache of an earlier call; memory stays flat however large it is.
 
     Args:
-      data_config: a ConfigDict with `source` (see `corpus.read_corpus`), `validation_fraction`,
+      data_config: a ConfigDict with `source` (see `corpus.read_corpus`) or, in its place, `mixture` and `weights`,
+        `validation_fraction` or `validation`, a source of its own,
         `tokenizer` (path of a tokenizer.json; '' or NEW_TOKENIZER trains one on the training split),
         `cache_dir` ('' is gpt_jax in $XDG_CACHE_HOME or ~/.cache), and maybe `tool_calls` and `on_error` (see
         `reading.Reading`).
@@ -109,40 +171,62 @@ def prepare(
       expected: the fingerprint that the data must have, of a run's checkpoint; None: any.
 
     Raises:
-      UserError: the source or the tokenizer cannot be used, is not what is expected, a split is empty, or the cache
+      UserError: a source or the tokenizer cannot be used, is not what is expected, a split is empty, or the cache
         cannot be written.
     """
-    fraction = data_config.validation_fraction
-    if not 0 < fraction < 1:
-        raise UserError(f"data.validation_fraction is {fraction}: it must lie between 0 and 1")
-    given = _given_tokenizer(data_config.tokenizer or tokenizer_file, vocab_size)
-    choices = {name: data_config[name] for name in ("tool_calls", "on_error") if name in data_config}
-    split_and_ids = [fraction, given.to_str() if given else vocab_size]
-    fingerprint, *older = _fingerprints(data_config.source, Reading(**choices), split_and_ids)
+    request = _request(data_config, vocab_size, tokenizer_file)
+    fingerprint, *older = request.fingerprints()
     if expected not in (None, fingerprint, *older):
         raise UserError(
-            f"data source {data_config.source!r}, or how config.data has it read and split, is not what the run's "
+            f"data source {request.title}, or how config.data has it read and split, is not what the run's "
             f"checkpoint was trained on (fingerprint {expected}, now {fingerprint}): put both back, or give a new "
             "--workdir with --config.init_from=RUN"
         )
     if expected in older:
         log("data: the checkpoint is of a version that read some rows in another way; the source is the same")
     root = _cache_root(data_config.cache_dir)
-    folder = root / fingerprint
-    prepared = _open_if_good(folder)
-    if not isinstance(prepared, Corpus):
-        with _writing_cache(root, data_config.source):
-            root.mkdir(parents=True, exist_ok=True)
-            with wait_for_lock(_build_lock(folder), log):  # whoever holds it builds the same
-                prepared = _open_if_good(folder)
-                if not isinstance(prepared, Corpus):
-                    if prepared is not None:
-                        log(f"warning: the token cache {folder} is damaged ({prepared}): building it again")
-                        _remove_any(folder.rename(root / f"{fingerprint}.{uuid.uuid4().hex}.partial"))
-                    return _prepare_anew(folder, data_config.source, choices, fraction, given, vocab_size, log)
-    log(f"data: using the token cache {folder}")
-    _log_facts(prepared, vocab_size, log)
+    with writing_cache(root, " and ".join(request.contents)):
+        chosen = request.given or _trained(request, root, log)
+        fraction = 0.0 if request.validation else request.fraction
+        train = {
+            source: _tokens(_Recipe.of(request, source, fraction, chosen), root, log) for source in request.sources
+        }
+        validation = train
+        if request.validation:
+            own = _Recipe.of(request, request.validation, 1.0, chosen)
+            validation = {request.validation: _tokens(own, root, log)}
+    prepared = _corpus(request, train, validation, chosen, fingerprint)
+    _log_facts(prepared, train | validation, vocab_size, log)
+    _warn_of_repeats(train, validation, log)
     return prepared
+
+
+def sources_of(data_config: Any) -> tuple[str, ...]:
+    """The sources that a model is trained on."""
+    return tuple(data_config.get("mixture") or ()) or (data_config.source,)
+
+
+def _request(data_config: Any, vocab_size: int, tokenizer_file: str | Path | None) -> _Request:
+    fraction = data_config.validation_fraction
+    if not 0 < fraction < 1:
+        raise UserError(f"data.validation_fraction is {fraction}: it must lie between 0 and 1")
+    sources = sources_of(data_config)
+    weights = tuple(data_config.get("weights") or ()) or (1.0,) * len(sources)
+    request = _Request(
+        sources,
+        tuple(weight / sum(weights) for weight in weights),
+        data_config.get("validation", ""),
+        fraction,
+        {name: data_config.get(name, default) for name, default in (("tool_calls", "text"), ("on_error", "stop"))},
+        _given_tokenizer(data_config.tokenizer or tokenizer_file, vocab_size),
+        vocab_size,
+    )
+    known: dict[str, str] = {}
+    for source in sources:
+        if other := known.get(request.contents[source]):
+            raise UserError(f"data.mixture has {other!r} twice, then as {source!r}: raise its weight instead")
+        known[request.contents[source]] = source
+    return request
 
 
 def _given_tokenizer(file: str | Path | None, vocab_size: int) -> Tokenizer | None:
@@ -158,47 +242,6 @@ def _given_tokenizer(file: str | Path | None, vocab_size: int) -> Tokenizer | No
     return given
 
 
-def _fingerprints(source: str, reading: Reading, split_and_ids: list[Any]) -> list[str]:
-    """Names of a corpus that is read, split and encoded in one way: that of this version, and those of older ones."""
-    content = corpus.source_fingerprint(source)
-    how = {"tool_calls": reading.tool_calls, "on_error": reading.on_error}
-    now = [FORMAT_VERSION, content, how, *split_and_ids]
-    older = [[version, content, how | _ONCE_IN_HOW, *split_and_ids] for version in (3, 2)]
-    return [_digest(parts) for parts in (now, *older, [1, content, *split_and_ids])]
-
-
-def _prepare_anew(
-    folder: Path,
-    source: str,
-    choices: dict[str, str],
-    fraction: float,
-    given: Tokenizer | None,
-    vocab_size: int,
-    log: Log,
-) -> Corpus:
-    log(f"data: preparing {source!r}")
-    start = time.monotonic()
-    _remove_abandoned(folder.parent, folder.name)
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.mkdir()
-        _build(partial, source, choices, fraction, given, vocab_size, log)
-        try:
-            partial.rename(folder)
-        except OSError:  # where there are no locks, another run has built the same in the meantime: it is as good
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    prepared = _open(folder)
-    log(f"data: prepared in {time.monotonic() - start:.1f} s, cached in {folder}")
-    _log_facts(prepared, vocab_size, log)
-    return prepared
-
-
-# ---- the cache
-
-
 def _digest(identity: list[Any]) -> str:
     return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
@@ -209,117 +252,137 @@ def _cache_root(cache_dir: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_jax"
 
 
-def _build_lock(folder: Path) -> Path:
-    """A lock of this user's processes on this machine: it saves work. Builds on two machines do not harm each other."""
-    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
-    place = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"gpt_jax-{user}-{place}.lock"
+# ---- the tokenizer
 
 
-@contextlib.contextmanager
-def _writing_cache(root: Path, source: str) -> Iterator[None]:
-    """Turns an OSError of a file that is not the source's into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename and not Path(error.filename).is_relative_to(root):
-            raise
-        failed = f"cannot write the token cache: {error.filename}"
-        if not error.filename:  # a read or a write of an open file has no name
-            failed = f"cannot read the data source {source!r} or write the token cache {root}"
-        raise StorageError(f"{failed}: {explain(error)}, or set data.cache_dir") from error
+def _trained(request: _Request, root: Path, log: Log) -> Tokenizer:
+    """The tokenizer that is trained on the training split of all sources."""
+    fraction = 0.0 if request.validation else request.fraction
+    contents = [request.contents[source] for source in request.sources]
+    key = _digest(["tokenizer", FORMAT_VERSION, contents, request.how, fraction, request.vocab_size])
+
+    def build(folder: Path) -> None:
+        log(f"data: training a tokenizer on {' and '.join(map(repr, request.sources))}")
+        texts = _training_texts(request, fraction, log)
+        tokenizer.save(tokenizer.train_tokenizer(texts, request.vocab_size, log), folder / _TOKENIZER)
+        write_facts(folder, FORMAT_VERSION, {}, {_TOKENIZER: crc32_of_file(folder / _TOKENIZER)})
+
+    def opening(folder: Path) -> Tokenizer:
+        read_facts(folder, FORMAT_VERSION, {}, [_TOKENIZER])
+        return tokenizer.load(folder / _TOKENIZER)
+
+    return open_or_build(root / key, opening, build, "tokenizer", log)[0]
 
 
-def _remove_abandoned(root: Path, fingerprint: str) -> None:
-    for partial in root.glob(f"{fingerprint}.*.partial"):
-        changed = max(path.stat().st_mtime for path in [partial, *partial.glob("*")])
-        if time.time() - changed > _ABANDONED:
-            _remove_any(partial)
+def _training_texts(request: _Request, fraction: float, log: Log) -> Iterator[str]:
+    """The texts of the training split; of a source with more than its share of TOKENIZER_CHARACTERS, a sample of it."""
+    share = TOKENIZER_CHARACTERS // len(request.sources)
+    for source in request.sources:
+        size = corpus.source_size(source)
+        rate = share / max(size, share)  # of a source whose size is not known, the beginning
+        characters = 0
+        for dialogue in corpus.read_corpus(source, Reading(**request.how)):
+            if corpus.is_validation(dialogue.source, fraction):
+                continue
+            if rate < 1 and not corpus.is_validation(f"+{dialogue.source}", rate):
+                continue
+            yield from (turn.text for turn in dialogue.turns)
+            characters += _length(dialogue)
+            if characters > share:
+                break
+        if rate < 1:
+            log(f"data: the tokenizer is trained on {characters:,} characters, a sample from all over {source!r}")
+        elif characters > share:
+            log(f"data: the tokenizer is trained on the first {characters:,} characters of {source!r}")
 
 
-def _remove_any(path: Path) -> None:
-    """Removes a folder, or the file that damage left in the place of one, as far as the disk lets it."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+# ---- tokens
+
+
+def _tokens(recipe: _Recipe, root: Path, log: Log) -> _Entry:
+    """The tokens of one source, from the cache where they are in it."""
+    folder, begun = root / recipe.fingerprint(), time.monotonic()
+
+    def build(partial: Path) -> None:
+        log(f"data: preparing {recipe.source!r}")
+        _write_tokens(partial, recipe, log)
+
+    entry, was_there = open_or_build(folder, _open, build, "token cache", log)
+    if was_there:
+        log(f"data: using the token cache {folder}")
     else:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        log(f"data: prepared in {time.monotonic() - begun:.1f} s, cached in {folder}")
+    return entry
 
 
-class _Output:
-    """A new file that knows the CRC-32 of what was written to it."""
+def _open(folder: Path) -> _Entry:
+    """Raises OSError, ValueError, KeyError or TypeError if the cache is not whole."""
+    types = {"dtype": str, "stats": dict.fromkeys(_SPLITS, dict), "taken": list, "notes": list}
+    meta = read_facts(folder, FORMAT_VERSION, types, (*_ARRAYS, _TOKENIZER))
+    dtypes = {"tokens": np.dtype(meta["dtype"]), "assistant": np.dtype(np.uint8), "texts": np.dtype(np.uint64)}
+    arrays = {}
+    for name in _ARRAYS:
+        split, _, kind = name.partition(".")
+        count = meta["stats"][split]["dialogues" if kind == "texts" else "tokens"]
+        arrays[name] = map_array(folder / name, dtypes[kind], count)
+    return _Entry(arrays, meta["stats"], meta["taken"], meta["notes"])
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.crc = file, 0
 
-    def write(self, array: np.ndarray) -> None:
-        written = array.tobytes()
-        self.crc = zlib.crc32(written, self.crc)
-        self.file.write(written)
+class _Split:
+    """The files of one split while they are written."""
+
+    def __init__(self, outputs: dict[str, Output], dtype: np.dtype, end: int) -> None:
+        self.outputs, self.dtype, self.end = outputs, dtype, end
+        self.stats = {"dialogues": 0, "bytes": 0, "tokens": 0}
+
+    def write(self, dialogue: Dialogue, ids: np.ndarray, said: np.ndarray) -> None:
+        self.write_tokens(ids, said)
+        self.outputs["texts"].write(_digest_of_text(dialogue))
+        self.stats["dialogues"] += 1
+        self.stats["bytes"] += sum(len(turn.text.encode()) for turn in dialogue.turns)
+
+    def close_part(self) -> None:
+        """Ends a document whose next part is in the other split."""
+        self.write_tokens(np.array([self.end]), np.zeros(1, np.uint8))
+
+    def write_tokens(self, ids: np.ndarray, said: np.ndarray) -> None:
+        self.outputs["tokens"].write(ids.astype(self.dtype))
+        self.outputs["assistant"].write(said)
+        self.stats["tokens"] += len(ids)
 
 
-def _build(
-    folder: Path,
-    source: str,
-    choices: dict[str, str],
-    fraction: float,
-    given: Tokenizer | None,
-    vocab_size: int,
-    log: Log,
-) -> None:
-    texts = _training_texts(corpus.read_corpus(source, Reading(**choices)), fraction)
-    trained = given or tokenizer.train_tokenizer(texts, vocab_size, log)
-    dtype = np.dtype(np.uint16 if trained.get_vocab_size() <= 2**16 else np.uint32)
-    stats = {split: {"dialogues": 0, "bytes": 0, "tokens": 0} for split in _SPLITS}
-    reading, sources = Reading(**choices), set()
+def _write_tokens(folder: Path, recipe: _Recipe, log: Log) -> None:
+    dtype = np.dtype(np.uint16 if recipe.tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+    *_, end = tokenizer.marker_ids(recipe.tokenizer)
+    reading, sources = Reading(**recipe.how), set()
     with contextlib.ExitStack() as stack:
-        outputs = {name: _Output(stack.enter_context((folder / name).open("wb"))) for name in _ARRAYS}
+        outputs = {name: Output(stack.enter_context((folder / name).open("wb"))) for name in _ARRAYS}
+        splits = {
+            split: _Split({kind: outputs[f"{split}.{kind}"] for kind in ("tokens", "assistant", "texts")}, dtype, end)
+            for split in _SPLITS
+        }
+        unfinished: str | None = None  # split of a part, until the next one is written
         characters = logged = 0
-        for batch in _batches(corpus.read_corpus(source, reading)):
-            for dialogue, (ids, said) in zip(batch, tokenizer.encode_dialogues(trained, batch), strict=True):
+        for batch in _batches(corpus.read_corpus(recipe.source, reading)):
+            for dialogue, (ids, said) in zip(batch, tokenizer.encode_dialogues(recipe.tokenizer, batch), strict=True):
                 if len(sources) <= _FEW:
                     sources.add(dialogue.source)
-                split = _SPLITS[corpus.is_validation(dialogue.source, fraction)]
-                outputs[f"{split}.tokens"].write(ids.astype(dtype))
-                outputs[f"{split}.assistant"].write(said)
-                stats[split]["dialogues"] += 1
-                stats[split]["bytes"] += sum(len(turn.text.encode()) for turn in dialogue.turns)
-                stats[split]["tokens"] += len(ids)
+                split = _SPLITS[corpus.is_validation(dialogue.source, recipe.fraction)]
+                if unfinished not in (None, split):
+                    splits[unfinished].close_part()
+                splits[split].write(dialogue, ids, said)
+                unfinished = split if isinstance(dialogue, Part) else None
             characters += sum(_length(dialogue) for dialogue in batch)
             if characters - logged >= _LOG_CHARACTERS:
                 logged = characters
                 log(f"data: {characters:,} characters tokenised")
-    _check_splits(stats, source, fraction, reading, sources)
-    tokenizer.save(trained, folder / _TOKENIZER)
+    stats = {split: splits[split].stats for split in _SPLITS}
+    _check_splits(stats, recipe, reading, sources)
+    tokenizer.save(recipe.tokenizer, folder / _TOKENIZER)
     checksums = {name: output.crc for name, output in outputs.items()}
     checksums[_TOKENIZER] = crc32_of_file(folder / _TOKENIZER)
-    meta = {
-        VERSION: FORMAT_VERSION,
-        "dtype": dtype.name,
-        "stats": stats,
-        "notes": reading.notes(),
-        "checksums": checksums,
-    }
-    meta["checksum"] = _checksum(meta)
-    with replacing(folder / "stats.json") as file:
-        json.dump(meta, file, indent=2)
-
-
-def _checksum(meta: dict[str, Any]) -> int:
-    """CRC-32 of what stats.json says, but of itself."""
-    return crc32_of_json({name: meta[name] for name in meta if name != "checksum"})
-
-
-def _training_texts(dialogues: Iterable[Dialogue], fraction: float) -> Iterator[str]:
-    characters = 0
-    for dialogue in dialogues:
-        if corpus.is_validation(dialogue.source, fraction):
-            continue
-        for turn in dialogue.turns:
-            yield turn.text
-        characters += _length(dialogue)
-        if characters > TOKENIZER_CHARACTERS:
-            return
+    facts = {"dtype": dtype.name, "stats": stats, "taken": reading.taken(), "notes": reading.notes()}
+    write_facts(folder, FORMAT_VERSION, facts, checksums)
 
 
 def _batches(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
@@ -338,75 +401,92 @@ def _length(dialogue: Dialogue) -> int:
     return sum(len(turn.text) for turn in dialogue.turns)
 
 
-def _check_splits(
-    stats: dict[str, dict[str, int]], source: str, fraction: float, reading: Reading, sources: set[str]
-) -> None:
+def _digest_of_text(dialogue: Dialogue) -> np.ndarray:
+    """(1,) uint64: equal for dialogues of equal turns, whatever their ids."""
+    spoken = "\0".join(part for turn in dialogue.turns for part in turn)
+    return np.frombuffer(hashlib.blake2b(spoken.encode(), digest_size=8).digest(), np.uint64)
+
+
+def _check_splits(stats: dict[str, dict[str, int]], recipe: _Recipe, reading: Reading, sources: set[str]) -> None:
     train, validation = (stats[split]["dialogues"] for split in _SPLITS)
     if not train + validation:
         bad = f": {reading.skipped:,} were skipped, first {reading.skipped_first[0]}" if reading.skipped else ""
-        raise UserError(f"data source {source!r} holds no dialogue{bad}")
-    if train and validation:
+        raise UserError(f"data source {recipe.source!r} holds no dialogue and no text{bad}")
+    if (train and validation) or recipe.fraction in (0, 1):
         return
     empty, change = ("training", "lower") if not train else ("validation", "raise")
     if len(sources) == 1 < train + validation:
         [only] = sources
         raise UserError(
-            f"data source {source!r}: all {train + validation} dialogues have one source, {only!r}, which is "
-            f"never split, so the {empty} split is empty: give unrelated rows an 'id' of their own, or none"
+            f"data source {recipe.source!r}: all {train + validation} dialogues have one source, {only!r}, which is "
+            f"never split, so the {empty} split is empty: give unrelated rows an 'id' of their own, or none, or give "
+            "data.validation"
         )
     few = f" of {len(sources)} sources" if len(sources) <= min(_FEW, train + validation - 1) else ""
     raise UserError(
-        f"data source {source!r}: none of the {train + validation} dialogues{few} falls in the {empty} split "
-        f"at data.validation_fraction={fraction}: {change} it, or give more data"
+        f"data source {recipe.source!r}: none of the {train + validation} dialogues{few} falls in the {empty} split "
+        f"at data.validation_fraction={recipe.fraction}: {change} it, give data.validation, or give more data"
     )
 
 
-def _open_if_good(folder: Path) -> Corpus | Exception | None:
-    """The cache; or why it is damaged; or None if there is none."""
-    if not folder.exists():
-        return None
-    try:
-        return _open(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return error
+# ---- the corpus
 
 
-def _open(folder: Path) -> Corpus:
-    """Raises OSError, ValueError, KeyError or TypeError if the cache is not whole."""
-    types = {"dtype": str, "stats": dict.fromkeys(_SPLITS, dict), "notes": list, "checksums": dict}
-    meta = read_object(folder / "stats.json", FORMAT_VERSION, types)
-    if meta["checksum"] != _checksum(meta):
-        raise ValueError("stats.json fails its checksum")
-    dtypes = {"tokens": np.dtype(meta["dtype"]), "assistant": np.dtype(np.uint8)}
-    arrays = {
-        name: _map(folder / name, dtypes[name.partition(".")[2]], meta["stats"][name.partition(".")[0]]["tokens"])
-        for name in _ARRAYS
+def _corpus(
+    request: _Request, train: dict[str, _Entry], validation: dict[str, _Entry], chosen: Tokenizer, fingerprint: str
+) -> Corpus:
+    def streams(entries: dict[str, _Entry], split: str, weights: Iterable[float]) -> tuple[Tokens, ...]:
+        return tuple(
+            Tokens(entry.arrays[f"{split}.tokens"], entry.arrays[f"{split}.assistant"], source, weight)
+            for (source, entry), weight in zip(entries.items(), weights, strict=True)
+        )
+
+    stats = {
+        split: {
+            name: sum(entry.stats[split][name] for entry in entries.values())
+            for name in ("dialogues", "bytes", "tokens")
+        }
+        for split, entries in (("train", train), ("validation", validation))
     }
-    with ThreadPoolExecutor(len(_ARRAYS)) as pool:  # zlib lets go of the interpreter
-        for name, crc in zip(_CHECKED, pool.map(lambda name: crc32_of_file(folder / name), _CHECKED), strict=True):
-            if meta["checksums"][name] != crc:
-                raise ValueError(f"{name} fails its checksum")
-    splits = [Tokens(arrays[f"{split}.tokens"], arrays[f"{split}.assistant"]) for split in _SPLITS]
-    loaded = tokenizer.load(folder / _TOKENIZER)
-    return Corpus(*splits, loaded, folder.name, meta["stats"], tuple(meta["notes"]))
+    return Corpus(
+        streams(train, "train", request.weights),
+        streams(validation, "validation", [1.0] if request.validation else request.weights),
+        chosen,
+        fingerprint,
+        stats,
+        {source: entry.stats for source, entry in (train | validation).items()},
+    )
 
 
-def _map(path: Path, dtype: np.dtype, count: int) -> np.memmap:
-    size, expected = path.stat().st_size, count * dtype.itemsize
-    if size != expected:
-        raise ValueError(f"{path.name} has {size} bytes, not {expected}")
-    return np.memmap(path, dtype, mode="r", shape=(count,))
-
-
-def _log_facts(prepared: Corpus, vocab_size: int, log: Log) -> None:
-    for note in prepared.notes:
-        log(f"data: {note}")
+def _log_facts(prepared: Corpus, entries: dict[str, _Entry], vocab_size: int, log: Log) -> None:
+    for source, entry in entries.items():
+        about = f" {source!r}:" if len(entries) > 1 else ""
+        for line in (*entry.taken, *entry.notes):
+            log(f"data:{about} {line}")
     stats = prepared.stats
+    for source, weight in ((stream.name, stream.weight) for stream in prepared.train if len(prepared.train) > 1):
+        counts = prepared.by_source[source]["train"]
+        log(f"data: {weight:.1%} of the windows are of {source!r}, which has {counts['tokens']:,} training tokens")
     log(
         f"data: {sum(stats[split]['dialogues'] for split in _SPLITS):,} dialogues, "
         f"{sum(stats[split]['bytes'] for split in _SPLITS) / 1e6:.1f} MB, "
-        f"{len(prepared.train):,} training and {len(prepared.validation):,} validation tokens"
+        f"{stats['train']['tokens']:,} training and {stats['validation']['tokens']:,} validation tokens"
     )
     size = prepared.tokenizer.get_vocab_size()
     if size < vocab_size:
         log(f"data: the tokenizer has {size} ids, the model {vocab_size}: {vocab_size - size} stay unused")
+
+
+def _warn_of_repeats(train: dict[str, _Entry], validation: dict[str, _Entry], log: Log) -> None:
+    """Counts the validation texts that are training texts too."""
+    held = np.unique(np.concatenate([entry.arrays["validation.texts"] for entry in validation.values()]))
+    seen = np.zeros(len(held), bool)
+    for entry in train.values():
+        texts = entry.arrays["train.texts"]
+        for start in range(0, len(texts), _COMPARED):
+            seen |= np.isin(held, texts[start : start + _COMPARED])
+    if seen.any():
+        log(
+            f"warning: data: {seen.sum():,} of {len(held):,} validation texts stand in the training data too, word for "
+            "word: the validation loss is lower than it would be for unseen text"
+        )

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from gpt_jax.checkpoint import CHECKPOINTS, check_donor, check_newest
 from gpt_jax.data import tokenizer
 from gpt_jax.data.corpus import check_source
-from gpt_jax.data.token_cache import NEW_TOKENIZER
+from gpt_jax.data.token_cache import NEW_TOKENIZER, sources_of
 from gpt_jax.errors import UserError
 from gpt_jax.runs.info import read_config, read_info
 from gpt_jax.training.finetune import tokenizer_to_keep
@@ -35,7 +35,10 @@ def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> dict[
     check_folder(workdir)
     read_info(workdir)
     read_config(workdir)
-    check_source(config.data.source)
+    for source in sources_of(config.data):
+        check_source(source)
+    if config.data.validation:
+        check_source(config.data.validation)
     check_patterns(config, abstract_state.params)
     position = check_newest(workdir / CHECKPOINTS, abstract_state)
     if position is None and config.init_from:

@@ -12,7 +12,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,15 +128,19 @@ class Trainer:
             "log": run.log,
         }
         self.order = {"seed": config.seed, "targets": config.data.targets}  # what the order of the windows follows from
+        if len(self.corpus.train) > 1:
+            self.order["weights"] = [round(tokens.weight, 9) for tokens in self.corpus.train]
         self.first_step, self.first_window = self.step, self._windows_seen(position)
         self.train_batches = batches.windows(self.corpus.train, seed=config.seed, seen=self.first_window, **shape)
-        validation = self.corpus.validation
-        self.validation_batches = batches.evaluation_batches(validation, batches=config.eval.batches, **shape)
+        self.validation_batches = {
+            tokens.name: batches.evaluation_batches(tokens, batches=config.eval.batches, **shape)
+            for tokens in self.corpus.validation
+        }
 
     def _windows_seen(self, position: dict[str, Any]) -> int:
         """The number of windows of the endless order that the run has had, by the position of its checkpoint."""
         if position.get("order", self.order) != self.order:
-            self.log("data: another seed or other targets than before: windows are drawn anew, in another order")
+            self.log("data: another seed, targets or weights than before: windows are drawn anew, in another order")
             return 0
         return position.get("next_window", self.tokens_seen // self.config.model.block_size)
 
@@ -286,15 +290,29 @@ class Trainer:
             raise TrainingFailed(f"{text}; {values['skipped_in_a_row']} in a row, so the run stops")
 
     def evaluate(self) -> float:
-        """Mean loss over the first batches of the validation split, the same ones each time."""
+        """Mean loss over the first batches of the validation split, the same ones each time; of several sources the
+        mean by their weights."""
         start = time.perf_counter()
-        sums = [self.eval_step(self.state.params, batch) for batch in self.validation_batches]
-        total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-        loss = float(total / count)
+        losses = {source: self.evaluate_on(dataset) for source, dataset in self.validation_batches.items()}
+        loss = math.fsum(losses[tokens.name] * tokens.weight for tokens in self.corpus.validation)
         best = self.note_validation(loss)
-        self.writer.write(self.step, "validation", {"loss": loss, "best": best, "seconds": time.perf_counter() - start})
+        several = losses if len(losses) > 1 else {}
+        self.writer.write(
+            self.step,
+            "validation",
+            {"loss": loss, "best": best, "seconds": time.perf_counter() - start}
+            | {f"loss of {source}": value for source, value in several.items()},
+        )
         self.log(f"step {self.step:>6}  validation loss {loss:.4f}{' (best so far)' if best else ''}")
+        for source, value in several.items():
+            self.log(f"             {value:.4f} on {source}")
         return loss
+
+    def evaluate_on(self, validation_batches: Iterable[Batch]) -> float:
+        """Mean loss over batches."""
+        sums = [self.eval_step(self.state.params, batch) for batch in validation_batches]
+        total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+        return float(total / count)
 
     def note_validation(self, loss: float) -> bool:
         """Whether a validation loss is the lowest so far, which it is from here on."""
@@ -305,7 +323,8 @@ class Trainer:
 
     def diagnose(self) -> None:
         """Records the largest attention score and the entropy of each head, on the first validation batch."""
-        statistics = jax.device_get(self.diagnostics_step(self.state.params, self.validation_batches[0]))
+        first, *_ = self.validation_batches.values()
+        statistics = jax.device_get(self.diagnostics_step(self.state.params, first[0]))
         values = {
             f"{name}/head_{head}": float(value)
             for name, heads in statistics.items()

@@ -91,17 +91,17 @@ def test_assistant_targets_are_masked_by_hand():
 
 def test_assistant_targets_are_exact_in_windows_that_start_mid_turn(prepared):
     shape = {"block_size": 32, "batch_size": 8, "seed": 1}
-    all_ids = np.asarray(prepared.validation.ids).astype(np.int32)
+    all_ids = np.asarray(prepared.validation[0].ids).astype(np.int32)
     # Positions instead of ids, so that each target is found again in the stream.
-    positions = token_cache.Tokens(np.arange(len(all_ids), dtype=np.uint32), prepared.validation.assistant)
+    positions = token_cache.Tokens(np.arange(len(all_ids), dtype=np.uint32), prepared.validation[0].assistant)
     where = windows(positions, targets="assistant", **shape)
-    masked = windows(prepared.validation, targets="assistant", **shape)
+    masked = windows(prepared.validation[0], targets="assistant", **shape)
     starts_inside = 0
     for number in range(50):
         position = where[number]["inputs"] + 1
-        expected = np.where(prepared.validation.assistant[position], all_ids[position], MASKED)
+        expected = np.where(prepared.validation[0].assistant[position], all_ids[position], MASKED)
         np.testing.assert_array_equal(masked[number]["targets"], expected)
-        starts_inside += (prepared.validation.assistant[position[:, 0]] & (all_ids[position[:, 0]] > 2)).sum()
+        starts_inside += (prepared.validation[0].assistant[position[:, 0]] & (all_ids[position[:, 0]] > 2)).sum()
     assert starts_inside > 100
 
 
@@ -148,7 +148,7 @@ def test_evaluation_sees_each_window_once_and_pads_with_masked_targets():
 
 def test_evaluation_is_the_same_every_time_and_drawn_from_everywhere(prepared):
     shape = {"block_size": 64, "batch_size": 4, "batches": 5}
-    one, two = (evaluation_batches(prepared.validation, **shape) for _ in range(2))
+    one, two = (evaluation_batches(prepared.validation[0], **shape) for _ in range(2))
     assert len(one) == 5
     for first, second in zip(one, two, strict=True):
         assert_same(first, second)

@@ -10,10 +10,10 @@ import sys
 
 import numpy as np
 import pytest
-from small_cache import prepare
+from small_cache import folder_of, prepare
 
 from gpt_jax.config import TARGETS
-from gpt_jax.data import token_cache
+from gpt_jax.data import cache_folder, token_cache
 from gpt_jax.data import tokenizer as tk
 from gpt_jax.data.batches import MASKED, windows
 from gpt_jax.data.reading import Reading
@@ -30,7 +30,7 @@ def test_fingerprint_follows_source_tokenizer_and_split(chats):
     chats.write_text(chats.read_text().replace("answer 7<", "answer VII<"))
     changed = prepare(chats)
     assert changed.fingerprint != first.fingerprint
-    assert "VII" in tk.decode(changed.tokenizer, [*changed.train.ids, *changed.validation.ids])
+    assert "VII" in tk.decode(changed.tokenizer, [*changed.train[0].ids, *changed.validation[0].ids])
 
 
 def test_format_version_is_part_of_the_fingerprint(chats, monkeypatch):
@@ -57,8 +57,8 @@ def test_a_given_tokenizer_is_used(chats, tmp_path):
 @pytest.mark.parametrize("damage", ["short", "missing"])
 def test_a_damaged_cache_is_built_again_with_a_warning(chats, name, damage):
     first = prepare(chats)
-    ids = np.array(first.train.ids)
-    path = chats.parent / "cache" / first.fingerprint / name
+    ids = np.array(first.train[0].ids)
+    path = folder_of(first) / name
     whole = path.read_bytes()
     path.unlink()
     if damage == "short":
@@ -68,7 +68,7 @@ def test_a_damaged_cache_is_built_again_with_a_warning(chats, name, damage):
     assert "warning: the token cache" in lines[0]
     assert "is damaged" in lines[0]
     assert path.read_bytes() == whole
-    np.testing.assert_array_equal(again.train.ids, ids)
+    np.testing.assert_array_equal(again.train[0].ids, ids)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_damaged_cache_is_built_again_with_a_warning(chats, name, damage):
 )
 def test_a_flipped_bit_in_the_cache_is_noticed_and_built_again(chats, name):
     first = prepare(chats)
-    path = chats.parent / "cache" / first.fingerprint / name
+    path = folder_of(first) / name
     whole = path.read_bytes()
     damaged = bytearray(whole)
     damaged[len(damaged) // 2] ^= 1
@@ -88,7 +88,7 @@ def test_a_flipped_bit_in_the_cache_is_noticed_and_built_again(chats, name):
 
 
 def test_changed_facts_of_the_cache_are_noticed(chats):
-    path = chats.parent / "cache" / prepare(chats).fingerprint / "stats.json"
+    path = folder_of(prepare(chats)) / "stats.json"
     whole = path.read_text()
     path.write_text(whole.replace('"dialogues": 1', '"dialogues": 2'))
     lines = []
@@ -119,8 +119,8 @@ def test_a_killed_run_leaves_no_half_cache(chats):
     cache = chats.parent / "cache"
     run = subprocess.run([sys.executable, "-c", KILLED, str(chats), str(cache)], timeout=120)
     assert run.returncode == -9
-    (partial,) = cache.iterdir()
-    assert partial.name.endswith(".partial")
+    (partial,) = cache.glob("*.partial")
+    assert len(list(cache.iterdir())) == 2  # and the tokenizer
     lines = []
     prepared = prepare(chats, lines.append)
     assert "preparing" in lines[0]
@@ -129,15 +129,15 @@ def test_a_killed_run_leaves_no_half_cache(chats):
 
     for path in [*partial.iterdir(), partial]:
         os.utime(path, (0, 0))
-    (cache / prepared.fingerprint / "stats.json").unlink()
+    (folder_of(prepared) / "stats.json").unlink()
     prepare(chats)
-    assert [path.name for path in cache.iterdir()] == [prepared.fingerprint]
+    assert not list(cache.glob("*.partial"))
 
 
 def test_a_second_run_waits_for_the_one_that_builds_and_uses_its_cache(chats):
-    folder = chats.parent / "cache" / prepare(chats).fingerprint
+    folder = folder_of(prepare(chats))
     aside = folder.rename(chats.parent / "aside")
-    building = lock(token_cache._build_lock(folder), print)
+    building = lock(cache_folder.build_lock(folder), print)
     building.__enter__()
     said = []
 
@@ -153,7 +153,7 @@ def test_a_second_run_waits_for_the_one_that_builds_and_uses_its_cache(chats):
 
 
 def test_a_file_in_the_place_of_a_cache_or_of_an_abandoned_build_is_replaced(chats):
-    folder = chats.parent / "cache" / prepare(chats).fingerprint
+    folder = folder_of(prepare(chats))
     shutil.rmtree(folder)
     folder.write_text("")
     abandoned = folder.with_name(f"{folder.name}.0.partial")
@@ -162,7 +162,7 @@ def test_a_file_in_the_place_of_a_cache_or_of_an_abandoned_build_is_replaced(cha
     lines = []
     prepare(chats, lines.append)
     assert "is damaged" in lines[0]
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert not list(folder.parent.glob("*.partial"))
     assert folder.is_dir()
 
 
@@ -188,10 +188,9 @@ def test_cache_folder_by_default(chats, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "xdg"))
     first = prepare(chats, cache_dir="")
-    assert (home / "xdg" / "gpt_jax" / first.fingerprint).is_dir()
+    assert folder_of(first).parent == home / "xdg" / "gpt_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    prepare(chats, cache_dir="")
-    assert (home / ".cache" / "gpt_jax" / first.fingerprint).is_dir()
+    assert folder_of(prepare(chats, cache_dir="")).parent == home / ".cache" / "gpt_jax"
 
 
 def test_cache_folder_that_cannot_be_written(chats):
@@ -217,14 +216,14 @@ def test_more_than_65536_ids_take_four_bytes(chats):
     path = chats.parent / "tokenizer.json"
     path.write_text(json.dumps(layout))
     prepared = prepare(chats, tokenizer=str(path), vocab_size=70_000)
-    assert prepared.train.ids.dtype == np.uint32
-    assert tk.decode(prepared.tokenizer, prepared.train.ids).count("<|end_of_text|>") > 100
+    assert prepared.train[0].ids.dtype == np.uint32
+    assert tk.decode(prepared.tokenizer, prepared.train[0].ids).count("<|end_of_text|>") > 100
 
 
 def test_empty_splits_and_sources(chats):
     with pytest.raises(
         UserError,
-        match=r"none of the 200 dialogues falls in the validation split .*0.0001: raise it, or give",
+        match=r"none of the 200 dialogues falls in the validation split .*0.0001: raise it, give data",
     ):
         prepare(chats, validation_fraction=0.0001)
     with pytest.raises(UserError, match=r"in the training split at data.validation_fraction=0.9999: lower it"):
@@ -233,7 +232,7 @@ def test_empty_splits_and_sources(chats):
         with pytest.raises(UserError, match="must lie between 0 and 1"):
             prepare(chats, validation_fraction=fraction)
     chats.write_text("\n")
-    with pytest.raises(UserError, match="holds no dialogue"):
+    with pytest.raises(UserError, match="holds no dialogue and no text"):
         prepare(chats)
 
 
@@ -263,13 +262,15 @@ def test_what_was_read_otherwise_is_said_at_every_start(tmp_path):
         prepare(source)
     lines, again = [], []
     prepared = prepare(source, lines.append, on_error="skip")
-    assert "data: 2 bad rows or dialogues skipped (data.on_error=skip):" in lines
+    assert "data: 2 bad rows, dialogues or files skipped (data.on_error=skip):" in lines
     assert f"data:   {source}:22: the dialogue has no turn: an assistant turn must come last" in lines
     assert "data: 10 turns of weight 0 are context, never targets" in lines
     prepare(source, again.append, on_error="skip")
-    assert again[1:] == [line for line in lines if "prepar" not in line]
+    assert again[1:] == [line for line in lines if "prepar" not in line and "training a tokenizer" not in line]
     assert sum(counts["dialogues"] for counts in prepared.stats.values()) == 20
-    with pytest.raises(UserError, match=r"holds no dialogue: 1 were skipped, first .*:1: the dialogue has no turn"):
+    with pytest.raises(
+        UserError, match=r"holds no dialogue and no text: 1 were skipped, first .*:1: the dialogue has no"
+    ):
         prepare(jsonl(tmp_path / "bad.jsonl", [{"messages": []}]), on_error="skip")
 
 
@@ -285,14 +286,15 @@ def test_turns_of_weight_0_are_never_targets(tmp_path, targets):
     assert "answer" in text
     assert "WRONG" not in text
     assert ("word" in text) == (targets == "all")
-    context = prepared.train.ids[prepared.train.assistant == tk.UNCOUNTED]
+    [train] = prepared.train
+    context = train.ids[train.assistant == tk.UNCOUNTED]
     assert tk.decode(prepared.tokenizer, context) == "WRONG<|user|>" * prepared.stats["train"]["dialogues"]
 
 
 PEAK = """
 import re, sys
 from ml_collections import ConfigDict
-from gpt_jax.data import token_cache
+from gpt_jax.data import cache_folder, token_cache
 token_cache._BATCH_CHARACTERS = 100_000
 def peak():  # KiB
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1))

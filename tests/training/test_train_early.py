@@ -1,7 +1,6 @@
 """Mistakes that are said before a run begins, and what is left out."""
 
 import contextlib
-import dataclasses
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.data import token_cache
 from gpt_jax.data.batches import loader, windows
 from gpt_jax.data.corpus import source_fingerprint
-from gpt_jax.data.reading import Reading
 from gpt_jax.data.token_cache import Tokens
 from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
@@ -75,7 +73,11 @@ EARLY = [
     ("--config.init_from={tmp}", "is neither a run nor a checkpoint"),
     ("--config.init_from={old} --config.model.embed_dim=32", "old: no parameter of the checkpoint fits the model"),
     ("--config.data.source={tmp}/missing.jsonl", "missing.jsonl' does not exist: give a file"),
-    ("--config.data.source={tmp}", "is a folder, not a file"),
+    (
+        "--config.data.source=default --config.data.mixture=('default','{tmp}/missing.txt')",
+        "missing.txt' does not exist: give a file",
+    ),
+    ("--config.data.validation={tmp}/missing.txt", "missing.txt' does not exist: give a file"),
     ("--config.data.source=", "config.data.source is empty"),
     ("--config.data.source=hf:", "write hf:NAME"),
     ("--config.data.tokenizer={tmp}/none.json", "none.json does not exist"),
@@ -117,13 +119,13 @@ def test_other_data_is_said_before_it_is_tokenised_and_the_fingerprint_of_older_
     corpus, old_run, monkeypatch
 ):
     config = configuration(corpus, *TINY)
-    monkeypatch.setattr(token_cache, "_build", forbidden)
+    monkeypatch.setattr(token_cache, "open_or_build", forbidden)
     with pytest.raises(UserError, match=r"is not what the run's checkpoint was trained on \(fingerprint x, now"):
         train_and_evaluate(config, old_run)
     choices = {name: config.data[name] for name in ("tool_calls", "on_error")}
-    how = dataclasses.asdict(Reading(**choices))
+    how = choices | {"skipped": 0, "skipped_first": [], "tools": 0, "context": 0, "unread": {}}
     source = source_fingerprint(str(corpus))
-    for first in ([1, source], [2, source, how], [3, source, how]):
+    for first in ([1, source], [2, source, how], [3, source, how], [4, source, choices]):
         older = token_cache._digest([*first, config.data.validation_fraction, config.model.vocab_size])
         lines = []
         with contextlib.suppress(AssertionError):  # of what would tokenise it
