@@ -171,9 +171,38 @@ def test_another_batch_size_goes_on_with_the_next_window(corpus, tmp_path, monke
     np.testing.assert_array_equal(np.concatenate([batch["inputs"] for batch in taken]), straight["inputs"])
 
     train_and_evaluate(configuration(corpus, *changes, "--config.num_steps=7", "--config.seed=1"), tmp_path)
-    assert "another seed or other targets than before: windows are drawn anew" in (tmp_path / "log.txt").read_text()
+    assert "another seed, targets or weights than before: windows are drawn anew" in (tmp_path / "log.txt").read_text()
     with pytest.raises(UserError, match="does not fit this config: params/wpe is"):
         train_and_evaluate(configuration(corpus, *changes, "--config.model.block_size=12"), tmp_path)
+
+
+def test_a_mixture_goes_on_with_the_next_window_and_its_loss_is_said_by_source(corpus, tmp_path, monkeypatch, losses):
+    book = tmp_path / "book.txt"
+    book.write_text("<|end_of_text|>".join(f"Chapter {n}. It has a text of its own." for n in range(90)))
+    taken, load = [], batches.loader
+    monkeypatch.setattr(batches, "loader", lambda *args, **options: Recorded(load(*args, **options), taken))
+    changes = ["--config.data.source=default", f"--config.data.mixture=('{corpus}','{book}')"]
+    changes += ["--config.data.weights=(3,1)", "--config.data.validation_fraction=0.2", "--config.eval.batches=1"]
+    changes += ["--config.model.num_layers=1"]
+    losses += [2.0, 4.0]
+    for size, steps in ((4, 3), (8, 5)):
+        config = configuration(corpus, *changes, f"--config.batch_size={size}", f"--config.num_steps={steps}")
+        train_and_evaluate(config, tmp_path / "run")
+    assert [len(batch["inputs"]) for batch in taken] == [4, 4, 4, 8, 8]
+    tokens = token_cache.prepare(config.data, 300, log=lambda line: None).train
+    [straight] = batches.windows(tokens, block_size=24, batch_size=28, seed=config.seed).slice(slice(0, 1))
+    np.testing.assert_array_equal(np.concatenate([batch["inputs"] for batch in taken]), straight["inputs"])
+    first = next(line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["split"] == "validation")
+    assert (first["loss"], first[f"loss of {corpus}"], first[f"loss of {book}"]) == (2.5, 2.0, 4.0)
+    assert f"4.0000 on {book}" in (tmp_path / "run" / "log.txt").read_text()
+
+    config.data.weights = (1, 1)
+    config.num_steps = 6
+    train_and_evaluate(config, tmp_path / "run")
+    assert (
+        "another seed, targets or weights than before: windows are drawn anew"
+        in (tmp_path / "run" / "log.txt").read_text()
+    )
 
 
 def test_a_validation_loss_that_is_not_finite_is_never_the_best(corpus, tmp_path, losses):
