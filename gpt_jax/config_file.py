@@ -8,11 +8,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from gpt_jax.config import check_name, check_names
+from gpt_jax.config import check_name, check_names, leaves
 from gpt_jax.errors import UserError
 
 _CONFIGS = Path("configs")  # in the current folder, where a name that is not found is looked for
@@ -65,12 +66,14 @@ class _ConfigParser(flags.ArgumentParser):
 
     def __init__(self, read_arguments: Callable[[], list[str]]) -> None:
         self._read_arguments = read_arguments
+        self.file: tuple[str, dict[str, Any]] | None = None  # as given, and its values, once it is read
 
     def parse(self, argument: str) -> ConfigDict:
         arguments = self._read_arguments()
         if sum(re.match(r"--?config(=|$)", text) is not None for text in arguments) > 1:
             raise UserError("--config is given twice: give one, and change its settings by --config.NAME=VALUE")
         config = load_config(argument)
+        self.file = argument, dict(leaves(config))
         for text in arguments:
             if changed := re.match(r"--?(?:no)?config\.([^=]*)", text):
                 check_name(changed[1])
@@ -78,6 +81,19 @@ class _ConfigParser(flags.ArgumentParser):
 
     def flag_type(self) -> str:
         return "config file"
+
+
+def describe_changes(config: ConfigDict, flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, Any] | None:
+    """The file that `--config` named, and its values of the settings that the command line changed since.
+
+    Returns:
+      path, and values by dotted name; None if no flag gave the config.
+    """
+    file = getattr(flag_values["config"].parser, "file", None) if "config" in flag_values else None
+    if file is None:
+        return None
+    path, before = file
+    return {"path": path, "values": {name: before[name] for name, now in leaves(config) if before[name] != now}}
 
 
 def load_config(path: str) -> ConfigDict:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from absl import flags
 
+from gpt_jax import BEGAN
 from gpt_jax.cli import require_jax, run_main
 from gpt_jax.config import validate
-from gpt_jax.config_file import define_config_flag
+from gpt_jax.config_file import define_config_flag, describe_changes
 from gpt_jax.errors import UserError
 
 
@@ -37,7 +38,12 @@ def main(argv: Sequence[str]) -> int:
     from gpt_jax.training.train import train_and_evaluate
 
     try:
-        stopped_by = train_and_evaluate(config, None if workdir is None else Path(workdir))
+        stopped_by = train_and_evaluate(
+            config,
+            None if workdir is None else Path(workdir),
+            began=BEGAN,
+            config_file=describe_changes(config),
+        )
     except TrainingFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

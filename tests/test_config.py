@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import chat, chat_gpt2, chat_tiny, gpt2_124m
 from gpt_jax.cli import parse_flags
 from gpt_jax.config import FIELDS, validate
-from gpt_jax.config_file import define_config_flag, load_config
+from gpt_jax.config_file import define_config_flag, describe_changes, load_config
 from gpt_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -263,6 +263,15 @@ def test_a_mistake_in_a_flag_costs_one_line(arguments, message):
     with pytest.raises(UserError) as caught:
         load()
     assert message in str(caught.value)
+
+
+def test_what_the_command_line_changed_is_told_from_the_file():
+    values, argv = flags.FlagValues(), ["main", CHAT, "--config.batch_size=16", "--config.model.dtype=bfloat16"]
+    assert describe_changes(ConfigDict(), values) is None
+    holder = define_config_flag(values, argv)
+    parse_flags(argv, values)
+    found = describe_changes(holder.value, values)
+    assert found == {"path": CHAT.partition("=")[2], "values": {"model.dtype": "float32"}}
 
 
 def run_main(*arguments: str) -> subprocess.CompletedProcess:

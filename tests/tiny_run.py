@@ -59,7 +59,10 @@ def written(workdir: Path) -> list[tuple]:
     lines = [line for line in read_lines(workdir / "metrics.jsonl") if line["split"] != "event"]
     lines += list(read_lines(workdir / "samples.jsonl"))
     timed = ("time", "seconds", "tokens_per_second")
-    kept = [{k: v for k, v in line.items() if k not in timed and not k.endswith(("_ms", "_seconds"))} for line in lines]
+    kept = [
+        {k: v for k, v in line.items() if k not in timed and not k.endswith(("_ms", "_seconds", "_bytes"))}
+        for line in lines
+    ]
     return sorted((line["step"], json.dumps(line, sort_keys=True)) for line in kept)
 
 

@@ -39,6 +39,7 @@ _INFO_TYPES: Types = {
     "device": {"platform": str, "kind": str, "count": int},
     "host": {"platform": str, "cpu_count": int, "memory_bytes": NUMBER},
     "peak_memory_bytes": {"host": NUMBER, "device": NUMBER},
+    "config_file": {"path": str, "values": dict},
 }
 _CONFIG_TYPES: Types = types_of_fields()
 STATUSES = ("running", "completed", "interrupted", "failed")
@@ -134,7 +135,7 @@ class RunInfo:
         """Adds or changes facts, brings the time and memory used up to date, and saves."""
         self.fields |= facts
         self.fields["elapsed_seconds"] = self._spent_before + time.monotonic() - self._begun
-        self.fields["peak_memory_bytes"] = {"host": _host_peak_bytes(), "device": self._peak_bytes()}
+        self.fields["peak_memory_bytes"] = {"host": host_peak_bytes(), "device": self._peak_bytes()}
         write_json(self._path, self.fields)
 
     def finish(self, status: str, **facts: Any) -> None:
@@ -200,7 +201,8 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _host_peak_bytes() -> int | None:
+def host_peak_bytes() -> int | None:
+    """Most memory that this process had at one time; None where the system does not tell."""
     try:
         import resource
     except ImportError:  # Windows

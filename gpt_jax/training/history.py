@@ -92,3 +92,26 @@ def read_recorded(workdir: Path, step: int) -> Recorded:
             f"{workdir / METRICS_FILE}: the validation of step {step} has no number as its loss: remove its line"
         ) from None
     return Recorded(loss, frozenset(at_step), samples, last_step)
+
+
+def lost_work(workdir: Path, step: int | None) -> dict[str, float]:
+    """The records beyond `step`, which a run that goes on from there forgets: how many steps and seconds they are of.
+
+    Call it before they are dropped. The time in which no process ran is no part of it. None: nothing stays.
+
+    Returns:
+      lost_steps, lost_seconds; empty if nothing is lost.
+    """
+    last_step, seconds, before = 0, 0.0, None
+    for record in read_lines(workdir / METRICS_FILE):
+        now = record.get("time")
+        if step is None or record["step"] > step:
+            last_step = max(last_step, record["step"])
+            if isinstance(start := record.get("start_seconds"), int | float):  # another process than the one before
+                seconds += start + (record.get("lost_seconds") or 0.0)
+            elif isinstance(now, int | float) and before is not None:
+                seconds += max(now - before, 0.0)
+        before = now if isinstance(now, int | float) else before
+    if not last_step and not seconds:
+        return {}
+    return {"lost_steps": max(last_step - (step or 0), 0), "lost_seconds": seconds}

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from gpt_jax.signals import StopSignal
 from gpt_jax.storage.files import StorageError, writing
 from gpt_jax.training import finetune
 from gpt_jax.training.failures import TrainingFailed, remedies
-from gpt_jax.training.history import LAST_CHECKPOINT, NOTHING, Recorded, check_history, read_recorded
+from gpt_jax.training.history import LAST_CHECKPOINT, NOTHING, Recorded, check_history, lost_work, read_recorded
 from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.preflight import check_start
 from gpt_jax.training.programs import abstract_state, plan_programs
@@ -36,12 +37,20 @@ from gpt_jax.training.trainable import rates_of_parameters, trained_parameters
 from gpt_jax.training.trainer import Run, Start, Trainer
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signal.Signals | None:
+def train_and_evaluate(
+    config: ConfigDict,
+    workdir: Path | None = None,
+    *,
+    began: float | None = None,
+    config_file: dict[str, Any] | None = None,
+) -> signal.Signals | None:
     """Runs a config from where its folder stands to its last step.
 
     Args:
       config: see configs/chat.py.
       workdir: the run's folder; None makes a new one, runs/RUN_ID.
+      began: when the start of the run began, of `time.perf_counter`; None: now.
+      config_file: as `config_file.describe_changes` gives it, for run.json; None: the config is of no file.
 
     Returns:
       The signal that ended the run early, after its state was saved; None if it is complete.
@@ -50,6 +59,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
       UserError: the config, the data, a checkpoint or the folder cannot be used.
       TrainingFailed: too many steps in a row had a non-finite loss or gradient; the device failed, or memory ran out.
     """
+    began = time.perf_counter() if began is None else began
     validate(config)
     run_id = new_run_id()
     workdir = Path("runs") / run_id if workdir is None else workdir
@@ -89,6 +99,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
             peak_bytes=backend.peak_bytes,
             spent_seconds=0.0 if position is None else position["elapsed_seconds"],
             **facts(config, corpus, state, from_donor=kept is not None),
+            config_file=config_file,
             **{LAST_CHECKPOINT: resume_step},
             **({} if (workdir / INFO_FILE).exists() else {"run_id": run_id}),
         )
@@ -97,8 +108,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
         with writing(workdir / "tokenizer.json"):
             save_tokenizer(corpus.tokenizer, workdir / "tokenizer.json")
         log(f"parameters\n{parameter_table(state.params, config)}")
+        lost = lost_work(workdir, resume_step)  # before its records are dropped
         writer = stack.enter_context(MetricsWriter(workdir, resume_step, config.log.tensorboard))
-        recorded = NOTHING if resume_step is None else take_up(workdir, resume_step, writer, log)
+        recorded, text = take_up(workdir, resume_step, log)
+        start_seconds = time.perf_counter() - began
+        writer.write(resume_step or 0, "event", {"text": text, "start_seconds": start_seconds, **lost})
         run = Run(config, workdir, backend, programs, corpus, checkpointer, writer, info, log)
         trainer = Trainer(run, Start(state, position, recorded))
         failure.trainer = trainer
@@ -110,7 +124,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path | None = None) -> signa
 
 def finish(run: Run, trainer: Trainer, stopped_by: signal.Signals | None) -> None:
     """Ends a run in order: everything on disk, its status in run.json, its report."""
-    run.checkpointer.wait()
+    trainer.end(f"stopped by {stopped_by.name}" if stopped_by else "completed")
     run.writer.flush()
     status = "interrupted" if stopped_by else "completed"
     run.info.finish(status, peak_flops=trainer.peak_flops, **{LAST_CHECKPOINT: run.checkpointer.newest})
@@ -166,15 +180,16 @@ def facts(config: ConfigDict, corpus: token_cache.Corpus, state: TrainState, fro
     }
 
 
-def take_up(workdir: Path, step: int, writer: MetricsWriter, log: Log) -> Recorded:
-    """Reads what is recorded of the step that a run goes on from; notes that it does, and what is missing before."""
+def take_up(workdir: Path, step: int | None, log: Log) -> tuple[Recorded, str]:
+    """Reads what is recorded of the step that a run goes on from; says how it starts, and what is missing before."""
+    if step is None:
+        return NOTHING, "started"
     recorded = read_recorded(workdir, step)
     text = f"resumed from {step}"
     if recorded.last_step < step:
         text += f"; {METRICS_FILE} ends at step {recorded.last_step}, what came between is not in it"
         log(f"warning: {text}")
-    writer.write(step, "event", {"text": text})
-    return recorded
+    return recorded, text
 
 
 class DeviceFailure:

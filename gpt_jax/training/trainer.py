@@ -30,7 +30,7 @@ from gpt_jax.inference.sampling import SamplingOptions
 from gpt_jax.log import Log
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.runs.flops import device_peak_flops, model_flops_utilisation
-from gpt_jax.runs.info import RunInfo
+from gpt_jax.runs.info import RunInfo, host_peak_bytes
 from gpt_jax.runs.metrics import MetricsWriter
 from gpt_jax.signals import StopSignal
 from gpt_jax.storage.files import writing
@@ -238,7 +238,7 @@ class Trainer:
         while len(self.pending) > lag:
             step, device_metrics = self.pending.popleft()
             values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
-            if is_due(step, self.config.log.every, step == 1):
+            if is_due(step, self.config.log.every, step == self.first_step + 1):  # which compiles, in every process
                 values |= self.progress(step, values)
             self.writer.write(step, "train", values)
             if not values["finite"]:
@@ -260,10 +260,12 @@ class Trainer:
             "tokens_per_second": tokens_per_second,
             "eta_seconds": (self.config.num_steps - step) * seconds,
         }
-        measured |= {f"{name}_ms": 1e3 * spent for name, spent in phases.items()}
+        measured |= in_ms(phases)
         mfu = model_flops_utilisation(self.config.model, tokens_per_second, self.peak_flops)
         if mfu is not None:
             measured["mfu"] = mfu
+        memory = {"host_peak_bytes": host_peak_bytes(), "device_peak_bytes": self.backend.peak_bytes()}
+        measured |= {name: count for name, count in memory.items() if count is not None}
         self.log(
             f"step {step:>6}/{self.config.num_steps}  loss {values['loss']:.4f}  grad {values['grad_norm']:.2f}  "
             f"lr {values['learning_rate']:.2e}  {measured['step_ms']:.1f} ms  {tokens_per_second:,.0f} tok/s  "
@@ -271,6 +273,14 @@ class Trainer:
             f"ETA {format_seconds(measured['eta_seconds'])}"
         )
         return measured
+
+    def end(self, text: str) -> None:
+        """Waits for the last checkpoint; records the end, with the phases since the last progress line."""
+        with self.clock.phase("checkpoint"):
+            self.checkpointer.wait()
+        phases = self.clock.take()
+        phases.pop("data", None)  # part of the steps
+        self.writer.write(self.step, "event", {"text": text, **in_ms(phases)})
 
     def report_skipped(self, step: int, values: dict[str, Any]) -> None:
         """Says which step and layer went wrong; raises TrainingFailed after too many in a row."""
@@ -378,8 +388,8 @@ class Trainer:
         in_window = 0 < first <= step < first + count
         if self.backend.name == "vulkan":
             if step == first:
-                profile = self.train_step.profile(self.leaves, batch)  # runs it one dispatch at a time, on copies
-                with writing(folder):
+                with self.clock.phase("profile"), writing(folder):
+                    profile = self.train_step.profile(self.leaves, batch)  # runs it one dispatch at a time, on copies
                     folder.mkdir(exist_ok=True)
                     profile.write_trace(folder / "trace.json")
                     (folder / "dispatches.txt").write_text(f"{profile}\n")
@@ -396,6 +406,11 @@ class Trainer:
 def is_due(step: int, every: int, anyway: bool = False) -> bool:
     """Whether what is done every so many steps, or `anyway`, is done after `step`; with every = 0 it never is."""
     return every > 0 and (anyway or step % every == 0)
+
+
+def in_ms(phases: dict[str, float]) -> dict[str, float]:
+    """PHASE_ms, as metrics.jsonl has it, from seconds by phase."""
+    return {f"{name}_ms": 1e3 * seconds for name, seconds in phases.items()}
 
 
 def format_seconds(seconds: float) -> str:

@@ -89,7 +89,7 @@ def written(workdir: Path) -> list[str]:
     for record in records:
         for name in [n for n in record if n in ("time", "seconds", "tokens_per_second", "mfu")]:
             del record[name]
-        for name in [n for n in record if n.endswith(("_ms", "_seconds"))]:
+        for name in [n for n in record if n.endswith(("_ms", "_seconds", "_bytes"))]:
             del record[name]
     return sorted(json.dumps(record, sort_keys=True) for record in records)
 

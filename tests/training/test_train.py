@@ -79,8 +79,9 @@ def start(corpus: Path, workdir: Path) -> subprocess.Popen:
 
 def trains_again(workdir: Path, resumed: int) -> bool:
     """Whether a run has made a step since it was resumed for this many times."""
-    splits = [line["split"] for line in read_lines(workdir / "metrics.jsonl")]
-    return splits.count("event") == resumed and splits[-1] == "train"
+    lines = list(read_lines(workdir / "metrics.jsonl"))
+    starts = [line for line in lines if line.get("text", "").startswith("resumed")]
+    return len(starts) == resumed and lines[-1]["split"] == "train"
 
 
 def test_killed_and_stopped_by_signals_and_resumed_it_is_bit_identical(straight, corpus, tmp_path):
@@ -105,6 +106,14 @@ def test_killed_and_stopped_by_signals_and_resumed_it_is_bit_identical(straight,
     assert_same_results(straight, workdir)
     saved = json.loads((workdir / "checkpoints" / "60" / "position.json").read_text())["position"]
     assert json.loads((workdir / "run.json").read_text())["elapsed_seconds"] >= saved["elapsed_seconds"]
+    events = [line for line in read_lines(workdir / "metrics.jsonl") if line["split"] == "event"]
+    started, killed, *_, last = events
+    assert (started["text"], killed["text"], last["text"]) == ("started", "resumed from 10", "completed")
+    assert all(event["start_seconds"] > 1 for event in (started, killed))  # jax's import alone takes longer
+    assert killed["lost_seconds"] > 0
+    assert killed["lost_steps"] > 0
+    assert last["checkpoint_ms"] > 0
+    assert not any("lost_steps" in event for event in events[2:])  # a signal saves first
 
 
 def test_a_signal_while_samples_are_drawn_saves_too(corpus, tmp_path, monkeypatch):

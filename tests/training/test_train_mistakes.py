@@ -47,8 +47,9 @@ def test_nonfinite_steps_are_named_and_end_the_run(corpus, tmp_path, monkeypatch
         train_and_evaluate(config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     events = [line["text"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["split"] == "event"]
-    assert len(events) == 5
-    assert all("update skipped" in event for event in events)
+    assert events[0] == "started"
+    assert len(events) == 6
+    assert all("update skipped" in event for event in events[1:])
 
     def fail(*_):
         raise failed.value
