@@ -1,4 +1,8 @@
-"""Prints the report of a run: `python -m gpt_jax.report RUN`; `runs/find.py` says what RUN may be."""
+"""Writes the report of a run, or of several beside each other: `python -m gpt_jax.report RUN...`
+
+Of one run `report.html`, `report.md` and `report.json` in its folder; of several `comparison.html` and so on in the
+current one. `--out=FOLDER` has them elsewhere. `runs/find.py` says what RUN may be.
+"""
 
 from gpt_jax.signals import exit_on_interrupt
 
@@ -6,16 +10,36 @@ if __name__ == "__main__":
     exit_on_interrupt()  # before the imports, which take seconds
 
 from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
 
 from gpt_jax.cli import run_main
+from gpt_jax.errors import UserError
+from gpt_jax.runs.comparison import compare_runs
 from gpt_jax.runs.find import find_run
 from gpt_jax.runs.load import load_run
-from gpt_jax.runs.report import make_report
+from gpt_jax.runs.report import make_report, write_files
+from gpt_jax.storage.files import writing
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("out", None, "Folder to write to. Default: the run's own; of several runs the current one.")
 
 
 def main(argv: Sequence[str]) -> None:
-    print(make_report(load_run(find_run(argv[1]).workdir)), end="")
+    folders = [find_run(name).workdir for name in argv[1:]]
+    runs = [load_run(folder) for folder in folders]
+    out = flags.FLAGS.out
+    if out is not None and not Path(out).is_dir():
+        raise UserError(f"--out={out} is no folder: make it first, or name another")
+    if len(runs) == 1:
+        stem, report = Path(out or folders[0]) / "report", make_report(runs[0])
+    else:
+        stem, report = Path(out or ".") / "comparison", compare_runs(runs)
+    with writing(stem.with_suffix(".html")):
+        print(write_files(report, stem))
 
 
 if __name__ == "__main__":
-    run_main(main, arguments=["RUN"])
+    run_main(main, arguments=["RUN"], more="RUN", define=define_flags)

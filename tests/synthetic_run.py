@@ -61,7 +61,7 @@ def _train_values(step: int, rng: np.random.Generator) -> dict[str, float]:
     values |= {f"grad_norm/{layer}": norm for layer, norm in norms.items()}
     if step == 1 or step % 50 == 0:
         values |= {"step_ms": 900.0 if step == 1 else 10.0, "data_ms": 0.1, "tokens_per_second": 12_800.0}
-        values |= {"eta_seconds": 1.0, "checkpoint_ms": 30.0}
+        values |= {"eta_seconds": 1.0, "checkpoint_ms": 30.0, "host_peak_bytes": 3e8}
     return dict(sorted(values.items()))  # the order in which jax gives dictionaries back
 
 

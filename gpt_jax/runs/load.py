@@ -132,7 +132,7 @@ def load_metrics(*workdirs: str | Path) -> "pd.DataFrame":
     """
     pd = import_extra("pandas")
     frames = []
-    for label, workdir in zip(_labels(workdirs), workdirs, strict=True):
+    for label, workdir in zip(run_labels(workdirs), workdirs, strict=True):
         for split, table in load_run(workdir).tables.items():
             frames.append(pd.DataFrame({"run": label, "split": split, **table}))
     if not frames:
@@ -144,7 +144,7 @@ def load_samples(*workdirs: str | Path) -> "pd.DataFrame":
     """All samples of the runs: columns run, step, prompt, text, tokens, seconds, ended."""
     pd = import_extra("pandas")
     frames = []
-    for label, workdir in zip(_labels(workdirs), workdirs, strict=True):
+    for label, workdir in zip(run_labels(workdirs), workdirs, strict=True):
         samples = pd.DataFrame(load_run(workdir).samples, columns=_SAMPLE_COLUMNS)
         samples.insert(0, "run", label)
         frames.append(samples)
@@ -199,6 +199,7 @@ def import_extra(name: str) -> types.ModuleType:
         raise UserError(f"{name} is not installed: install the `notebook` extra (uv sync --extra notebook)") from None
 
 
-def _labels(workdirs: Sequence[str | Path]) -> list[str]:
+def run_labels(workdirs: Sequence[str | Path]) -> list[str]:
+    """The names of the runs' folders, and the whole path where two have the same name."""
     names = [Path(workdir).resolve().name for workdir in workdirs]
     return [name if names.count(name) == 1 else str(workdir) for name, workdir in zip(names, workdirs, strict=True)]

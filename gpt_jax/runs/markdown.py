@@ -1,27 +1,48 @@
-"""Markdown of a report: lists, tables and numbers."""
+"""A report in Markdown."""
 
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
-NO_DATA = "No data yet."
+from gpt_jax.runs.content import NO_DATA, Block, Facts, Figure, Notes, Report, Section, Table, Text, Timeline, Tokens
 
 
-def bullet_list(rows: Iterable[tuple[str, Any]]) -> str:
-    """A list of what is known."""
-    known = [f"- {name}: {value}" for name, value in rows if value not in (None, "", {})]
-    return "\n".join(known) or NO_DATA
+def render(report: Report) -> str:
+    """The whole report. A figure is the numbers behind it."""
+    return "\n\n".join([f"# {report.title}", *map(render_section, report.sections)]) + "\n"
 
 
-def make_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table; NO_DATA if it has no rows."""
-    if not rows:
-        return NO_DATA
-    cells = [[f"{cell:,}" if isinstance(cell, int | np.integer) else one_line(cell) for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *cells))
+def render_section(section: Section) -> str:
+    return f"## {section.title}\n\n{render_blocks(section.blocks)}"
+
+
+def render_blocks(blocks: Iterable[Block]) -> str:
+    return "\n\n".join(map(_block, blocks)) or NO_DATA
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Text(text):
+            return text
+        case Notes(items):
+            return "\n".join(f"- {item}" for item in items)
+        case Facts(rows):
+            return "\n".join(f"- {name}: {value}" for name, value in rows)
+        case Table():
+            return _table(block)
+        case Timeline(prompt, answers):
+            parts = [f"**{said}**, {one_line(prompt)}\n\n{fenced(text)}" for said, text in answers]
+            return "\n\n".join(parts)
+        case Tokens(pieces):
+            return _table(Table(("token", "id"), tuple((repr(text), number) for text, number in pieces)))
+        case Figure(title, description, _, table):
+            return f"**{title}.** {description}\n\n{_table(table)}"
+
+
+def _table(table: Table) -> str:
+    cells = [[f"{cell:,}" if isinstance(cell, int) else one_line(cell) for cell in row] for row in table.rows]
+    rows = (table.columns, ["---"] * len(table.columns), *cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def one_line(text: Any) -> str:
@@ -34,30 +55,3 @@ def fenced(text: str) -> str:
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
-
-
-def format_number(value: float | None, form: str | None = None) -> str:
-    """A number in as few digits as its size asks for, or in `form`; '-' for one that is not known."""
-    if value is None or math.isnan(value):
-        return "-"
-    return format(value, form or (".3g" if abs(value) < 0.01 else ".4f" if abs(value) < 100 else ",.1f"))
-
-
-def format_size(count: float | None) -> str | None:
-    """Bytes, kB, MB or GB; None stays None."""
-    if count is None:
-        return None
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-
-
-def format_duration(seconds: float | None) -> str | None:
-    """Seconds, minutes or hours; None stays None."""
-    if seconds is None:
-        return None
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{seconds / 60:.1f} min"

@@ -10,10 +10,10 @@ import pytest
 from synthetic_run import CONFIG, SPIKE_LAYER, SPIKE_STEP, loss_at, write_run
 
 from gpt_jax.errors import UserError
-from gpt_jax.runs import load, plots, report
+from gpt_jax.runs import load, markdown, plots, report, sections
 from gpt_jax.runs.analysis import text_statistics
+from gpt_jax.runs.content import NO_DATA, Table
 from gpt_jax.runs.info import write_json
-from gpt_jax.runs.markdown import NO_DATA
 from gpt_jax.runs.metrics import MetricsWriter
 
 ROOT = Path(__file__).parents[2]
@@ -34,10 +34,15 @@ def df(workdir, tmp_path_factory):
     return load.load_metrics(workdir, write_run(tmp_path_factory.mktemp("runs") / "other", steps=200, seed=1))
 
 
-def rows(section):
-    """The cells of the first table of a section, by the first cell of their row."""
-    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
-    return {first: rest for first, *rest in lines[2:]}
+def rows(blocks):
+    """The cells of the first table of a section, written out, by the first cell of their row."""
+    table = next(block for block in blocks if isinstance(block, Table))
+    written = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in table.rows]
+    return {first: rest for first, *rest in written}
+
+
+def text_of(blocks):
+    return markdown.render_blocks(blocks)
 
 
 def empty_run(tmp_path):
@@ -47,31 +52,32 @@ def empty_run(tmp_path):
 
 def test_a_report_has_every_section(workdir):
     path = report.write_report(workdir)
-    text = path.read_text()
-    assert path == workdir / "report.md"
-    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == list(report.SECTIONS)
-    assert NO_DATA not in text
+    text = path.with_suffix(".md").read_text()
+    assert path == workdir / "report.html"
+    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == list(sections.SECTIONS)
+    assert [part.partition("\n")[0] for part in text.split("\n## ") if NO_DATA in part] == ["Tokenizer"]
     assert "- status: completed\n" in text
     assert "- parameters: 6,838,784\n" in text
 
 
 def test_a_run_without_data_says_so_in_each_section(tmp_path):
     run = empty_run(tmp_path)
-    for name, section in report.SECTIONS.items():
-        if name not in ("Summary", "Events"):
-            assert NO_DATA in section(run), name
+    for name, section in sections.SECTIONS.items():
+        if name not in ("Summary", "Events", "Kernels"):
+            assert NO_DATA in text_of(section(run)), name
 
 
 @pytest.mark.parametrize("lines", [1, 2, 30, 101, 160])
 def test_a_run_is_reported_at_any_moment(workdir, tmp_path, lines):
     text = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(text[:lines]) + text[lines][:40])
-    assert f"- steps: {load.load_run(tmp_path).last_step}" in report.make_report(load.load_run(tmp_path))
+    written = report.write_report(tmp_path).with_suffix(".md").read_text()
+    assert f"- steps: {load.load_run(tmp_path).last_step}\n" in written
 
 
 def test_loss_by_range(run):
     steps, loss = run.series("train", "loss")
-    table = rows(report.loss_by_range(run))
+    table = rows(sections.loss_by_range(run))
     assert list(table) == ["1-500", "501-600"]
     second = loss[500:]
     expected = [second[0], second[-1], second.mean(), second.min()]
@@ -81,7 +87,7 @@ def test_loss_by_range(run):
 
 def test_milestones(run):
     _, loss = run.series("train", "loss")
-    table = rows(report.loss_milestones(run))
+    table = rows(sections.loss_milestones(run))
     assert list(table)[:2] == ["<= 8", "<= 7"]
     assert table["<= 6"][0] == str(1 + np.argmax(loss <= 6))
     means = np.convolve(loss, np.ones(50) / 50, mode="valid")
@@ -92,35 +98,36 @@ def test_milestones(run):
 
 def test_evaluation_and_checkpoints(run):
     _, loss = run.series("train", "loss")
-    train, validation, gap = map(float, rows(report.evaluation(run))["300"])
+    train, validation, gap = map(float, rows(sections.evaluation(run))["300"])
     assert train == pytest.approx(loss[250:300].mean(), abs=5e-5)
     assert validation == pytest.approx(loss_at(300) + 0.05, abs=5e-5)
     assert gap == pytest.approx(validation - train, abs=1e-4)
-    assert rows(report.checkpoints(run))["600"] == ["600", "2.5 MB", f"{loss_at(600) + 0.05:.4f} (best)"]
+    assert rows(sections.checkpoints(run))["600"] == ["600", "2.5 MB", f"{loss_at(600) + 0.05:.4f} (best)"]
 
 
 def test_gradient_norms_and_the_layer_of_a_spike(run):
-    text = report.gradient_norms(run)
-    assert rows(text)["all"][3] == "150.0"
+    blocks = sections.gradient_norms(run)
+    text = text_of(blocks)
+    assert rows(blocks)["all"][3] == "150.0"
     assert "| > 100 | 1 | 0.2% |" in text
     assert f"| {SPIKE_STEP} | 150.0 | {SPIKE_LAYER} | 150.0 |" in text
 
 
 def test_learning_rate_and_phases(run):
-    assert rows(report.learning_rate(run))["250"] == ["0.00025"]
-    table = rows(report.timing(run))
+    assert rows(sections.learning_rate(run))["250"] == ["0.00025"]
+    table = rows(sections.timing(run))
     assert table["step"] == ["13", "10.0000", "10.0000", "900.0", "6.9 s"]  # 1 step of 900 ms, 599 of 10
     assert table["evaluation"][-1] == "3.0 s"
-    assert "first step, compilation included, took 900.0 ms" in report.timing(run)
-    assert "- tokens trained on: 76,800" in report.throughput(run)
+    assert "first step, compilation included, took 900.0 ms" in text_of(sections.timing(run))
+    assert "- tokens trained on: 76,800" in text_of(sections.throughput(run))
 
 
 def test_peak_and_utilisation(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.write(1, "train", {"loss": 8.0, "tokens_per_second": 5.0, "mfu": 0.25})
-    assert "- peak of the device: not known" in report.throughput(load.load_run(tmp_path))
+    assert "- peak of the device: not known" in text_of(sections.throughput(load.load_run(tmp_path)))
     write_json(tmp_path / "run.json", {"peak_flops": 989.4e12})
-    text = report.throughput(load.load_run(tmp_path))
+    text = text_of(sections.throughput(load.load_run(tmp_path)))
     assert "- peak of the device: 989.4 TFLOP/s\n- model FLOPs utilisation (MFU), median: 25.0%" in text
 
 
@@ -134,12 +141,12 @@ def test_sample_statistics():
 def test_sample_text_cannot_leave_its_fence(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.sample(1, "a | b\nc", "```\n# Title", tokens=3, seconds=0.1)
-    text = report.samples(load.load_run(tmp_path))
+    text = text_of(sections.samples(load.load_run(tmp_path)))
     assert text == "**Step 1**, a \\| b c\n\n````text\n```\n# Title\n````"
 
 
 def test_notes_of_a_healthy_run(run):
-    notes = report.notes(run)
+    notes = text_of(sections.notes(run))
     for phrase in (
         "The first loss is 8.294; guessing over 4,000 tokens has 8.294: as it should be.",
         "Every loss and gradient was finite.",
@@ -166,7 +173,7 @@ def test_notes_of_a_sick_run(tmp_path):
             if step % 100 == 0:
                 writer.write(step, "validation", {"loss": 2 + step / 50})
         writer.write(300, "diagnostics", {"attention_max/h_0/head_0": 45.0, "attention_max/h_1/head_3": 50.0})
-    notes = report.notes(load.load_run(tmp_path))
+    notes = text_of(sections.notes(load.load_run(tmp_path)))
     for phrase in (
         "did not reach its end: failed",
         "The first loss is 2.010; guessing over 4,000 tokens has 8.294: far from it",
@@ -187,9 +194,10 @@ def test_command_line(workdir, tmp_path):
         line = [sys.executable, "-m", "gpt_jax.report", *map(str, arguments)]
         return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
-    printed = command(workdir)
+    printed = command(workdir, workdir, f"--out={tmp_path}")
     assert (printed.returncode, printed.stderr) == (0, "")
-    assert printed.stdout == report.make_report(load.load_run(workdir))
+    assert printed.stdout == f"{tmp_path}/comparison.html\n"
+    assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".md", ".json"}
     failed = command(tmp_path / "absent")
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith(
