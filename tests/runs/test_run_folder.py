@@ -7,13 +7,16 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_run import steps_saved, tiny, written
 
 from gpt_jax.data import token_cache
 from gpt_jax.data.tokenizer import save, train_tokenizer
 from gpt_jax.errors import UserError
+from gpt_jax.runs.load import load_run
 from gpt_jax.runs.metrics import read_lines
+from gpt_jax.runs.wall_time import running_seconds, wall_time
 from gpt_jax.storage.files import StorageError
 from gpt_jax.storage.lock import lock
 from gpt_jax.training.train import train_and_evaluate
@@ -94,6 +97,9 @@ def test_before_the_first_checkpoint_there_is_nothing_to_lose(copy, finished, co
     assert train_and_evaluate(tiny(corpus), copy) is None
     assert "starts again from step 0" in (copy / "log.txt").read_text()
     assert written(copy) == written(finished)
+    begun, ended = load_run(copy).events
+    assert (begun["text"], begun["lost_steps"], ended["text"]) == ("started", 12, "completed")
+    assert dict(wall_time(load_run(copy)))["lost to restarts"] == begun["lost_seconds"] > 0
 
 
 @pytest.mark.parametrize(("every", "first"), [((4, 0), 4), ((20, 5), 5), ((0, 0), 12)])
@@ -202,6 +208,15 @@ def test_signals_save_and_stop_or_go_on(finished, corpus, tmp_path, monkeypatch)
     assert steps_saved(tmp_path) == [2, 4, 5, 7, 8, 9, 12]
     assert "saved, as SIGUSR1 asked" in (tmp_path / "log.txt").read_text()
     assert written(tmp_path) == written(finished)
+    run = load_run(tmp_path)
+    assert [event["text"] for event in run.events] == [
+        *("started", "stopped by SIGHUP", "resumed from 5", "stopped by SIGTERM", "resumed from 7"),
+        *("stopped by SIGINT", "resumed from 9", "completed"),
+    ]
+    parts = dict(wall_time(run))
+    assert {"start", "steps", "evaluation", "samples", "checkpoints", "attention statistics"} <= parts.keys()
+    assert "lost to restarts" not in parts
+    assert (np.diff(running_seconds(run)) > 0).all()
 
 
 def test_a_folder_in_use_is_refused_by_the_name_of_its_holder(corpus, tmp_path):
