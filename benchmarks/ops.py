@@ -12,7 +12,6 @@ a copy, and a large product.
 import argparse
 import functools
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +26,11 @@ from vk_kernels.compiler.op_call import CallSite, encode_call, make_plan
 from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.errors import FeatureError
 from vk_kernels.runtime.array_spec import ArraySpec
-from vk_kernels.runtime.command_buffer import CommandRecorder
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.dispatch_plan import Plan, record
 from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.tools.check_ops import VARIANTS
+from vk_kernels.tools.floors import copy_rate, random_array, replay_seconds
 from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, OpCase
 
 ROW = "{:<30} {:<9} {:<5} {:<9} {:<6} {:>10} {:>9} {:>9} {:>10} {:>6}"
@@ -85,23 +84,6 @@ def plan_of(device: Device, name: str, equation: Any) -> tuple[Plan, list[ArrayS
     return make_plan(device, what, tuple(reads), tuple(writes)), reads, writes
 
 
-def random_array(array: ArraySpec, largest: int) -> np.ndarray:
-    """Normal numbers, or integers in [0, largest): never zeros, on which a device can be faster than on data."""
-    rng = np.random.default_rng(0)
-    if array.dtype.kind in "iu":
-        return rng.integers(0, largest, array.shape).astype(array.dtype)
-    values = rng.standard_normal(min(array.size, 1 << 20), np.float32)  # over and over: to draw many takes seconds
-    return np.resize(values, array.shape).astype(array.dtype)
-
-
-def replay_seconds(recorder: CommandRecorder, repeats: int, warm: float = 0.1) -> float:
-    """Median device time of `repeats`, after `warm` seconds of them: after a rest a device's clocks are low."""
-    times, start = [], time.perf_counter()
-    while len(times) < repeats + 3 or time.perf_counter() < start + warm:
-        times.append(sum(seconds for _, seconds in recorder.submit().timings()))
-    return statistics.median(times[-repeats:])
-
-
 def device_seconds(
     device: Device,
     plan: Plan,
@@ -145,22 +127,6 @@ def xla_seconds(case: OpCase, operands: Sequence[np.ndarray], backward: bool, re
     return (time.perf_counter() - start) / repeats
 
 
-def copy_rate(device: Device, repeats: int, warm: float = 0.1) -> float:
-    """Bytes a second of a large copy, read and written ones."""
-    # One element a thread, and workgroups along x alone: no more than 65,535 of them.
-    workgroup = min(1024, device.limits.workgroup_invocations)
-    groups = 4096 if device.info.kind == "cpu" else 65535
-    array = ArraySpec((workgroup * groups,), F32)
-    kernel = device.kernel("copy", "f32", {"WORKGROUP": workgroup})
-    source, target = device.upload(random_array(array, 1)), device.buffer(array.nbytes)
-    recorder = device.new_recorder(timestamps=1, replay=True)
-    recorder.dispatch(kernel, [source, target], np.uint32(array.size).tobytes(), (groups, 1, 1))
-    recorder.end()
-    seconds = replay_seconds(recorder, repeats, warm)
-    recorder.close()
-    return 2 * array.nbytes / seconds
-
-
 def product_rate(device: Device, dtype: np.dtype, variant: str | None, repeats: int, warm: float = 0.1) -> float:
     """FLOPs a second of a large product. Raises FeatureError or ValueError where the variant cannot make it."""
     n = 256 if device.info.kind == "cpu" else 4096
@@ -169,11 +135,6 @@ def product_rate(device: Device, dtype: np.dtype, variant: str | None, repeats: 
     name, equation = next(kernel_calls(case, operands, CallSite(str(device.info.index), variant)))
     plan, reads, writes = plan_of(device, name, equation)
     return 2 * n**3 / device_seconds(device, plan, reads, writes, (), 1, repeats, warm)
-
-
-def ceiling_rates(device: Device, dtype: str, repeats: int = 20) -> tuple[float, float]:
-    """Bytes a second of a large copy, FLOPs a second of a large product by the variant that the device prefers."""
-    return copy_rate(device, repeats, 2.0), product_rate(device, np.dtype(dtype), None, repeats, 2.0)
 
 
 def print_ceilings(device: Device, repeats: int) -> None:

@@ -29,6 +29,7 @@ import numpy as np
 
 import vk_kernels
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+from gpt_jax.runs.kernel_floors import kernel_name
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import init_state, on_leaves, train_step
 from gpt_jax.training.trainable import trained_parameters
@@ -96,10 +97,6 @@ def report(compiled: Any, batch: dict[str, np.ndarray]) -> None:
     print(f"useful FLOPs: {cost.flops / 1e9:.1f} G, bytes that dispatches read and write: {cost.bytes / 1e9:.2f} G")
     kinds = collections.Counter(kernel_name(command.label) for command in program.commands)
     print("dispatches by kernel: " + ", ".join(f"{count} {name}" for name, count in kinds.most_common()))
-
-
-def kernel_name(label: str) -> str:
-    return label.split(" of ")[0].split(",")[0]
 
 
 def measure(jitted: Any, state: Any, batch: Any, calls: int) -> Any:

@@ -131,7 +131,7 @@ def vulkan_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dic
         cost = jitted.cost(state, batch)
         memory = device.memory_stats().peak  # before the profile, which copies the state
         found = {"device": device.info.name, "memory": memory, "dispatches": cost.dispatches, "arena": cost.arena_bytes}
-        return found | ({"profile": profile_rows(jitted, state, batch, device, config)} if profile else {})
+        return found | ({"profile": profile_step(jitted, state, batch, device, config)} if profile else {})
 
     return run, finish
 
@@ -178,42 +178,13 @@ def cudnn_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict
     return xla_side(config)
 
 
-def profile_rows(jitted: Any, state: Any, batch: Any, device: Any, config: Any) -> dict[str, Any]:
-    """Time, bytes and FLOPs by kernel, and the device's ceilings."""
-    import numpy as np
-    from ops import ceiling_rates
-    from program import kernel_name
+def profile_step(jitted: Any, state: Any, batch: Any, device: Any, config: Any) -> dict[str, Any]:
+    """Time, bytes and FLOPs of each dispatch, and the device's ceilings."""
+    from vk_kernels.tools.floors import profile_with_floors
 
-    profiles = [jitted.profile(state, batch) for _ in range(5)]
-    commands = [command for command in jitted.lower(state, batch).program.commands if 0 not in command.groups]
-    kernels: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
-    for i, command in enumerate(commands):
-        row = kernels[kernel_name(command.label)]
-        row[0] += 1
-        row[1] += float(np.median([profile.rows[i][2] for profile in profiles]))
-        row[2] += sum(place.nbytes for place in set(command.operands))
-        row[3] += dispatch_flops(command, config)
-    dtype = config.model.dtype
-    bandwidth, rate = ceiling_rates(device, dtype)
-    return {"kernels": kernels, "bandwidth": bandwidth, "rate": rate, "phases": profiles[-1].by_phase()}
-
-
-def dispatch_flops(command: Any, config: Any) -> float:
-    """FLOPs that a dispatch executes in products, attention's scores where it makes them again too: what bounds it.
-
-    0 for all else, which is bound by bytes. The useful ones of a whole call are its `cost`.
-    """
-    import struct
-
-    from vk_kernels.ops.attention.planner import forward_flops
-
-    name, model = command.label, config.model
-    if name.startswith("matmul") and not name.startswith(("matmul_finish", "matmul_column")):
-        m, n, k, batches = struct.unpack_from("<4I", command.push_constants)
-        return 2.0 * m * n * k * batches
-    products = {"attention_forward": 2, "attention_dq": 3, "attention_dkv": 4}
-    count = next((n for kernel, n in products.items() if name.startswith(kernel)), 0)
-    return count / 2 * forward_flops((config.batch_size, model.block_size, 1, model.embed_dim))
+    model = config.model
+    shape = (config.batch_size, model.block_size, 1, model.embed_dim)
+    return profile_with_floors(jitted, (state, batch), device, model.dtype, shape, repeats=5)
 
 
 # All sides.
@@ -295,23 +266,26 @@ def line(name: str, side: str, found: dict[str, Any], again: dict[str, Any], our
 
 def print_floors(name: str, found: dict[str, Any]) -> None:
     """Kernels of our step, those first that are furthest from their floor."""
+    from gpt_jax.runs.kernel_floors import kernel_times
+
     profile = found["profile"]
-    bandwidth, rate = profile["bandwidth"], profile["rate"]
+    bandwidth, rate = profile["bytes_per_second"], profile["flops_per_second"]
     print(
         f"\n{name}: {found['ms']:.3f} ms a step; copy {bandwidth / 1e9:,.0f} GB/s, product {rate / 1e12:,.1f} TFLOP/s"
     )
-    phases = ", ".join(f"{phase or 'other'} {1e3 * seconds:.2f}" for phase, seconds in profile["phases"].items())
-    print(f"each dispatch alone, ms: {phases}")
+    phases: collections.Counter[str] = collections.Counter()
+    for dispatch in profile["dispatches"]:
+        phases[dispatch["phase"] or "other"] += dispatch["seconds"]
+    print("each dispatch alone, ms: " + ", ".join(f"{phase} {1e3 * s:.2f}" for phase, s in phases.most_common()))
     row = "{:<44} {:>5} {:>9} {:>9} {:>9} {:>7}"
     print(row.format("kernel", "calls", "ms", "floor ms", "gap ms", "bound"))
-    rows = []
-    for kernel, (count, seconds, nbytes, flops) in profile["kernels"].items():
-        by_bytes, by_flops = nbytes / bandwidth, flops / rate
-        floor = max(by_bytes, by_flops)
-        rows.append((seconds - floor, kernel, count, seconds, floor, "FLOPs" if by_flops > by_bytes else "bytes"))
-    for gap, kernel, count, seconds, floor, bound in sorted(rows, reverse=True):
-        print(row.format(kernel[:44], count, *(f"{1e3 * x:.3f}" for x in (seconds, floor, gap)), bound))
-    print(row.format("all", sum(r[2] for r in rows), *(f"{1e3 * sum(r[i] for r in rows):.3f}" for i in (3, 4, 0)), ""))
+    kernels = kernel_times(profile)
+    for kernel in kernels:
+        times = (kernel.seconds, kernel.floor, kernel.seconds - kernel.floor)
+        print(row.format(kernel.name[:44], kernel.calls, *(f"{1e3 * x:.3f}" for x in times), kernel.bound))
+    whole, floor = sum(kernel.seconds for kernel in kernels), sum(kernel.floor for kernel in kernels)
+    times = (f"{1e3 * x:.3f}" for x in (whole, floor, whole - floor))
+    print(row.format("all", sum(kernel.calls for kernel in kernels), *times, ""))
 
 
 def main() -> int:

@@ -56,7 +56,7 @@ def figures(runs: Runs) -> list[Block]:
         "backend": lambda run: run.info.get("backend"),
     }
     rows = [(name, *(fact(run) or "-" for _, run in runs)) for name, fact in facts.items()]
-    return make_table(("", *(label for label, _ in runs)), rows)
+    return make_table(("figure", *(label for label, _ in runs)), rows)
 
 
 def losses(runs: Runs) -> list[Block]:

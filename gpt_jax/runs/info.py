@@ -40,6 +40,7 @@ _INFO_TYPES: Types = {
     "host": {"platform": str, "cpu_count": int, "memory_bytes": NUMBER},
     "peak_memory_bytes": {"host": NUMBER, "device": NUMBER},
     "config_file": {"path": str, "values": dict},
+    "operations": {"dispatches": NUMBER, "barriers": NUMBER, "flops": NUMBER, "bytes": NUMBER},
 }
 _CONFIG_TYPES: Types = types_of_fields()
 STATUSES = ("running", "completed", "interrupted", "failed")

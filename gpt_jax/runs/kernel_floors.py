@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from gpt_jax.runs.content import Bars, Block, Figure, Text, make_table
 from gpt_jax.runs.formats import format_number
+from gpt_jax.runs.info import FORMAT_VERSION
 from gpt_jax.runs.load import RunData
 from gpt_jax.storage.json_file import NUMBER, DamagedError, Types, read_object
 
 PROFILE_FILE = Path("profile") / "kernels.json"  # in a run's folder
-FORMAT_VERSION = 1
 _TYPES: Types = {
     "device": str,
     "step": NUMBER,

@@ -30,7 +30,8 @@ from gpt_jax.inference.sampling import SamplingOptions
 from gpt_jax.log import Log
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.runs.flops import device_peak_flops, model_flops_utilisation
-from gpt_jax.runs.info import RunInfo, host_peak_bytes
+from gpt_jax.runs.info import RunInfo, host_peak_bytes, write_json
+from gpt_jax.runs.kernel_floors import PROFILE_FILE
 from gpt_jax.runs.metrics import MetricsWriter
 from gpt_jax.signals import StopSignal
 from gpt_jax.storage.files import writing
@@ -184,6 +185,8 @@ class Trainer:
                 self.leaves, device_metrics = self.train_step(self.leaves, batch)
                 jax.tree.map(lambda leaf: leaf.copy_to_host_async(), device_metrics)
                 self.step += 1
+                if self.step == self.first_step + 1:
+                    self.note_operations(batch)
                 self.recorded = NOTHING
                 self.tokens_seen += batch["inputs"].size
                 self.pending.append((self.step, device_metrics))
@@ -393,6 +396,7 @@ class Trainer:
                     folder.mkdir(exist_ok=True)
                     profile.write_trace(folder / "trace.json")
                     (folder / "dispatches.txt").write_text(f"{profile}\n")
+                    write_json(self.workdir / PROFILE_FILE, {"step": first, **self.floors(batch)})
                 self.log(f"device time of step {first}, {1e3 * profile.seconds:.3f} ms, by dispatch: {folder}")
         elif in_window != self.tracing:
             jax.block_until_ready(self.leaves)
@@ -401,6 +405,20 @@ class Trainer:
             if in_window:  # a run that was resumed in the window begins there
                 self.trace.callback(self.log, f"trace from step {step} on: {folder}")
                 self.trace.enter_context(jax.profiler.trace(str(folder)))
+
+    def note_operations(self, batch: Batch) -> None:
+        """Saves what a step's program is made of, which Vulkan knows from the first step on."""
+        if self.backend.name == "vulkan":
+            self.info.update(operations=dataclasses.asdict(self.train_step.cost(self.leaves, batch)))
+
+    def floors(self, batch: Batch) -> dict[str, Any]:
+        """The dispatches of a step beside what bounds them."""
+        from vk_kernels.runtime.open_devices import open_device  # here: no other backend needs them
+        from vk_kernels.tools.floors import profile_with_floors
+
+        model = self.config.model
+        heads = (batch["inputs"].shape[0] // self.config.accumulate_steps, model.block_size, 1, model.embed_dim)
+        return profile_with_floors(self.train_step, (self.leaves, batch), open_device(), model.dtype, heads)
 
 
 def is_due(step: int, every: int, anyway: bool = False) -> bool:

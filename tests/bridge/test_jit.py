@@ -704,8 +704,14 @@ def test_a_profile_times_every_dispatch_by_scope(tmp_path):
     assert "gelu" in str(profile)
     profile.write_trace(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert [event["name"] for event in events] == [label for label, _, _ in profile.rows]
-    assert events[1]["ts"] == pytest.approx(events[0]["dur"])
+    dispatches = [event for event in events if "args" in event and event["ph"] == "X"]
+    assert [event["name"] for event in dispatches] == [label for label, _, _ in profile.rows]
+    assert dispatches[1]["ts"] == pytest.approx(dispatches[0]["dur"])
+    phases = [event for event in events if event["name"] in ("forward", "backward")]
+    assert sum(phase["dur"] for phase in phases) == pytest.approx(1e6 * profile.seconds)
+    for event in dispatches:  # each lies in its phase
+        [phase] = [phase for phase in phases if phase["ts"] <= event["ts"] < phase["ts"] + phase["dur"]]
+        assert phase["name"] == event["args"]["scope"]
 
 
 def test_a_profile_tells_forward_backward_and_the_rest_apart():

@@ -91,6 +91,7 @@ def test_killed_and_stopped_by_signals_and_resumed_it_is_bit_identical(straight,
     wait_until((workdir / "checkpoints" / "10").is_dir, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    reached = train_lines(workdir)[-1]["step"]
     for resumed, (number, code) in enumerate(((signal.SIGINT, 130), (signal.SIGTERM, 143)), start=1):
         process = start(corpus, workdir)
         wait_until(functools.partial(trains_again, workdir, resumed), process)
@@ -108,10 +109,11 @@ def test_killed_and_stopped_by_signals_and_resumed_it_is_bit_identical(straight,
     assert json.loads((workdir / "run.json").read_text())["elapsed_seconds"] >= saved["elapsed_seconds"]
     events = [line for line in read_lines(workdir / "metrics.jsonl") if line["split"] == "event"]
     started, killed, *_, last = events
-    assert (started["text"], killed["text"], last["text"]) == ("started", "resumed from 10", "completed")
+    assert (started["text"], last["text"]) == ("started", "completed")
+    assert killed["text"].startswith("resumed from")
     assert all(event["start_seconds"] > 1 for event in (started, killed))  # jax's import alone takes longer
-    assert killed["lost_seconds"] > 0
-    assert killed["lost_steps"] > 0
+    assert killed.get("lost_steps", 0) == max(reached - killed["step"], 0)
+    assert ("lost_seconds" in killed) == (reached > killed["step"])
     assert last["checkpoint_ms"] > 0
     assert not any("lost_steps" in event for event in events[2:])  # a signal saves first
 

@@ -17,6 +17,8 @@ from whole_run import (
     wait_until,
 )
 
+from gpt_jax.runs import kernel_floors
+from gpt_jax.runs.load import load_run
 from gpt_jax.runs.metrics import read_lines
 
 pytestmark = needs_vulkan
@@ -52,6 +54,18 @@ def test_a_profile_tells_device_time_by_dispatch(vulkan):
     events = json.loads((vulkan / "profile" / "trace.json").read_text())["traceEvents"]
     assert len(events) > 20
     assert any("attention_backward" in event["name"] for event in events)
+    slices = {event["name"] for event in events if event["ph"] == "X"}
+    assert {"forward", "backward", "optimizer", "h_0", "head"} <= slices
+    profile = kernel_floors.read_profile(vulkan / kernel_floors.PROFILE_FILE)
+    assert len(profile["dispatches"]) == json.loads((vulkan / "run.json").read_text())["operations"]["dispatches"]
+    assert {dispatch["phase"] for dispatch in profile["dispatches"]} > {"forward", "backward", "optimizer"}
+    kernels = kernel_floors.kernel_times(profile)
+    assert any(kernel.by_flops > 0 for kernel in kernels if kernel.name.startswith("matmul"))
+    assert all(kernel.by_bytes > 0 for kernel in kernels)
+    [figure, phases, layers] = kernel_floors.section(load_run(vulkan))
+    assert figure.chart.categories[0] == kernels[0].name
+    assert {row[0] for row in phases.rows} >= {"forward", "backward", "optimizer"}
+    assert {row[0] for row in layers.rows} >= {"wte", "h_0", "head"}
     assert "device time of step 3" in (vulkan / "log.txt").read_text()
 
 

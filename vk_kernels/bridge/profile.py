@@ -1,9 +1,11 @@
 """The cost of a compiled function, as planned and as timed."""
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,32 @@ class Profile:
         first name of the scope, the slowest first; '' has none, or several."""
         found: Counter[str] = Counter()
         for _, scope, seconds in self.rows:
-            found[_phase(scope)] += seconds  # pyrefly: ignore[unsupported-operation]
+            found[phase_of(scope)] += seconds  # pyrefly: ignore[unsupported-operation]
         return dict(found.most_common())
 
     def write_trace(self, path: str | Path) -> None:
-        """A Chrome trace (chrome://tracing, ui.perfetto.dev) of the dispatches, one after another."""
-        events, start = [], 0.0
-        for label, scope, seconds in self.rows:
-            event = {"name": label, "cat": scope, "ph": "X", "ts": 1e6 * start, "dur": 1e6 * seconds}
-            events.append(event | {"pid": 0, "tid": 0, "args": {"scope": scope}})
-            start += seconds
+        """A trace for ui.perfetto.dev or chrome://tracing: the dispatches, one after another, and above each what
+        of its scope it shares with its neighbours: the phase, and in it the layer."""
+        events: list[dict[str, Any]] = [
+            {
+                "ph": "M",
+                "name": "process_name",
+                "pid": 0,
+                "args": {"name": "device time of one call, dispatch by dispatch"},
+            },
+            {"ph": "M", "name": "thread_name", "pid": 0, "tid": 0, "args": {"name": "phase, layer, dispatch"}},
+        ]
+        start = 0.0
+        for phase, of_phase in itertools.groupby(self.rows, lambda row: phase_of(row[1])):
+            of_phase = list(of_phase)
+            events.append(_slice(phase or "other", start, sum(row[2] for row in of_phase)))
+            for layer, of_layer in itertools.groupby(of_phase, lambda row: layer_of(row[1])):
+                of_layer = list(of_layer)
+                if layer:
+                    events.append(_slice(layer, start, sum(row[2] for row in of_layer)))
+                for label, scope, seconds in of_layer:
+                    events.append(_slice(label, start, seconds) | {"cat": scope, "args": {"scope": scope}})
+                    start += seconds
         Path(path).write_text(json.dumps({"traceEvents": events}))
 
     def __str__(self) -> str:
@@ -58,8 +76,18 @@ class Profile:
         return "\n".join(lines)
 
 
-def _phase(scope: str) -> str:
+def phase_of(scope: str) -> str:
+    """'forward' or 'backward', by the marks of JAX on what it differentiates; of the rest the first name."""
     first = scope.split("/")[0]
     if "transpose(" in first:
         return "backward"
     return "forward" if "jvp(" in first else first
+
+
+def layer_of(scope: str) -> str:
+    """The second name of a scope: a module of the model, where the first is that of the model; '' if there is none."""
+    return next(iter(scope.split("/")[1:]), "")
+
+
+def _slice(name: str, start: float, seconds: float) -> dict[str, Any]:
+    return {"name": name, "ph": "X", "ts": 1e6 * start, "dur": 1e6 * seconds, "pid": 0, "tid": 0}
