@@ -94,7 +94,7 @@ def load_run(workdir: str | Path) -> RunData:
         config=read_config(workdir),
         tables=tables,
         events=events,
-        samples=list(read_lines(workdir / SAMPLES_FILE)),
+        samples=_read_samples(workdir / SAMPLES_FILE),
         checkpoints=_list_checkpoints(workdir / "checkpoints"),
     )
 
@@ -176,6 +176,18 @@ def _read_tables(path: Path) -> tuple[dict[str, Table], list[dict[str, Any]]]:
             if len(column) == rows:
                 column.append(np.nan)
     return {split: {k: np.array(v) for k, v in table.items()} for split, table in columns.items()}, events
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    samples = list(read_lines(path))
+    for sample in samples:
+        for name, kind in (("prompt", str), ("text", str), ("tokens", (int, float)), ("seconds", (int, float))):
+            if not isinstance(sample.get(name), kind):
+                what = "text" if kind is str else "number"
+                raise UserError(
+                    f"{path}: step {sample['step']}: {name} is no {what}: {sample.get(name)!r}; remove the line"
+                )
+    return samples
 
 
 def _list_checkpoints(folder: Path) -> list[SavedCheckpoint]:

@@ -44,6 +44,12 @@ def number(record: dict[str, Any], name: str) -> float:
     return float(value) if isinstance(value, int | float) and np.isfinite(value) else 0.0
 
 
+def _starts(run: RunData) -> list[dict[str, Any]]:
+    """The starts that say how long they took, by time."""
+    known = [event for event in run.events if "start_seconds" in event and number(event, "time") > 0]
+    return sorted(known, key=lambda event: event["time"])
+
+
 def _steps(run: RunData) -> tuple[float, float, float]:
     """Seconds of steps, of their waits for data, and of what the first steps of the parts took longer."""
     logged, step_ms = run.series("train", "step_ms")
@@ -81,9 +87,7 @@ def _phases(run: RunData) -> dict[str, float]:
 
 def _whole(run: RunData) -> float | None:
     """Seconds in which a process ran, from its start to its last record; None: the starts were not recorded."""
-    begun = sorted(
-        (number(event, "time"), number(event, "start_seconds")) for event in run.events if "start_seconds" in event
-    )
+    begun = [(number(event, "time"), number(event, "start_seconds")) for event in _starts(run)]
     if not begun:
         return None
     times = [table["time"][np.isfinite(table["time"])] for table in run.tables.values()]
@@ -99,9 +103,7 @@ def _whole(run: RunData) -> float | None:
 def running_seconds(run: RunData) -> np.ndarray:
     """Seconds from the start of the run to each line of the training table, (N,), without those when no process ran."""
     times = run.tables["train"]["time"]
-    starts = sorted(
-        (event for event in run.events if "start_seconds" in event), key=lambda event: number(event, "time")
-    )
+    starts = _starts(run)
     begin = number(starts[0], "time") - number(starts[0], "start_seconds") if starts else times[0]
     elapsed = times - begin
     for event in starts[1:]:

@@ -214,6 +214,10 @@ def test_what_is_no_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": "high"}\n')
     with pytest.raises(UserError, match="step 1: loss is no number: 'high'"):
         load.load_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "samples.jsonl").write_text('{"step": 7, "prompt": "a", "tokens": 3, "seconds": 1}\n')
+    with pytest.raises(UserError, match="step 7: text is no text: None; remove the line"):
+        load.load_run(tmp_path)
 
 
 def test_absent_values_and_nonfinite_ones(tmp_path):
