@@ -4,8 +4,10 @@ import json
 from typing import Any
 
 from gpt_jax.data.dialogue import ASSISTANT, END, USER
+from gpt_jax.runs.content import make_facts
+from gpt_jax.runs.formats import format_duration, format_number
 from gpt_jax.runs.load import RunData
-from gpt_jax.runs.markdown import bullet_list, format_duration, format_number, one_line
+from gpt_jax.runs.markdown import one_line, render_blocks
 
 
 def model_card(run: RunData, description: str, dtype: str) -> str:
@@ -24,8 +26,8 @@ def model_card(run: RunData, description: str, dtype: str) -> str:
             "the tokenizer writes it so. A system text stands before the first question, with a blank line between. An "
             f"answer ends with any of the three markers, which is in `generation_config.json`."
         ),
-        "Model": bullet_list(_model(run, description, dtype)),
-        "Training": bullet_list(_training(run)),
+        "Model": render_blocks(make_facts(_model(run, description, dtype))),
+        "Training": render_blocks(make_facts(_training(run))),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     return f"{_front_matter(run)}\n# {name}\n\nA GPT-2 trained with gpt_jax.\n\n{body}\n"
