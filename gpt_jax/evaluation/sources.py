@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from gpt_jax.data.corpus import is_validation, read_corpus
 from gpt_jax.data.dialogue import Dialogue
 from gpt_jax.data.reading import Reading
+from gpt_jax.data.token_cache import sources_of
 from gpt_jax.log import Log
 
 DEFAULT = "default"
@@ -42,15 +43,18 @@ def validation_texts(config: ConfigDict, recorded: Mapping[str, int], log: Log) 
     choices: dict[str, Any] = {name: data[name] for name in ("tool_calls", "on_error") if name in data}
     reading = Reading(**choices)
     found = {"dialogues": 0, "bytes": 0}
-    for dialogue in read_corpus(data.source, reading):
-        if is_validation(dialogue.source, data.validation_fraction):
-            found["dialogues"] += 1
-            found["bytes"] += sum(len(turn.text.encode()) for turn in dialogue.turns)
-            yield _label(data.source, dialogue), dialogue
+    own = data.get("validation", "")
+    for source in [own] if own else sources_of(data):
+        for dialogue in read_corpus(source, reading):
+            if own or is_validation(dialogue.source, data.validation_fraction):
+                found["dialogues"] += 1
+                found["bytes"] += sum(len(turn.text.encode()) for turn in dialogue.turns)
+                yield _label(source, dialogue), dialogue
     _tell(reading, log)
     if any(recorded.get(name, count) != count for name, count in found.items()):
         now, then = (f"{each['dialogues']:,} dialogues of {each['bytes']:,} bytes" for each in (found, recorded))
-        log(f"warning: the validation data of {data.source!r} is {now}, and was {then} when the run was trained")
+        title = " and ".join(map(repr, [own] if own else sources_of(data)))
+        log(f"warning: the validation data of {title} is {now}, and was {then} when the run was trained")
 
 
 def _label(source: str, dialogue: Dialogue) -> str:

@@ -5,13 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
-from small_cache import folder_of, prepare
+from ml_collections import ConfigDict
+from small_cache import config, folder_of, prepare
 
 from gpt_jax.data import token_cache
 from gpt_jax.data import tokenizer as tk
 from gpt_jax.data.batches import check_windows, windows
 from gpt_jax.data.token_cache import Tokens
 from gpt_jax.errors import UserError
+from gpt_jax.evaluation.sources import validation_texts
 
 
 def stream(name, first, count, weight):
@@ -146,3 +148,14 @@ def test_a_large_source_gives_the_tokenizer_a_sample_of_all_of_it(sources, monke
     assert 500 < sum(map(len, taken)) < 2500
     assert min(numbers) < 50 < 150 < max(numbers)
     assert any("characters, a sample from all over" in line for line in lines)
+
+
+def test_what_is_evaluated_of_a_run_is_what_was_held_back(sources, tmp_path):
+    lines = []
+    for changes in ({"mixture": sources}, {"source": sources[0], "validation": sources[1]}):
+        data = config(tmp_path / "cache", **{"validation_fraction": 0.2} | changes)
+        held = token_cache.prepare(data, 300, lambda line: None).stats["validation"]
+        found = list(validation_texts(ConfigDict({"data": data}), held, lines.append))
+        assert len(found) == held["dialogues"]
+        assert {source for source, _ in found} == set(sources if "mixture" in changes else sources[1:])
+    assert not any("warning" in line for line in lines)
