@@ -2,6 +2,7 @@
 
     runs/ID, ID                a run's folder, or its name below runs/: the checkpoint of the lowest validation loss
     runs/ID/checkpoints/500    one checkpoint
+    ID, TAG, NAME              the run below runs/ of this id, tag (`python -m gpt_jax.runs tag`) or config.name
     latest                     the run below runs/ that was written last
     best                       the run below runs/ with the lowest validation loss
     RUN@500, RUN@best, RUN@latest    another checkpoint of a run; RUN is any of the above but one checkpoint
@@ -16,8 +17,9 @@ from typing import NamedTuple
 
 from gpt_jax.config import text_problem
 from gpt_jax.errors import UserError
-from gpt_jax.runs.info import CONFIG_FILE
+from gpt_jax.runs.info import CONFIG_FILE, read_info
 from gpt_jax.runs.metrics import METRICS_FILE
+from gpt_jax.runs.tags import read_tags
 from gpt_jax.storage.checkpoint_files import CHECKPOINTS, read_losses, step_directories
 
 RUNS = Path("runs")  # where `gpt_jax.main` makes new ones
@@ -85,6 +87,31 @@ def _folder(name: str, runs: Path) -> Path | None:
         return max(_runs_with_checkpoints(runs), key=_written)
     if name == BEST:
         return min(_runs_with_checkpoints(runs), key=lambda run: (_lowest_loss(run), -_written(run)))
+    return _called(name, runs)
+
+
+def _called(name: str, runs: Path) -> Path | None:
+    """The run below `runs` whose id, or else a tag, or else the name, is `name`."""
+    found: dict[str, list[Path]] = {"id": [], "tag": [], "name": []}
+    for file in runs.glob(f"*/{CONFIG_FILE}"):
+        try:
+            info, tags = read_info(file.parent), read_tags(file.parent)
+        except UserError:  # told by whoever asks for that run
+            continue
+        for kind, is_so in (
+            ("id", info.get("run_id") == name),
+            ("tag", name in tags),
+            ("name", info.get("name") == name),
+        ):
+            if is_so:
+                found[kind].append(file.parent)
+    for kind, folders in found.items():
+        if len(folders) > 1:
+            there = ", ".join(folder.name for folder in sorted(folders, key=_written, reverse=True)[:6])
+            more = ", ..." if len(folders) > 6 else ""
+            raise UserError(f"{len(folders)} runs below {runs} have the {kind} {name}: give one of {there}{more}")
+        if folders:
+            return folders[0]
     return None
 
 

@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gpt_jax.log import Log
+from gpt_jax.storage.files import is_absent
 
 try:
     import fcntl
@@ -32,6 +33,7 @@ except ImportError:  # Windows
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _BETWEEN_TRIES = 0.2  # seconds
+_LOOKS, _LOOK = 5, 0.02  # how often a lock that is held is tried, and seconds between: it may be `is_held` that looks
 
 
 class LockedError(Exception):
@@ -72,8 +74,29 @@ def wait_for_lock(path: Path, log: Log) -> Iterator[None]:
         _release(path, descriptor)
 
 
+def is_held(path: Path) -> bool | None:
+    """Whether a process holds the lock file; None where that cannot be told. Nothing is written, and nobody waits."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        return False if is_absent(error) else None
+    try:
+        if fcntl is None:
+            return None
+        # Shared and for no time at all: others may look as well, and who wants the lock tries again.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
 def _acquire(path: Path, log: Log) -> int | None:
     """The descriptor that holds the lock; None where the system has no locks."""
+    looks = 0
     while True:
         with contextlib.ExitStack() as closing:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -83,6 +106,10 @@ def _acquire(path: Path, log: Log) -> int | None:
                     raise OSError(errno.ENOSYS, "this system has no flock")
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if looks < _LOOKS:
+                    looks += 1
+                    time.sleep(_LOOK)
+                    continue
                 raise LockedError(_read_holder(descriptor)) from None
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
