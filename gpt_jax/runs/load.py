@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpt_jax.errors import UserError
-from gpt_jax.runs.info import INFO_FILE, read_config, read_info
+from gpt_jax.runs.info import INFO_FILE, read_config
 from gpt_jax.runs.metrics import METRICS_FILE, SAMPLES_FILE, read_lines
+from gpt_jax.runs.status import CRASHED, read_status
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +50,7 @@ class RunData:
     """All that a run folder says but the parameters themselves. What is not there yet is empty."""
 
     workdir: Path
-    info: dict[str, Any]  # run.json
+    info: dict[str, Any]  # run.json; status is 'crashed' where it says 'running' and nobody trains
     config: dict[str, Any]  # config.json
     tables: dict[str, Table]  # by split: train, validation, diagnostics; columns step (int), time and the scalars
     events: list[dict[str, Any]]
@@ -88,9 +89,10 @@ def load_run(workdir: str | Path) -> RunData:
     if not (workdir / INFO_FILE).exists() and not (workdir / METRICS_FILE).exists():
         raise UserError(f"no run at {workdir}: the folder has neither {INFO_FILE} nor {METRICS_FILE}")
     tables, events = _read_tables(workdir / METRICS_FILE)
+    status, info = read_status(workdir)
     return RunData(
         workdir=workdir,
-        info=read_info(workdir),
+        info=info | {"status": status} if status == CRASHED else info,
         config=read_config(workdir),
         tables=tables,
         events=events,

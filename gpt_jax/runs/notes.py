@@ -7,12 +7,15 @@ import numpy as np
 
 from gpt_jax.runs.analysis import evaluations, worst_steps
 from gpt_jax.runs.load import SPIKE, RunData
+from gpt_jax.runs.status import CRASHED, RUNNING
 
 
 def _note_status(run: RunData) -> str | None:
     status = run.info.get("status")
-    if status == "running":
-        return "The run is still marked as running: this is a view of it so far, or it was killed."
+    if status == RUNNING:
+        return "The run is going on: this is a view of it so far."
+    if status == CRASHED:
+        return "The run crashed: its process is gone and did not say why; the same command, with --workdir, goes on."
     return f"The run did not reach its end: {status}." if status in ("interrupted", "failed") else None
 
 

@@ -18,6 +18,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.runs import registry
 from gpt_jax.runs.find import find_run
 from gpt_jax.runs.info import RunInfo, write_json
+from gpt_jax.runs.load import load_run
 from gpt_jax.runs.metrics import MetricsWriter, read_lines
 from gpt_jax.runs.registry import INDEX_FILE, list_runs
 from gpt_jax.runs.status import read_status
@@ -104,6 +105,9 @@ def test_a_run_is_running_as_long_as_its_process_and_no_longer(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert read_status(folder)[0] == "crashed"
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert load_run(folder).info["status"] == "crashed"
+    with lock(folder / "run.lock", print):
+        assert load_run(folder).info["status"] == "running"
 
 
 def test_one_that_ends_between_two_looks_has_not_crashed(tmp_path, monkeypatch):
