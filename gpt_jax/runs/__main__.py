@@ -23,8 +23,8 @@ from gpt_jax.config import leaves, text_problem
 from gpt_jax.config_file import WHOLE
 from gpt_jax.errors import UserError
 from gpt_jax.runs.find import RUNS, find_run
-from gpt_jax.runs.info import read_info
 from gpt_jax.runs.formats import format_duration, format_number, format_size
+from gpt_jax.runs.info import read_info
 from gpt_jax.runs.registry import list_runs
 from gpt_jax.runs.removal import plan_removal, remove_run
 from gpt_jax.runs.summary import DAMAGED, Summary, summarise
