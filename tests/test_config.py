@@ -113,6 +113,21 @@ BAD_VALUES = [
         "config.optimizer.warmup_steps must be below decay_steps, where the schedule ends, found 50000 and 50000",
     ),
     ({"data.validation_fraction": 0.0}, f"config.data.validation_fraction {NUMBER}(0, 1), found 0.0"),
+    ({"data.mixture": ("a", "")}, "config.data.mixture[1] must be text of 1 or more characters, found ''"),
+    (
+        {"data.mixture": ("a", "b"), "data.weights": (1.0, 0.0)},
+        f"config.data.weights[1] {NUMBER}(0, inf), found 0.0",
+    ),
+    ({"data.mixture": ("a",), "data.weights": ("1",)}, f"config.data.weights[0] {NUMBER}(0, inf), found '1'"),
+    (
+        {"data.mixture": ("a", "b"), "data.weights": (1,)},
+        "config.data.weights must be as many as data.mixture has sources, or none, found ('a', 'b') and (1,)",
+    ),
+    (
+        {"data.source": "c", "data.mixture": ("a", "b")},
+        "config.data.source must stay 'default' where data.mixture is given: put it into the mixture, found c and "
+        "('a', 'b')",
+    ),
     ({"data.targets": "user"}, "config.data.targets must be one of all, assistant; found 'user'"),
     ({"data.source": "a\0b"}, r"config.data.source must be text in UTF-8, found '\x00' in it"),
     ({"name": "\udcff"}, r"config.name must be text in UTF-8, found '\udcff' in it"),

@@ -43,7 +43,10 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             where = f"{path}:{number}"
             if len(line) > files.MAX_DIALOGUE:
-                raise UserError(f"{where}: the line is over {files.MAX_DIALOGUE:,} bytes: one dialogue a line")
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(files.MAX_DIALOGUE)
+                yield where, UserError(f"{where}: the line is over {files.MAX_DIALOGUE:,} bytes: one dialogue a line")
+                continue
             try:
                 text = files.decode(decoder, line, path, number, final=True).strip()
                 if text:

@@ -89,5 +89,7 @@ class Reading:
 
 
 def _cut(text: str) -> str:
+    """The beginning of a text in one line, of characters that do nothing to a terminal."""
     text = " ".join(text[: 4 * _EXAMPLE].split())
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     return text if len(text) <= _EXAMPLE else f"{text[: _EXAMPLE - 3]}..."

@@ -13,6 +13,7 @@ import pytest
 
 from gpt_jax.data import corpus, default_corpus, files
 from gpt_jax.data.dialogue import Dialogue, Turn
+from gpt_jax.data.reading import Reading
 from gpt_jax.errors import UserError
 
 
@@ -174,6 +175,10 @@ def test_an_endless_dialogue_is_refused_before_it_fills_the_memory(tmp_path, mon
         read(tmp_path / "chats.txt", "<|user|>question<|assistant|>answer" * 100)
     with pytest.raises(UserError, match=r"chats.jsonl:1: the line is over 1,000 bytes"):
         read(tmp_path / "chats.jsonl", "[" * 2000)
+    reading = Reading(on_error="skip")
+    (tmp_path / "chats.jsonl").write_text("[" * 2500 + f"\n{json.dumps(MESSAGES)}\n" + "[" * 2000)
+    assert len(list(corpus.read_corpus(str(tmp_path / "chats.jsonl"), reading))) == 1
+    assert reading.skipped == 2
 
 
 # ---- JSON lines

@@ -68,6 +68,13 @@ def test_a_file_is_what_its_content_says_whatever_its_name(tmp_path, content, pa
         assert read(put(tmp_path / "corpus.jsonl", text))[0] == expected
 
 
+def test_an_example_is_cut_and_does_nothing_to_a_terminal(tmp_path):
+    _, reading = read(put(tmp_path / "corpus.txt", f"\x1b[2Jred\n{'long ' * 50}"))
+    [line] = reading.taken()
+    assert line.endswith("text: \\x1b[2Jred long long long long long long long long long l...")
+    assert line.isprintable()
+
+
 def test_zstd_is_read_where_python_or_the_extra_can(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="the extra hf is not installed")
     with pyarrow.output_stream(str(tmp_path / "corpus.txt.zst"), compression="zstd") as file:
