@@ -259,6 +259,7 @@ def config_of(model: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
         "model_type": "gpt2",
         "vocab_size": model.vocab_size,
         "n_positions": model.block_size,
+        "n_ctx": model.block_size,  # not transformers', but llama.cpp's converter reads it
         "n_embd": model.embed_dim,
         "n_layer": model.num_layers,
         "n_head": model.num_heads,

@@ -88,6 +88,7 @@ def test_the_config_says_what_transformers_needs_to_know(tmp_path):
     )
     user, assistant, end = marker_ids(TOKENIZER)
     assert (config["model_type"], config["tie_word_embeddings"], config["dtype"]) == ("gpt2", False, "bfloat16")
+    assert config["n_positions"] == config["n_ctx"] == 16  # the second is llama.cpp's name
     assert (config["bos_token_id"], config["eos_token_id"]) == (end, end)
     assert generation["eos_token_id"] == [end, user, assistant]
     assert generation["max_length"] == 16
