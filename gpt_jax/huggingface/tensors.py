@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,16 @@ def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], most: int) ->
 
 
 def _save(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises OSError. The library writes a view in the order of its memory, so that all are made contiguous."""
+    """Raises OSError.
+
+    The library writes a view in the order of its memory, so that all are made contiguous, and gives a file to its owner
+    alone, so that it gets the mode of one that was made here.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
         whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         save_file(whole, path, metadata={"format": "pt"})  # what transformers asks for
+        path.chmod(mode)
     except SafetensorError as error:
         raise (os_error_of(error) or error) from None

@@ -145,6 +145,7 @@ def test_a_checkpoint_of_a_run_is_exported_with_its_card(run, tmp_path, capsys):
     target = tmp_path / "models" / "chat"
     export(find_run(f"{run}@2"), str(target), **OPTIONS)
     assert {file.name for file in target.iterdir()} == FILES
+    assert len({file.stat().st_mode for file in target.iterdir()}) == 1
     assert os.listdir(target.parent) == ["chat"]
     assert capsys.readouterr().out == f"exported the checkpoint {run}/checkpoints/2 to {target}, in float32\n"
     card = (target / "README.md").read_text()
