@@ -6,7 +6,7 @@
   also step_ms and data_ms (wall time a step; the data wait is part of it), tokens_per_second, eta_seconds, mfu,
   host_peak_bytes and device_peak_bytes (the most memory so far), and PHASE_ms: the whole time spent in another phase
   (eval, sample, checkpoint, ...) since the logging step before.
-- validation: loss, best, seconds.
+- validation: loss, best, seconds; of several sources also "loss of SOURCE", of which loss is the mean by weight.
 - diagnostics: attention_max/LAYER/HEAD and attention_entropy/LAYER/HEAD (nats).
 - event: text. A start ("started", "resumed from STEP") has start_seconds too, from the process's start to the loop, and
   lost_steps and lost_seconds if records of later steps were dropped for it; an end: PHASE_ms since the last log line.
@@ -29,6 +29,8 @@ from gpt_jax.errors import UserError
 from gpt_jax.storage.files import StorageError, replacing, writing
 
 METRICS_FILE, SAMPLES_FILE, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
+
+LOSS_OF = "loss of "  # before the name of a source
 
 
 class MetricsWriter:

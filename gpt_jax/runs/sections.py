@@ -26,6 +26,7 @@ from gpt_jax.runs.analysis import (
 from gpt_jax.runs.content import Block, Notes, Text, Timeline, Tokens, make_facts, make_table
 from gpt_jax.runs.formats import format_duration, format_number, format_size
 from gpt_jax.runs.load import NORM, RunData, forward_order
+from gpt_jax.runs.metrics import LOSS_OF
 from gpt_jax.runs.notes import NOTES
 
 RANGE_ENDS = (500, 1000, 2500, 5000, 10_000, 25_000, 50_000)
@@ -67,7 +68,15 @@ def final_figures(run: RunData) -> list[tuple[str, str | None]]:
     return [
         (f"training loss, mean of the last {len(last)} steps", f"{last.mean():.4f}"),
         ("best validation loss", best),
+        *((f"last validation loss on {source}", f"{value:.4f}") for source, value in losses_by_source(run).items()),
     ]
+
+
+def losses_by_source(run: RunData) -> dict[str, float]:
+    """The last validation loss of each source; empty for a run of one."""
+    names = [name for name in run.tables.get("validation", {}) if name.startswith(LOSS_OF)]
+    values = {name.removeprefix(LOSS_OF): run.series("validation", name)[1] for name in names}
+    return {source: float(series[-1]) for source, series in values.items() if len(series)}
 
 
 def infrastructure(run: RunData) -> list[Block]:

@@ -177,6 +177,7 @@ def facts(config: ConfigDict, corpus: token_cache.Corpus, state: TrainState, fro
         "vocabulary": corpus.tokenizer.get_vocab_size(),
         "tokenizer": finetune.FROM_DONOR if from_donor else config.data.tokenizer or "trained",
         "data": corpus.stats,
+        **({"data_by_source": corpus.by_source} if len(corpus.by_source) > 1 else {}),
     }
 
 

@@ -32,7 +32,7 @@ from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.runs.flops import device_peak_flops, model_flops_utilisation
 from gpt_jax.runs.info import RunInfo, host_peak_bytes, write_json
 from gpt_jax.runs.kernel_floors import PROFILE_FILE
-from gpt_jax.runs.metrics import MetricsWriter
+from gpt_jax.runs.metrics import LOSS_OF, MetricsWriter
 from gpt_jax.signals import StopSignal
 from gpt_jax.storage.files import writing
 from gpt_jax.training.failures import TrainingFailed
@@ -314,7 +314,7 @@ class Trainer:
             self.step,
             "validation",
             {"loss": loss, "best": best, "seconds": time.perf_counter() - start}
-            | {f"loss of {source}": value for source, value in several.items()},
+            | {f"{LOSS_OF}{source}": value for source, value in several.items()},
         )
         self.log(f"step {self.step:>6}  validation loss {loss:.4f}{' (best so far)' if best else ''}")
         for source, value in several.items():

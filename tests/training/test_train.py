@@ -206,6 +206,8 @@ def test_a_mixture_goes_on_with_the_next_window_and_its_loss_is_said_by_source(c
     first = next(line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["split"] == "validation")
     assert (first["loss"], first[f"loss of {corpus}"], first[f"loss of {book}"]) == (2.5, 2.0, 4.0)
     assert f"4.0000 on {book}" in (tmp_path / "run" / "log.txt").read_text()
+    assert f"last validation loss on {book}" in (tmp_path / "run" / "report.md").read_text()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data_by_source"][str(book)]["train"]["tokens"] > 0
 
     config.data.weights = (1, 1)
     config.num_steps = 6
