@@ -19,14 +19,14 @@ import threading
 import time
 from pathlib import Path
 
-WORDS, SENTENCES = 20_000, 2_000
+WORDS, SENTENCES = 5_000, 2_000
 BATCHES = 200
 
 
 def write_source(path: Path, megabytes: int) -> None:
-    """Writes documents of some 2,000 characters, each with a number of its own."""
+    """Writes documents of some 4,000 characters, each with a number of its own; long words are soon tokenised."""
     rng = random.Random(0)
-    words = ["".join(rng.choices("etaoinshrdlucmfwyp", k=rng.randint(1, 9))) for _ in range(WORDS)]
+    words = ["".join(rng.choices("etaoinshrdlucmfwyp", k=rng.randint(8, 14))) for _ in range(WORDS)]
     ranks = [1 / (rank + 10) for rank in range(WORDS)]  # as words of a language are spread
     sentences = [" ".join(rng.choices(words, ranks, k=rng.randint(5, 30))) + "." for _ in range(SENTENCES)]
     with path.open("w") as file:

@@ -9,6 +9,7 @@ import importlib
 import io
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -32,12 +33,13 @@ def _open_zstd(path: Path) -> BinaryIO:
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 
-_PACKED: dict[bytes, tuple[str, Callable[[Path], Any]]] = {  # by the first bytes
-    b"\x1f\x8b": ("gzip", gzip.GzipFile),
-    b"BZh": ("bzip2", bz2.BZ2File),
-    b"\xfd7zXZ\0": ("xz", lzma.LZMAFile),
-    b"\x28\xb5\x2f\xfd": ("zstd", _open_zstd),
+_PACKED: dict[str, tuple[re.Pattern[bytes], Callable[[Path], Any]]] = {  # by name: the first bytes, and what reads it
+    "gzip": (re.compile(rb"\x1f\x8b"), gzip.GzipFile),
+    "bzip2": (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2File),
+    "xz": (re.compile(rb"\xfd7zXZ\0"), lzma.LZMAFile),
+    "zstd": (re.compile(rb"\x28\xb5\x2f\xfd"), _open_zstd),
 }
+_LONGEST_MAGIC = 10  # bytes
 _OTHERS = {  # by the first bytes: what it is, and the way out
     b"PAR1": "Parquet: give its folder as hf:FOLDER, which the package datasets reads",
     b"PK\x03\x04": "a zip archive: unpack it",
@@ -78,18 +80,19 @@ def opened(path: Path) -> Iterator[BinaryIO]:
       UserError: it is an archive or a format of another kind, or the reader in the `with` finds it damaged.
     """
     with path.open("rb") as file:
-        first = file.read(6)
-        packing, open_file = _packing(first) or ("", None)
-        if open_file is None:
+        first = file.read(_LONGEST_MAGIC)
+        packing = _packing(first)
+        if not packing:
             _refuse_others(path, first)
             file.seek(0)
             yield file
             return
+    _, open_file = _PACKED[packing]
     try:
         with open_file(path) as file:
-            first = file.read(6)
+            first = file.read(_LONGEST_MAGIC)
         if inner := _packing(first):
-            raise UserError(f"{path} is {packing} in which there is {inner[0]}: unpack it once")
+            raise UserError(f"{path} is {packing} in which there is {inner}: unpack it once")
         _refuse_others(path, first)
         with open_file(path) as file:
             yield file
@@ -101,8 +104,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: its {packing} is cut or damaged: {error}") from None
 
 
-def _packing(first: bytes) -> tuple[str, Callable[[Path], Any]] | None:
-    return next((packing for magic, packing in _PACKED.items() if first.startswith(magic)), None)
+def _packing(first: bytes) -> str:
+    return next((name for name, (magic, _) in _PACKED.items() if magic.match(first)), "")
 
 
 def _refuse_others(path: Path, first: bytes) -> None:
@@ -113,7 +116,7 @@ def _refuse_others(path: Path, first: bytes) -> None:
 def packing_of(path: Path) -> str:
     """'gzip' and the like; '' for a file that is not packed."""
     with path.open("rb") as file:
-        return (_packing(file.read(6)) or ("",))[0]
+        return _packing(file.read(_LONGEST_MAGIC))
 
 
 def text_chunks(path: Path) -> Iterator[str]:

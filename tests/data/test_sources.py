@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import lzma
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ def read(path, **choices):
 
 CONTENTS = {
     "plain text": ("\ufeff One,\r\ntwo.\n\nThree. \n", documents("One,\ntwo.\n\nThree."), "plain text"),
+    "letters like those of bzip2": ("BZhang said:", documents("BZhang said:"), "plain text"),
     "a list in it": ("[1] A footnote.\n{an aside}", documents("[1] A footnote.\n{an aside}"), "plain text"),
     "with our ends": ("a\n<|end_of_text|>\n\nb <|end_of_text|>", documents("a", "b"), "plain text"),
     "with GPT-2's ends": ("a<|endoftext|><|endoftext|>b", documents("a", "b"), "plain text"),
@@ -159,6 +161,18 @@ def test_a_long_document_is_cut_where_a_paragraph_or_a_word_ends_and_nothing_is_
     assert all(part.endswith(("\n", " ")) or part[-1] in "aec本" for part in parts)
     assert len({one.source for one in found[: ends[1] + 1]}) == ends[1] + 1  # each is a unit of the split
     assert reading.parts == len(found) - 2
+
+
+def test_an_endless_document_takes_little_memory():
+    chunk = "A sentence of a book. " * 40_000
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in plain_text.read_documents(itertools.repeat(chunk, 40), str, Reading()))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count > 40 * len(chunk) / plain_text.PART
+    assert peak < 8 * len(chunk)
 
 
 def test_parts_side_by_side_are_joined_and_others_are_parted_by_the_marker(tmp_path):
