@@ -1,5 +1,6 @@
 """Bad inputs, from tables: each costs one line on stderr and a non-zero exit, and leaves nothing behind."""
 
+import gzip
 import json
 import random
 from collections.abc import Iterator
@@ -60,6 +61,11 @@ def _contradictions(tiny: Tiny, workdir: Path) -> Iterator[Bad]:
         ["data.source=nowhere.txt"],
         ["data.source="],
         ["data.source=nowhere/"],
+        ["data.mixture=nowhere.txt"],
+        ["data.validation=nowhere.txt"],
+        ["data.weights=(1,2)"],
+        ["data.source=default", "data.mixture=('default','default')"],
+        ["data.source=default", "data.mixture=('default',)", "data.weights=(0,)"],
         ["data.source=hf:"],
     ):
         yield Bad("settings together", TRAIN, tiny.flags(workdir, *(f"--config.{change}" for change in changes)))
@@ -144,7 +150,9 @@ _ROWS = {
     "two users.jsonl": _message(role="user"),
     "surrogate.jsonl": _message(content="\ud800"),
     "text number.jsonl": b'{"text": 5}',
-    "text without markers.jsonl": b'{"text": "hello"}',
+    "text empty.jsonl": b'{"text": " "}',
+    "text with half a turn.jsonl": b'{"text": "hello<|user|>"}',
+    "preferences of nothing.jsonl": b'{"chosen": "a", "rejected": "b"}',
     "bytes.jsonl": b'{"text": "\xff"}',
     "utf-16.jsonl": '{"text": "a"}'.encode("utf-16"),
     "deep.jsonl": b"[" * 5000,
@@ -160,6 +168,12 @@ _ROWS = {
     "bytes.txt": b"<|user|>\xff<|assistant|>b<|end_of_text|>",
     "one.txt": b"<|user|>a<|assistant|>b<|end_of_text|>",
     "binary.txt": bytes(range(256)) * 20,
+    "cut.gz": gzip.compress(b"Hello, world.\n" * 100)[:-9],
+    "twice.gz": gzip.compress(gzip.compress(b"Hello, world.\n")),
+    "nothing.gz": gzip.compress(b""),
+    "archive.zip": b"PK\x03\x04" + bytes(40),
+    "columns.parquet": b"PAR1" + bytes(40),
+    "chatml.txt": b"<|im_start|>user\na<|im_end|>",
 }
 
 
