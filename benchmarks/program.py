@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vk_kernels
-from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.runs.kernel_floors import kernel_name
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import init_state, on_leaves, train_step
@@ -45,7 +45,7 @@ def load_config(path: str) -> Any:
 
 def make_step(config: Any) -> tuple[Any, Any, dict[str, np.ndarray]]:
     """(the step as the training loop runs it, on the leaves of a state; the state's shapes; a batch)."""
-    model, optimizer = GPT(ModelConfig.from_config(config.model)), make_optimizer(config)
+    model, optimizer = make_model(config), make_optimizer(config)
     step = functools.partial(
         train_step,
         model=model,

@@ -62,9 +62,16 @@ WARM_UP = 1.0  # seconds of steps: clocks of a device that rested while kernels 
 
 
 def case_of(name: str) -> StepCase:
-    """One of CASES, or chat-DTYPE-bB-tT: the chat config with a batch and a block of that size, for scaling."""
+    """One of CASES, or chat-DTYPE-bB-tT: the chat config with a batch and a block of that size, for scaling.
+
+    With -loraR behind it: the same with adapters of rank R, that alone are trained.
+    """
     if name in CASES:
         return CASES[name]
+    whole, _, rank = name.rpartition("-lora")
+    if rank.isdecimal():
+        config, fields = case_of(whole)
+        return StepCase(config, fields | {"lora.rank": int(rank)})
     _, dtype, batch, block = name.split("-")
     fields = {"batch_size": int(batch[1:]), "model.block_size": int(block[1:])}
     return StepCase("chat.py", fields | (BF16 if dtype == "bf16" else {}))

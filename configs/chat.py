@@ -54,6 +54,12 @@ def get_config() -> ConfigDict:
     config.optimizer.layer_decay = 1.0  # factor of the learning rate for each layer away from the output
     config.optimizer.rates = ()  # factors of the learning rate by pattern, such as "wte=0.1"
 
+    config.lora = ConfigDict()  # adapters that are trained instead of the donor's parameters
+    config.lora.rank = 0  # 0: none
+    config.lora.alpha = 16.0  # an adapter's output is multiplied by alpha / rank
+    config.lora.dropout = 0.0  # of an adapter's input
+    config.lora.targets = ("all",)  # or some of qkv, projection, mlp_in, mlp_out, h_5/qkv, h_[0-3]
+
     config.data = ConfigDict()
     config.data.source = "default"  # default | a file or folder, of any format in docs/data.md | hf:NAME[:SPLIT]
     config.data.mixture = ()  # several sources in its place: ("chats.jsonl", "books")

@@ -9,6 +9,9 @@ experimental still and renamed its functions between 0.11 and 0.12; neither noti
     DIRECTORY/STEP/position.json  position, validation loss, CRC-32 of every file of `state` and of itself
 
 All is written under DIRECTORY/STEP.new, and one rename commits it.
+
+A run of adapters (`model.lora`) saves these alone, and once, in RUN/base, the parameters that they stand beside, which
+no step changes: so a run is whole by itself, whatever becomes of its donor. Who reads its parameters gets both, merged.
 """
 
 import contextlib
@@ -31,8 +34,18 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt_jax.errors import UserError
-from gpt_jax.model.parameters import leaf_rows, leaf_spec, listing, named_leaves, nothing_fits, shape_of_spec
+from gpt_jax.model.lora import merge_adapters
+from gpt_jax.model.parameters import (
+    hash_of_parameters,
+    leaf_rows,
+    leaf_spec,
+    listing,
+    named_leaves,
+    nothing_fits,
+    shape_of_spec,
+)
 from gpt_jax.storage.checkpoint_files import (
+    BASE,
     CHECKPOINTS,
     FORMAT_VERSION,
     LEFTOVER,
@@ -55,6 +68,8 @@ from gpt_jax.storage.files import StorageError, explain, is_absent, os_error_of,
 from gpt_jax.storage.json_file import VERSION
 
 logger = logging.getLogger(__name__)
+
+ADAPTS = "adapts"  # in the position of a checkpoint of adapters: base, the SHA-256 of that; scale, of the adapters
 
 
 def _is_not_orbax_chatter(record: logging.LogRecord) -> bool:
@@ -228,6 +243,11 @@ class Checkpointer:
         return sorted(self._losses)
 
     @property
+    def run(self) -> Path:
+        """The folder of the run."""
+        return self._directory.parent
+
+    @property
     def newest(self) -> int | None:
         """The newest committed good step."""
         return max(self._losses, default=None)
@@ -358,13 +378,72 @@ def restore_parameters(path: str | os.PathLike) -> tuple[dict, str]:
         for the checkpoint with the best validation loss, or the latest if that is damaged or there is none.
 
     Returns:
-      The parameters, a nested dict of numpy arrays, and one line that says which checkpoint they are from.
+      The parameters, a nested dict of numpy arrays, and one line that says which checkpoint they are from. Adapters
+      are merged into what they stand beside.
 
     Raises:
       UserError: `path` is none of these, or holds no good checkpoint.
       StorageError: a checkpoint cannot be read.
     """
-    return _read_first_good(path, _read_parameters)
+    return _read_first_good(path, _read_merged)
+
+
+def restore_adapters(path: str | os.PathLike) -> tuple[tuple[dict, float], str]:
+    """Reads the adapters of a checkpoint, and the factor of their output: as `restore_parameters`, without the rest.
+
+    Raises:
+      UserError: as there, or the checkpoint has no adapters.
+      StorageError: a checkpoint cannot be read.
+    """
+
+    def read(step: Path) -> tuple[dict, float]:
+        adapts = read_record(step)["position"].get(ADAPTS)
+        if adapts is None:
+            raise UserError(f"the checkpoint {step} has no adapters: give one of a run with config.lora.rank above 0")
+        return _read_parameters(step), adapts["scale"]
+
+    return _read_first_good(path, read)
+
+
+def save_base(run: Path, params: dict) -> str:
+    """Saves the parameters that a run's adapters stand beside; returns their SHA-256, by which checkpoints know them.
+
+    Raises:
+      UserError, StorageError: they cannot be saved.
+    """
+    found = hash_of_parameters(params)
+    if (run / BASE).exists():  # of a start that ended before the first checkpoint, maybe from another donor
+        delete(run / BASE)
+    with Checkpointer(run / BASE, keep_last=1, keep_every=None, asynchronous=False) as base:
+        base.save(0, {"params": params}, {BASE: found})
+    return found
+
+
+def read_base(run: Path, wanted: str) -> dict:
+    """Reads what `save_base` saved.
+
+    Args:
+      wanted: its SHA-256.
+
+    Raises:
+      UserError: it is missing, damaged or another one.
+      StorageError: it cannot be read.
+    """
+    return _of_base(run, wanted, _read_parameters)
+
+
+def _of_base(run: Path, wanted: str, read: Callable[[Path], Any]) -> Any:
+    path = run.resolve() / BASE / "0"
+    try:
+        found = read_record(path)["position"].get(BASE)
+        if found != wanted:
+            raise DamagedCheckpoint(f"it is another one: its SHA-256 is {found}, not {wanted}")
+        return read(path)
+    except DamagedCheckpoint as error:
+        raise UserError(
+            f"{path}, the parameters that the adapters of {run} were trained beside: {error}; put them back, with "
+            "which the run is whole again"
+        ) from error
 
 
 def check_newest(directory: Path, abstract_state: Any) -> dict | None:
@@ -393,7 +472,10 @@ def check_donor(path: str | os.PathLike, fresh: Any) -> None:
     """
 
     def read_shapes(step: Path) -> dict[str, str]:
-        leaves = read_record(step)["leaves"]
+        record = read_record(step)
+        if adapts := record["position"].get(ADAPTS):
+            record = _of_base(_run_of_step(step), adapts[BASE], read_record)
+        leaves = record["leaves"]
         return {name.removeprefix("params/"): spec for name, spec in leaves.items() if name.startswith("params/")}
 
     saved, _ = _read_first_good(path, read_shapes)
@@ -456,6 +538,20 @@ def _read_leaves(path: Path, record: dict) -> dict[str, np.ndarray]:
             if cause is None:
                 raise
             raise unreadable(path / STATE, cause) from error
+
+
+def _run_of_step(path: Path) -> Path:
+    return path.parent.parent
+
+
+def _read_merged(path: Path) -> dict:
+    params = _read_parameters(path)
+    adapts = read_record(path)["position"].get(ADAPTS)
+    if adapts is None:
+        return params
+    base = read_base(_run_of_step(path), adapts[BASE])
+    together = flatten_dict(base, sep="/") | flatten_dict(params, sep="/")
+    return merge_adapters(unflatten_dict(together, sep="/"), adapts["scale"])
 
 
 def _read_parameters(path: Path) -> dict:

@@ -169,6 +169,10 @@ FIELDS: dict[str, Field] = {
         "factor of the rate, a layer away from the output", high=1, open_low=True, default=1.0
     ),
     "optimizer.rates": _texts("PATTERN=FACTOR of the learning rate, by parameter"),
+    "lora.rank": _whole("of the adapters beside the linear layers; 0: none, all parameters are trained", 0, default=0),
+    "lora.alpha": _number("what an adapter's output is multiplied by, times the rank", open_low=True, default=16.0),
+    "lora.dropout": _number("share of an adapter's input dropped", high=1, default=0.0),
+    "lora.targets": Field(tuple, "all, or patterns of linear layers that get adapters", 1, 64, default=("all",)),
     "data.source": Field(str, "default, a file, a folder, or hf:NAME[:SPLIT]"),
     "data.mixture": Field(tuple, "sources in place of data.source", low=1, default=()),
     "data.weights": Field(tuple, "their shares in what is trained on; empty: equal ones", numbers=True, default=()),
@@ -256,6 +260,21 @@ def validate(config: Mapping[str, Any]) -> None:
         "optimizer.warmup_steps must be below decay_steps, where the schedule ends",
         *("optimizer.warmup_steps", "optimizer.decay_steps"),
     )
+    require(
+        values["lora.rank"] <= values["model.embed_dim"],
+        "lora.rank must not exceed model.embed_dim, the smaller side of the matrices that it adapts",
+        *("lora.rank", "model.embed_dim"),
+    )
+    if values["lora.rank"] and not values["init_from"]:
+        raise UserError(
+            f"config.lora.rank is {values['lora.rank']}, and config.init_from is empty: adapters stand beside a model "
+            "that was trained, so say which, --config.init_from=RUN"
+        )
+    if values["lora.rank"] and values["data.tokenizer"] == "new":
+        raise UserError(
+            "config.data.tokenizer is new, and adapters (config.lora) leave the donor's embeddings as they are, which "
+            "are of its own words: leave data.tokenizer empty, or train all parameters with lora.rank=0"
+        )
 
 
 def check(name: str, value: Any, called: str = "") -> None:

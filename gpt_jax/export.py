@@ -2,6 +2,9 @@
 
 RUN is a run's folder, latest or best, and RUN@STEP another of its checkpoints; see `gpt_jax.runs.find`. The folder is
 there whole or not at all; what a URL gets is whole when its last file is there, SHA256SUMS.
+
+Adapters (LoRA) are merged; `--adapter` writes them alone, for the library `peft`, and RUN/base is what they stand
+beside.
 """
 
 from gpt_jax.signals import exit_on_interrupt
@@ -14,15 +17,18 @@ from gpt_jax.cli import require_jax, run_main
 if __name__ == "__main__":
     require_jax()  # before it is imported below
 
+import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
+from gpt_jax.checkpoint import restore_adapters
 from gpt_jax.config import check_saved, text_problem
 from gpt_jax.errors import UserError
+from gpt_jax.huggingface.adapter import ADAPTER_FILES, write_adapter
 from gpt_jax.huggingface.export import MODEL_FILES, Exported, check_exportable, parse_size, write_model
 from gpt_jax.huggingface.tensors import DTYPES
 from gpt_jax.inference.load import load_for_sampling
@@ -37,11 +43,12 @@ FLAGS = flags.FLAGS
 
 
 def main(argv: Sequence[str]) -> None:
-    export(find_run(argv[1]), FLAGS.to, dtype=FLAGS.dtype, most=parse_size(FLAGS.max_shard_size), force=FLAGS.force)
+    most = parse_size(FLAGS.max_shard_size)
+    export(find_run(argv[1]), FLAGS.to, dtype=FLAGS.dtype, most=most, force=FLAGS.force, adapter=FLAGS.adapter)
 
 
-def export(found: FoundRun, to: str, *, dtype: str, most: int, force: bool) -> None:
-    """Writes a checkpoint to a folder or a URL, and says so.
+def export(found: FoundRun, to: str, *, dtype: str, most: int, force: bool, adapter: bool = False) -> None:
+    """Writes a checkpoint, or its adapters alone, to a folder or a URL, and says so.
 
     Raises:
       UserError: it cannot be exported, or files are there that are not to be replaced.
@@ -55,19 +62,35 @@ def export(found: FoundRun, to: str, *, dtype: str, most: int, force: bool) -> N
     if saved:  # what can be refused is, before the parameters are read
         check_saved(saved, found.workdir / CONFIG_FILE)
         check_exportable(ConfigDict(saved))
+    if adapter and dtype != "float32":
+        raise UserError(f"--adapter writes adapters as they were trained, in float32: leave out --dtype={dtype}")
+    ours: Collection[str] = ADAPTER_FILES if adapter else MODEL_FILES
     target = open_target(to, replace=force) if is_url(to) else None
     if target is None:
-        check_target(Path(to), replace=force, ours=MODEL_FILES)
-    checkpoint = None if found.checkpoint == found.workdir else found.checkpoint
-    exported = Exported(*load_for_sampling(found.workdir, checkpoint), run=_told_of(found.workdir))
+        check_target(Path(to), replace=force, ours=ours)
+    write, description = _read_adapter(found) if adapter else _read_model(found, dtype, most)
     if target is None:
-        with new_folder(Path(to), replace=force, ours=MODEL_FILES) as folder:
-            write_model(folder, exported, dtype=dtype, most=most)
+        with new_folder(Path(to), replace=force, ours=ours) as folder:
+            write(folder)
     else:
         with tempfile.TemporaryDirectory(prefix="gpt_jax_export_") as folder:
-            write_model(Path(folder), exported, dtype=dtype, most=most)
+            write(Path(folder))
             target.upload(Path(folder))
-    print(f"exported {exported.description} to {to}, in {dtype}")
+    print(f"exported {'the adapters of ' if adapter else ''}{description} to {to}, in {dtype}")
+
+
+def _read_model(found: FoundRun, dtype: str, most: int) -> tuple[Callable[[Path], None], str]:
+    """Reads a checkpoint; returns the function that writes it as a model, and which checkpoint it is."""
+    checkpoint = None if found.checkpoint == found.workdir else found.checkpoint
+    exported = Exported(*load_for_sampling(found.workdir, checkpoint), run=_told_of(found.workdir))
+    return functools.partial(write_model, exported=exported, dtype=dtype, most=most), exported.description
+
+
+def _read_adapter(found: FoundRun) -> tuple[Callable[[Path], None], str]:
+    """Reads adapters; returns the function that writes them, and which checkpoint they are of."""
+    (adapters, scale), description = restore_adapters(found.checkpoint)
+    config = ConfigDict(read_config(found.workdir))
+    return functools.partial(write_adapter, adapters=adapters, scale=scale, config=config), description
 
 
 def _told_of(workdir: Path) -> RunData:
@@ -82,6 +105,7 @@ def define_flags(flag_values: flags.FlagValues = FLAGS) -> None:
     flags.DEFINE_string("to", None, "Folder, or URL of a store: gs://, s3://, file://.", required=True, **here)
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the weights.", **here)
     flags.DEFINE_string("max_shard_size", "5GB", "Size of a file of weights at most.", **here)
+    flags.DEFINE_bool("adapter", False, "Whether of a run of adapters these alone are written, for peft.", **here)
     flags.DEFINE_bool("force", False, "Whether a model that is there already is replaced.", **here)
 
 

@@ -63,19 +63,14 @@ _SHAPE = {
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # names of one function
 _ONLY = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 _BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
+LINEAR_NAMES = {"qkv": "attn.c_attn", "projection": "attn.c_proj", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj"}
 _LAYER_NAMES = {
     "ln_1/scale": "ln_1.weight",
     "ln_1/bias": "ln_1.bias",
-    "qkv/kernel": "attn.c_attn.weight",
-    "qkv/bias": "attn.c_attn.bias",
-    "projection/kernel": "attn.c_proj.weight",
-    "projection/bias": "attn.c_proj.bias",
     "ln_2/scale": "ln_2.weight",
     "ln_2/bias": "ln_2.bias",
-    "mlp_in/kernel": "mlp.c_fc.weight",
-    "mlp_in/bias": "mlp.c_fc.bias",
-    "mlp_out/kernel": "mlp.c_proj.weight",
-    "mlp_out/bias": "mlp.c_proj.bias",
+    **{f"{ours}/kernel": f"{theirs}.weight" for ours, theirs in LINEAR_NAMES.items()},
+    **{f"{ours}/bias": f"{theirs}.bias" for ours, theirs in LINEAR_NAMES.items()},
 }
 _BIASES = [name for name in _LAYER_NAMES if name.endswith("/bias") and not name.startswith("ln_")]
 

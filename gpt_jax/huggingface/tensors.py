@@ -106,8 +106,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], most: int) ->
     else:
         names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
     for file, part in zip(names, parts, strict=True):
-        with writing(folder / file):
-            _save(folder / file, part)
+        save_tensors(folder / file, part)
     if len(parts) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
@@ -118,17 +117,21 @@ def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], most: int) ->
     return [folder / file for file in names]
 
 
-def _save(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises OSError.
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one file.
 
     The library writes a view in the order of its memory, so that all are made contiguous, and gives a file to its owner
     alone, so that it gets the mode of one that was made here.
+
+    Raises:
+      StorageError: the disk did not take it.
     """
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    try:
-        whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-        save_file(whole, path, metadata={"format": "pt"})  # what transformers asks for
-        path.chmod(mode)
-    except SafetensorError as error:
-        raise (os_error_of(error) or error) from None
+    with writing(path):
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        try:
+            whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+            save_file(whole, path, metadata={"format": "pt"})  # what transformers asks for
+            path.chmod(mode)
+        except SafetensorError as error:
+            raise (os_error_of(error) or error) from None

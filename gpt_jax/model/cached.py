@@ -10,24 +10,25 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax.model.gpt import ModelConfig
+from gpt_jax.model.lora import LINEAR_LAYERS, merge_adapters
 from vk_kernels import ops
 
 Weights = dict[str, Any]
 Cache = tuple[jax.Array, ...]  # of each layer: keys and values, (B, block, 2, H, D) in the model's dtype
 
-MATRICES = ("qkv", "projection", "mlp_in", "mlp_out")  # of a layer
-
 
 def decoding_weights(params: Any, config: ModelConfig) -> Weights:
-    """The parameters as decoding reads them; embeddings and norms as they are."""
+    """The parameters as decoding reads them, adapters merged; embeddings and norms as they are."""
     dtype = jnp.dtype(config.dtype)
+    if config.lora is not None:
+        params = merge_adapters(params, config.lora.scale)
 
     def linear(layer: dict[str, jax.Array]) -> dict[str, jax.Array]:
         matrix = {"matrix": layer["kernel"].T.astype(dtype)}  # (N, K)
         return {**matrix, "bias": layer["bias"].astype(dtype)} if config.use_bias else matrix
 
     def block(layer: dict[str, Any]) -> dict[str, Any]:
-        return {name: linear(x) if name in MATRICES else x for name, x in layer.items()}
+        return {name: linear(x) if name in LINEAR_LAYERS else x for name, x in layer.items()}
 
     output = params["wte"] if config.tie_head else params["head"].T
     return {

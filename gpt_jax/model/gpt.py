@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from gpt_jax.model import lora
+from gpt_jax.model.lora import LINEAR_LAYERS, LoraConfig
 from vk_kernels import ops
 
 ATTENTION_SITE, PROJECTION_SITE, MLP_SITE = range(3)  # where dropout acts; with the layer, what its bits follow from
@@ -38,6 +40,7 @@ class ModelConfig:
     tie_head: bool = False  # the output layer is the token embedding
     dtype: str = "float32"  # or bfloat16
     remat: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+    lora: LoraConfig | None = None  # adapters beside the linear layers; None: there are none
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "ModelConfig":
@@ -63,21 +66,39 @@ class ModelConfig:
 
 
 class Linear(nn.Module):
-    """A matrix product with the epilogue of `ops.matmul`; parameters `kernel` (K, N) and, if asked, `bias` (N,)."""
+    """A matrix product and what follows it; parameters `kernel` (K, N) and, if asked, `bias` (N,).
+
+    Where the config has adapters for it, also `lora_a` (K, rank) and `lora_b` (rank, N).
+    """
 
     features: int
     config: ModelConfig
+    layer: int  # number of the block
     init_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, **epilogue) -> jax.Array:
-        dtype = jnp.dtype(self.config.dtype)
+    def __call__(self, x: jax.Array, rng: jax.Array | None, activation: str | None = None) -> jax.Array:
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
         init = nn.initializers.normal(0.02 * self.init_scale)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         bias = None
-        if self.config.use_bias:
+        if config.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return ops.matmul(x, kernel.astype(dtype), bias, **epilogue)
+        if config.lora is None or not config.lora.is_adapted(self.layer, self.name):
+            return ops.matmul(x, kernel.astype(dtype), bias, activation=activation)
+        y = ops.matmul(x, kernel.astype(dtype), bias, residual=self._adapter(x, rng))
+        return y if activation is None else ops.gelu(y)
+
+    def _adapter(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """(alpha / rank) dropout(x) A B, in x's dtype."""
+        config = self.config
+        rank = config.lora.rank
+        a = self.param(lora.A, lora.init_a, (x.shape[-1], rank), jnp.float32)
+        b = self.param(lora.B, nn.initializers.zeros, (rank, self.features), jnp.float32)
+        site = 3 * config.num_layers + len(LINEAR_LAYERS) * self.layer + LINEAR_LAYERS.index(self.name)
+        x = ops.dropout(x, rng, rate=config.lora.dropout, site=site)
+        return ops.matmul(ops.matmul(x, a.astype(x.dtype)), (config.lora.scale * b).astype(x.dtype))
 
 
 class LayerNorm(nn.Module):
@@ -119,17 +140,17 @@ class Block(nn.Module):
         x, y = LayerNorm(config.norm_epsilon, name="ln_1")(
             x, branch, **dropout_at(MLP_SITE, self.layer - 1, config, rng)
         )
-        qkv = Linear(3 * width, config, name="qkv")(y)
+        qkv = Linear(3 * width, config, self.layer, name="qkv")(y, rng)
         qkv = qkv.reshape(batch, length, 3, heads, width // heads)
         if self.is_mutable_collection(DIAGNOSTICS):
             self._sow_statistics(qkv[:, :, 0], qkv[:, :, 1])
         dropout = functools.partial(dropout_at, layer=self.layer, config=config, rng=rng)
         y = ops.packed_attention(qkv, cap=config.soft_cap, **dropout(ATTENTION_SITE))
         y = y.reshape(batch, length, width)
-        branch = Linear(width, config, config.residual_init_scale, name="projection")(y)
+        branch = Linear(width, config, self.layer, config.residual_init_scale, name="projection")(y, rng)
         x, y = LayerNorm(config.norm_epsilon, name="ln_2")(x, branch, **dropout(PROJECTION_SITE))
-        y = Linear(config.mlp_width, config, name="mlp_in")(y, activation="gelu")
-        return x, Linear(width, config, config.residual_init_scale, name="mlp_out")(y)
+        y = Linear(config.mlp_width, config, self.layer, name="mlp_in")(y, rng, activation="gelu")
+        return x, Linear(width, config, self.layer, config.residual_init_scale, name="mlp_out")(y, rng)
 
     def _sow_statistics(self, q: jax.Array, k: jax.Array) -> None:
         """Largest score before the soft cap, and mean entropy in nats of the attention weights; f32 (H,) each."""
@@ -195,6 +216,11 @@ class GPT(nn.Module):
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         matrix = self.output_matrix()
         return ops.matmul(hidden, matrix.T if self.config.tie_head else matrix).astype(jnp.float32)
+
+
+def make_model(config: ConfigDict) -> GPT:
+    """The model that a run trains: `config.model`, with the adapters of `config.lora`."""
+    return GPT(dataclasses.replace(ModelConfig.from_config(config.model), lora=LoraConfig.from_config(config)))
 
 
 def init_params(model: GPT, seed: int) -> Any:

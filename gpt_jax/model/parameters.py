@@ -1,11 +1,13 @@
 """Trees of parameters by name: what two of them have in common, and one that takes what it can of another."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpt_jax.errors import UserError
 
@@ -104,6 +106,15 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves by path, such as 'params/h_0/qkv/kernel', in the order of `jax.tree.leaves`."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def hash_of_parameters(parameters: Any) -> str:
+    """The SHA-256 of all names, types, shapes and bits; 64 hexadecimal digits."""
+    found = hashlib.sha256()
+    for name, leaf in sorted(named_leaves(parameters).items()):
+        found.update(f"{name}: {leaf_spec(leaf)}\n".encode())
+        found.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return found.hexdigest()
 
 
 def leaf_spec(leaf: Any) -> str:

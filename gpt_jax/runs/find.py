@@ -20,7 +20,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.runs.info import CONFIG_FILE, read_info
 from gpt_jax.runs.metrics import METRICS_FILE
 from gpt_jax.runs.tags import read_tags
-from gpt_jax.storage.checkpoint_files import CHECKPOINTS, read_losses, step_directories
+from gpt_jax.storage.checkpoint_files import BASE, CHECKPOINTS, read_losses, step_directories
 
 RUNS = Path("runs")  # where `gpt_jax.main` makes new ones
 LATEST, BEST = "latest", "best"
@@ -116,13 +116,15 @@ def _called(name: str, runs: Path) -> Path | None:
 
 
 def _of_folder(folder: Path) -> FoundRun:
-    """The run of a folder, which may be its `checkpoints` or one of these."""
+    """The run of a folder, which may be its `checkpoints` or one of these, or what its adapters stand beside."""
     path = folder.resolve()
     if not (path / CONFIG_FILE).exists():
         if path.name == CHECKPOINTS:
             return FoundRun(path.parent, path.parent)
         if path.parent.name == CHECKPOINTS:
             return FoundRun(path.parent.parent, path)
+        if path.name == BASE:
+            return FoundRun(path.parent, path)
     return FoundRun(folder, folder)
 
 

@@ -47,7 +47,7 @@ def device_peak_flops(device_kind: str, dtype: str) -> float | None:
     return None
 
 
-def model_flops_per_token(model: ConfigDict) -> int:
+def model_flops_per_token(model: ConfigDict, adapters: int = 0) -> int:
     """FLOPs of the forward and the backward pass, a token: 6 N + 6 L T D.
 
     N weights stand in matrix products, the output layer's among them, and the embeddings not, which are looked up: a
@@ -58,17 +58,22 @@ def model_flops_per_token(model: ConfigDict) -> int:
     Sources: Chowdhery et al., "PaLM" (2022), appendix B, for 6 N and the attention of an unmasked model, 12 L T D; Dao,
     "FlashAttention-2" (2023), section 4.1, for the half under a causal mask.
 
+    Where adapters alone are trained, N weights have no gradient of their own: 4 N, and 6 for each number in adapters.
+
     Args:
       model: `config.model`: L num_layers, T block_size, D embed_dim; a block has 4 D^2 weights in attention, and 2 D
         times its MLP's width.
+      adapters: numbers in adapters; 0: there are none, and all else is trained.
     """
     shape = (1, model.block_size, model.num_heads, model.embed_dim // model.num_heads)  # (B, T, H, D)
     attention = model.num_layers * (forward_flops(shape) + backward_flops(shape)) // model.block_size
     block = (4 * model.embed_dim + 2 * ModelConfig.from_config(model).mlp_width) * model.embed_dim
     weights = model.num_layers * block + model.vocab_size * model.embed_dim
-    return 6 * weights + attention
+    return (4 if adapters else 6) * weights + 6 * adapters + attention
 
 
-def model_flops_utilisation(model: ConfigDict, tokens_per_second: float, peak_flops: float | None) -> float | None:
+def model_flops_utilisation(
+    model: ConfigDict, tokens_per_second: float, peak_flops: float | None, adapters: int = 0
+) -> float | None:
     """MFU: the share that the model's FLOPs are of what the device could do at most; None where that is not known."""
-    return None if peak_flops is None else tokens_per_second * model_flops_per_token(model) / peak_flops
+    return None if peak_flops is None else tokens_per_second * model_flops_per_token(model, adapters) / peak_flops

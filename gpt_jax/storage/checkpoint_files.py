@@ -13,6 +13,7 @@ from gpt_jax.storage.json_file import DamagedError, check_version, read_object
 
 FORMAT_VERSION = 1  # of position.json; raise it when an older program would misread it
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
+BASE = "base"  # that of a run of adapters with the one checkpoint of the parameters that they stand beside
 STATE, POSITION = "state", "position.json"
 STEP = re.compile(r"0|[1-9][0-9]*")
 NEW, OLD = ".new", ".old"  # endings of a step being written, and of one being removed

@@ -11,7 +11,9 @@ from gpt_jax.data import tokenizer
 from gpt_jax.data.corpus import check_source
 from gpt_jax.data.token_cache import NEW_TOKENIZER, sources_of
 from gpt_jax.errors import UserError
+from gpt_jax.model.lora import LoraConfig, check_targets
 from gpt_jax.runs.info import read_config, read_info
+from gpt_jax.training.adapters import saved_part
 from gpt_jax.training.finetune import tokenizer_to_keep
 from gpt_jax.training.trainable import check_patterns
 
@@ -32,6 +34,8 @@ def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> dict[
     Raises:
       UserError: one of them cannot be used.
     """
+    if lora := LoraConfig.from_config(config):
+        check_targets(lora, config.model.num_layers)
     check_folder(workdir)
     read_info(workdir)
     read_config(workdir)
@@ -40,7 +44,7 @@ def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> dict[
     if config.data.validation:
         check_source(config.data.validation)
     check_patterns(config, abstract_state.params)
-    position = check_newest(workdir / CHECKPOINTS, abstract_state)
+    position = check_newest(workdir / CHECKPOINTS, saved_part(abstract_state, config))
     if position is None and config.init_from:
         try:
             check_donor(config.init_from, abstract_state.params)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax.backend import Backend, check_heads, describe, is_device_error
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.training.failures import remedies, remedies_of_model, smaller
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import (
@@ -38,7 +38,7 @@ class Programs(NamedTuple):
 
 def make_programs(config: ConfigDict, backend: Backend) -> Programs:
     """Nothing is traced before the first call."""
-    model = GPT(ModelConfig.from_config(config.model))
+    model = make_model(config)
     step = functools.partial(
         train_step,
         model=model,
@@ -59,7 +59,7 @@ def make_programs(config: ConfigDict, backend: Backend) -> Programs:
 
 def abstract_state(config: ConfigDict) -> TrainState:
     """Shapes and dtypes of a run's state."""
-    model, optimizer = GPT(ModelConfig.from_config(config.model)), make_optimizer(config)
+    model, optimizer = make_model(config), make_optimizer(config)
     return jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer, trained_parameters(config)))
 
 

@@ -18,7 +18,7 @@ from gpt_jax.config import leaves, validate
 from gpt_jax.data import batches, token_cache
 from gpt_jax.data.tokenizer import save as save_tokenizer
 from gpt_jax.log import Log
-from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.model.parameters import merge_parameters, named_leaves
 from gpt_jax.runs.folder import open_folder
 from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, mark_failed, new_run_id, read_config, write_json
@@ -26,7 +26,7 @@ from gpt_jax.runs.metrics import METRICS_FILE, MetricsWriter
 from gpt_jax.runs.report import write_report
 from gpt_jax.signals import StopSignal
 from gpt_jax.storage.files import StorageError, writing
-from gpt_jax.training import finetune
+from gpt_jax.training import adapters, finetune
 from gpt_jax.training.failures import TrainingFailed, remedies
 from gpt_jax.training.history import LAST_CHECKPOINT, NOTHING, Recorded, check_history, lost_work, read_recorded
 from gpt_jax.training.optimizer import make_optimizer
@@ -90,6 +90,7 @@ def train_and_evaluate(
 
         # Only now is it certain that this config and data are those of the folder: from here on it is written to.
         resume_step = None if position is None else int(state.step)
+        beside = adapters.position_of_adapters(config, state, position, workdir)
         info = RunInfo(
             workdir,
             name=config.name,
@@ -113,7 +114,7 @@ def train_and_evaluate(
         recorded, text = take_up(workdir, resume_step, log)
         start_seconds = time.perf_counter() - began
         writer.write(resume_step or 0, "event", {"text": text, "start_seconds": start_seconds, **lost})
-        run = Run(config, workdir, backend, programs, corpus, checkpointer, writer, info, log)
+        run = Run(config, workdir, backend, programs, corpus, checkpointer, writer, info, log, beside)
         trainer = Trainer(run, Start(state, position, recorded))
         failure.trainer = trainer
         stop.defer()
@@ -152,17 +153,21 @@ def initial_state(
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """The state to go on from, on JAX's default device, and the position saved with it: the run's own checkpoint if it
     has one, else the parameters of `init_from` with a fresh optimizer, else fresh parameters."""
-    model, optimizer = GPT(ModelConfig.from_config(config.model)), make_optimizer(config)
+    model, optimizer = make_model(config), make_optimizer(config)
     fresh = functools.partial(init_params, model, config.seed)
-    restored = checkpointer.restore_latest(abstract_state(config))
+    abstract = abstract_state(config)
+    restored = checkpointer.restore_latest(adapters.saved_part(abstract, config))
     if restored is not None:
         log(f"initialised from this run's checkpoint at step {restored.step}")
-        return restored.state, restored.position
+        state = adapters.whole_state(restored.state, restored.position, abstract.params, checkpointer.run)
+        return state, restored.position
     params = jax.jit(fresh)()
     if config.init_from:
         donor, description = restore_parameters(Path(config.init_from))
         donor, moved = finetune.map_token_rows(donor, params, config, tokenizer)
         params, report = merge_parameters(params, donor)
+        if config.lora.rank:
+            adapters.check_donor_is_whole(report)
         log("\n".join(filter(None, (f"initialised from {description}", str(report), moved))))
     else:
         log(f"initialised from scratch with seed {config.seed}")

@@ -17,6 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from gpt_jax.errors import UserError
+from gpt_jax.model.lora import LoraConfig, is_adapter
 from gpt_jax.model.parameters import listing, named_leaves
 
 IsTrained = Callable[[str], bool]  # takes a parameter's name
@@ -44,9 +45,9 @@ def all_trained(_: str) -> bool:
 
 
 def trained_parameters(config: ConfigDict) -> IsTrained:
-    """The one place that says which parameters of a run are trained."""
-    frozen = tuple(config.optimizer.frozen)
-    return lambda name: not is_selected(frozen, name)
+    """The one place that says which parameters of a run are trained: of those with adapters, the adapters alone."""
+    frozen, has_adapters = tuple(config.optimizer.frozen), LoraConfig.from_config(config) is not None
+    return lambda name: not is_selected(frozen, name) and (is_adapter(name) or not has_adapters)
 
 
 def rates_of_parameters(config: ConfigDict) -> RateOf:

@@ -28,13 +28,16 @@ from gpt_jax.inference.decoder import Decoder
 from gpt_jax.inference.generate import answer
 from gpt_jax.inference.sampling import SamplingOptions
 from gpt_jax.log import Log
-from gpt_jax.model.gpt import GPT, ModelConfig
+from gpt_jax.model.gpt import ModelConfig, make_model
+from gpt_jax.model.lora import is_adapter
+from gpt_jax.model.parameters import named_leaves
 from gpt_jax.runs.flops import device_peak_flops, model_flops_utilisation
 from gpt_jax.runs.info import RunInfo, host_peak_bytes, write_json
 from gpt_jax.runs.kernel_floors import PROFILE_FILE
 from gpt_jax.runs.metrics import LOSS_OF, MetricsWriter
 from gpt_jax.signals import StopSignal
 from gpt_jax.storage.files import writing
+from gpt_jax.training.adapters import saved_part
 from gpt_jax.training.failures import TrainingFailed
 from gpt_jax.training.history import LAST_CHECKPOINT, NOTHING, Recorded
 from gpt_jax.training.programs import Programs
@@ -67,7 +70,7 @@ class PhaseClock:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run: all that stays from its first step to its last."""
+    """A run: all that stays from its first step to its last. beside: see `adapters.position_of_adapters`."""
 
     config: ConfigDict
     workdir: Path
@@ -78,6 +81,7 @@ class Run:
     writer: MetricsWriter
     info: RunInfo
     log: Log
+    beside: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Trainer:
     def __init__(self, run: Run, start: Start) -> None:
         config, self.config, self.workdir, self.backend = run.config, run.config, run.workdir, run.backend
         self.corpus, self.checkpointer, self.writer = run.corpus, run.checkpointer, run.writer
-        self.info, self.log = run.info, run.log
+        self.info, self.log, self.beside = run.info, run.log, run.beside
         self.train_step, self.eval_step, self.diagnostics_step, self.nonfinite_places = run.programs
 
         leaves, self.structure = jax.tree.flatten(run.backend.put(start.state))
@@ -120,6 +124,9 @@ class Trainer:
         self.logged_step, self.logged_time = self.step, time.perf_counter()
         self.step_seconds: float | None = None  # the last measured
         self.trace, self.tracing = contextlib.ExitStack(), False  # JAX's profiler, and whether it runs
+        self.adapter_size = sum(
+            leaf.size for name, leaf in named_leaves(start.state.params).items() if is_adapter(name)
+        )
         self.peak_flops = device_peak_flops(run.backend.device["kind"], self._matmul_kind())
 
         shape = {
@@ -264,7 +271,7 @@ class Trainer:
             "eta_seconds": (self.config.num_steps - step) * seconds,
         }
         measured |= in_ms(phases)
-        mfu = model_flops_utilisation(self.config.model, tokens_per_second, self.peak_flops)
+        mfu = model_flops_utilisation(self.config.model, tokens_per_second, self.peak_flops, self.adapter_size)
         if mfu is not None:
             measured["mfu"] = mfu
         memory = {"host_peak_bytes": host_peak_bytes(), "device_peak_bytes": self.backend.peak_bytes()}
@@ -348,8 +355,8 @@ class Trainer:
     @functools.cached_property
     def decoder(self) -> Decoder:
         """A decoder for the config's prompts, without parameters."""
-        model = GPT(ModelConfig.from_config(self.config.model))
-        return Decoder(model, None, self.backend, slots=min(len(self.config.sample.prompts), MOST_SAMPLES))
+        slots = min(len(self.config.sample.prompts), MOST_SAMPLES)
+        return Decoder(make_model(self.config), None, self.backend, slots=slots)
 
     def sample(self) -> None:
         """Answers the config's prompts, to log and file, but those whose answers are there already."""
@@ -381,8 +388,9 @@ class Trainer:
             "elapsed_seconds": self.elapsed_seconds,
             "best_validation_loss": self.best_loss,
             "data_fingerprint": self.corpus.fingerprint,
+            **self.beside,
         }
-        self.checkpointer.save(self.step, self.state, position)
+        self.checkpointer.save(self.step, saved_part(self.state, self.config), position)
 
     def profile(self, batch: Batch) -> None:
         """Traces the steps that the config names: all of them by JAX's profiler, or the first by Vulkan's clock."""

@@ -287,6 +287,8 @@ def test_model_flops_a_token_are_those_of_the_maths_alone():
     """GPT-2 124M: 6 (12 x 12 x 768^2 + 50,257 x 768) for the matrices, 6 x 12 x 1,024 x 768 for causal attention."""
     assert model_flops_per_token(gpt2_124m.get_config().model) == 741_192_192 + 56_623_104
     assert model_flops_per_token(chat.get_config().model) == 34_455_552 + 2_359_296
+    # Adapters of 1,000 numbers: no matrix has a gradient of its own.
+    assert model_flops_per_token(chat.get_config().model, 1000) == 34_455_552 * 4 // 6 + 6000 + 2_359_296
 
 
 def test_model_flops_utilisation():

@@ -1,0 +1,209 @@
+"""Runs of adapters: what is trained and saved, that a run is whole without its donor, and what of it others read."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import tiny, write_chats, written
+from untrained_run import write_untrained_run
+from vulkan_devices import SELECTOR, needs_vulkan
+
+import vk_kernels
+from gpt_jax.checkpoint import Checkpointer, restore_adapters, restore_parameters, save_base
+from gpt_jax.data.tokenizer import load as load_tokenizer
+from gpt_jax.errors import UserError
+from gpt_jax.inference.load import load_for_sampling
+from gpt_jax.model.gpt import init_params, make_model
+from gpt_jax.model.lora import is_adapter
+from gpt_jax.model.parameters import hash_of_parameters, named_leaves
+from gpt_jax.runs.metrics import read_lines
+from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from gpt_jax.training.steps import init_state, train_step
+from gpt_jax.training.train import initial_state, train_and_evaluate
+from gpt_jax.training.trainable import trained_parameters
+
+LORA = {"lora__rank": 2, "lora__alpha": 4.0, "lora__dropout": 0.1, "optimizer__learning_rate": 0.03}
+NO_PRODUCTS = ("matmul_finish", "matmul_column", "matmul_epilogue")  # what else a product's plan has
+
+
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory) -> Path:
+    return write_untrained_run(tmp_path_factory.mktemp("donor") / "donor", steps=1, model__block_size=16)
+
+
+def config_of(folder: Path, donor: Path | str, **changes):
+    quick = {"sample__every": 0, "log__diagnostics_every": 0}
+    return tiny(folder / "chats.jsonl", init_from=str(donor), **quick | LORA | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(donor, tmp_path_factory) -> Path:
+    """A run of adapters. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("lora")
+    write_chats(folder / "chats.jsonl")
+    assert train_and_evaluate(config_of(folder, donor), folder / "run") is None
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    shutil.copytree(finished.parent, tmp_path / "there")
+    return tmp_path / "there" / "run"
+
+
+def record(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "position.json").read_text())
+
+
+def test_checkpoints_hold_adapters_and_their_moments_and_the_base_is_saved_once(finished, donor):
+    leaves = record(finished / "checkpoints" / "12")["leaves"]
+    params = [name for name in leaves if name.startswith("params/")]
+    assert len(params) == 8
+    assert all(map(is_adapter, params))
+    moments = [name for name in leaves if name.startswith("opt_state/") and name.count("/") > 3]
+    assert len(moments) == 16
+    assert all(map(is_adapter, moments))
+    base, _ = restore_parameters(finished / "base")
+    given, _ = restore_parameters(donor)
+    assert hash_of_parameters(base) == hash_of_parameters(given)
+    assert record(finished / "checkpoints" / "12")["position"]["adapts"] == {
+        "base": hash_of_parameters(given),
+        "scale": 2.0,
+    }
+
+
+def test_it_learns_and_says_what_it_trains(finished):
+    lines = [line for line in read_lines(finished / "metrics.jsonl") if line["split"] == "validation"]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    info = json.loads((finished / "run.json").read_text())
+    assert info["trained_parameters"] == 2 * (16 + 48 + 16 + 16 + 16 + 64 + 64 + 16) < info["parameters"] / 10
+
+
+def test_who_reads_its_parameters_gets_them_merged(finished, donor):
+    base, _ = restore_parameters(donor)
+    (adapters, scale), description = restore_adapters(finished)
+    assert scale == 2
+    merged, also = restore_parameters(finished)
+    assert description == also
+    together = {**named_leaves(base), **named_leaves(adapters)}
+    kernel = together["h_0/qkv/kernel"] + np.float32(2) * (together["h_0/qkv/lora_a"] @ together["h_0/qkv/lora_b"])
+    np.testing.assert_array_equal(merged["h_0"]["qkv"]["kernel"], kernel)
+    assert np.abs(kernel - together["h_0/qkv/kernel"]).max() > 1e-4
+    np.testing.assert_array_equal(merged["wte"], base["wte"])
+    assert named_leaves(merged).keys() == named_leaves(base).keys()
+    config, params, _, _ = load_for_sampling(finished)
+    assert config.lora.rank == 2
+    jax.tree.map(np.testing.assert_array_equal, params, merged)
+    with pytest.raises(UserError, match=r"has no adapters: give one of a run with config.lora.rank above 0"):
+        restore_adapters(donor)
+
+
+def test_a_run_goes_on_bit_for_bit_without_its_donor(copy, finished):
+    shutil.rmtree(copy / "checkpoints" / "12")
+    config = config_of(copy.parent, "no longer there")
+    assert train_and_evaluate(config, copy) is None
+    assert "initialised from this run's checkpoint at step 8" in (copy / "log.txt").read_text()
+    assert written(copy) == written(finished)
+    leaves, expected = (named_leaves(restore_parameters(run / "checkpoints" / "12")[0]) for run in (copy, finished))
+    for name in expected:
+        np.testing.assert_array_equal(leaves[name], expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("what", ["gone", "damaged", "another"])
+def test_a_base_that_is_gone_damaged_or_another_one_is_one_line(copy, what):
+    base = copy / "base" / "0"
+    if what == "gone":
+        shutil.rmtree(base.parent)
+    elif what == "damaged":
+        largest = max((file for file in base.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:-1])
+    else:
+        save_base(copy, {"wte": np.zeros(3, np.float32)})
+    with pytest.raises(UserError) as caught:
+        restore_parameters(copy)
+    assert str(caught.value).startswith(f"{base}, the parameters that the adapters of {copy} were trained beside: ")
+    assert str(caught.value).endswith("put them back, with which the run is whole again")
+
+
+def test_a_run_of_adapters_is_a_donor_like_any_other(finished, tmp_path):
+    config = tiny(finished.parent / "chats.jsonl", init_from=str(finished))
+    tokenizer = load_tokenizer(finished / "tokenizer.json")
+    lines: list[str] = []
+    with Checkpointer(tmp_path / "checkpoints", keep_last=1, keep_every=None) as checkpointer:
+        state, _ = initial_state(config, checkpointer, tokenizer, lines.append)
+    assert "0 dropped, 0 mismatched and kept fresh, 0 new" in lines[0]
+    jax.tree.map(np.testing.assert_array_equal, state.params, restore_parameters(finished)[0])
+
+
+def test_a_donor_that_lacks_a_part_of_the_model_is_refused(donor, tmp_path):
+    config = config_of(tmp_path, donor, model__num_layers=2)
+    tokenizer = load_tokenizer(donor / "tokenizer.json")
+    with (
+        Checkpointer(tmp_path / "checkpoints", keep_last=1, keep_every=None) as checkpointer,
+        pytest.raises(UserError, match=r"the donor has not all of it: h_1/ln_1/bias, .* would stay random"),
+    ):
+        initial_state(config, checkpointer, tokenizer, print)
+
+
+def test_targets_are_checked_before_any_work(donor, tmp_path):
+    config = config_of(tmp_path, donor, lora__targets=("c_attn",))
+    with pytest.raises(UserError, match=r"config.lora.targets: 'c_attn' is no linear layer: there are qkv, projection"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def steps_of(**changes):
+    """(state on the host, step, batch) of a run of adapters."""
+    config = config_of(Path("nowhere"), "a donor", **changes)
+    model, optimizer, is_trained = make_model(config), make_optimizer(config), trained_parameters(config)
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        schedule=learning_rate_schedule(config),
+        seed=config.seed,
+        accumulate_steps=config.accumulate_steps,
+        is_trained=is_trained,
+    )
+    state = jax.jit(lambda: init_state(init_params(model, 0), optimizer, is_trained))()
+    stream = np.random.default_rng(0).integers(0, 270, (2, 17)).astype(np.int32)
+    return jax.tree.map(np.asarray, state), step, {"inputs": stream[:, :-1], "targets": stream[:, 1:]}
+
+
+@needs_vulkan
+def test_two_steps_are_those_of_xla_and_only_adapters_move():
+    state, step, batch = steps_of(lora__dropout=0.25, optimizer__frozen=("*/projection",))
+    found = {}
+    for name, jitted in (("xla", jax.jit(step)), ("vulkan", vk_kernels.jit(step, device=SELECTOR))):
+        after, _ = jitted(state, batch)
+        after, metrics = jitted(after, batch)
+        found[name] = jax.tree.map(np.asarray, (after.params, metrics))
+    (params, metrics), (expected, expected_metrics) = found["vulkan"], found["xla"]
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, expected_metrics[name], rtol=2e-4, err_msg=name)
+    moved = set()
+    for name, leaf in named_leaves(params).items():
+        np.testing.assert_allclose(leaf, named_leaves(expected)[name], rtol=1e-3, atol=2e-5, err_msg=name)
+        before = named_leaves(state.params)[name]
+        moved |= set() if (leaf == before).all() else {name}
+    assert moved == {f"h_0/{layer}/{name}" for layer in ("qkv", "mlp_in", "mlp_out") for name in ("lora_a", "lora_b")}
+
+
+@needs_vulkan
+def test_a_plan_makes_no_gradient_of_what_adapters_stand_beside():
+    """One block and the output layer. Below the first linear layer nothing is trained: it needs no dx either."""
+    products, moved = {}, {}
+    for rank in (0, 2):
+        state, step, batch = steps_of(lora__rank=rank, lora__dropout=0.0, model__dropout_rate=0.0)
+        lowered = vk_kernels.jit(step, donate_argnums=0, device=SELECTOR).lower(state, batch)
+        labels = [command.label for command in lowered.program.commands]
+        products[rank] = sum(label.startswith("matmul") and not label.startswith(NO_PRODUCTS) for label in labels)
+        moved[rank] = set(lowered.donated) - set(lowered.program.aliases.values())
+    assert moved == {0: set(), 2: set()}  # the state stays where it is
+    layers, adapters, below = 4 + 1, 4, 1  # below: linear layers that need no dx
+    assert products[0] == 3 * layers  # y, dx, dw
+    assert products[2] == 2 * layers - below + 6 * adapters - below  # of an adapter's two products all three
