@@ -3,7 +3,8 @@
     python -m gpt_jax.main --config=configs/chat_gpt2.py
 
 It differs from configs/chat.py by what the format of GPT-2 asks for (no soft cap of attention scores) and by what
-GPT-2 has: biases and a tied head, 5,828,608 parameters. The full run was not measured.
+GPT-2 has: biases and a tied head, 5,828,608 parameters. Expect a loss of 8.32 at step 1 and a validation loss of 8.32
+before it; the full run was not measured.
 """
 
 from ml_collections import ConfigDict

@@ -104,6 +104,6 @@ def _remove_empty(folders: list[Path]) -> None:
 def _sync(folder: Path) -> None:
     """Puts a folder's files on the disk."""
     for file in folder.iterdir():
-        with file.open("rb") as opened:
+        with file.open("r+b") as opened:  # Windows flushes no file that was opened to be read
             os.fsync(opened.fileno())
     sync_folder(folder)
