@@ -154,16 +154,26 @@ class Block(nn.Module):
 
     def _sow_statistics(self, q: jax.Array, k: jax.Array) -> None:
         """Largest score before the soft cap, and mean entropy in nats of the attention weights; f32 (H,) each."""
-        length, head_dim = q.shape[1], q.shape[3]
-        causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
-        scores = ops.attention_scores(q, k, scale=1 / math.sqrt(head_dim), cap=None)  # (B, H, T, T)
-        largest = jnp.where(causal, scores, -jnp.inf).max(axis=(0, 2, 3))
-        if self.config.soft_cap is not None:
-            scores = self.config.soft_cap * jnp.tanh(scores / self.config.soft_cap)
-        log_weights = jax.nn.log_softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+        largest, log_weights, causal = attention_log_weights(q, k, self.config.soft_cap)
         entropy = -jnp.where(causal, jnp.exp(log_weights) * log_weights, 0.0).sum(axis=-1).mean(axis=(0, 2))
         self.sow(DIAGNOSTICS, "attention_max", largest)
         self.sow(DIAGNOSTICS, "attention_entropy", entropy)
+
+
+def attention_log_weights(q: jax.Array, k: jax.Array, soft_cap: float | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of queries and keys, (B, T, H, D) each, as the model computes it but with all weights stored.
+
+    Returns:
+      The largest score of each head before the soft cap, (H,); the logarithms of the weights, (B, H, T, T), f32; and
+      which of these a token sees, bool (1, 1, T, T).
+    """
+    length, head_dim = q.shape[1], q.shape[3]
+    causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+    scores = ops.attention_scores(q, k, scale=1 / math.sqrt(head_dim), cap=None)  # (B, H, T, T)
+    largest = jnp.where(causal, scores, -jnp.inf).max(axis=(0, 2, 3))
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    return largest, jax.nn.log_softmax(jnp.where(causal, scores, -jnp.inf), axis=-1), causal
 
 
 class GPT(nn.Module):

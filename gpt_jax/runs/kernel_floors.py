@@ -7,13 +7,16 @@ the rate of a large product, both measured on the device when the profile was ma
 import collections
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpt_jax.runs.content import Bars, Block, Figure, Text, make_table
 from gpt_jax.runs.formats import format_number
 from gpt_jax.runs.info import FORMAT_VERSION
-from gpt_jax.runs.load import RunData
+from gpt_jax.runs.load import RunData, import_extra
 from gpt_jax.storage.json_file import NUMBER, DamagedError, Types, read_object
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PROFILE_FILE = Path("profile") / "kernels.json"  # in a run's folder
 _TYPES: Types = {
@@ -110,6 +113,16 @@ def section(run: RunData) -> list[Block]:
         f"{profile['flops_per_second'] / 1e12:,.2f} TFLOP/s."
     )
     return [Figure("Each kernel beside its floor", about, chart, table), *_by(profile, "phase"), *_by(profile, "layer")]
+
+
+def times_table(profile: dict[str, Any]) -> "pd.DataFrame":
+    """The kernels of a profile as a data frame: calls, ms, floor and what bounds it."""
+    pd = import_extra("pandas")
+    rows = [
+        {"kernel": x.name, "calls": x.calls, "ms": 1e3 * x.seconds, "floor, ms": 1e3 * x.floor, "bound by": x.bound}
+        for x in kernel_times(profile)
+    ]
+    return pd.DataFrame(rows).set_index("kernel")
 
 
 def _by(profile: dict[str, Any], what: str) -> list[Block]:

@@ -153,6 +153,13 @@ def load_samples(*workdirs: str | Path) -> "pd.DataFrame":
     return pd.concat(frames, ignore_index=True)
 
 
+def last_samples(*workdirs: str | Path) -> "pd.DataFrame":
+    """The last answer of each run to each prompt: a row a prompt, a column a run."""
+    samples = load_samples(*workdirs)
+    last = samples[samples["step"] == samples.groupby("run")["step"].transform("max")]
+    return last.pivot_table(index="prompt", columns="run", values="text", aggfunc="last", sort=False)
+
+
 _SAMPLE_COLUMNS = ["step", "prompt", "text", "tokens", "seconds", "ended"]
 
 

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def default_half_life(df: "pd.DataFrame") -> float:
+    """The half-life of a smoothed loss: 20 steps, or a fiftieth of the shortest run where that is less.
+
+    Over a run of a few dozen steps, 20 would show its beginning at its end. All runs have the same one, to be compared.
+    """
+    lengths = df[df["split"] == "train"].groupby("run")["step"].agg(lambda steps: steps.max() - steps.min() + 1)
+    return min(20.0, lengths.min() / 50) if len(lengths) else 20.0
+
+
 def smooth(series: "pd.Series", half_life: float) -> "pd.Series":
     """Exponential moving average in which a value counts half as much `half_life` steps later.
 
@@ -49,10 +58,11 @@ def spikes(df: "pd.DataFrame", threshold: float = SPIKE) -> "pd.DataFrame":
 def compare(
     df: "pd.DataFrame",
     steps: Sequence[int] = (1, 100, 500, 1000, 2500, 5000, 10_000, 50_000),
-    half_life: float = 20,
+    half_life: float | None = None,
 ) -> "pd.DataFrame":
     """The runs side by side, one a column: smoothed training loss at some steps, and how far each came."""
     pd = import_extra("pandas")
+    half_life = default_half_life(df) if half_life is None else half_life
     columns = {}
     for label, train in _by_run(df, "train"):
         loss = smooth(train.set_index("step")["loss"], half_life)
@@ -71,12 +81,13 @@ def compare(
     return pd.DataFrame(columns)
 
 
-def validation_gap(df: "pd.DataFrame", half_life: float = 20) -> "pd.DataFrame":
+def validation_gap(df: "pd.DataFrame", half_life: float | None = None) -> "pd.DataFrame":
     """Each evaluation beside the smoothed training loss of its step: run, step, train, validation, gap.
 
     Dropout is on in training and off in validation, so a young model's gap is often negative.
     """
     pd = import_extra("pandas")
+    half_life = default_half_life(df) if half_life is None else half_life
     frames = []
     for label, validation in _by_run(df, "validation"):
         train = df[(df["run"] == label) & (df["split"] == "train")].set_index("step")["loss"]
@@ -89,20 +100,25 @@ def validation_gap(df: "pd.DataFrame", half_life: float = 20) -> "pd.DataFrame":
     return pd.concat(frames, ignore_index=True)
 
 
-def plot_loss(df: "pd.DataFrame", half_life: float = 20) -> "Figure":
+def plot_loss(df: "pd.DataFrame", half_life: float | None = None) -> "Figure":
     """Training loss, raw (pale) and smoothed, with the validation losses as points."""
+    half_life = default_half_life(df) if half_life is None else half_life
     figure, axes = _figure(1)
     for color, (label, train) in _colored(_by_run(df, "train")):
         axes[0].plot(train["step"], train["loss"], color=color, alpha=0.25, linewidth=0.8)
         axes[0].plot(train["step"], smooth(train["loss"], half_life), color=color, label=label)
         validation = df[(df["run"] == label) & (df["split"] == "validation")]
         axes[0].plot(validation["step"], validation["loss"], "o", color=color, markeredgecolor="black")
-    axes[0].set(xlabel="step", ylabel="loss (nats a token)", title="Training loss; dots: validation")
+    axes[0].set(
+        xlabel="step",
+        ylabel="loss (nats a token)",
+        title=f"Training loss, half-life {half_life:g} steps; dots: validation",
+    )
     axes[0].legend()
     return figure
 
 
-def plot_validation_gap(df: "pd.DataFrame", half_life: float = 20) -> "Figure":
+def plot_validation_gap(df: "pd.DataFrame", half_life: float | None = None) -> "Figure":
     """Validation loss less training loss at each evaluation."""
     figure, axes = _figure(1, height=3)
     for color, (label, gap) in _colored(validation_gap(df, half_life).groupby("run", sort=False)):
@@ -176,6 +192,37 @@ def plot_attention(df: "pd.DataFrame", run: str | None = None) -> "Figure":
         ax.set(ylabel=title, title=f"{title} of each attention head, {diagnostics['run'].iloc[0]}")
     axes[1].set_xlabel("step")
     axes[0].legend(title="layer", ncols=2, fontsize="small")
+    return figure
+
+
+def plot_heads(tokens: Sequence[str], weights: np.ndarray, title: str = "") -> "Figure":
+    """What each token, a row, attends to: a panel a head, from weights (H, T, T)."""
+    shown = [token.replace(" ", "·") for token in tokens]
+    columns = min(4, len(weights))
+    rows = -(-len(weights) // columns)
+    side = max(2.6, 0.19 * len(tokens))
+    figure = import_extra("matplotlib.figure").Figure(figsize=(side * columns, side * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for head, ax in enumerate(panels[: len(weights)]):
+        image = ax.imshow(weights[head], vmin=0, vmax=1, cmap="Blues")
+        ax.set_xticks(range(len(shown)), shown, rotation=90, fontsize="x-small")
+        ax.set_yticks(range(len(shown)), shown, fontsize="x-small")
+        ax.set_title(f"head {head}")
+    for ax in panels[len(weights) :]:
+        ax.remove()
+    figure.colorbar(image, ax=panels[: len(weights)].tolist(), label="weight", shrink=0.6)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_errors(errors: Mapping[str, np.ndarray]) -> "Figure":
+    """Histogram of errors by implementation, the larger ones visible: counts are on a logarithmic scale."""
+    figure, axes = _figure(1)
+    largest = max(np.abs(values).max() for values in errors.values()) or 1.0
+    for color, (name, values) in _colored(errors.items()):
+        axes[0].hist(values, bins=np.linspace(-largest, largest, 60), histtype="step", color=color, label=name)
+    axes[0].set(yscale="log", xlabel="error, in units of the largest result", ylabel="elements", title="Errors")
+    axes[0].legend()
     return figure
 
 

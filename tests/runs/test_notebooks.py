@@ -1,38 +1,59 @@
 """Runs every notebook from top to bottom, as a reader would, on data small enough for a test."""
 
+import ast
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from synthetic_run import write_run
+from tiny_run import EVERY, tiny
+from vulkan_devices import SELECTOR, needs_vulkan
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 
 
-def two_runs(folder: Path) -> dict[str, str]:
-    """Environment of a notebook that reads runs."""
-    workdirs = [
-        write_run(folder / "first"),
-        write_run(folder / "second", steps=250, seed=1, status="interrupted"),
-    ]
-    return {"GPT_JAX_RUNS": os.pathsep.join(map(str, workdirs))}
+@pytest.fixture(scope="module")
+def trained(corpus, compiled_once, tmp_path_factory) -> Path:
+    """A run of two layers with two heads each."""
+    from gpt_jax.training.train import train_and_evaluate
+
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    shape = {"model__num_layers": 2, "model__num_heads": 2, "model__block_size": 64}
+    assert train_and_evaluate(tiny(corpus, num_steps=EVERY, **shape), workdir) is None
+    return workdir
 
 
-# Notebook, and what makes the data it needs and returns the environment variables that lead to it.
-CASES: dict[str, Callable[[Path], dict[str, str]]] = {"loss_curves.ipynb": two_runs}
+def run_cells(name: str, monkeypatch: pytest.MonkeyPatch, **variables: object) -> tuple[list[Any], dict[str, Any]]:
+    """Runs the code cells in this process, which has imported jax already; returns their values, and all names."""
+    import nbformat
+
+    monkeypatch.chdir(NOTEBOOKS)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, str(value))
+    values, names = [], {}
+    for cell in nbformat.read(name, as_version=4).cells:
+        if cell.cell_type == "code":
+            *body, last = ast.parse(cell.source).body
+            exec(compile(ast.Module(body, []), name, "exec"), names)
+            assert isinstance(last, ast.Expr), "a cell shows nothing"
+            values.append(eval(compile(ast.Expression(last.value), name, "eval"), names))
+    return values, names
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_notebook_runs(name, tmp_path, monkeypatch):
+def test_loss_curves(tmp_path, monkeypatch):
+    """In a kernel of its own, as Jupyter runs it."""
     import nbformat  # here: it takes seconds, and every selection of tests imports this file
     from nbclient import NotebookClient
 
-    for variable, value in CASES[name](tmp_path).items():
-        monkeypatch.setenv(variable, value)
+    workdirs = [
+        write_run(tmp_path / "first"),
+        write_run(tmp_path / "second", steps=250, seed=1, status="interrupted"),
+    ]
+    monkeypatch.setenv("GPT_JAX_RUNS", os.pathsep.join(map(str, workdirs)))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the kernel starts in notebooks/
-    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    notebook = nbformat.read(NOTEBOOKS / "loss_curves.ipynb", as_version=4)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
@@ -42,11 +63,52 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
     assert all("image/png" in output.data for cell in drawn for output in cell.outputs)
 
 
+@pytest.mark.slow
+def test_finetune(trained, corpus, monkeypatch, tmp_path):
+    run = tmp_path / "run"
+    run.symlink_to(trained)
+    values, names = run_cells("finetune.ipynb", monkeypatch, GPT_JAX_RUNS=run, GPT_JAX_CHATS=corpus, GPT_JAX_STEPS=4)
+    assert values[0] == names["TUNED"] == tmp_path / "run_tuned"
+    assert "complete" in values
+    log = (names["TUNED"] / "log.txt").read_text()
+    assert "initialised from" in log
+    assert "0 dropped, 0 mismatched and kept fresh, 0 new" in log
+    answers = values[-1].data
+    assert list(answers.columns) == ["run", "run_tuned"]
+    assert list(answers.index) == ["moon?", "sun?"]
+
+
+@pytest.mark.slow
+def test_attention(trained, monkeypatch):
+    values, names = run_cells("attention.ipynb", monkeypatch, GPT_JAX_RUNS=trained)
+    count = len(names["tokens"])
+    assert "".join(names["tokens"]) == names["SENTENCE"]
+    assert values[0] == {"h_0": (2, count, count), "h_1": (2, count, count)}
+    for weights in names["weights"].values():
+        assert weights.sum(axis=-1) == pytest.approx(1, abs=1e-5)
+        assert abs(weights[:, 0, 1:]).max() == 0  # nothing comes before the first token
+    assert [ax.get_title() for ax in values[1].axes[:2]] == ["head 0", "head 1"]
+
+
+@needs_vulkan
+@pytest.mark.slow
+def test_kernels(monkeypatch, capsys):
+    values, names = run_cells("kernels.ipynb", monkeypatch, VK_KERNELS_DEVICE=SELECTOR, EXAMINE_SIZE="tiny")
+    _, histogram, times, _ = values
+    found = names["found"]
+    assert set(found.errors) == {"Vulkan", "XLA"}
+    assert 0 < abs(found.errors["Vulkan"]).max() < 1e-5
+    assert [text.get_text() for text in histogram.axes[0].get_legend().get_texts()] == ["Vulkan", "XLA"]
+    assert (times["ms"] > 0).all()
+    assert (times["floor, ms"] > 0).all()
+    assert "dispatch" in capsys.readouterr().out
+
+
 def test_every_notebook_is_run_and_stored_without_output():
     import nbformat
 
     stored = sorted(NOTEBOOKS.glob("*.ipynb"))
-    assert [path.name for path in stored] == sorted(CASES)
+    assert [f"test_{path.stem}" in globals() for path in stored] == [True] * 4
     for path in stored:
         for cell in nbformat.read(path, as_version=4).cells:
             assert not cell.get("outputs"), f"{path.name}: run `jupyter nbconvert --clear-output --inplace` on it"

@@ -286,6 +286,16 @@ def test_smoothing_halves_a_value_in_a_half_life():
     assert plots.smooth(step, half_life=0) is step
 
 
+def test_a_short_run_is_smoothed_over_a_fiftieth_of_it(tmp_path):
+    """Half-lives of 20 steps would show the first loss at the end of a run of 30."""
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(1, 31):
+            writer.write(step, "train", {"loss": 9.0 - step / 10, "grad_norm": 1.0})
+    short = load.load_metrics(tmp_path)
+    assert plots.default_half_life(short) == 30 / 50
+    assert plots.compare(short).loc["last loss"].item() == pytest.approx(6.0, abs=0.1)
+
+
 def test_spikes(df):
     found = plots.spikes(df, threshold=10)
     assert found["run"].tolist() == ["plain", "other"]
@@ -330,6 +340,14 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best_of_a_comparison(
     assert table.loc["at step", "plain"] == 600
     assert np.isfinite(table.loc["best validation loss", "plain"])
     assert np.isnan(table.loc["best validation loss", "other"])
+
+
+def test_last_samples_stand_side_by_side(workdir, tmp_path):
+    answers = load.last_samples(workdir, write_run(tmp_path / "other", steps=100))
+    assert answers.loc["How to live?"].tolist() == [
+        "Live each day as if it were whole.",
+        "Be well , be well , be well .",
+    ]
 
 
 def test_validation_gap(df):

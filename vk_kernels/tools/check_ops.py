@@ -164,6 +164,12 @@ def _truths(case: OpCase, draws: Sequence[Operands]) -> list[tuple[Any, Any]]:
         return [jax.tree.map(np.asarray, function(*jax.tree.map(_exact, operands))) for operands in draws]
 
 
+def truth_of(case: OpCase, operands: Operands) -> np.ndarray:
+    """The first result of a case on some operands, in float64."""
+    with jax.enable_x64(True):
+        return np.asarray(case.run_truth(jax.tree.map(_exact, operands))[0], np.float64)
+
+
 def _exact(x: np.ndarray) -> np.ndarray:
     return np.asarray(x, np.float64) if x.dtype in (F32, BF16) else x
 
