@@ -80,6 +80,13 @@ def phase_figures(milliseconds: np.ndarray) -> tuple[float, float, float]:
     return (*np.percentile(milliseconds, (50, 90)), milliseconds.max())
 
 
+def peak_memory(run: RunData, where: str) -> float | None:
+    """The most bytes that were in use on the 'device' or the 'host'; None: not known."""
+    said = (run.info.get("peak_memory_bytes") or {}).get(where)
+    _, recorded = run.series("train", f"{where}_peak_bytes")  # ahead of run.json while the run goes on
+    return max([*recorded[-1:], *([said] if said else [])], default=None)
+
+
 def trailing_mean(values: np.ndarray) -> np.ndarray:
     """Mean of the last TRAIN_WINDOW values at each place; +inf until there are as many."""
     sums = np.cumsum(np.concatenate([[0.0], values]))

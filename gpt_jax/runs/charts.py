@@ -68,9 +68,8 @@ def loss(run: RunData) -> list[Block]:
         Series(f"training, mean of the {TRAIN_WINDOW} steps around", middle, means),
         Series("validation", *run.series("validation", "loss"), "points"),
     ]
-    return line_figure(
-        "Loss", f"Training and validation loss by step.{_trend(steps, values)}", "loss (nats a token)", lines
-    )
+    about = f"Training and validation loss by step. Training:{_trend(steps, values)}"
+    return line_figure("Training and validation", about, "loss (nats a token)", lines)
 
 
 def learning_rate(run: RunData) -> list[Block]:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.config import leaves
-from gpt_jax.runs.analysis import TRAIN_WINDOW, trailing_mean
+from gpt_jax.runs.analysis import TRAIN_WINDOW, peak_memory, trailing_mean
 from gpt_jax.runs.charts import Series, line_figure
 from gpt_jax.runs.content import Block, Report, Section, Text, make_table
 from gpt_jax.runs.formats import format_duration, format_number, format_size
 from gpt_jax.runs.load import RunData, run_labels
 from gpt_jax.runs.sections import final_figures
-from gpt_jax.runs.wall_time import running_seconds, wall_time
+from gpt_jax.runs.wall_time import elapsed_seconds, running_seconds, wall_time
 
 X_NAMES = ("step", "tokens", "minutes")
 SAMPLE_STEPS = 3  # of a prompt: the first, one in the middle, the last
@@ -50,9 +50,9 @@ def figures(runs: Runs) -> list[Block]:
         "median step, ms": lambda run: _median(run, "step_ms"),
         "tokens a second": lambda run: _median(run, "tokens_per_second", ",.0f"),
         "MFU": lambda run: _median(run, "mfu", ".1%"),
-        "time": lambda run: format_duration(run.info.get("elapsed_seconds")),
+        "time": lambda run: format_duration(elapsed_seconds(run)),
         "parameters": lambda run: f"{run.info['parameters']:,}" if run.info.get("parameters") else None,
-        "device memory": lambda run: format_size((run.info.get("peak_memory_bytes") or {}).get("device")),
+        "device memory": lambda run: format_size(peak_memory(run, "device")),
         "backend": lambda run: run.info.get("backend"),
     }
     rows = [(name, *(fact(run) or "-" for _, run in runs)) for name, fact in facts.items()]

@@ -17,6 +17,7 @@ from gpt_jax.runs import charts, kernel_floors
 from gpt_jax.runs.analysis import (
     TRAIN_WINDOW,
     evaluations,
+    peak_memory,
     phase_figures,
     phases,
     text_statistics,
@@ -28,6 +29,7 @@ from gpt_jax.runs.formats import format_duration, format_number, format_size
 from gpt_jax.runs.load import NORM, RunData, forward_order
 from gpt_jax.runs.metrics import LOSS_OF
 from gpt_jax.runs.notes import NOTES
+from gpt_jax.runs.wall_time import elapsed_seconds
 
 RANGE_ENDS = (500, 1000, 2500, 5000, 10_000, 25_000, 50_000)
 MILESTONES = (8, 7, 6.5, 6, 5.5, 5, 4.5, 4, 3.5, 3, 2.5, 2, 1.5, 1)
@@ -49,7 +51,7 @@ def summary(run: RunData) -> list[Block]:
     total = run.config.get("num_steps")
     rows += [
         ("steps", f"{run.last_step:,}" + (f" of {total:,}" if total else "")),
-        ("time", format_duration(info.get("elapsed_seconds"))),
+        ("time", format_duration(elapsed_seconds(run))),
         *final_figures(run),
         ("starts", info.get("starts")),
         ("command", info.get("command")),
@@ -82,14 +84,13 @@ def losses_by_source(run: RunData) -> dict[str, float]:
 def infrastructure(run: RunData) -> list[Block]:
     info = run.info
     device, host, git = (info.get(key) or {} for key in ("device", "host", "git"))
-    peak = info.get("peak_memory_bytes") or {}
     changed = " (with uncommitted changes)" if git.get("dirty") else ""
     rows = [
         ("backend", info.get("backend")),
         ("device", device and f"{device.get('count')} x {device.get('kind')} ({device.get('platform')})"),
-        ("largest use of device memory", format_size(peak.get("device"))),
+        ("largest use of device memory", format_size(peak_memory(run, "device"))),
         ("host", host and f"{host.get('cpu_count')} processors, {format_size(host.get('memory_bytes'))} of memory"),
-        ("largest use of host memory", format_size(peak.get("host"))),
+        ("largest use of host memory", format_size(peak_memory(run, "host"))),
         ("system", host.get("platform")),
         ("versions", ", ".join(f"{name} {version}" for name, version in info.get("versions", {}).items())),
         ("operations a step", _operations(info.get("operations") or {})),
@@ -283,8 +284,7 @@ def throughput(run: RunData) -> list[Block]:
 
 
 def memory(run: RunData) -> list[Block]:
-    peak = run.info.get("peak_memory_bytes") or {}
-    rows = [(f"largest use of {name} memory", format_size(peak.get(name))) for name in ("device", "host")]
+    rows = [(f"largest use of {name} memory", format_size(peak_memory(run, name))) for name in ("device", "host")]
     return make_facts(rows) + charts.memory(run)
 
 

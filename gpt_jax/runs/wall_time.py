@@ -38,6 +38,15 @@ def wall_time(run: RunData) -> list[tuple[str, float]]:
     return [(name, float(seconds)) for name, seconds in known.items() if seconds > 0]
 
 
+def elapsed_seconds(run: RunData) -> float | None:
+    """Seconds in which a process ran, by run.json, or, where a run that goes on or was killed is ahead of that, by its
+    last step."""
+    said = run.info.get("elapsed_seconds")
+    if not run.last_step:
+        return said
+    return max(said or 0.0, float(running_seconds(run)[-1]))
+
+
 def number(record: dict[str, Any], name: str) -> float:
     """A number of a record; 0 if it has none."""
     value = record.get(name)
