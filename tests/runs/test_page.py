@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from synthetic_run import SPIKE_STEP, write_run
 
-from gpt_jax.runs import charts, comparison, load, page, report, sections, wall_time
+from gpt_jax.errors import UserError
+from gpt_jax.runs import charts, comparison, kernel_floors, load, page, report, sections, wall_time
 from gpt_jax.runs.content import Figure, Table, Timeline, Tokens
 from gpt_jax.runs.info import write_json
 from gpt_jax.runs.metrics import MetricsWriter
@@ -216,3 +217,49 @@ def test_only_what_differs_is_compared(run, other):
     changed = {**other.config, "batch_size": 8, "extra": 1}
     [table] = comparison.differences([("a", run), ("b", load.dataclasses.replace(other, config=changed))])
     assert table.rows == (("batch_size", "4", "8"), ("extra", "-", "1"))
+
+
+PROFILE = {
+    "step": 100,
+    "device": "a GPU",
+    "bytes_per_second": 1e12,
+    "flops_per_second": 1e14,
+    "dispatches": [
+        {"label": label, "scope": "", "phase": phase, "layer": layer, "seconds": s, "bytes": b, "flops": f}
+        for label, phase, layer, s, b, f in (
+            ("matmul of 8x8", "forward", "h_0", 3e-3, 1e8, 1e11),
+            ("matmul of 16x8", "backward", "h_0", 5e-3, 1e8, 3e11),
+            ("add,2 of 64", "backward", "", 2e-3, 1.5e9, 0),
+        )
+    ],
+}
+
+
+def test_kernels_stand_beside_their_floors(tmp_path):
+    write_run(tmp_path, steps=1)
+    (tmp_path / "profile").mkdir()
+    write_json(tmp_path / kernel_floors.PROFILE_FILE, PROFILE)
+    figure, phases, layers = kernel_floors.section(load.load_run(tmp_path))
+    assert figure.chart.categories == ("matmul", "add")
+    assert figure.chart.series == (("time", [8.0, 2.0]), ("floor", [4.0, 1.5]))
+    assert figure.table.rows == (
+        ("matmul", 2, "8.000", "4.000", "4.000", "FLOPs"),
+        ("add", 1, "2.000", "1.500", "0.500", "bytes"),
+        ("all", 3, "10.000", "5.500", "4.500", ""),
+    )
+    assert phases.rows == (("backward", 2, "7.000", "70.0%"), ("forward", 1, "3.000", "30.0%"))
+    assert layers.rows[0] == ("h_0", 2, "8.000", "80.0%")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dispatches": [{"label": "x"}]}, r"dispatches\[0\] has no label, seconds, bytes and flops"),
+        ({"bytes_per_second": 0}, "lacks bytes_per_second"),
+        ({"flops_per_second": "fast"}, "flops_per_second cannot be text"),
+    ],
+)
+def test_a_damaged_profile_is_named(change, message, tmp_path):
+    write_json(tmp_path / "kernels.json", PROFILE | change)
+    with pytest.raises(UserError, match=message):
+        kernel_floors.read_profile(tmp_path / "kernels.json")
