@@ -68,7 +68,7 @@ def loss(run: RunData) -> list[Block]:
         Series(f"training, mean of the {TRAIN_WINDOW} steps around", middle, means),
         Series("validation", *run.series("validation", "loss"), "points"),
     ]
-    about = f"Training and validation loss by step. Training:{_trend(steps, values)}"
+    about = f"Training and validation loss by step.{_trend('Training', steps, values)}"
     return line_figure("Training and validation", about, "loss (nats a token)", lines)
 
 
@@ -76,7 +76,7 @@ def learning_rate(run: RunData) -> list[Block]:
     steps, values = run.series("train", "learning_rate")
     lines = [Series("learning rate", steps, values)]
     return line_figure(
-        "Learning rate by step", f"Learning rate by step.{_trend(steps, values)}", "learning rate", lines
+        "Learning rate by step", f"Learning rate by step.{_trend('Rate', steps, values)}", "learning rate", lines
     )
 
 
@@ -84,7 +84,7 @@ def norms(run: RunData) -> list[Block]:
     names = {"grad_norm": "gradient, before the clip", "update_norm": "update", "param_norm": "parameters"}
     lines = [Series(called, *_positive(run.series("train", name))) for name, called in names.items()]
     steps, values = run.series("train", "grad_norm")
-    about = f"Norms of gradient, update and parameters by step. Of the gradient:{_trend(steps, values)}"
+    about = f"Norms of gradient, update and parameters by step.{_trend('Gradient', steps, values)}"
     return line_figure("Norms of gradient, update and parameters", about, "norm", lines, log=True)
 
 
@@ -143,7 +143,7 @@ def throughput(run: RunData) -> list[Block]:
     """The first interval of each part, in which it compiles, is left out."""
     steps, tokens = run.series("train", "tokens_per_second")
     lines = [Series("tokens a second", steps[1:], tokens[1:])]
-    about = f"Tokens a second by step, without the first.{_trend(steps[1:], tokens[1:])}"
+    about = f"Tokens a second by step, without the first.{_trend('Tokens a second', steps[1:], tokens[1:])}"
     return line_figure("Tokens a second", about, "tokens a second", lines)
 
 
@@ -192,12 +192,12 @@ def _positive(series: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.nda
     return steps[values > 0], values[values > 0]
 
 
-def _trend(steps: np.ndarray, values: np.ndarray) -> str:
+def _trend(name: str, steps: np.ndarray, values: np.ndarray) -> str:
     """In words what a line shows."""
     if not len(values):
         return ""
     first, last, low, high = map(format_number, (values[0], values[-1], values.min(), values.max()))
-    return f" From {first} at step {steps[0]:,} to {last} at step {steps[-1]:,}; lowest {low}, highest {high}."
+    return f" {name}: from {first} at step {steps[0]:,} to {last} at step {steps[-1]:,}; lowest {low}, highest {high}."
 
 
 def _rows(series: Sequence[Series]) -> list[tuple]:

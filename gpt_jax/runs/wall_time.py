@@ -91,6 +91,10 @@ def _phases(run: RunData) -> dict[str, float]:
         for name in event:
             if name.endswith("_ms"):
                 found[name.removesuffix("_ms")] += 1e-3 * number(event, name)  # pyrefly: ignore[unsupported-operation]
+    # A kill may have cost the progress line that would tell of them.
+    _, evaluations = run.series("validation", "seconds")
+    found["eval"] = max(found["eval"], float(evaluations.sum()))
+    found["sample"] = max(found["sample"], sum(sample["seconds"] for sample in run.samples))
     return dict(found)
 
 

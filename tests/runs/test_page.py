@@ -159,8 +159,8 @@ def test_a_resumed_run_is_one_curve_over_the_time_that_it_ran(tmp_path):
 
 def test_an_old_run_has_a_bar_of_what_it_recorded(run):
     parts = dict(wall_time.wall_time(run))
-    assert set(parts) == {"compilation", "steps", "waiting for data", "checkpoints"}
-    assert math.fsum(parts.values()) == pytest.approx(0.9 + 599 * 0.01 + 13 * 0.03)
+    assert set(parts) == {"compilation", "steps", "waiting for data", "evaluation", "samples", "checkpoints"}
+    assert math.fsum(parts.values()) == pytest.approx(0.9 + 599 * 0.01 + 6 * 0.5 + 6 * 0.2 + 13 * 0.03)
 
 
 def test_a_tokenizer_is_shown_by_what_it_does(tmp_path):
