@@ -99,6 +99,23 @@ def test_an_array_that_is_read_after_its_update_stays_as_it_was():
         np.testing.assert_allclose(np.asarray(one), right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "heads", "head_dim"), [(F32, 2, 8), (BF16, 1, 7)])
+def test_a_slot_of_a_donated_cache_is_filled_where_it_is(dtype, heads, head_dim):
+    qkv, cache = (
+        normal(5, 3, heads, head_dim, seed=1, dtype=dtype),
+        normal(3, 9, 2, heads, head_dim, seed=2, dtype=dtype),
+    )
+    with vk_kernels.use("vulkan", device=SELECTOR):
+        fill = vk_kernels.jit(ops.fill_cache, donate_argnums=1)
+        text = fill.lower(qkv, cache, np.int32(0)).as_text()
+        assert text.startswith("1 dispatches")
+        for slot in (0, 2, 7, -3):  # the last two are moved inside
+            found = fill(qkv, vk_kernels.device_put(cache, SELECTOR), np.int32(slot))
+            assert same_bits([found], [np.asarray(ops.fill_cache(qkv, cache, slot, implementation="xla"))])
+            kept = ops.fill_cache(qkv, cache, np.int32(slot))  # of what nobody gives away, a copy
+            assert same_bits([kept], [found])
+
+
 @pytest.mark.parametrize(("dtype", "k"), [(F32, 67), (BF16, 40)])
 def test_a_row_of_few_is_the_same_however_many_there_are(device, dtype, k):
     x, w, bias = normal(9, k, seed=1, dtype=dtype), normal(45, k, seed=2, dtype=dtype), normal(45, seed=3, dtype=dtype)

@@ -4,12 +4,14 @@ from vk_kernels.ops.adamw import adamw
 from vk_kernels.ops.attention.api import attention, packed_attention
 from vk_kernels.ops.attention.decode import decode_attention
 from vk_kernels.ops.attention.dot_product_attention import dot_product_attention
+from vk_kernels.ops.attention.fill_cache import fill_cache
 from vk_kernels.ops.attention.reference import attention_scores
 from vk_kernels.ops.cross_entropy.api import linear_cross_entropy
 from vk_kernels.ops.cross_entropy.reference import IGNORED
 from vk_kernels.ops.draw_tokens import Controls, Drawn, draw_tokens
 from vk_kernels.ops.dropout import dropout
 from vk_kernels.ops.embedding import embedding
+from vk_kernels.ops.extend_texts import Texts, extend_texts
 from vk_kernels.ops.gelu import gelu
 from vk_kernels.ops.global_norm import global_norm
 from vk_kernels.ops.layer_norm.api import layer_norm, residual_layer_norm
@@ -20,6 +22,7 @@ __all__ = [
     "IGNORED",
     "Controls",
     "Drawn",
+    "Texts",
     "adamw",
     "attention",
     "attention_scores",
@@ -28,6 +31,8 @@ __all__ = [
     "draw_tokens",
     "dropout",
     "embedding",
+    "extend_texts",
+    "fill_cache",
     "gelu",
     "global_norm",
     "layer_norm",

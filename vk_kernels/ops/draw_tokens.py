@@ -28,7 +28,7 @@ IN_PROMPT = 1  # of an element of `seen`: the token is in the prompt
 GENERATED = 2  # of an element of `seen`: what each time that it was generated adds
 LARGEST = float(np.finfo(np.float32).max)
 _UNBOUNDED = np.int32(2**31 - 1)  # above the bits of every distance
-_LANES = 32  # of a subgroup of the wide kernel
+LANES = 32  # of a subgroup of the wide kernel
 _NEIGHBOURS = 32  # tokens whose bits come from as many blocks
 
 
@@ -53,7 +53,7 @@ class Controls(NamedTuple):
     min_p: jax.Array
 
 
-_CONTROL_TYPES = {name: jnp.int32 if name == "top_k" else jnp.float32 for name in Controls._fields}
+CONTROL_TYPES = {name: jnp.int32 if name == "top_k" else jnp.float32 for name in Controls._fields}
 
 
 class Drawn(NamedTuple):
@@ -181,6 +181,13 @@ def _random_uint16(seeds: jax.Array, positions: jax.Array, vocab_size: int, part
     return jnp.stack(halves, axis=2).reshape(grid[0], -1)[:, :vocab_size]
 
 
+def takes_wide_kernel(info: "DeviceInfo", name: str) -> bool:
+    """Whether a device runs a kernel of full subgroups of LANES."""
+    needs = manifest()[name]
+    lacks = (set(needs["features"]) | {"computeFullSubgroups"}) - info.features.names
+    return not lacks and has_lanes(info, LANES) and needs["workgroup"][0] <= info.limits.workgroup_invocations
+
+
 @planner
 def plan_draw_tokens(
     info: "DeviceInfo", inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec], *, variant: str | None = None
@@ -197,15 +204,13 @@ def plan_draw_tokens(
         return Plan(())
     if columns == 0:
         raise ValueError(f"logits must be of a token or more, found {inputs[logits]}")
-    wide = manifest()["draw_tokens.wide"]
-    lacks = (set(wide["features"]) | {"computeFullSubgroups"}) - info.features.names
-    is_wide = not lacks and has_lanes(info, _LANES) and wide["workgroup"][0] <= info.limits.workgroup_invocations
+    is_wide = takes_wide_kernel(info, "draw_tokens.wide")
     run = dispatch(
         "draw_tokens",
         "wide" if is_wide else "small",
         rows,
         constants={"rows": rows, "columns": columns},
-        subgroup_size=_LANES if is_wide else None,
+        subgroup_size=LANES if is_wide else None,
         logits=logits,
         seen=seen,
         seeds=seeds,
@@ -232,7 +237,7 @@ def draw_tokens(target, logits, seen, seeds, positions, controls):
     if jnp.ndim(logits) != 2:
         raise ValueError(f"draw_tokens: logits must be (B, V), found {jnp.shape(logits)}")
     rows = jnp.shape(logits)[:1]
-    of_rows = {name: (value, rows, _CONTROL_TYPES[name]) for name, value in controls._asdict().items()}
+    of_rows = {name: (value, rows, CONTROL_TYPES[name]) for name, value in controls._asdict().items()}
     check_arrays(
         "draw_tokens",
         logits=(logits, jnp.shape(logits), jnp.float32),

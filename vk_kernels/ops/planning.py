@@ -75,10 +75,11 @@ def dispatch(
 
 
 def copy_dispatch(array: ArraySpec, source: int, target: int) -> Dispatch:
-    """Copies one operand to another, both like `array`, f32 or bf16."""
+    """Copies one operand to another, both like `array`, f32, bf16 or int32."""
     groups = ceil_divide(array.size, 4 * THREADS)
     count = {"count": array.size}
-    return dispatch("copy_array", dtype_suffix(array), groups, constants=count, input=source, output=target)
+    suffix = "i32" if array.dtype == np.int32 else dtype_suffix(array)
+    return dispatch("copy_array", suffix, groups, constants=count, input=source, output=target)
 
 
 def operands_of(inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec]) -> tuple[range, range, int]:

@@ -152,6 +152,15 @@ def _drawing(sizes: Sizes, dtype: np.dtype) -> Operands:
     return numbers((rows, sizes.vocab), F32, 1, 3.0), seen, SEEDS[:rows], PLACES[:rows], controls
 
 
+def _extending(sizes: Sizes, dtype: np.dtype) -> Operands:
+    """Texts some of which have ended, and all of which have tokens that end them."""
+    logits, seen, seeds, positions, controls = _drawing(sizes, dtype)
+    rows = np.arange(len(logits), dtype=np.int32)
+    ends = np.random.default_rng(15).integers(0, sizes.vocab, (len(rows), 8), np.int32)
+    texts = ops.Texts(tokens=rows % sizes.vocab, positions=positions - np.int32(1), left=rows % 3, seen=seen)
+    return logits, texts, ends, seeds, controls
+
+
 # The truths.
 
 
@@ -235,6 +244,12 @@ def _decode_attention(qkv, cache, positions, scale=None, cap=None):
     return jnp.einsum("bhk,bkhd->bhd", weights, cache[:, :, 1]), cache
 
 
+def _fill_cache(qkv, cache, slot):
+    places = (jnp.arange(len(cache)) == slot)[:, None] & (jnp.arange(cache.shape[1]) < len(qkv))
+    filled = jnp.pad(qkv[:, 1:], [(0, cache.shape[1] - len(qkv)), (0, 0), (0, 0), (0, 0)])
+    return (jnp.where(jnp.broadcast_to(places[:, :, None, None, None], cache.shape), filled[None], cache),)
+
+
 def _embedding(table, ids):
     inside = (ids >= 0) & (ids < len(table))
     return (jnp.where(inside[..., None], table[jnp.where(inside, ids, 0)], jnp.nan),)
@@ -268,6 +283,21 @@ def _draw_tokens(logits, seen, seeds, positions, controls):
     noise = jnp.where(controls.temperature > 0, _gumbel(len(seeds), logits.shape[-1]), 0)
     tokens = jnp.where(kept, scores + noise, -jnp.inf).argmax(-1)
     return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+
+
+def _extend_texts(logits, texts, ends, seeds, controls):
+    tokens, logprobs = _draw_tokens(logits, texts.seen, seeds, texts.positions + 1, controls)
+    had_ended = texts.left == 0
+    left = jnp.where(had_ended | (tokens[:, None] == ends).any(-1), 0, texts.left - 1)
+    counted = texts.seen + 2 * jax.nn.one_hot(tokens, logits.shape[-1], dtype=texts.seen.dtype)
+    return (
+        jnp.where(had_ended, -1, tokens),
+        logprobs,
+        jnp.where(left == 0, texts.tokens, tokens),
+        jnp.where(left == 0, texts.positions, texts.positions + 1),
+        left,
+        counted,
+    )
 
 
 def _gumbel(rows: int, columns: int) -> np.ndarray:
@@ -315,6 +345,13 @@ def _decode_operands(sizes: Sizes, dtype: np.dtype) -> Operands:
     qkv = numbers((texts, 3, sizes.heads, head_dim), dtype, 1)
     cache = numbers((texts, sizes.length, 2, sizes.heads, head_dim), dtype, 2)
     return qkv, cache, np.linspace(0, sizes.length - 1, texts).astype(np.int32)
+
+
+def _fill_operands(sizes: Sizes, dtype: np.dtype) -> Operands:
+    """A text of half the block, and the last slot but one."""
+    qkv, cache, _ = _decode_operands(sizes, dtype)
+    tokens = numbers((sizes.length // 2, *qkv.shape[1:]), dtype, 1)
+    return tokens, cache, np.int32(max(sizes.batch - 2, 0))
 
 
 _DROPOUT = {"dropout_rate": 0.1, "site": 3}
@@ -431,6 +468,7 @@ CASES = (
         _norm_matmul,
     ),
     OpCase("decode_attention", "cap", _decode_operands, _decode_attention, {"cap": 30.0}),
+    OpCase("fill_cache", "", _fill_operands, _fill_cache),
     OpCase("gelu", "", lambda s, t: (_hidden(s, t, 1),), _gelu, differentiable=(0,)),
     OpCase(
         "dropout",
@@ -471,6 +509,7 @@ CASES = (
         differentiable=(0, 1),
     ),
     OpCase("draw_tokens", "", _drawing, _draw_tokens),
+    OpCase("extend_texts", "", _extending, _extend_texts),
     OpCase(
         "global_norm",
         "",
