@@ -20,7 +20,7 @@ jax-versions: ## the tests on jax 0.10.2, 0.11 and 0.12; ARGS="tests/compiler"
 	bash scripts/jax_versions.sh $(ARGS)
 
 night: ## the tests on drawn inputs, 200 of each, those that take long, and 10,000 calls watched for leaks
-	HYPOTHESIS_PROFILE=night .venv/bin/python -m pytest -n auto --dist load tests/ops/test_op_properties.py tests/compiler tests/bridge tests/tools/test_conformance.py tests/ops/test_attention.py tests/ops/test_matmul.py tests/ops/test_api.py::test_mixed_calls_keep_memory_and_files_flat
+	HYPOTHESIS_PROFILE=night .venv/bin/python -m pytest -n auto --dist load tests/ops/test_op_properties.py tests/compiler tests/bridge tests/tools/test_conformance.py tests/ops/test_attention.py tests/ops/test_matmul.py tests/inference/test_decoder.py tests/ops/test_api.py::test_mixed_calls_keep_memory_and_files_flat
 
 campaign: ## kills, signals, damage, full disks and bad inputs by the hundred; ARGS="--kills=20 --minutes=30 --seed=1"
 	.venv/bin/python tests/campaign/campaign.py $(ARGS)

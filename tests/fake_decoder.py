@@ -64,7 +64,7 @@ class FakeDecoder:
         self.texts[slot] = [said, left, frozenset(end_tokens), options]
         self.most_at_once = max(self.most_at_once, len(self.texts))
 
-    def decode(self) -> dict[int, Piece]:
+    def decode(self, *, ahead: bool = True) -> dict[int, Piece]:
         assert threading.get_ident() == self.thread
         self.pace(self.chunks)
         self.chunks += 1

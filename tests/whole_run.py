@@ -90,8 +90,11 @@ def train_lines(workdir: Path) -> list[dict]:
 
 
 def results(workdir: Path) -> tuple[list[tuple], dict]:
-    """The bits that must be the same in two runs: loss and norms by step, and the last parameters."""
+    """The bits that must be the same in two runs: loss and norms by step, the samples, and the last parameters."""
     numbers = [(line["step"], line["loss"], line["grad_norm"], line["update_norm"]) for line in train_lines(workdir)]
+    samples = list(read_lines(workdir / "samples.jsonl"))
+    assert samples
+    numbers += [tuple(value for name, value in line.items() if name != "seconds") for line in samples]
     last = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     return numbers, restore_parameters(last)[0]
 

@@ -4,12 +4,15 @@ Batch generation fills the slots once; continuous batching fills each as it beco
 device, over a state that is donated and stays there: `fill_slot` puts a prompt into a slot, `decode_chunk` draws the
 next tokens of all texts. A prompt's last token is not part of its prefill: the first step of the next chunk reads it,
 and draws the first new token as it draws all others.
+
+The device is kept one chunk ahead: `decode` starts the next chunk before it reads the one that it returns. Where a text
+ends is decided on the device, so that one which has ended there is drawn no further; at most one chunk of it is idle.
 """
 
 import dataclasses
 import functools
-import operator
 import secrets
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,34 +25,29 @@ from gpt_jax.inference.sampling import (
     MOST_ALTERNATIVES,
     Draw,
     SamplingOptions,
-    draw,
+    draw_next,
     make_controls,
     seen_in_prompts,
-    with_generated,
 )
 from gpt_jax.model.cached import Cache, Weights, decode_step, decoding_weights, empty_cache, prefill
 from gpt_jax.model.gpt import GPT, ModelConfig
-from vk_kernels.ops.draw_tokens import Controls
+from vk_kernels.ops import Controls, Texts
+from vk_kernels.ops.extend_texts import UNDRAWN
 
 SHORTEST_PREFILL = 16  # tokens; longer ones are powers of two, so that few programs serve every prompt
 MOST_ENDS = 8  # tokens that may end a text
-UNDRAWN = -1  # in the place of a token where a text had ended
 
 
 class State(NamedTuple):
     """All that the device keeps of the texts; a row for each slot.
 
-    tokens, positions: each text's last token, which is not in the cache yet, and its place. left: tokens that are
-    still to be drawn, 0 where a text has ended. ends: (slots, MOST_ENDS), tokens that end a text; UNDRAWN where there
-    are fewer. seeds, seen, controls: see `sampling.draw`.
+    texts: the last token of each is not in the cache yet. ends: int32 (slots, MOST_ENDS), tokens that end a text;
+    UNDRAWN where there are fewer. seeds, controls: see `sampling.draw_next`.
     """
 
-    tokens: jax.Array
-    positions: jax.Array
-    left: jax.Array
+    texts: Texts
     ends: jax.Array
     seeds: jax.Array
-    seen: jax.Array
     controls: Controls
     cache: Cache
 
@@ -71,13 +69,11 @@ class Piece(NamedTuple):
 def empty_state(config: ModelConfig, slots: int) -> State:
     """No slot in use."""
     controls = Controls(*map(jnp.asarray, make_controls([SamplingOptions()] * slots)))
+    tokens, positions, left = (jnp.zeros((slots,), jnp.int32) for _ in range(3))
     return State(
-        tokens=jnp.zeros((slots,), jnp.int32),
-        positions=jnp.zeros((slots,), jnp.int32),
-        left=jnp.zeros((slots,), jnp.int32),
+        texts=Texts(tokens, positions, left, seen=jnp.zeros((slots, config.vocab_size), jnp.int32)),
         ends=jnp.full((slots, MOST_ENDS), UNDRAWN, jnp.int32),
         seeds=jnp.zeros((slots,), jnp.uint32),
-        seen=jnp.zeros((slots, config.vocab_size), jnp.int32),
         controls=controls,
         cache=empty_cache(config, slots),
     )
@@ -93,10 +89,7 @@ def fill_slot(
       row: the slot's rows of the state, without a cache.
       slot: int32.
     """
-    new = prefill(weights, tokens[None], config)
-    cache = tuple(
-        jax.lax.dynamic_update_slice(kept, one, (slot, 0, 0, 0, 0)) for kept, one in zip(state.cache, new, strict=True)
-    )
+    cache = prefill(weights, tokens, state.cache, slot, config)
     *rows, _ = jax.tree.map(
         lambda all_rows, x: jax.lax.dynamic_update_slice(all_rows, x[None], (slot,) + (0,) * x.ndim),
         state._replace(cache=()),
@@ -115,32 +108,35 @@ def decode_chunk(
     """
 
     def step(state: State, _: None) -> tuple[State, Draw]:
-        logits, cache = decode_step(weights, state.tokens, state.positions, state.cache, config)
-        drawn = draw(logits, state.controls, state.seen, state.seeds, state.positions + 1, alternatives)
-        going_on = state.left > 0
-        is_end = functools.reduce(operator.or_, [state.ends[:, i] == drawn.tokens for i in range(MOST_ENDS)])
-        left = jnp.where(going_on & ~is_end, state.left - 1, 0)
-        moved = left > 0
-        new = state._replace(
-            tokens=jnp.where(moved, drawn.tokens, state.tokens),
-            positions=jnp.where(moved, state.positions + 1, state.positions),
-            left=left,
-            seen=with_generated(state.seen, drawn.tokens),
-            cache=cache,
-        )
-        return new, drawn._replace(tokens=jnp.where(going_on, drawn.tokens, UNDRAWN))
+        texts = state.texts
+        logits, cache = decode_step(weights, texts.tokens, texts.positions, state.cache, config)
+        drawn, texts = draw_next(logits, texts, state.ends, state.seeds, state.controls, alternatives)
+        return state._replace(texts=texts, cache=cache), drawn
 
     state, draws = jax.lax.scan(step, state, None, length=chunk)
-    return state, draws, state.left
+    return state, draws, state.texts.left
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Text:
-    """A text in a slot, as it is known here: the tokens that end it, alternatives to tell, and whether it has ended."""
+    """A text in a slot, as it is known here.
+
+    ends: tokens that end it. alternatives: how many are told. left: tokens that it may still get from chunks that have
+    not begun. has_ended: whether its last piece was read.
+    """
 
     ends: frozenset[int]
     alternatives: int
+    left: int
     has_ended: bool = False
+
+
+class _Chunk(NamedTuple):
+    """A chunk that has begun: the texts that it draws for, by slot, and its results, see `decode_chunk`."""
+
+    texts: dict[int, _Text]
+    draws: Draw
+    left: jax.Array
 
 
 class Decoder:
@@ -170,15 +166,18 @@ class Decoder:
             for count in (0, min(MOST_ALTERNATIVES, config.vocab_size))
         }
         self._texts: dict[int, _Text] = {}
+        self._begun: deque[_Chunk] = deque()
         self._weights: Any = None
         self._state: Any = None
-        self._held: Any = None
+        # The last state that each program gave: what it recorded for that memory stays as long as this is held.
+        self._held: dict[Any, Any] = {}
         if params is not None:
             self.load(params)
 
     def load(self, params: Any) -> None:
         """Takes other parameters; no text is in any slot from then on."""
         self._texts.clear()
+        self._begun.clear()
         if self._state is None:
             shapes = jax.eval_shape(functools.partial(decoding_weights, config=self.config), params)
             self._weights, state = self._backend.jit(functools.partial(_empty, shapes, self.config, self.slots))()
@@ -225,20 +224,21 @@ class Decoder:
         padded = np.zeros(max(self.prefill_width(count), min(width, block)), np.int32)
         padded[: count - 1] = tokens[:-1]
         ends = [*end_tokens, *[UNDRAWN] * (MOST_ENDS - len(end_tokens))]
+        left = min(max_tokens, block - count + 1)
         row = State(
-            tokens=np.int32(tokens[-1]),
-            positions=np.int32(count - 1),
-            left=np.int32(min(max_tokens, block - count + 1)),
+            texts=Texts(
+                tokens=np.int32(tokens[-1]),
+                positions=np.int32(count - 1),
+                left=np.int32(left),
+                seen=seen_in_prompts([tokens], self.config.vocab_size)[0],
+            ),
             ends=np.array(ends, np.int32),
             seeds=np.uint32((secrets.randbits(32) if options.seed is None else options.seed) % 2**32),
-            seen=seen_in_prompts([tokens], self.config.vocab_size)[0],
             controls=Controls(*(x[0] for x in make_controls([options]))),
             cache=(),
         )
-        # The recording of `decode` stays as long as its last results are held.
-        self._held, state = self._state, self._state
-        self._state = self._fill(self._weights, state, padded, row, np.int32(slot))[0]
-        self._texts[slot] = _Text(frozenset(end_tokens), options.logprobs)
+        self._state = self._held[self._fill] = self._fill(self._weights, self._state, padded, row, np.int32(slot))[0]
+        self._texts[slot] = _Text(frozenset(end_tokens), options.logprobs, left)
 
     def prefill_width(self, count: int) -> int:
         """The tokens that a prefill of a prompt of `count` tokens takes."""
@@ -247,16 +247,48 @@ class Decoder:
             width *= 2
         return min(width, self.config.block_size)
 
-    def decode(self) -> dict[int, Piece]:
-        """Draws up to `chunk` tokens of every text that has not ended; of each, what it has gained."""
-        texts = {slot: text for slot, text in self._texts.items() if not text.has_ended}
-        most = max((text.alternatives for text in texts.values()), default=0)
+    def decode(self, *, ahead: bool = True) -> dict[int, Piece]:
+        """Draws up to `chunk` tokens of texts that have not ended; of each, what it has gained.
+
+        A text that was put into its slot after the chunk began, which this returns, gains nothing yet.
+
+        ahead: whether the next chunk may begin before this one is read; a slot that is freed after this call has no
+          part in it.
+        """
+        while self._begun and not self._open_texts(self._begun[0]):
+            self._begun.popleft()  # idle: nobody reads it
+        if not self._begun:
+            self._begin()
+        if ahead and len(self._begun) == 1:
+            self._begin()
+        return self._read(self._begun.popleft()) if self._begun else {}
+
+    def _open_texts(self, chunk: _Chunk) -> dict[int, _Text]:
+        """The texts of a chunk that are still in their slots, and whose end was not read."""
+        return {
+            slot: text for slot, text in chunk.texts.items() if self._texts.get(slot) is text and not text.has_ended
+        }
+
+    def _begin(self) -> None:
+        """Starts a chunk of the texts that may get more tokens, if there are any."""
+        texts = {slot: text for slot, text in self._texts.items() if text.left and not text.has_ended}
+        if not texts:
+            return
+        most = max(text.alternatives for text in texts.values())
         program = self._decode[max(self._decode) if most else 0]
         self._state, draws, left = program(self._weights, self._state)
-        self._held = None
-        draws, left = Draw(*map(np.asarray, draws)), np.asarray(left)
+        self._held[program] = self._state
+        for x in (*draws, left):
+            x.copy_to_host_async()
+        for text in texts.values():
+            text.left = max(text.left - self.chunk, 0)
+        self._begun.append(_Chunk(texts, draws, left))
+
+    def _read(self, chunk: _Chunk) -> dict[int, Piece]:
+        """The pieces of a chunk, once it is done."""
+        draws, left = Draw(*map(np.asarray, chunk.draws)), np.asarray(chunk.left)
         pieces = {}
-        for slot, text in texts.items():
+        for slot, text in self._open_texts(chunk).items():
             count = int((draws.tokens[:, slot] != UNDRAWN).sum())
             tokens, logprobs = (x[:count, slot].tolist() for x in draws[:2])
             likeliest = (x[:count, slot, : text.alternatives].tolist() for x in draws[2:])

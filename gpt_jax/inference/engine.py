@@ -186,7 +186,10 @@ class Engine:
             generation.cancel()
 
     def run(self, task: Callable[[Any], Any]) -> Any:
-        """The result of `task(decoder)`, called in the engine's thread between two chunks. Texts in slots must be none.
+        """The result of `task(decoder)`, called in the engine's thread between two chunks, when no text is in a slot.
+
+        An exception while it waits, as that of Ctrl-C, takes the task back if it has not begun; else it is done all
+        the same.
 
         Raises:
           EngineFailed: as `submit`. And what the task raises.
@@ -196,7 +199,10 @@ class Engine:
             self._check()
             self._tasks.append((task, done))
             self._changed.notify_all()
-        return done.result()
+        try:
+            return done.result()
+        finally:
+            done.cancel()
 
     def close(self) -> None:
         """Fails what is on its way with a line, and gives the decoder up. May be called again."""
@@ -254,6 +260,8 @@ class Engine:
                 self._release(decoder, slot, Event(reason=CANCELLED))
         while not self._running and self._tasks:
             task, done = self._tasks.popleft()
+            if not done.set_running_or_notify_cancel():
+                continue
             try:
                 done.set_result(task(decoder))
             except BaseException as error:
@@ -280,7 +288,8 @@ class Engine:
                 generation.deliver(Event(error=describe(error)))
 
     def _decode(self, decoder: Any) -> None:
-        for slot, piece in decoder.decode().items():
+        # Ahead of what is read, unless somebody waits for a slot: one that this chunk frees is idle in the next.
+        for slot, piece in decoder.decode(ahead=not self._waiting).items():
             event = next_event(self._running[slot].text, piece)
             if event.is_last:
                 self._release(decoder, slot, event)
@@ -303,7 +312,8 @@ class Engine:
         for generation in generations:
             generation.deliver(Event(error=failure))
         for _, done in tasks:
-            done.set_exception(EngineFailed(failure))
+            if done.set_running_or_notify_cancel():
+                done.set_exception(EngineFailed(failure))
 
 
 def next_event(text: TextStream, piece: Piece) -> Event:

@@ -41,7 +41,7 @@ def stream(
                 number = waiting.pop()
                 decoder.insert(slot, prompts[number], options[number], end_tokens=end_tokens, width=width)
                 running[slot] = number
-            for slot, piece in decoder.decode().items():
+            for slot, piece in decoder.decode(ahead=not waiting).items():
                 stopped = yield running[slot], piece
                 if piece.reason or stopped:
                     decoder.release(slot)

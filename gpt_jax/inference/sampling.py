@@ -10,10 +10,11 @@ import numpy as np
 
 from gpt_jax.config import FIELDS, Field
 from gpt_jax.errors import UserError
-from vk_kernels.ops import Controls, draw_tokens
-from vk_kernels.ops.draw_tokens import GENERATED, IN_PROMPT, log_probabilities
+from vk_kernels.ops import Controls, Texts, extend_texts
+from vk_kernels.ops.draw_tokens import IN_PROMPT, log_probabilities
 
 MOST_ALTERNATIVES = 20  # of a token, as in OpenAI's API
+IMPOSSIBLE = -9999.0  # the log-probability of a token that cannot be, as OpenAI has it: JSON knows no infinity
 
 _CHOICE = 0x9E3779B9  # between the seeds of one request's texts: odd, so that none is met twice
 
@@ -80,7 +81,7 @@ class Draw(NamedTuple):
 
 
 def make_controls(options: Sequence[SamplingOptions]) -> Controls:
-    """The arrays, (B,), that `draw` takes, of a text each."""
+    """The arrays, (B,), that `draw_next` takes, of a text each."""
     kinds = {name: np.int32 if name == "top_k" else np.float32 for name in Controls._fields}
     return Controls(*(np.array([getattr(each, name) for each in options], kinds[name]) for name in kinds))
 
@@ -90,45 +91,42 @@ def choice_seed(seed: int, choice: int) -> int:
     return (seed + choice * _CHOICE) % 2**32
 
 
+def finite(logprob: float) -> float:
+    """A log-probability as a number of JSON."""
+    return max(float(logprob), IMPOSSIBLE)
+
+
 def seen_in_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
-    """`seen`, int32 (B, vocab_size), before the first token is drawn."""
+    """`seen`, int32 (B, vocab_size), of `Texts`, before the first token is drawn."""
     seen = np.zeros((len(prompts), vocab_size), np.int32)
     for row, prompt in zip(seen, prompts, strict=True):
         row[np.asarray(prompt, np.int64)] = IN_PROMPT
     return seen
 
 
-def with_generated(seen: jax.Array, tokens: jax.Array) -> jax.Array:
-    """`seen`, (B, V), after one more token of each text, (B,)."""
-    is_drawn = jnp.arange(seen.shape[1], dtype=jnp.int32)[None] == tokens[:, None]  # a scatter would copy all of it
-    return seen + jnp.where(is_drawn, GENERATED, 0)
-
-
-def draw(
+def draw_next(
     logits: jax.Array,
-    controls: Controls,
-    seen: jax.Array,
+    texts: Texts,
+    ends: jax.Array,
     seeds: jax.Array,
-    positions: jax.Array,
+    controls: Controls,
     alternatives: int = 0,
-) -> Draw:
-    """Draws a token of each text.
+) -> tuple[Draw, Texts]:
+    """Draws the token behind each text's last one, and takes it in: see `ops.extend_texts`.
 
     Args:
-      logits: f32 (B, V), of the model.
+      logits: (B, V), of the model, in its dtype.
+      seeds: uint32 (B,). The random bits are a function of the seed, the token's place in its text and its id alone.
       controls: of `make_controls`.
-      seen: int32 (B, V), of `seen_in_prompts` and `with_generated`.
-      seeds: uint32 (B,). positions: int32 (B,), where the token comes to stand in its text. The random bits are a
-        function of both and of the token's id alone.
       alternatives: K, how many of the likeliest tokens to give; it decides the shapes of the results.
 
     The log-probabilities are of the model's own distribution, the softmax of the logits before penalties, temperature
     and cuts: vLLM's default (logprobs_mode 'raw_logprobs'), and what clients of OpenAI's API use them for. So the
     token drawn need not be among the likeliest ones.
     """
-    tokens, logprobs = draw_tokens(logits, seen, seeds, positions, controls)
+    drawn, texts = extend_texts(logits, texts, ends, seeds, controls)
     if not alternatives:
-        none = (tokens.shape[0], 0)
-        return Draw(tokens, logprobs, jnp.zeros(none, jnp.int32), jnp.zeros(none, jnp.float32))
-    top_logprobs, top_tokens = jax.lax.top_k(log_probabilities(logits), alternatives)
-    return Draw(tokens, logprobs, top_tokens, top_logprobs)
+        none = (drawn.tokens.shape[0], 0)
+        return Draw(*drawn, jnp.zeros(none, jnp.int32), jnp.zeros(none, jnp.float32)), texts
+    top_logprobs, top_tokens = jax.lax.top_k(log_probabilities(logits.astype(jnp.float32)), alternatives)
+    return Draw(*drawn, top_tokens, top_logprobs), texts

@@ -46,18 +46,18 @@ def empty_cache(config: ModelConfig, texts: int) -> Cache:
     return tuple(jnp.zeros(shape, jnp.dtype(config.dtype)) for _ in range(config.num_layers))
 
 
-def prefill(weights: Weights, tokens: jax.Array, config: ModelConfig) -> Cache:
-    """The keys and values of whole texts, (B, T) int32: of each layer (B, T, 2, H, D)."""
-    shape = (*tokens.shape, 3, config.num_heads, config.embed_dim // config.num_heads)
-    x = _embed(weights, tokens, jnp.arange(tokens.shape[1]), config)
-    branch, cache = None, []
-    for layer in weights["layers"]:
+def prefill(weights: Weights, tokens: jax.Array, cache: Cache, slot: jax.Array, config: ModelConfig) -> Cache:
+    """The cache with the keys and values of a text's first tokens, int32 (T,), in a slot, int32 ()."""
+    shape = (len(tokens), 3, config.num_heads, config.embed_dim // config.num_heads)
+    x = _embed(weights, tokens, jnp.arange(len(tokens), dtype=jnp.int32), config)
+    branch, filled = None, []
+    for layer, kept in zip(weights["layers"], cache, strict=True):
         x, qkv = _norm_linear(x, branch, layer["ln_1"], layer["qkv"], config)
         qkv = qkv.reshape(shape)
-        cache.append(qkv[:, :, 1:])
-        attended = ops.packed_attention(qkv, cap=config.soft_cap)
+        filled.append(ops.fill_cache(qkv, kept, slot))
+        attended = ops.packed_attention(qkv[None], cap=config.soft_cap)
         x, branch = _rest_of_layer(x, attended.reshape(x.shape), layer, config)
-    return tuple(cache)
+    return tuple(filled)
 
 
 def decode_step(
@@ -70,7 +70,7 @@ def decode_step(
       cache: of what stands before.
 
     Returns:
-      The logits of the next token, f32 (B, vocab_size), and the cache with this one.
+      The logits of the next token, (B, vocab_size) in the model's dtype, and the cache with this one.
     """
     shape = (len(tokens), 3, config.num_heads, config.embed_dim // config.num_heads)
     x = _embed(weights, tokens, positions, config)
@@ -82,7 +82,7 @@ def decode_step(
         new.append(kept)
         x, branch = _rest_of_layer(x, attended.reshape(x.shape), layer, config)
     _, logits = _norm_linear(x, branch, weights["ln_f"], {"matrix": weights["head"]}, config)
-    return logits.astype(jnp.float32), tuple(new)
+    return logits, tuple(new)
 
 
 def _embed(weights: Weights, tokens: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:

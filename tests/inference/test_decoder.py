@@ -1,7 +1,9 @@
 """Cached decoding: the tokens of a model without a cache, whatever the chunk, the slot and the texts beside it."""
 
 import contextlib
+import dataclasses
 import functools
+import logging
 from collections.abc import Iterator
 
 import jax
@@ -14,8 +16,10 @@ from vulkan_devices import SELECTOR, needs_vulkan
 
 from gpt_jax.backend import Backend, enter_backend
 from gpt_jax.inference.decoder import Decoder
+from gpt_jax.inference.generate import generate
 from gpt_jax.inference.sampling import SamplingOptions
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+from vk_kernels.bridge import jit
 
 CONFIG = ModelConfig(vocab_size=61, block_size=24, num_layers=2, num_heads=2, embed_dim=16, soft_cap=30.0)
 MODEL = GPT(CONFIG)
@@ -119,6 +123,94 @@ def test_drawn_prompts_side_by_side_go_on_as_without_a_cache(greedy_decoder, pro
         assert texts == [uncached_greedy(prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
         found.append(logprobs)
     assert found[0] == found[1]  # to the bit
+
+
+def test_in_bf16_each_token_is_the_likeliest_without_a_cache_too(backend):
+    """But for rounding: below the largest logit by no more than twice what the uncached logits of bf16 are off."""
+    half = GPT(dataclasses.replace(CONFIG, dtype="bfloat16"))
+    decoder = Decoder(half, backend.put(parameters()), backend, slots=4, chunk=4)
+    texts, _ = decode_all(decoder, PROMPTS, [SamplingOptions(temperature=0)] * 4, max_tokens=40)
+    assert [len(text) for text in texts] == [25 - len(prompt) for prompt in PROMPTS]
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        whole = np.zeros((len(text), CONFIG.block_size), np.int32)
+        for row, count in zip(whole, range(len(text)), strict=True):
+            row[: len(prompt) + count] = [*prompt, *text[:count]]
+        last = np.arange(len(text)) + len(prompt) - 1
+        rounded, exact = (
+            np.asarray(model.apply({"params": parameters()}, whole, last, method="next_token_logits"), np.float32)
+            for model in (half, MODEL)
+        )
+        off = np.abs(rounded - exact).max()
+        assert (rounded.max(axis=1) - rounded[np.arange(len(text)), text] <= 2 * off + 1e-5).all()
+
+
+def texts_of(decoder, prompts, ends=(), ahead=True):
+    """What prompts become, and how many chunks began until all of them had ended."""
+    begun, begin = [], decoder._begin
+    decoder._begin = lambda: begun.append(1) or begin()
+    for slot, prompt in enumerate(prompts):
+        decoder.insert(slot, prompt, SamplingOptions(1.0, seed=slot), max_tokens=20, end_tokens=ends)
+    texts, open_slots = [[] for _ in prompts], set(range(len(prompts)))
+    while open_slots:
+        for slot, piece in decoder.decode(ahead=ahead).items():
+            texts[slot] += piece.tokens
+            open_slots -= {slot} if piece.reason else set()
+    for slot in range(len(prompts)):
+        decoder.release(slot)
+    decoder._begin = begin
+    return texts, len(begun)
+
+
+def test_the_next_chunk_begins_before_one_is_read_and_at_most_one_is_idle(backend, greedy_decoder):
+    prompts = [[5, 6, 7], [9] * 4]
+    plain, count = texts_of(greedy_decoder, prompts, ahead=False)
+    assert count == 3  # of 20 tokens, 8 each; none is idle where the end is known beforehand
+    begun_at_reads, read = [], greedy_decoder._read
+    greedy_decoder._read = lambda chunk: begun_at_reads.append(len(greedy_decoder._begun)) or read(chunk)
+    assert texts_of(greedy_decoder, prompts)[0] == plain
+    assert begun_at_reads == [1, 1, 0]  # beside the one that is read
+    ended, count = texts_of(greedy_decoder, prompts[:1], ends=(plain[0][4],))
+    assert ended == [plain[0][: plain[0].index(plain[0][4]) + 1]]
+    assert count == 2
+    assert len(greedy_decoder._begun) == 1
+    # The idle chunk is nobody's: a text that takes the slot meanwhile has its own tokens alone.
+    assert texts_of(greedy_decoder, prompts)[0] == plain
+    greedy_decoder._read = read
+
+
+def test_a_text_that_joins_while_a_chunk_is_ahead_is_as_it_is_alone(greedy_decoder):
+    alone = texts_of(greedy_decoder, [[9] * 4, [5, 6, 7]])[0]
+    greedy_decoder.insert(0, [9] * 4, SamplingOptions(1.0, seed=0), max_tokens=20)
+    first = greedy_decoder.decode()
+    greedy_decoder.insert(1, [5, 6, 7], SamplingOptions(1.0, seed=1), max_tokens=20)
+    pieces = [first, *(greedy_decoder.decode() for _ in range(4))]
+    texts = [[token for piece in pieces if slot in piece for token in piece[slot].tokens] for slot in (0, 1)]
+    assert texts == alone
+    assert [sorted(piece) for piece in pieces] == [[0], [0], [0, 1], [1], [1]]
+    for slot in (0, 1):
+        greedy_decoder.release(slot)
+
+
+def test_no_sample_but_the_first_compiles_anything(backend, greedy_decoder, monkeypatch, caplog):
+    """As a run makes them: parameters that change, prompts and options of any kind that one prefill takes."""
+    made, compiled = [], jit.Compiled.__init__
+    monkeypatch.setattr(jit.Compiled, "__init__", lambda self, *args: made.append(self) or compiled(self, *args))
+
+    def sample(factor, prompts, **options):
+        params = backend.put(jax.tree.map(lambda x: factor * np.asarray(x), parameters()))
+        greedy_decoder.load(params)
+        return generate(greedy_decoder, prompts, [SamplingOptions(max_tokens=9, **options)] * len(prompts))
+
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        sample(1, [[1, 2], [3]], seed=1)
+        made.clear()
+        caplog.clear()
+        hot = sample(2, [[7] * 16, [1], [2, 3], [4], [5, 5], [6]], temperature=0)
+        assert sample(1, [[4] * 9], seed=3, top_k=4, top_p=0.5) != hot
+        assert not made
+        assert "Compiling" not in caplog.text
+        backend.jit(lambda x: x + 1)(np.ones(3, np.float32))
+        assert made or "Compiling" in caplog.text
 
 
 @pytest.mark.parametrize(

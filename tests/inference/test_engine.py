@@ -170,9 +170,9 @@ def test_a_token_that_cannot_be_is_a_line_and_no_text_and_costs_no_other_one(num
         wait_for(lambda: made[0].texts)
         engine.submit(ask("b", max_tokens=9), sound.put)
         real = made[0].decode
-        made[0].decode = lambda: {
+        made[0].decode = lambda **options: {
             slot: piece if slot else piece._replace(logprobs=[number] * len(piece.tokens))
-            for slot, piece in real().items()
+            for slot, piece in real(**options).items()
         }
         gate.open()
         _, error = read(overflown)

@@ -82,7 +82,7 @@ class Scripted:
         assert self.end in end_tokens
         self.prompt = list(tokens)
 
-    def decode(self):
+    def decode(self, *, ahead):
         new, self.tokens = self.tokens[:2], self.tokens[2:]
         return {0: Piece(new, [0.0] * len(new), [], "stop" if self.end in new else None)}
 

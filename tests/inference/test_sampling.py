@@ -16,15 +16,24 @@ from gpt_jax.inference.sampling import (
     OPTION_FIELDS,
     SamplingOptions,
     choice_seed,
-    draw,
+    draw_next,
     make_controls,
     seen_in_prompts,
-    with_generated,
 )
+from vk_kernels.ops import Texts
 from vk_kernels.ops.draw_tokens import GENERATED, IN_PROMPT, LARGEST, gumbel
 
-draw_jit = jax.jit(draw, static_argnames="alternatives")
 VOCAB = 12
+
+
+def draw(logits, controls, seen, seeds, positions, alternatives=0):
+    """What is drawn to stand at `positions` of texts that go on."""
+    rows = np.zeros(len(logits), np.int32)
+    texts = Texts(tokens=rows, positions=positions - 1, left=rows + 9, seen=seen)
+    return draw_next(logits, texts, rows[:, None] - 1, seeds, controls, alternatives)[0]
+
+
+draw_jit = jax.jit(draw, static_argnames="alternatives")
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -210,11 +219,15 @@ def test_a_token_depends_on_its_text_alone_and_no_value_compiles_anew():
 
 
 def test_tokens_are_counted_as_they_come():
-    seen = seen_in_prompts([[1, 1, 2], []], 4)
+    texts = Texts(*(np.int32([9, 9]) for _ in range(3)), seen=seen_in_prompts([[1, 1, 2], []], 4))
+    controls, seeds = make_controls([SamplingOptions(temperature=0)] * 2), np.zeros(2, np.uint32)
     for tokens in ([1, 3], [1, 3], [0, 2]):
-        seen = with_generated(jax.numpy.asarray(seen), np.int32(tokens))
+        logits = np.eye(4, dtype=np.float32)[tokens]
+        drawn, texts = draw_next(logits, texts, np.zeros((2, 0), np.int32), seeds, controls)
+        assert drawn.tokens.tolist() == texts.tokens.tolist() == tokens
     counted = [[GENERATED, IN_PROMPT + 2 * GENERATED, IN_PROMPT, 0], [0, 0, GENERATED, 2 * GENERATED]]
-    assert seen.tolist() == counted
+    assert texts.seen.tolist() == counted
+    assert (texts.positions.tolist(), texts.left.tolist()) == ([12, 12], [6, 6])
 
 
 def test_texts_for_one_prompt_have_seeds_of_their_own():

@@ -40,21 +40,20 @@ INIT = jax.jit(init_params, static_argnums=(0, 1))
 def cached_logits(params, tokens, *, config):
     """f32 (B, T, V) of every place; a text's first LENGTHS tokens are prefilled, the others decoded side by side."""
     weights = decoding_weights(params, config)
-    filled = prefill(weights, tokens[:, : max(LENGTHS)], config)
+    cache = empty_cache(config, len(LENGTHS))
+    for slot in range(len(LENGTHS)):
+        cache = prefill(weights, tokens[slot, : max(LENGTHS)], cache, jnp.int32(slot), config)
     before = jnp.arange(config.block_size)[None] < jnp.array(LENGTHS)[:, None]
     before = before[:, :, None, None, None]
-    padding = [(0, 0), (0, config.block_size - max(LENGTHS)), (0, 0), (0, 0), (0, 0)]
-    cache = tuple(
-        jnp.where(jnp.broadcast_to(before, kept.shape), jnp.pad(new, padding), jnp.nan).astype(kept.dtype)
-        for kept, new in zip(empty_cache(config, len(LENGTHS)), filled, strict=True)
-    )
+    # What lies past a text is not read.
+    cache = tuple(jnp.where(jnp.broadcast_to(before, kept.shape), kept, jnp.nan).astype(kept.dtype) for kept in cache)
     found = []
     for step in range(config.block_size - min(LENGTHS)):
         positions = jnp.minimum(jnp.array(LENGTHS) + step, config.block_size - 1)
         now = jnp.take_along_axis(tokens, positions[:, None], axis=1)[:, 0]
         logits, cache = decode_step(weights, now, positions, cache, config)
         found.append(logits)
-    return jnp.stack(found, axis=1)
+    return jnp.stack(found, axis=1).astype(jnp.float32)
 
 
 def at_the_places_decoded(logits):
