@@ -35,7 +35,7 @@ from gpt_jax.data.tokenizer import decode
 from gpt_jax.errors import UserError
 from gpt_jax.inference.conversation import TooLong
 from gpt_jax.inference.engine import DrawnToken, EngineFailed, Event, Request
-from gpt_jax.inference.sampling import OPTION_FIELDS, SamplingOptions, choice_seed
+from gpt_jax.inference.sampling import OPTION_FIELDS, SamplingOptions, choice_seed, finite
 from gpt_jax.inference.sampling_flags import define_sampling_flags, options_of_flags
 from gpt_jax.inference.served_run import ServedRun, open_run
 
@@ -204,12 +204,12 @@ def as_json(run: ServedRun, answer: Answer, alternatives: int) -> str:
         row["logprobs"] = [
             {
                 "token": decode(run.tokenizer, [drawn.token]),
-                "logprob": drawn.logprob,
-                "top": [[decode(run.tokenizer, [token]), logprob] for token, logprob in drawn.alternatives],
+                "logprob": finite(drawn.logprob),
+                "top": [[decode(run.tokenizer, [token]), finite(logprob)] for token, logprob in drawn.alternatives],
             }
             for drawn in answer.tokens
         ]
-    return json.dumps(row, ensure_ascii=False)
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
 def define_flags(flag_values: flags.FlagValues = FLAGS) -> None:

@@ -31,7 +31,7 @@ from gpt_jax.inference.served_run import open_run
 from gpt_jax.storage.files import explain
 
 FLAGS = flags.FLAGS
-_LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
+_LOOPBACK = ["localhost", "127.0.0.1", "::1"]
 _BACKLOG = 2048  # connections that may wait to be accepted
 _GRACE = 5  # seconds that open requests have when the server is stopped
 

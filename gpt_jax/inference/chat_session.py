@@ -50,7 +50,6 @@ class ChatSession:
         self.turns: list[Turn] = []
         self._asked: list[Turn] = []  # up to the last question, whether it has an answer or not
         self.seed: int | None = None  # of the last answer
-        self.description = run.description  # of the checkpoint that answers
         self.notice = ""  # what was left out of the last prompt, as a line
         self._own_files: set[Path] = set()  # written or read here, so that they may be written again
 
@@ -162,8 +161,8 @@ class ChatSession:
 
     def _step(self, argument: str) -> str:
         if argument:
-            self.description = self.run.load_step(argument)
-        return self.description
+            self.run.load_step(argument)
+        return self.run.description
 
     def _help(self, argument: str) -> str:
         _no_argument("help", argument)

@@ -21,14 +21,13 @@ from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.runs.find import find_run, find_step
 
 
-@dataclass(frozen=True)
+@dataclass
 class ServedRun:
     """A run and the engine that answers for it.
 
-    name: of its folder. description: which checkpoint. backend: what it runs on, as text. vocabulary: the bytes of
-    each token that the model knows. block_size: tokens that the
-    model sees at once. defaults: how the run's own samples are drawn. put: parameters to
-    the device, in the engine's thread.
+    name: of its folder. description: which checkpoint answers. backend: what it runs on, as text. vocabulary: the bytes
+    of each token that the model knows. block_size: tokens that the model sees at once. defaults: how the run's own
+    samples are drawn. put: parameters to the device, in the engine's thread.
     """
 
     name: str
@@ -59,7 +58,12 @@ class ServedRun:
           UserError: there is no such checkpoint, or it is damaged.
         """
         _, params, _, description = load_for_sampling(self.workdir, find_step(self.workdir, step))
-        self.engine.run(lambda decoder: decoder.load(self.put(params)))
+
+        def load(decoder: Decoder) -> None:
+            decoder.load(self.put(params))
+            self.description = description  # here, so that it is right whatever interrupts the wait
+
+        self.engine.run(load)
         return description
 
 

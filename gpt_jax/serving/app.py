@@ -21,7 +21,6 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -33,7 +32,15 @@ from gpt_jax.inference.engine import Request as Prompt
 from gpt_jax.inference.sampling import SamplingOptions, choice_seed
 from gpt_jax.inference.served_run import ServedRun
 from gpt_jax.serving.answers import ChatFormat, Format, TextFormat, Texts, streamed_answer, whole_answer
-from gpt_jax.serving.limits import DEFAULT_LIMITS, EventStream, Limits, check_key, read_json, unless_client_leaves
+from gpt_jax.serving.limits import (
+    DEFAULT_LIMITS,
+    EventStream,
+    KnownHosts,
+    Limits,
+    check_key,
+    read_json,
+    unless_client_leaves,
+)
 from gpt_jax.serving.metrics import CONTENT_TYPE, Metrics
 from gpt_jax.serving.observed import Observed
 from gpt_jax.serving.openapi import schema
@@ -86,7 +93,7 @@ def make_app(
             Route("/openapi.json", routes.openapi),
         ],
         middleware=[
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
+            Middleware(KnownHosts, hosts=hosts),
             Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]),
             Middleware(Observed, metrics=routes.metrics, clients=limits.clients),
         ],

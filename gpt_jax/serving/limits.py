@@ -4,13 +4,16 @@ import asyncio
 import contextlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from gpt_jax.serving.requests import RequestError
+from gpt_jax.serving.responses import error_body
 
 
 class Limits(NamedTuple):
@@ -77,6 +80,29 @@ def check_key(request: Request, key: str | None) -> None:
     if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), key.encode()):
         message = "the API key is wrong or missing: send the header 'Authorization: Bearer KEY'"
         raise RequestError(message, code="invalid_api_key", status=401)
+
+
+class KnownHosts:
+    """Middleware that refuses requests to another name than one of `hosts`, without a port; '*': none is refused."""
+
+    def __init__(self, app: Any, hosts: Collection[str]) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        name = host_name(Headers(scope=scope).get("host", "")) if scope["type"] == "http" else ""
+        if scope["type"] != "http" or "*" in self._hosts or name in self._hosts:
+            await self._app(scope, receive, send)
+            return
+        message = f"this server is not called {name!r}, but {' or '.join(self._hosts)}"
+        await JSONResponse(error_body(message, 400, code="unknown_host"), status_code=400)(scope, receive, send)
+
+
+def host_name(header: str) -> str:
+    """The name in a Host header: without a port, and without the brackets of an IPv6 address; empty if it has none."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:  # half a pair of brackets
+        return ""
 
 
 async def unless_client_leaves(work: Awaitable[Any], receive: Callable[[], Awaitable[Any]]) -> Any:

@@ -66,15 +66,17 @@ class TextPart(_Shape):
 
 
 class Message(_Shape):
-    """A turn, or a system text, which comes first."""
+    """A turn, or a system text, which comes first. An assistant's may have no content, as clients send what it said."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    tool_calls: list[Any] | None = None
+    function_call: dict[str, Any] | None = None
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content.strip()
+        if self.content is None or isinstance(self.content, str):
+            return (self.content or "").strip()
         return "\n".join(part.text for part in self.content).strip()
 
 
@@ -155,6 +157,10 @@ class ChatRequest(_Sampling):
         turns: list[Turn] = []
         for i, message in enumerate(self.messages):
             where, text = f"messages[{i}]", message.text
+            for name in ("tool_calls", "function_call"):
+                if getattr(message, name):
+                    problem = f"{where}.{name} is not supported: the model calls no tools"
+                    raise RequestError(problem, f"{where}.{name}", "unsupported_parameter")
             if not text and message.role == "assistant" and turns:
                 continue  # an answer that ended at once, which clients send back as it came
             if not text:

@@ -6,8 +6,7 @@ from typing import Any
 from typing_extensions import TypedDict  # Pydantic takes no other before Python 3.12
 
 from gpt_jax.inference.engine import DrawnToken
-
-IMPOSSIBLE = -9999.0  # the log-probability of a token that cannot be, as OpenAI has it: JSON knows no infinity
+from gpt_jax.inference.sampling import finite
 
 Bytes = Sequence[bytes]  # of each token of the vocabulary
 
@@ -150,7 +149,7 @@ def chat_logprobs(drawn: Iterable[DrawnToken], vocabulary: Bytes) -> ChatLogprob
 
     def one(token: int, logprob: float) -> TopLogprob:
         spelled = vocabulary[token]
-        return {"token": _text(spelled), "logprob": _finite(logprob), "bytes": list(spelled)}
+        return {"token": _text(spelled), "logprob": finite(logprob), "bytes": list(spelled)}
 
     content: list[TokenLogprob] = [
         {**one(each.token, each.logprob), "top_logprobs": [one(*other) for other in each.alternatives]}
@@ -168,7 +167,7 @@ def text_logprobs(drawn: Sequence[DrawnToken], vocabulary: Bytes, offset: int, a
         offset += len(text)
     return {
         "tokens": texts,
-        "token_logprobs": [_finite(each.logprob) for each in drawn],
+        "token_logprobs": [finite(each.logprob) for each in drawn],
         "top_logprobs": [_by_text(each.alternatives, vocabulary) for each in drawn] if alternatives else None,
         "text_offset": offsets,
     }
@@ -177,16 +176,12 @@ def text_logprobs(drawn: Sequence[DrawnToken], vocabulary: Bytes, offset: int, a
 def _by_text(alternatives: Iterable[tuple[int, float]], vocabulary: Bytes) -> dict[str, float]:
     found: dict[str, float] = {}
     for token, logprob in alternatives:
-        found.setdefault(_text(vocabulary[token]), _finite(logprob))  # parts of characters all look alike
+        found.setdefault(_text(vocabulary[token]), finite(logprob))  # parts of characters all look alike
     return found
 
 
 def _text(spelled: bytes) -> str:
     return spelled.decode("utf-8", "replace")
-
-
-def _finite(logprob: float) -> float:
-    return max(float(logprob), IMPOSSIBLE)
 
 
 def chat_choice(index: int, content: str, logprobs: ChatLogprobs | None, reason: str | None) -> ChatChoice:

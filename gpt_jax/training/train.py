@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -134,6 +135,8 @@ def finish(run: Run, trainer: Trainer, stopped_by: signal.Signals | None) -> Non
         run.log(f"stopped by {stopped_by.name} {where}; the same command goes on, with --workdir={run.workdir}")
     with writing(run.workdir / "report.md"):
         run.log(f"report: {write_report(run.workdir)}")
+    if not stopped_by:
+        run.log(f"talk to it: python -m gpt_jax.chat {shlex.quote(str(run.workdir))}")
 
 
 def open_corpus(

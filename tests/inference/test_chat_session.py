@@ -4,14 +4,17 @@ import io
 import json
 import re
 import sys
+import threading
+from concurrent.futures import Future
 
 import pytest
-from fake_decoder import make_tokenizer
+from fake_decoder import FakeDecoder, make_tokenizer
 from stub_run import stub_run
 
 from gpt_jax import chat as terminal
 from gpt_jax.chat import chat, printable
 from gpt_jax.errors import UserError
+from gpt_jax.inference import served_run
 from gpt_jax.inference.chat_session import COMMANDS, ChatSession
 from gpt_jax.inference.sampling import SamplingOptions
 from vk_kernels.errors import DeviceLostError
@@ -227,11 +230,52 @@ def test_ctrl_c_during_a_command_keeps_the_chat_and_ends_a_pipe(capsys, monkeypa
     assert capsys.readouterr().err == "^C\n"
 
 
+def with_checkpoints(monkeypatch, load=lambda params: None):
+    """Has the checkpoints of a stub's run be there; load: what the decoder does with one."""
+    monkeypatch.setattr(served_run, "find_step", lambda workdir, step: step)
+    monkeypatch.setattr(served_run, "load_for_sampling", lambda workdir, step: (None, step, None, f"checkpoint {step}"))
+    monkeypatch.setattr(FakeDecoder, "load", lambda decoder, params: load(params), raising=False)
+
+
 def test_step_tells_which_checkpoint_answers(session, monkeypatch):
     assert session.command("/step") == "a stub"
-    monkeypatch.setattr(type(session.run), "load_step", lambda run, step: f"checkpoint {step}")
+    with_checkpoints(monkeypatch)
     assert session.command("/step 2") == "checkpoint 2"
     assert session.command("/step") == "checkpoint 2"
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_ctrl_c_during_step_leaves_the_name_of_the_parameters_that_answer(has_begun, monkeypatch):
+    began, go_on, loaded = threading.Event(), threading.Event(), []
+
+    def load(params):
+        began.set()
+        assert go_on.wait(20)
+        loaded.append(params)
+
+    with_checkpoints(monkeypatch, load)
+    with stub_run(echo) as (run, _):
+        session = ChatSession(run, OPTIONS)
+        if not has_begun:  # another task is before it
+            other = threading.Thread(target=lambda: run.engine.run(lambda decoder: load("other")))
+            other.start()
+            assert began.wait(20)
+        wait = Future.result
+
+        def interrupted(future, timeout=None):
+            if threading.current_thread() is not threading.main_thread():
+                return wait(future, timeout)
+            assert began.wait(20)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Future, "result", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                session.command("/step 2")
+        go_on.set()
+        run.engine.run(lambda decoder: None)  # after all that was to be done
+        assert ("2" in loaded) == has_begun
+        assert session.command("/step") == ("checkpoint 2" if has_begun else "a stub")
 
 
 def test_a_chat_that_an_editor_saved_with_a_mark_of_utf_8_comes_back(session, tmp_path):

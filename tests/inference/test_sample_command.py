@@ -81,6 +81,11 @@ def test_json_lines_say_by_which_seed_each_of_n_answers_comes_again(answers):
         assert again == row["text"]
 
 
+def test_a_token_that_cannot_be_has_a_number_of_json(answers):
+    [row] = [json.loads(line, parse_constant=pytest.fail) for line in answers("an a", "--logprobs=3", "--json")[0]]
+    assert [logprob for _, logprob in row["logprobs"][0]["top"]] == pytest.approx([-0.6931, -1.3863, -9999], abs=1e-4)
+
+
 def test_an_answer_ends_before_a_stop_string_and_at_max_tokens(answers):
     [row] = map(json.loads, answers("an a an b", "--stop=N B", "--stop=nowhere", "--json")[0])
     assert (row["text"], row["finish_reason"]) == ("AN A A", "stop")

@@ -133,7 +133,7 @@ def test_roles_and_parts_become_the_prompt_of_training(echo):
     assert body["choices"][0]["message"]["content"].startswith("<|user|>s<|assistant|>a<|user|>u<|assistant|>")
 
 
-@pytest.mark.parametrize("empty", ["", " \n"])
+@pytest.mark.parametrize("empty", ["", " \n", None])
 def test_an_answer_that_was_empty_ends_no_conversation(empty, echo):
     messages = [
         {"role": "user", "content": "one"},
@@ -216,7 +216,18 @@ USER = {"role": "user", "content": "x"}
         ({"messages": "hi"}, 400, "messages: input should be a valid list"),
         ({"messages": [3]}, 400, "messages[0]: "),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role: input should be 'system', 'dev"),
-        ({"messages": [{"role": "user"}]}, 400, "messages[0].content: field required"),
+        ({"messages": [{"role": "user"}]}, 400, "messages[0].content is empty"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "messages[0].content is empty"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}, USER]},
+            400,
+            "messages[1].tool_calls is not supported: the model calls no tools",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "function_call": {"name": "f"}}, USER]},
+            400,
+            "function_call is not",
+        ),
         ({"messages": [{"role": "user", "content": " "}]}, 400, "messages[0].content is empty"),
         ({"messages": [{"role": "user", "content": []}]}, 400, "messages[0].content: list should have at least 1"),
         (

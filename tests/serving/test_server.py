@@ -128,9 +128,12 @@ def test_pages_of_other_origins_may_come_only_where_they_are_named():
 
 
 def test_a_name_that_points_here_from_elsewhere_is_refused():
-    with serve(lambda prompt, options: "yes", app={"hosts": ("127.0.0.1", "localhost")}) as stub:
-        assert stub.client.get("/health", headers={"host": "evil.example"}).status_code == 400
-        assert stub.client.get("/health", headers={"host": "localhost:1"}).status_code == 200
+    with serve(lambda prompt, options: "yes", app={"hosts": ("127.0.0.1", "localhost", "::1")}) as stub:
+        for host in ("evil.example", "localhost.evil.example:8000", "[::1", ""):
+            found = stub.client.get("/health", headers={"host": host})
+            assert (found.status_code, found.json()["error"]["code"]) == (400, "unknown_host")
+        for host in ("localhost:1", "LOCALHOST", "127.0.0.1", "[::1]:8000"):
+            assert stub.client.get("/health", headers={"host": host}).status_code == 200
 
 
 def test_requests_share_the_decoding_batch():
