@@ -99,12 +99,12 @@ def fill_slot(
 
 
 def decode_chunk(
-    weights: Weights, state: State, config: ModelConfig, chunk: int, alternatives: int
+    weights: Weights, state: State, config: ModelConfig, rows: int, chunk: int, alternatives: int
 ) -> tuple[State, Draw, jax.Array]:
-    """Draws up to `chunk` tokens of every text that has not ended.
+    """Draws up to `chunk` tokens of every text in the first `rows` slots that has not ended.
 
     Returns:
-      The state; the draws, (chunk, slots) each: tokens are UNDRAWN where a text had ended; and the state's `left`.
+      The state; the draws, (chunk, rows) each: tokens are UNDRAWN where a text had ended; and the state's `left`.
     """
 
     def step(state: State, _: None) -> tuple[State, Draw]:
@@ -113,8 +113,20 @@ def decode_chunk(
         drawn, texts = draw_next(logits, texts, state.ends, state.seeds, state.controls, alternatives)
         return state._replace(texts=texts, cache=cache), drawn
 
-    state, draws = jax.lax.scan(step, state, None, length=chunk)
-    return state, draws, state.texts.left
+    first, draws = jax.lax.scan(step, _first_rows(state, rows), None, length=chunk)
+    texts = Texts(*map(_with_first_rows, state.texts, first.texts))
+    return state._replace(texts=texts, cache=first.cache), draws, first.texts.left
+
+
+def _first_rows(state: State, rows: int) -> State:
+    """The state of the first slots, but for what is large, which is written where it lies."""
+    texts, cache = state.texts, state.cache
+    small = jax.tree.map(lambda x: x[:rows], state._replace(texts=texts._replace(seen=()), cache=()))
+    return small._replace(texts=small.texts._replace(seen=texts.seen), cache=cache)
+
+
+def _with_first_rows(whole: jax.Array, first: jax.Array) -> jax.Array:
+    return first if whole.shape == first.shape else whole.at[: len(first)].set(first)
 
 
 @dataclasses.dataclass(eq=False)
@@ -157,12 +169,17 @@ class Decoder:
         prepare = functools.partial(_reload, config=config)
         self._prepare = backend.jit(prepare, donate_argnums=0, keep_unused=True)
         self._fill = backend.jit(_on_leaves(functools.partial(fill_slot, config=config), config), donate_argnums=1)
-        # Two programs, so that no text pays for what another one asks; the second is compiled when one does.
+        # By rows, so that few texts do not pay for empty slots, and by alternatives, so that none pays for what another
+        # one asks. Each is compiled when it is first needed.
+        self.batches = batch_sizes(slots)
         self._decode = {
-            count: backend.jit(
-                _on_leaves(functools.partial(decode_chunk, config=config, chunk=chunk, alternatives=count), config),
+            (rows, count): backend.jit(
+                _on_leaves(
+                    functools.partial(decode_chunk, config=config, rows=rows, chunk=chunk, alternatives=count), config
+                ),
                 donate_argnums=1,
             )
+            for rows in self.batches
             for count in (0, min(MOST_ALTERNATIVES, config.vocab_size))
         }
         self._texts: dict[int, _Text] = {}
@@ -274,8 +291,9 @@ class Decoder:
         texts = {slot: text for slot, text in self._texts.items() if text.left and not text.has_ended}
         if not texts:
             return
-        most = max(text.alternatives for text in texts.values())
-        program = self._decode[max(self._decode) if most else 0]
+        rows = next(rows for rows in self.batches if rows > max(texts))
+        asks = any(text.alternatives for text in texts.values())
+        program = self._decode[rows, min(MOST_ALTERNATIVES, self.config.vocab_size) if asks else 0]
         self._state, draws, left = program(self._weights, self._state)
         self._held[program] = self._state
         for x in (*draws, left):
@@ -302,6 +320,17 @@ class Decoder:
     def release(self, slot: int) -> None:
         """Frees a slot."""
         del self._texts[slot]
+
+
+def batch_sizes(slots: int) -> list[int]:
+    """How many of the first slots one program decodes: all, and as few as are in use, by factors of four.
+
+    Two at least where there are more: a row has the same bits in each of these on Vulkan, where one alone has others.
+    """
+    sizes = [min(2, slots)]
+    while sizes[-1] < slots:
+        sizes.append(min(4 * sizes[-1], slots))
+    return sizes
 
 
 def _empty(shapes: Weights, config: ModelConfig, slots: int) -> tuple[Weights, State]:

@@ -120,15 +120,17 @@ def open_run(
 
 
 def _compile_all(decoder: Decoder) -> None:
-    """Has the programs compiled that prompts of any length need, with and without alternatives."""
-    block_size = decoder.config.block_size
-    length, alternatives = 1, MOST_ALTERNATIVES
-    while True:
-        options = SamplingOptions(seed=0, max_tokens=1, logprobs=alternatives)
-        decoder.insert(0, [0] * length, options)
+    """Has the programs compiled that prompts of any length and any number of texts need, also with alternatives."""
+
+    def decode(slot: int, length: int, alternatives: int) -> None:
+        decoder.insert(slot, [0] * length, SamplingOptions(seed=0, max_tokens=1, logprobs=alternatives))
         decoder.decode()
-        decoder.release(0)
-        if length == block_size:
-            return
-        # The first length that takes a longer prefill.
-        length, alternatives = min(decoder.prefill_width(length) + 2, block_size), 0
+        decoder.release(slot)
+
+    for rows in decoder.batches:
+        for alternatives in (0, MOST_ALTERNATIVES):
+            decode(rows - 1, 1, alternatives)
+    length, block_size = 1, decoder.config.block_size
+    while length < block_size:
+        length = min(decoder.prefill_width(length) + 2, block_size)  # the first that takes a longer prefill
+        decode(0, length, 0)

@@ -85,6 +85,14 @@ def test_a_donated_cache_is_updated_where_it_is():
         np.testing.assert_allclose(np.asarray(one), right, rtol=1e-5, atol=1e-5)
 
 
+def test_a_cache_of_more_rows_is_that_of_the_first_texts(device):
+    qkv, cache, positions = decode_operands(4, 16, 2, 8, F32)
+    first = functools.partial(run, device, plan_decode_attention, decode_attention_reference)
+    out, new = first(qkv[:2], cache, positions[:2])
+    assert same_bits([out, new[:2]], first(qkv[:2], cache[:2], positions[:2]))
+    assert same_bits([new[2:]], [cache[2:]])
+
+
 def test_an_array_that_is_read_after_its_update_stays_as_it_was():
     def function(qkv, cache, positions):
         out, new = ops.decode_attention(qkv, cache, positions)

@@ -28,12 +28,16 @@ def extending(vocab, most_ends=3, dtype=F32):
     return logits, texts, ends, seeds, controls
 
 
+def extend(*operands):
+    with vk_kernels.use("vulkan", device=SELECTOR):
+        return jax.jit(ops.extend_texts)(*operands)
+
+
 @pytest.mark.parametrize(("vocab", "most_ends", "dtype"), [(53, 3, F32), (2500, 0, BF16)])
 def test_texts_are_extended_as_by_the_reference(vocab, most_ends, dtype):
     operands = extending(vocab, most_ends, dtype)
     (drawn, texts) = expected = jax.jit(extend_texts_reference)(*operands)
-    with vk_kernels.use("vulkan", device=SELECTOR):
-        found = jax.jit(ops.extend_texts)(*operands)
+    found = extend(*operands)
     for one, right in zip((found[0].tokens, *found[1]), (drawn.tokens, *texts), strict=True):
         np.testing.assert_array_equal(one, right)
     np.testing.assert_allclose(found[0].logprobs, expected[0].logprobs, rtol=1e-6, atol=2e-6)
@@ -70,6 +74,14 @@ def test_what_was_seen_is_counted_where_it_lies_and_all_of_a_token_is_one_dispat
     expected = jax.jit(twice)(texts.seen, logits, texts._replace(seen=None), *rest)
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[3].tokens, expected[3].tokens)
+
+
+def test_rows_of_texts_beyond_are_left_alone():
+    logits, texts, ends, seeds, controls = extending(53)
+    few = jax.tree.map(lambda x: x[:5], (texts._replace(seen=()), ends, seeds, controls))
+    _, found = extend(logits[:5], few[0]._replace(seen=texts.seen), *few[1:])
+    np.testing.assert_array_equal(found.seen[:5], extend(logits, texts, ends, seeds, controls)[1].seen[:5])
+    np.testing.assert_array_equal(found.seen[5:], texts.seen[5:])
 
 
 def test_a_column_more_or_less_is_refused():

@@ -32,7 +32,7 @@ class Texts(NamedTuple):
     """Texts that grow, a row each.
 
     tokens, positions: int32 (B,), the last token and its place. left: int32 (B,), tokens that are still to be drawn; 0
-    where a text has ended. seen: int32 (B, V), as `draw_tokens` takes it.
+    where a text has ended. seen: int32 (B or more, V), as `draw_tokens` takes it; rows beyond are left alone.
     """
 
     tokens: jax.Array
@@ -54,17 +54,16 @@ def extend_texts_reference(
       What was drawn, with UNDRAWN for a token where the text had ended before; and the texts. One that ends keeps its
       last token and place. Under `vk_kernels.jit` `seen` is written where it lies, if it is donated, or made there.
     """
-    logits = logits.astype(jnp.float32)
-    tokens, logprobs = draw_tokens_reference(logits, texts.seen, seeds, texts.positions + 1, controls)
+    rows, logits = len(logits), logits.astype(jnp.float32)
+    tokens, logprobs = draw_tokens_reference(logits, texts.seen[:rows], seeds, texts.positions + 1, controls)
     is_end = (ends == tokens[:, None]).any(axis=1)
     left = jnp.where((texts.left > 0) & ~is_end, texts.left - 1, 0)
     goes_on = left > 0
-    is_drawn = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] == tokens[:, None]
     extended = Texts(
         tokens=jnp.where(goes_on, tokens, texts.tokens),
-        positions=texts.positions + goes_on,
+        positions=texts.positions + goes_on.astype(jnp.int32),
         left=left,
-        seen=texts.seen + jnp.where(is_drawn, GENERATED, 0),
+        seen=jnp.asarray(texts.seen).at[jnp.arange(rows, dtype=jnp.int32), tokens].add(GENERATED),
     )
     return Drawn(jnp.where(texts.left > 0, tokens, UNDRAWN), logprobs), extended
 
@@ -119,10 +118,7 @@ def _reference_of_operands(logits, tokens, positions, left, seen, ends, seeds, *
     return *drawn, *texts
 
 
-_OPERANDS = 3 + len(Texts._fields) + len(Controls._fields)
-_extend_texts_primitive = make_primitive(
-    "extend_texts", _reference_of_operands, KernelOp(plan_extend_texts, batch_axes=lambda: (True,) * _OPERANDS)
-)
+_extend_texts_primitive = make_primitive("extend_texts", _reference_of_operands, KernelOp(plan_extend_texts))
 
 
 @public(extend_texts_reference)
@@ -137,7 +133,7 @@ def extend_texts(target, logits, texts, ends, seeds, controls):
     check_arrays(
         "extend_texts",
         logits=(logits, jnp.shape(logits), jnp.bfloat16 if logits.dtype == jnp.bfloat16 else jnp.float32),
-        seen=(texts.seen, jnp.shape(logits), jnp.int32),
+        seen=(texts.seen, (max(len(texts.seen), *rows), *jnp.shape(logits)[1:]), jnp.int32),
         ends=(ends, (*rows, jnp.shape(ends)[1]), jnp.int32),
         seeds=(seeds, rows, jnp.uint32),
         **of_texts,

@@ -140,7 +140,7 @@ def outputs_and_gradients(function: Any, differentiable: Sequence[int], *operand
         return function(whole)
 
     if not differentiable:
-        return function(operands), ()
+        return tuple(jax.tree.leaves(function(operands))), ()
     outputs, pullback = jax.vjp(of_differentiable, *(operands[i] for i in differentiable))
     return outputs, pullback(tuple(_cotangent(y.shape, i).astype(y.dtype) for i, y in enumerate(outputs)))
 

@@ -245,7 +245,8 @@ def _decode_attention(qkv, cache, positions, scale=None, cap=None):
 
 
 def _fill_cache(qkv, cache, slot):
-    places = (jnp.arange(len(cache)) == slot)[:, None] & (jnp.arange(cache.shape[1]) < len(qkv))
+    slots, places = (jnp.arange(size, dtype=jnp.int32) for size in cache.shape[:2])
+    places = (slots == slot)[:, None] & (places < len(qkv))[None]  # (B, block)
     filled = jnp.pad(qkv[:, 1:], [(0, cache.shape[1] - len(qkv)), (0, 0), (0, 0), (0, 0)])
     return (jnp.where(jnp.broadcast_to(places[:, :, None, None, None], cache.shape), filled[None], cache),)
 
@@ -287,6 +288,7 @@ def _draw_tokens(logits, seen, seeds, positions, controls):
 
 def _extend_texts(logits, texts, ends, seeds, controls):
     tokens, logprobs = _draw_tokens(logits, texts.seen, seeds, texts.positions + 1, controls)
+    tokens = tokens.astype(jnp.int32)
     had_ended = texts.left == 0
     left = jnp.where(had_ended | (tokens[:, None] == ends).any(-1), 0, texts.left - 1)
     counted = texts.seen + 2 * jax.nn.one_hot(tokens, logits.shape[-1], dtype=texts.seen.dtype)

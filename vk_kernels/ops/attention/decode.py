@@ -1,5 +1,6 @@
 """Attention of one new token of each text over the keys and values of all before it, which are kept in a cache."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,8 @@ def decode_attention_reference(
 
     Args:
       qkv: (B, 3, H, D), a floating dtype: query, key and value of one token of each text.
-      cache: (B, T, 2, H, D), qkv's dtype: keys and values by place in the text; what lies past a text is not read.
+      cache: (B or more, T, 2, H, D), qkv's dtype: keys and values by place in the text; what lies past a text, or in
+        rows beyond, is not read.
         Under `vk_kernels.jit` the new one takes its memory, if it is donated, or made there and not read any more.
       positions: int32 (B,): each token's place in its text; moved into 0 ... T - 1.
       scale: of the scores; 1 / sqrt(D) if None.
@@ -56,15 +58,15 @@ def decode_attention_reference(
     Returns:
       (B, H, D) in qkv's dtype: softmax(soft_cap(scale * q k^T)) v, with f32 scores and softmax; and the cache.
     """
-    texts, length = cache.shape[:2]
+    texts, length = len(qkv), cache.shape[1]
     positions = jnp.clip(positions, 0, length - 1)
     cache = jnp.asarray(cache).at[jnp.arange(texts, dtype=jnp.int32), positions].set(qkv[:, 1:])
-    scores = jnp.einsum("bhd,bkhd->bhk", qkv[:, 0], cache[:, :, 0], preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bhd,bkhd->bhk", qkv[:, 0], cache[:texts, :, 0], preferred_element_type=jnp.float32)
     scores = soft_cap(scores * scale_of(scale, qkv.shape[-1]), cap)
     seen = jnp.arange(length, dtype=jnp.int32)[None] <= positions[:, None]  # (B, T)
     scores = jnp.where(seen[:, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(qkv.dtype)
-    values = jnp.where(seen[:, :, None, None], cache[:, :, 1], 0)  # what lies past a text may be anything
+    values = jnp.where(seen[:, :, None, None], cache[:texts, :, 1], 0)  # what lies past a text may be anything
     out = jnp.einsum("bhk,bkhd->bhd", weights, values, preferred_element_type=jnp.float32)
     return out.astype(qkv.dtype), cache
 
@@ -86,14 +88,14 @@ def plan_decode_attention(
     """
     require_plain(variant)
     (qkv, past, positions), (out, cache), scratch = operands_of(inputs, outputs)
-    texts, length, _, heads, head_dim = inputs[past].shape
+    rows, length, _, heads, head_dim = inputs[past].shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"the head dim of attention must be from 1 to {MAX_HEAD_DIM}, found {head_dim}")
-    matrices = texts * heads
+    matrices = inputs[qkv].shape[0] * heads
     if not inputs[past].size:
         return Plan(())
-    if parts is None:
-        parts = min(ceil_divide(length, _PART_KEYS), ceil_divide(_ENOUGH, matrices))
+    if parts is None:  # by the rows there are, so that a text has the same bits however many of them are in use
+        parts = min(ceil_divide(length, _PART_KEYS), ceil_divide(_ENOUGH, rows * heads))
     part_keys = ceil_divide(length, parts)
     suffix = dtype_suffix(inputs[qkv])
     padded = next(size for size in (32, 64, MAX_HEAD_DIM) if head_dim <= size)
@@ -136,13 +138,14 @@ def plan_decode_attention(
 
 def _flops(node: Node) -> int:
     """Two products over all places of the caches, since the texts' lengths are known on the device alone."""
-    return 2 * node.inputs[1].size
+    qkv, cache, _ = node.inputs
+    return 2 * qkv.shape[0] * math.prod(cache.shape[1:])
 
 
 _decode_attention = make_primitive(
     "decode_attention",
     decode_attention_reference,
-    KernelOp(plan_decode_attention, batch_axes=lambda **_: (True, True, True), flops=_flops),
+    KernelOp(plan_decode_attention, flops=_flops),
 )
 
 
@@ -155,7 +158,7 @@ def decode_attention(target, qkv, cache, positions, *, scale=None, cap=None):
     texts, _, heads, head_dim = qkv.shape
     check_arrays(
         "decode_attention",
-        cache=(cache, (texts, cache.shape[1], 2, heads, head_dim), qkv.dtype),
+        cache=(cache, (max(len(cache), texts), cache.shape[1], 2, heads, head_dim), qkv.dtype),
         positions=(positions, (texts,), jnp.int32),
     )
     scoring = {"scale": scale_of(scale, head_dim), "cap": None if cap is None else float(cap)}
