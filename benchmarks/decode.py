@@ -1,6 +1,7 @@
 """Times decoding: this on Vulkan and on XLA, and transformers on torch, each in a process of its own, one by one.
 
-    python benchmarks/decode.py [--cases 124m-b1,124m-b32,chat-b1] [--sides vulkan,xla,torch,torch-static] [--profile]
+    python benchmarks/decode.py [--cases 124m-b1,124m-b32,chat-b1,chat-b32] [--sides vulkan,xla,torch,torch-static]
+        [--draws] [--profile]
 
 A case is a config's model with random weights in bf16 and so many texts side by side, each a prompt of 16 tokens and
 256 that are drawn (temperature 0.8, top-k 40), none of which ends it. tokens/s counts those of all texts, from the
@@ -9,7 +10,9 @@ that of one text whose prompt comes in, until it can be read (ours: with the chu
 transformers' `generate` with its dynamic cache, `torch-static` with a static cache, which it compiles; the chat model
 is there GPT-2 in its shape, without the soft cap.
 
-The floor is the weights, read once a token, and the keys and values of the texts, on average, over `--bandwidth`.
+The floor of a step, one token of each text, is the weights, read once, and the keys and values of the texts, on
+average, over `--bandwidth`; the gap is how many times as long a step takes. Of Vulkan's steps also how many dispatches
+and barriers they have. `--draws` adds the time that drawing a token takes, alone, by what is cut.
 """
 
 import argparse
@@ -82,9 +85,41 @@ def ours(case: DecodeCase, side: str, chunk: int, profile: bool) -> dict[str, An
             decoder.release(0)
 
         found = measure(run, first)
-        if profile:
-            print_profile(decoder._decode[0].profile(decoder._weights, decoder._state), chunk)
+        if side == "vulkan":
+            program = decoder._decode[case.texts, 0]
+            text = program.lower(decoder._weights, decoder._state).as_text()
+            found["size"] = ", ".join(text.split(", ")[:2])
+            if profile:
+                print_profile(program.profile(decoder._weights, decoder._state), chunk)
         return found
+
+
+DRAWS = {  # temperature, top_k, top_p
+    "greedy": (0.0, 0, 1.0),
+    "plain": (1.0, 0, 1.0),
+    "top-k 40": (TEMPERATURE, TOP_K, 1.0),
+    "top-p 0.9": (1.0, 0, 0.9),
+    "top-k 40, top-p 0.9": (TEMPERATURE, TOP_K, 0.9),
+}
+
+
+def print_draws(columns: int = 50_257) -> None:
+    """Microseconds of the dispatch that draws a token of each of so many rows; logits as spread as a model's."""
+    import numpy as np
+
+    import vk_kernels
+    from gpt_jax.inference.sampling import SamplingOptions, make_controls
+    from vk_kernels import ops
+
+    for rows in (1, 32):
+        logits = (3 * np.random.default_rng(0).standard_normal((rows, columns))).astype(np.float32)
+        places = np.zeros(rows, np.int32)
+        for name, (temperature, top_k, top_p) in DRAWS.items():
+            controls = make_controls([SamplingOptions(temperature, top_k, top_p)] * rows)
+            draw = vk_kernels.jit(ops.draw_tokens)
+            operands = logits, np.zeros((rows, columns), np.int32), places.astype(np.uint32), places, controls
+            seconds = min(draw.profile(*operands).seconds for _ in range(10))
+            print(f"draw {name:<20} {rows:>3} rows {1e6 * seconds:>8.1f} us", flush=True)
 
 
 def print_profile(profile: Any, chunk: int) -> None:
@@ -161,37 +196,49 @@ def floor_seconds(case: DecodeCase, bandwidth: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="124m-b1,124m-b32,chat-b1")
+    parser.add_argument("--cases", default="124m-b1,124m-b32,chat-b1,chat-b32")
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--chunk", type=int, default=8)
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes a second that the device reads")
     parser.add_argument("--profile", action="store_true", help="where a chunk's time goes, kernel by kernel")
+    parser.add_argument("--draws", action="store_true", help="what drawing a token takes, alone")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         name, side = given.child.split(":")
+        if side == "draws":
+            print_draws()
+            return
         if side.startswith("torch"):
             found = transformers(CASES[name], side.endswith("static"))
         else:
             found = ours(CASES[name], side, given.chunk, given.profile)
         print(json.dumps(found))
         return
-    print(f"{'case':<12} {'side':<13} {'tokens/s':>10} {'first token':>12} {'start':>8} {'floor/step':>11}")
+    columns = f"{'tokens/s':>10} {'first token':>12} {'start':>8} {'a step':>11} {'floor':>11} {'gap':>6}"
+    print(f"{'case':<12} {'side':<13} {columns}")
+    failed = 0
     for name in given.cases.split(","):
         for side in given.sides.split(","):
             command = [sys.executable, __file__, f"--child={name}:{side}", f"--chunk={given.chunk}"]
             command += ["--profile"] if given.profile else []
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
+                failed += 1
                 print(f"{name:<12} {side:<13} failed")
                 continue
             found = json.loads(done.stdout.splitlines()[-1])
-            floor = floor_seconds(CASES[name], given.bandwidth)
+            floor = 1e6 * floor_seconds(CASES[name], given.bandwidth)
+            step = 1e6 * CASES[name].texts / found["tokens_per_second"]
             print(
                 f"{name:<12} {side:<13} {found['tokens_per_second']:>10,.0f} {found['first_token_ms']:>9.1f} ms "
-                f"{found['start_seconds']:>6.1f} s {1e6 * floor:>8.1f} us",
+                f"{found['start_seconds']:>6.1f} s {step:>8.1f} us {floor:>8.1f} us {step / floor:>6.1f}"
+                + (f"  {given.chunk} steps: {found['size']}" if "size" in found else ""),
                 flush=True,
             )
+    if given.draws:
+        subprocess.run([sys.executable, __file__, "--child=:draws"], check=True)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
