@@ -39,6 +39,14 @@ def test_each_source_has_its_share_and_its_own_epochs():
     assert first["inputs"].flags.c_contiguous
 
 
+def test_shares_are_not_cut_off():
+    """Grain makes 1,499 of 15 / 26 where the smallest of 1 / 26 is 100."""
+    streams = [stream(str(n), 1000 * n, 101, weight / 26) for n, weight in enumerate((1, 10, 15))]
+    batches = windows(streams, block_size=10, batch_size=2600, seed=0)
+    of = np.concatenate([batches[n]["inputs"][:, 0] // 1000 for n in range(10)])
+    np.testing.assert_array_equal(np.bincount(of), [1000, 10_000, 15_000])
+
+
 def test_a_batch_of_a_mixture_is_a_pure_function_of_seed_and_number():
     batches = windows(STREAMS, **SHAPE)
     for number in (10**6, 0, 31):
