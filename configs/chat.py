@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 3e-5
     config.optimizer.min_learning_rate = 3e-6
     config.optimizer.warmup_steps = 500
-    config.optimizer.decay_steps = 50_000
+    config.optimizer.decay_steps = 0  # update at which the cosine ends; 0: the last one
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.99
     config.optimizer.epsilon = 1e-8
@@ -76,6 +76,7 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every = 2500  # steps, and once at the end; 0: never
     config.eval.batches = 10
+    config.eval.patience = 0  # evaluations in a row without a lower loss, after which the run ends; 0: it does not
 
     config.sample = ConfigDict()
     config.sample.every = 500  # steps, and once at the end; 0: never

@@ -26,7 +26,6 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 4e-3
     config.optimizer.min_learning_rate = 4e-4
     config.optimizer.warmup_steps = 100
-    config.optimizer.decay_steps = 1200
 
     config.eval.every = 300
     config.sample.every = 600

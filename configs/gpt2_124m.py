@@ -31,7 +31,6 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 6e-4
     config.optimizer.min_learning_rate = 6e-5
     config.optimizer.warmup_steps = 2000
-    config.optimizer.decay_steps = 100_000
     config.optimizer.b2 = 0.95
 
     config.eval.every = 1000

@@ -365,11 +365,6 @@ class Checkpointer:
             time.sleep(0.05)
 
 
-def saved_steps(directory: Path) -> list[int]:
-    """The steps that have a checkpoint in a directory, damaged ones too; none if there is no such directory."""
-    return sorted(step_directories(directory)) if directory.is_dir() else []
-
-
 def restore_parameters(path: str | os.PathLike) -> tuple[dict, str]:
     """Reads the parameters of a checkpoint of any architecture.
 

@@ -55,8 +55,8 @@ def run_main(
     with flushed_output():
         try:
             define()
-        except flags.Error as error:  # a --flagfile is read already
-            sys.exit(_refuse(error))
+        except (flags.Error, UserError) as error:  # a --flagfile is read already, and the config of a run
+            sys.exit(_refuse(in_plain_words(error)))
         app.run(guarded, flags_parser=_parse_or_exit)
 
 
@@ -89,8 +89,13 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
             raise UserError(f"--{error.flagname} changes a config: give --config=FILE before it") from None
         raise UserError(str(error)) from None
     except flags.Error as error:
-        inner = error.__context__  # absl puts "flag --NAME=VALUE" before what a parser said
-        raise UserError(str(inner if isinstance(inner, UserError) else error)) from None
+        raise UserError(in_plain_words(error)) from None
+
+
+def in_plain_words(error: Exception) -> str:
+    """The message of an error of a flag; absl puts "flag --NAME=VALUE" before what a parser said."""
+    inner = error.__context__
+    return str(inner if isinstance(inner, UserError) else error)
 
 
 def _refuse(error: object, exit_code: int = BAD_INPUT) -> int:

@@ -48,6 +48,11 @@ class Field:
     default: Any = None
     numbers: bool = False
 
+    def from_json(self, value: Any) -> Any:
+        """The value of this setting's kind, of which JSON made a list (a tuple) or an int (a whole float)."""
+        converts = {tuple: list, float: int}.get(self.kind)
+        return self.kind(value) if type(value) is converts else value
+
     def problem(self, value: Any) -> str:
         """'must be ..., found ...' for a value that this setting cannot have, else nothing."""
         check = {int: self._whole, float: self._number, bool: self._flag, str: self._text, tuple: self._texts}
@@ -186,6 +191,7 @@ FIELDS: dict[str, Field] = {
     "data.prefetch": _whole("batches made ahead"),
     "eval.every": _whole(_EVERY, 0),
     "eval.batches": _whole("batches of an evaluation"),
+    "eval.patience": _whole("evaluations without a lower loss before the run ends; 0: any number", 0, default=0),
     "sample.every": _whole(_EVERY, 0),
     "sample.temperature": _number("of the softmax; 0: the likeliest token"),
     "sample.top_k": _whole("likeliest tokens to draw from; 0: all", 0),
@@ -251,6 +257,11 @@ def validate(config: Mapping[str, Any]) -> None:
         *("data.source", "data.mixture"),
     )
     require(
+        values["eval.patience"] == 0 or values["eval.every"] > 0,
+        "eval.patience needs evaluations: config.eval.every must not be 0",
+        *("eval.patience", "eval.every"),
+    )
+    require(
         values["optimizer.min_learning_rate"] <= values["optimizer.learning_rate"],
         "optimizer.min_learning_rate must not exceed learning_rate",
         *("optimizer.min_learning_rate", "optimizer.learning_rate"),
@@ -302,6 +313,15 @@ def check_saved(config: Mapping[str, Any], file: Path) -> None:
     width, heads = values["model.embed_dim"], values["model.num_heads"]
     if width % heads:
         raise UserError(f"{file}: model.embed_dim must be a multiple of num_heads, found {width} and {heads}")
+
+
+def with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings by dotted name, of a config that a run saved: what its version did not have yet is the default.
+
+    A setting that every version has is None where it lacks it. What this version does not have is left out.
+    """
+    values = dict(leaves(saved))
+    return {name: field.from_json(values.get(name, field.default)) for name, field in FIELDS.items()}
 
 
 _NEEDED = (  # to sample from a run

@@ -1,8 +1,12 @@
-"""Reads the Python file behind `--config=`; a mistake in it costs one line with file, line number and what is wrong."""
+"""Reads the Python file behind `--config=`; a mistake in it costs one line with file, line number and what is wrong.
+
+A run's `config.json` is such a file too.
+"""
 
 import difflib
 import importlib
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -13,8 +17,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from gpt_jax.config import check_name, check_names, leaves
+from gpt_jax.config import FIELDS, check_name, check_names, leaves, with_defaults
 from gpt_jax.errors import UserError
+from gpt_jax.runs.info import CONFIG_FILE, read_config
 
 _CONFIGS = Path("configs")  # in the current folder, where a name that is not found is looked for
 _SHIPPED = Path(__file__).parent / "configs"  # in a wheel; a checkout has them at its top
@@ -43,13 +48,16 @@ FLAG = ValueParser(flags.BooleanParser(), "true or false")
 
 
 def define_config_flag(
-    flag_values: flags.FlagValues = flags.FLAGS, arguments: Sequence[str] | None = None
+    flag_values: flags.FlagValues = flags.FLAGS,
+    arguments: Sequence[str] | None = None,
+    default: Callable[[Sequence[str]], Path | None] = lambda _: None,
 ) -> flags.FlagHolder[ConfigDict]:
     """Defines `--config=FILE`, and `--config.x.y=VALUE` for each of its settings.
 
     Args:
       flag_values: where it is defined.
       arguments: the command line, the program's name first; None: that of this process.
+      default: gives the file for a command line without `--config`, by its arguments; None: there is none.
     """
     for kind, parser in ((int, WHOLE), (float, NUMBER), (bool, FLAG)):
         config_flags.register_flag_parser_for_type(kind, parser)
@@ -57,8 +65,17 @@ def define_config_flag(
     holder = config_flags.DEFINE_config_file(
         "config", help_string="A file of configs/.", flag_values=flag_values, sys_argv=argv
     )
-    flag_values["config"].parser = _ConfigParser(lambda: flag_values.read_flags_from_files(argv[1:], force_gnu=False))
+
+    def read_arguments() -> list[str]:
+        return flag_values.read_flags_from_files(argv[1:], force_gnu=False)
+
+    flag_values["config"].parser = _ConfigParser(read_arguments)
+    if not any(map(_GIVES_CONFIG, given := read_arguments())) and (file := default(given)) is not None:
+        flag_values.set_default("config", str(file))
     return holder
+
+
+_GIVES_CONFIG = re.compile(r"--?config(=|$)").match
 
 
 class _ConfigParser(flags.ArgumentParser):
@@ -70,7 +87,7 @@ class _ConfigParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> ConfigDict:
         arguments = self._read_arguments()
-        if sum(re.match(r"--?config(=|$)", text) is not None for text in arguments) > 1:
+        if sum(_GIVES_CONFIG(text) is not None for text in arguments) > 1:
             raise UserError("--config is given twice: give one, and change its settings by --config.NAME=VALUE")
         config = load_config(argument)
         self.file = argument, dict(leaves(config))
@@ -97,13 +114,15 @@ def describe_changes(config: ConfigDict, flag_values: flags.FlagValues = flags.F
 
 
 def load_config(path: str) -> ConfigDict:
-    """Calls `get_config()` of a Python file; of FILE:TEXT, `get_config(TEXT)`.
+    """Calls `get_config()` of a Python file; of FILE:TEXT, `get_config(TEXT)`. Or reads the `config.json` of a run.
 
     A `configs/NAME.py` that the current folder lacks is the one that was installed with `gpt_jax`.
 
     Raises:
       UserError: there is no such file, it cannot be run, or it gives no config with all settings.
     """
+    if Path(path).name == CONFIG_FILE and os.path.isfile(path):
+        return load_saved_config(Path(path))
     name, *argument = path.split(":", 1)
     file = _find(name)
     _require_python_file(name, file)
@@ -126,6 +145,27 @@ def load_config(path: str) -> ConfigDict:
         check_names(config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+    return config
+
+
+def load_saved_config(file: Path) -> ConfigDict:
+    """The config that a run saved; settings that its version did not have yet are as they were before there were any.
+
+    Raises:
+      UserError: the file is damaged, lacks a setting, or has one that only a newer program knows.
+    """
+    saved = read_config(file.parent)
+    if newer := [name for name, _ in leaves(saved) if name not in FIELDS]:
+        raise UserError(f"{file}: this program knows no {newer[0]}: a newer one wrote it, use that one")
+    values = with_defaults(saved)
+    if missing := [name for name, value in values.items() if value is None]:
+        raise UserError(f"{file} lacks {', '.join(missing[:5])}: put back a good copy")
+    config = ConfigDict()
+    for name, value in values.items():
+        group, _, last = name.rpartition(".")
+        if group and group not in config:
+            config[group] = ConfigDict()
+        (config[group] if group else config)[last] = value
     return config
 
 

@@ -1,49 +1,101 @@
-"""Trains a model: `python -m gpt_jax.main --config=configs/chat.py [--workdir=RUN] [--config.x.y=VALUE ...]`."""
+"""Trains a model: `python -m gpt_jax.main --config=configs/chat.py [--workdir=RUN] [--config.x.y=VALUE ...]`.
+
+Without `--config`, the run of `--workdir=RUN` goes on, by its own config and what the command line changes in it.
+"""
 
 from gpt_jax.signals import exit_on_interrupt
 
 if __name__ == "__main__":
     exit_on_interrupt()  # before the imports, which take seconds
 
+import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from gpt_jax import BEGAN
 from gpt_jax.cli import require_jax, run_main
 from gpt_jax.config import validate
 from gpt_jax.config_file import define_config_flag, describe_changes
 from gpt_jax.errors import UserError
+from gpt_jax.runs.find import find_run
+from gpt_jax.runs.info import CONFIG_FILE, read_info
+from gpt_jax.training.history import why_complete
+from gpt_jax.training.open_settings import fill_in, follow_num_steps, is_huggingface
 
 
 def define_flags() -> None:
-    define_config_flag()
+    define_config_flag(default=config_of_run)
     flags.DEFINE_string(
         "workdir", None, "Run folder; one that exists goes on where it stopped. Default: a new one in runs/."
     )
 
 
+def config_of_run(arguments: Sequence[str]) -> Path | None:
+    """The config of the run that a command line without `--config` goes on with; None if it names no run."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--workdir", "-workdir")
+    name = parser.parse_known_args([*arguments])[0].workdir
+    if not name:
+        return None
+    file = Path(name) / CONFIG_FILE
+    if os.path.isdir(name) and not file.exists():
+        raise UserError(
+            f"{name} has no {CONFIG_FILE}, so it is no run to go on with: give --config=configs/chat.py, or another"
+        )
+    try:
+        found = find_run(name)
+    except UserError as error:
+        raise UserError(f"--workdir={name}: {error}; a new run needs --config=configs/chat.py, or another") from None
+    if found.checkpoint != found.workdir:
+        raise UserError(
+            f"--workdir={name}: a run goes on from its newest checkpoint: give --workdir={found.workdir}, or begin "
+            f"another with --config=configs/finetune.py --config.init_from={name}"
+        )
+    return found.workdir / CONFIG_FILE
+
+
+def file_behind(config: ConfigDict, workdir: Path | None) -> dict[str, Any] | None:
+    """The file that a run's config is of, and what was changed in it, as `describe_changes` says it.
+
+    A run that goes on by its own config is of the file that it began with.
+    """
+    changes = describe_changes(config)
+    if changes is None or workdir is None or not flags.FLAGS["config"].using_default_value:
+        return changes
+    began_with = read_info(workdir).get("config_file")
+    return began_with and {**began_with, "values": changes["values"] | began_with["values"]}
+
+
 def main(argv: Sequence[str]) -> int:
-    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    flag, workdir = flags.FLAGS["config"], flags.FLAGS.workdir
+    config = flag.value
     if config is None:
         raise UserError("no config: give --config=configs/chat.py, or another file of configs/")
     if workdir == "":
         raise UserError("--workdir is empty: name a folder, or leave it out for a new one in runs/")
-    validate(config)
+    workdir = None if workdir is None else Path(workdir)
+    if flag.using_default_value:
+        workdir = Path(flag.config_filename).parent
+        follow_num_steps(config, workdir, flag.override_values)
+    if not is_huggingface(config.init_from):  # which needs jax
+        config = fill_in(config, workdir)
+        validate(config)
+        if flag.using_default_value and (why := why_complete(config, workdir)) is not None:
+            print(why)
+            return 0
     exit_on_interrupt()
     require_jax()
     from gpt_jax.training.failures import TrainingFailed  # after the config: a typo need not wait for jax
     from gpt_jax.training.train import train_and_evaluate
 
     try:
-        stopped_by = train_and_evaluate(
-            config,
-            None if workdir is None else Path(workdir),
-            began=BEGAN,
-            config_file=describe_changes(config),
-        )
+        stopped_by = train_and_evaluate(config, workdir, began=BEGAN, config_file=file_behind(config, workdir))
     except TrainingFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

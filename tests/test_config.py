@@ -45,7 +45,7 @@ def test_chat_is_the_reference_run():
         "learning_rate": 3e-5,
         "min_learning_rate": 3e-6,
         "warmup_steps": 500,
-        "decay_steps": 50_000,
+        "decay_steps": 0,
         "b1": 0.9,
         "b2": 0.99,
         "epsilon": 1e-8,
@@ -109,7 +109,7 @@ BAD_VALUES = [
     ({"optimizer.epsilon": 1e-50}, f"config.optimizer.epsilon {NUMBER}(0, inf), found 1e-50, which is 0 in float32"),
     ({"optimizer.clip_norm": 0.0}, f"config.optimizer.clip_norm {NUMBER}(0, inf), found 0.0"),
     (
-        {"optimizer.warmup_steps": 50_000},
+        {"optimizer.warmup_steps": 50_000, "optimizer.decay_steps": 50_000},
         "config.optimizer.warmup_steps must be below decay_steps, where the schedule ends, found 50000 and 50000",
     ),
     (

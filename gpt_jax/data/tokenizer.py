@@ -104,18 +104,25 @@ def save(tokenizer: Tokenizer, path: str | Path) -> None:
         file.write(tokenizer.to_str(pretty=True))
 
 
-def load(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer.json, one of ours or any other that is byte-level and has the markers.
+def load(path: str | Path | Tokenizer) -> Tokenizer:
+    """Reads a tokenizer.json, one of ours or any other that is byte-level and has the markers, or takes it.
 
     Raises:
       UserError: it is missing or damaged, lacks a marker, or changes or forges text.
     """
+    if isinstance(path, Tokenizer):
+        return _made_ready(path, "of the donor")
     if not Path(path).is_file():
         raise UserError(f"tokenizer {path} does not exist: give the path of a tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"tokenizer {path} cannot be read, it is damaged: {' '.join(str(error).split())}") from None
+    return _made_ready(tokenizer, str(path))
+
+
+def _made_ready(tokenizer: Tokenizer, path: str) -> Tokenizer:
+    """A tokenizer that takes text for text alone. Raises as `load`."""
     for marker in MARKERS:
         if tokenizer.token_to_id(marker) is None:
             raise UserError(f"tokenizer {path} has no token {marker}: add the three markers as special tokens")

@@ -51,7 +51,7 @@ def open_folder(workdir: Path) -> Iterator[Log]:
             if made and not (workdir / INFO_FILE).exists():
                 shutil.rmtree(workdir, ignore_errors=True)
             elif isinstance(error, StorageError):
-                raise StorageError(f"{error}; then the same command goes on, with --workdir={workdir}") from error
+                raise StorageError(f"{error}; then python -m gpt_jax.main --workdir={workdir} goes on") from error
             raise
 
 

@@ -22,7 +22,9 @@ from gpt_jax.storage.json_file import NUMBER, VERSION, Types, read_object
 INFO_FILE, CONFIG_FILE = "run.json", "config.json"
 FORMAT_VERSION = 1  # of run.json and config.json; raise it when an older program would misread them
 _INFO_TYPES: Types = {
-    **dict.fromkeys(("run_id", "name", "domain", "status", "command", "backend", "started", "ended"), str),
+    **dict.fromkeys(
+        ("run_id", "name", "domain", "status", "command", "backend", "started", "ended", "stopped_early"), str
+    ),
     **dict.fromkeys(
         (
             "elapsed_seconds",

@@ -15,7 +15,9 @@ def _note_status(run: RunData) -> str | None:
     if status == RUNNING:
         return "The run is going on: this is a view of it so far."
     if status == CRASHED:
-        return "The run crashed: its process is gone and did not say why; the same command, with --workdir, goes on."
+        return "The run crashed: its process is gone and did not say why; gpt_jax.main with --workdir goes on."
+    if early := run.info.get("stopped_early"):
+        return f"The run ended early: {early}."
     return f"The run did not reach its end: {status}." if status in ("interrupted", "failed") else None
 
 

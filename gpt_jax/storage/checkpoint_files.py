@@ -33,6 +33,11 @@ def step_directories(directory: Path) -> dict[int, Path]:
     return {int(path.name): path for path in directory.iterdir() if STEP.fullmatch(path.name)}
 
 
+def saved_steps(directory: Path) -> list[int]:
+    """The steps that have a checkpoint in a directory, damaged ones too; none if there is no such directory."""
+    return sorted(step_directories(directory)) if os.path.isdir(directory) else []  # Path.is_dir raises for some names
+
+
 def best_step(losses: Mapping[int, float | None]) -> int | None:
     """The step with the lowest loss, the earliest of equals; None if none has one."""
     return min((s for s in losses if losses[s] is not None), key=lambda s: (losses[s], s), default=None)

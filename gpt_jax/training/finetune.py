@@ -12,27 +12,19 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from gpt_jax.checkpoint import CHECKPOINTS, saved_steps
 from gpt_jax.data.token_cache import NEW_TOKENIZER
 from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.runs.info import read_info
+from gpt_jax.storage.checkpoint_files import CHECKPOINTS, saved_steps
+from gpt_jax.training.donor import TOKENIZER_FILE, find_donor
 
 FROM_DONOR = "from the donor"  # in run.json: where the run's tokenizer is from
-_TOKENIZER = "tokenizer.json"
 _VOCABULARY_AXIS = {"wte": 0, "head": 1}  # of the parameters that have a row or column a token
 
 
-def run_of(path: str | Path) -> Path:
-    """The folder of a run, which `path` is, or its `checkpoints`, or one of these."""
-    path = Path(path).resolve()
-    if path.name == CHECKPOINTS:
-        return path.parent
-    return path.parent.parent if path.parent.name == CHECKPOINTS else path
-
-
-def tokenizer_to_keep(config: ConfigDict, workdir: Path) -> Path | None:
-    """The tokenizer that a run must go on with where the config names none; None: it trains one.
+def tokenizer_to_keep(config: ConfigDict, workdir: Path) -> Tokenizer | Path | None:
+    """The tokenizer that a run must go on with where the config names none, or its file; None: it trains one.
 
     A run that took its donor's keeps it when it is resumed, with or without `init_from`.
 
@@ -42,16 +34,16 @@ def tokenizer_to_keep(config: ConfigDict, workdir: Path) -> Path | None:
     if config.data.tokenizer:
         return None
     if saved_steps(workdir / CHECKPOINTS):
-        return workdir / _TOKENIZER if read_info(workdir).get("tokenizer") == FROM_DONOR else None
+        return workdir / TOKENIZER_FILE if read_info(workdir).get("tokenizer") == FROM_DONOR else None
     if not config.init_from:
         return None
-    file = run_of(config.init_from) / _TOKENIZER
-    if not file.is_file():
+    kept = find_donor(config.init_from).tokenizer
+    if isinstance(kept, Path) and not kept.is_file():
         raise UserError(
-            f"config.init_from={config.init_from}: {file} does not exist, so its words are not known: "
+            f"config.init_from={config.init_from}: {kept} does not exist, so its words are not known: "
             f"give data.tokenizer=PATH if you have it, or data.tokenizer={NEW_TOKENIZER} to train another"
         )
-    return file
+    return kept
 
 
 def check_same_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
@@ -59,7 +51,7 @@ def check_same_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
 
     The data's fingerprint does not tell: one trained anew on the same source by another version may be another.
     """
-    file = workdir / _TOKENIZER
+    file = workdir / TOKENIZER_FILE
     if file.is_file() and load_tokenizer(file).to_str() != tokenizer.to_str():
         raise UserError(
             f"the tokenizer made from the data is not the one that the run was trained with, {file}: go on with the "
@@ -80,14 +72,16 @@ def map_token_rows(
     Returns:
       The parameters, and a line about the rows; '' if they stay where they were.
     """
-    file = run_of(config.init_from) / _TOKENIZER
-    if file.is_file():
-        known = load_tokenizer(file)
+    of_donor = find_donor(config.init_from, config.data.tokenizer).tokenizer
+    if not isinstance(of_donor, Path):
+        known = of_donor
+    elif of_donor.is_file():
+        known = load_tokenizer(of_donor)
     elif config.data.tokenizer == NEW_TOKENIZER:
         kept = {name: value for name, value in donor.items() if name not in _VOCABULARY_AXIS}
-        return kept, f"tokens: {file} does not exist and the tokenizer is new, so no row of a token is taken"
+        return kept, f"tokens: {of_donor} does not exist and the tokenizer is new, so no row of a token is taken"
     else:
-        return donor, f"tokens: {file} does not exist: {config.data.tokenizer} is taken to be the donor's tokenizer"
+        return donor, f"tokens: {of_donor} does not exist: {config.data.tokenizer} is taken to be the donor's tokenizer"
     if known.to_str() == tokenizer.to_str() and all(
         donor[name].shape == fresh[name].shape for name in _VOCABULARY_AXIS if name in donor and name in fresh
     ):
@@ -105,3 +99,23 @@ def map_token_rows(
     return moved, (
         f"tokens: {len(pairs):,} of {size:,} are the donor's too and take its rows, {size - len(pairs):,} are new"
     )
+
+
+def fit_positions(donor: dict[str, Any], fresh: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Takes as many positions as both models have from the donor: of a longer one the first.
+
+    Args:
+      donor, fresh: as for `map_token_rows`.
+
+    Returns:
+      The parameters, and a line about the positions; '' if both have as many.
+    """
+    name = "wpe"
+    shapes = [np.shape(parameters.get(name)) for parameters in (donor, fresh)]
+    if any(len(shape) != 2 for shape in shapes) or shapes[0][1] != shapes[1][1] or shapes[0] == shapes[1]:
+        return donor, ""
+    (there, _), (here, _) = shapes
+    rows = np.array(fresh[name])
+    rows[:there] = donor[name][:here]
+    new = f", {here - there} are new" if here > there else ""
+    return {**donor, name: rows}, f"positions: {min(there, here)} of {here} are the first of the donor's {there}{new}"

@@ -4,12 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.checkpoint import CHECKPOINTS, saved_steps
+from ml_collections import ConfigDict
+
 from gpt_jax.errors import UserError
 from gpt_jax.log import Log
-from gpt_jax.runs.info import INFO_FILE, read_config, read_json
+from gpt_jax.runs.info import INFO_FILE, read_config, read_info, read_json
 from gpt_jax.runs.metrics import METRICS_FILE, SAMPLES_FILE, read_lines
+from gpt_jax.storage.checkpoint_files import CHECKPOINTS, read_losses, saved_steps
+from gpt_jax.training.early_stopping import Evaluation, why_stop
 
+STOPPED_EARLY = "stopped_early"  # field of run.json: why a run ended before its last step, if it did
 LAST_CHECKPOINT = "last_checkpoint"  # field of run.json: step of the newest checkpoint that was committed, or None
 
 
@@ -51,6 +55,21 @@ def check_history(workdir: Path, log: Log) -> None:
     )
 
 
+def why_complete(config: ConfigDict, workdir: Path) -> str | None:
+    """Why nothing is left to do in a folder, and what would go on with it; None for a run that is not complete."""
+    info, checkpoints = read_info(workdir), workdir / CHECKPOINTS
+    step = info.get(LAST_CHECKPOINT)
+    if info.get("status") != "completed" or not saved_steps(checkpoints) or step not in read_losses(checkpoints):
+        return None
+    if step >= config.num_steps:
+        return f"the run in {workdir} is complete, at step {step}: a larger --config.num_steps=N goes on with it"
+    reason = why_stop(read_recorded(workdir, step).evaluations, config.eval.patience)
+    if info.get(STOPPED_EARLY) and reason:
+        more = f"a larger --config.eval.patience=N, or 0, goes on with it, to step {config.num_steps}"
+        return f"the run in {workdir} stopped early, at step {step}: {reason}; {more}"
+    return None
+
+
 def _first_due(config: dict[str, Any]) -> int | None:
     """The step of a run's first checkpoint: one that is due, of an evaluation or at the end; None: not known."""
     if not config.get("num_steps"):
@@ -70,6 +89,7 @@ class Recorded:
     parts: frozenset[str]  # eval, diagnostics, both or none
     samples: int
     last_step: int  # of metrics.jsonl
+    evaluations: tuple[Evaluation, ...] = ()  # all until then, in order
 
 
 NOTHING = Recorded(None, frozenset(), 0, 0)
@@ -80,18 +100,24 @@ def read_recorded(workdir: Path, step: int) -> Recorded:
     names = {"validation": "eval", "diagnostics": "diagnostics"}
     at_step: dict[str, dict[str, Any]] = {}
     last_step = 0
+    evaluations = []
     for record in read_lines(workdir / METRICS_FILE):
         last_step = max(last_step, record["step"])
+        if record["step"] <= step and record.get("split") == "validation":
+            evaluations.append(Evaluation(record["step"], _loss_of(record, workdir)))
         if record["step"] == step and record.get("split") in names:
             at_step[names[record["split"]]] = record
     samples = sum(record["step"] == step for record in read_lines(workdir / SAMPLES_FILE))
+    loss = _loss_of(at_step["eval"], workdir) if "eval" in at_step else None
+    return Recorded(loss, frozenset(at_step), samples, last_step, tuple(evaluations))
+
+
+def _loss_of(record: dict[str, Any], workdir: Path) -> float:
     try:
-        loss = float(at_step["eval"]["loss"]) if "eval" in at_step else None
+        return float(record["loss"])
     except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{workdir / METRICS_FILE}: the validation of step {step} has no number as its loss: remove its line"
-        ) from None
-    return Recorded(loss, frozenset(at_step), samples, last_step)
+        where = f"{workdir / METRICS_FILE}: the validation of step {record['step']}"
+        raise UserError(f"{where} has no number as its loss: remove its line") from None
 
 
 def lost_work(workdir: Path, step: int | None) -> dict[str, float]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from tokenizers import Tokenizer
 
 from gpt_jax.checkpoint import CHECKPOINTS, check_donor, check_newest
 from gpt_jax.data import tokenizer
@@ -14,6 +15,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.model.lora import LoraConfig, check_targets
 from gpt_jax.runs.info import read_config, read_info
 from gpt_jax.training.adapters import saved_part
+from gpt_jax.training.donor import find_donor
 from gpt_jax.training.finetune import tokenizer_to_keep
 from gpt_jax.training.trainable import check_patterns
 
@@ -46,8 +48,10 @@ def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> dict[
     check_patterns(config, abstract_state.params)
     position = check_newest(workdir / CHECKPOINTS, saved_part(abstract_state, config))
     if position is None and config.init_from:
+        donor = find_donor(config.init_from, config.data.tokenizer)
         try:
-            check_donor(config.init_from, abstract_state.params)
+            if donor.checkpoint is not None:
+                check_donor(donor.checkpoint, abstract_state.params)
         except UserError as error:
             raise UserError(f"config.init_from={config.init_from}: {error}") from None
     check_tokenizer(config, tokenizer_to_keep(config, workdir))
@@ -66,13 +70,13 @@ def check_folder(workdir: Path) -> None:
         raise UserError(f"cannot write to the run folder: nothing can be made in {place}; choose another --workdir")
 
 
-def check_tokenizer(config: ConfigDict, kept: Path | None = None) -> None:
+def check_tokenizer(config: ConfigDict, kept: Tokenizer | Path | None = None) -> None:
     """Raises UserError if the tokenizer cannot be read, or has no room in the model's vocabulary.
 
     kept: what `finetune.tokenizer_to_keep` says.
     """
     size, file = config.model.vocab_size, config.data.tokenizer or kept
-    if file in _TRAINED:
+    if not isinstance(file, Tokenizer) and file in _TRAINED:
         smallest = tokenizer.SMALLEST_VOCABULARY
         if size < smallest:
             raise UserError(
@@ -82,4 +86,5 @@ def check_tokenizer(config: ConfigDict, kept: Path | None = None) -> None:
         return
     ids = tokenizer.load(file).get_vocab_size()
     if ids > size:
-        raise UserError(f"tokenizer {file} has {ids} ids but the model's vocab_size is {size}: raise vocab_size")
+        name = "of the donor" if isinstance(file, Tokenizer) else file
+        raise UserError(f"tokenizer {name} has {ids} ids but the model's vocab_size is {size}: raise vocab_size")

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from gpt_jax.backend import Backend, describe, enter_backend, is_device_error
-from gpt_jax.checkpoint import CHECKPOINTS, Checkpointer, restore_parameters, saved_steps
-from gpt_jax.config import leaves, validate
+from gpt_jax.checkpoint import Checkpointer
+from gpt_jax.config import leaves, validate, with_defaults
 from gpt_jax.data import batches, token_cache
 from gpt_jax.data.tokenizer import save as save_tokenizer
 from gpt_jax.log import Log
@@ -26,11 +26,22 @@ from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, mark_failed, new_
 from gpt_jax.runs.metrics import METRICS_FILE, MetricsWriter
 from gpt_jax.runs.report import write_report
 from gpt_jax.signals import StopSignal
+from gpt_jax.storage.checkpoint_files import CHECKPOINTS, saved_steps
 from gpt_jax.storage.files import StorageError, writing
 from gpt_jax.training import adapters, finetune
+from gpt_jax.training.donor import find_donor, forget_donor
 from gpt_jax.training.failures import TrainingFailed, remedies
-from gpt_jax.training.history import LAST_CHECKPOINT, NOTHING, Recorded, check_history, lost_work, read_recorded
-from gpt_jax.training.optimizer import make_optimizer
+from gpt_jax.training.history import (
+    LAST_CHECKPOINT,
+    NOTHING,
+    STOPPED_EARLY,
+    Recorded,
+    check_history,
+    lost_work,
+    read_recorded,
+)
+from gpt_jax.training.open_settings import fill_in
+from gpt_jax.training.optimizer import last_decay_step, learning_rate_schedule, make_optimizer
 from gpt_jax.training.preflight import check_start
 from gpt_jax.training.programs import abstract_state, plan_programs
 from gpt_jax.training.steps import TrainState, init_state
@@ -61,6 +72,7 @@ def train_and_evaluate(
       TrainingFailed: too many steps in a row had a non-finite loss or gradient; the device failed, or memory ran out.
     """
     began = time.perf_counter() if began is None else began
+    config = fill_in(config, workdir)
     validate(config)
     run_id = new_run_id()
     workdir = Path("runs") / run_id if workdir is None else workdir
@@ -106,6 +118,8 @@ def train_and_evaluate(
             **({} if (workdir / INFO_FILE).exists() else {"run_id": run_id}),
         )
         stack.push(functools.partial(finish_if_failed, info, checkpointer))
+        if position is not None:
+            tell_schedule(config, workdir, state, log)
         save_config(config, workdir, log)
         with writing(workdir / "tokenizer.json"):
             save_tokenizer(corpus.tokenizer, workdir / "tokenizer.json")
@@ -126,13 +140,18 @@ def train_and_evaluate(
 
 def finish(run: Run, trainer: Trainer, stopped_by: signal.Signals | None) -> None:
     """Ends a run in order: everything on disk, its status in run.json, its report."""
-    trainer.end(f"stopped by {stopped_by.name}" if stopped_by else "completed")
+    early = f"stopped early: {trainer.stopped_early}" if trainer.stopped_early else ""
+    trainer.end(f"stopped by {stopped_by.name}" if stopped_by else early or "completed")
     run.writer.flush()
     status = "interrupted" if stopped_by else "completed"
-    run.info.finish(status, peak_flops=trainer.peak_flops, **{LAST_CHECKPOINT: run.checkpointer.newest})
+    facts = {STOPPED_EARLY: trainer.stopped_early} if early else {}
+    run.info.finish(status, peak_flops=trainer.peak_flops, **facts, **{LAST_CHECKPOINT: run.checkpointer.newest})
     if stopped_by:
-        where = f"at step {trainer.step}, saved"
-        run.log(f"stopped by {stopped_by.name} {where}; the same command goes on, with --workdir={run.workdir}")
+        command = f"python -m gpt_jax.main --workdir={shlex.quote(str(run.workdir))}"
+        run.log(f"stopped by {stopped_by.name} at step {trainer.step}, saved; {command} goes on")
+    elif early:
+        best = run.checkpointer.best_step()
+        run.log(f"step {trainer.step}: {early}" + ("" if best is None else f"; the best checkpoint is of step {best}"))
     with writing(run.workdir / "report.md"):
         run.log(f"report: {write_report(run.workdir)}")
     if not stopped_by:
@@ -140,7 +159,7 @@ def finish(run: Run, trainer: Trainer, stopped_by: signal.Signals | None) -> Non
 
 
 def open_corpus(
-    config: ConfigDict, workdir: Path, kept_tokenizer: Path | None, saved: dict[str, Any] | None, log: Log
+    config: ConfigDict, workdir: Path, kept_tokenizer: Tokenizer | Path | None, saved: dict[str, Any] | None, log: Log
 ) -> token_cache.Corpus:
     """The data of a run. saved: the position beside its checkpoint, whose data it must be."""
     expected = None if saved is None else saved["data_fingerprint"]
@@ -166,12 +185,14 @@ def initial_state(
         return state, restored.position
     params = jax.jit(fresh)()
     if config.init_from:
-        donor, description = restore_parameters(Path(config.init_from))
+        donor, description = find_donor(config.init_from, config.data.tokenizer).read_parameters()
         donor, moved = finetune.map_token_rows(donor, params, config, tokenizer)
+        donor, cut = finetune.fit_positions(donor, params)
         params, report = merge_parameters(params, donor)
         if config.lora.rank:
             adapters.check_donor_is_whole(report)
-        log("\n".join(filter(None, (f"initialised from {description}", str(report), moved))))
+        forget_donor()
+        log("\n".join(filter(None, (f"initialised from {description}", str(report), moved, cut))))
     else:
         log(f"initialised from scratch with seed {config.seed}")
     return init_state(params, optimizer, trained_parameters(config)), None
@@ -245,9 +266,28 @@ def finish_if_failed(info: RunInfo, checkpointer: Checkpointer, error: type[Base
             info.finish(status, **{LAST_CHECKPOINT: checkpointer.newest})
 
 
+def tell_schedule(config: ConfigDict, workdir: Path, state: TrainState, log: Log) -> None:
+    """Says which learning rates come next, where the config that the run had until now has others."""
+    before = with_defaults(read_config(workdir))
+    names = ("num_steps", *(name for name in before if name.startswith("optimizer.")))
+    if any(before[name] is None for name in names):
+        return
+    former = ConfigDict({"optimizer": {}, "num_steps": 0})
+    former.unlock().update_from_flattened_dict({name: before[name] for name in names})
+    count = int(state.step) - int(state.skipped)
+    rates = [float(learning_rate_schedule(each)(count)) for each in (config, former)]
+    ends = [last_decay_step(each) for each in (config, former)]
+    if rates[0] != rates[1] or ends[0] != ends[1]:
+        log(
+            f"learning rate: {rates[0]:.3g} from here on, {rates[1]:.3g} by the schedule of before; the minimum, "
+            f"{config.optimizer.min_learning_rate:.3g}, comes at step {ends[0]:,}, before it was step {ends[1]:,}"
+        )
+
+
 def save_config(config: ConfigDict, workdir: Path, log: Log) -> None:
     """Writes config.json, and tells what differs from the config that the run had until now."""
-    before = dict(leaves(read_config(workdir)))
+    earlier = read_config(workdir)
+    before = json.loads(json.dumps(with_defaults(earlier))) | dict(leaves(earlier)) if earlier else {}
     saved = json.loads(config.to_json_best_effort())
     now = dict(leaves(saved))
     for name in sorted(before.keys() | now.keys()) if before else ():

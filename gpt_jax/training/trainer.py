@@ -38,12 +38,14 @@ from gpt_jax.runs.metrics import LOSS_OF, MetricsWriter
 from gpt_jax.signals import StopSignal
 from gpt_jax.storage.files import writing
 from gpt_jax.training.adapters import saved_part
+from gpt_jax.training.early_stopping import Evaluation, why_stop
 from gpt_jax.training.failures import TrainingFailed
 from gpt_jax.training.history import LAST_CHECKPOINT, NOTHING, Recorded
 from gpt_jax.training.programs import Programs
 from gpt_jax.training.steps import Batch, TrainState
 
 READ_BACK_LAG = 2  # steps whose metrics may still be on their way while the next one is dispatched
+EARLY_LINES = (1, 10)  # steps of a process that have a line of progress: the first, which compiles, and one beyond it
 MOST_SAMPLES = 8  # side by side
 SAMPLING = 1  # purpose of a random key; dropout needs none, its bits are keyed by seed and step
 
@@ -113,9 +115,10 @@ class Trainer:
         self.tokens_seen: int = position.get("tokens_seen", 0)
         best_loss = position.get("best_validation_loss")
         self.best_loss: float | None = best_loss if best_loss is not None and np.isfinite(best_loss) else None
-        self.recorded = start.recorded
+        self.recorded, self.evaluations = start.recorded, list(start.recorded.evaluations)
         if self.recorded.validation_loss is not None:
             self.note_validation(self.recorded.validation_loss)
+        self.stopped_early: str | None = None  # why
         self.elapsed_before: float = position.get("elapsed_seconds", 0.0)
 
         self.started = time.perf_counter()
@@ -186,6 +189,10 @@ class Trainer:
                 self.run_due_actions(last=last, stopping=stopping, asked=stop.take_save_request())
                 if last or stopping:
                     return stop.received
+                self.stopped_early = why_stop(self.evaluations, config.eval.patience)
+                if self.stopped_early:
+                    self.run_due_actions(last=True, stopping=False, asked=False)
+                    return None
                 with self.clock.phase("data"):
                     batch = next(loaded)
                 self.profile(batch)
@@ -248,7 +255,7 @@ class Trainer:
         while len(self.pending) > lag:
             step, device_metrics = self.pending.popleft()
             values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
-            if is_due(step, self.config.log.every, step == self.first_step + 1):  # which compiles, in every process
+            if is_due(step, self.config.log.every, step - self.first_step in EARLY_LINES):
                 values |= self.progress(step, values)
             self.writer.write(step, "train", values)
             if not values["finite"]:
@@ -260,7 +267,7 @@ class Trainer:
         now = time.perf_counter()
         phases = self.clock.take()
         data_seconds = phases.pop("data", 0.0)
-        steps = step - self.logged_step
+        steps, compiled = step - self.logged_step, self.logged_step == self.first_step
         seconds = max(now - self.logged_time - sum(phases.values()), 1e-9) / steps
         self.logged_step, self.logged_time, self.step_seconds = step, now, seconds
         tokens_per_second = self.config.batch_size * self.config.model.block_size / seconds
@@ -268,8 +275,9 @@ class Trainer:
             "step_ms": 1e3 * seconds,
             "data_ms": 1e3 * data_seconds / steps,
             "tokens_per_second": tokens_per_second,
-            "eta_seconds": (self.config.num_steps - step) * seconds,
         }
+        if not compiled:  # of such a step nothing follows for the others
+            measured["eta_seconds"] = (self.config.num_steps - step) * seconds
         measured |= in_ms(phases)
         mfu = model_flops_utilisation(self.config.model, tokens_per_second, self.peak_flops, self.adapter_size)
         if mfu is not None:
@@ -280,7 +288,7 @@ class Trainer:
             f"step {step:>6}/{self.config.num_steps}  loss {values['loss']:.4f}  grad {values['grad_norm']:.2f}  "
             f"lr {values['learning_rate']:.2e}  {measured['step_ms']:.1f} ms  {tokens_per_second:,.0f} tok/s  "
             f"{'' if mfu is None else f'MFU {mfu:.1%}  '}"
-            f"ETA {format_seconds(measured['eta_seconds'])}"
+            + ("compiled in it" if compiled else f"ETA {format_seconds(measured['eta_seconds'])}")
         )
         return measured
 
@@ -316,6 +324,8 @@ class Trainer:
         losses = {source: self.evaluate_on(dataset) for source, dataset in self.validation_batches.items()}
         loss = math.fsum(losses[tokens.name] * tokens.weight for tokens in self.corpus.validation)
         best = self.note_validation(loss)
+        self.evaluations.append(Evaluation(self.step, loss))
+        self.recorded = dataclasses.replace(self.recorded, validation_loss=loss)
         several = losses if len(losses) > 1 else {}
         self.writer.write(
             self.step,
@@ -351,6 +361,7 @@ class Trainer:
             for head, value in enumerate(heads)
         }
         self.writer.write(self.step, "diagnostics", values)
+        self.recorded = dataclasses.replace(self.recorded, parts=self.recorded.parts | {"diagnostics"})
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -377,6 +388,7 @@ class Trainer:
                 self.step, prompt, sample.text, tokens=sample.tokens, seconds=seconds, ended=sample.ended
             )
             self.log(f"step {self.step:>6}  {prompt}\n             -> {sample.text}")
+        self.recorded = dataclasses.replace(self.recorded, samples=len(answers))
 
     def save(self) -> None:
         """Starts writing a checkpoint, once all that led to it is on disk."""

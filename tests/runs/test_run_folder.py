@@ -19,6 +19,7 @@ from gpt_jax.runs.metrics import read_lines
 from gpt_jax.runs.wall_time import running_seconds, wall_time
 from gpt_jax.storage.files import StorageError
 from gpt_jax.storage.lock import lock
+from gpt_jax.training.history import why_complete
 from gpt_jax.training.train import train_and_evaluate
 from gpt_jax.training.trainer import Trainer
 
@@ -272,7 +273,7 @@ def test_a_file_over_the_limit_costs_no_checkpoint_and_a_line(finished, corpus, 
     disk.fail_at(6, lambda: disk.limit(resource.RLIMIT_FSIZE, 2000))
     with pytest.raises(
         StorageError,
-        match=r"cannot write .*metrics.jsonl: File too large; .*ulimit -f.*; then the same command goes on",
+        match=r"cannot write .*metrics.jsonl: File too large; .*ulimit -f.*; then .*main --workdir=.* goes on",
     ):
         train_and_evaluate(tiny(corpus), workdir)
     disk.mend.pop()()
@@ -320,3 +321,22 @@ def test_a_token_cache_on_a_full_disk_is_a_line_and_nothing_is_left(corpus, tmp_
         token_cache.prepare(tiny(corpus, data__cache_dir=str(tmp_path / "cache")).data, 270, lambda line: None)
     assert error.value.exit_code == 1
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_run_that_gets_no_better_ends_early_and_says_so(copy, corpus, monkeypatch):
+    monkeypatch.setattr(Trainer, "sample", lambda self: None)
+    lines = list(read_lines(copy / "metrics.jsonl"))
+    for line in lines:
+        if line["split"] == "validation":
+            line["loss"] = 1.0 if line["step"] == 4 else 2.0
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = tiny(corpus, num_steps=99, eval__patience=2)
+    assert train_and_evaluate(config, copy) is None
+    info, log = json.loads((copy / "run.json").read_text()), (copy / "log.txt").read_text()
+    assert info["status"] == "completed"
+    assert info["stopped_early"] == "2 evaluations brought no lower validation loss (the lowest is 1.0000, of step 4)"
+    assert f"step 12: stopped early: {info['stopped_early']}; the best checkpoint is of step" in log
+    assert "learning rate: " in log  # num_steps is another: the schedule ends with it
+    assert "by the schedule of before; the minimum, 0.0004, comes at step 99, before it was step 12" in log
+    assert max(line["step"] for line in read_lines(copy / "metrics.jsonl")) == 12
+    assert "stopped early" in why_complete(config, copy)

@@ -1,19 +1,32 @@
 """A donor's parameters keep their words: its tokenizer by default, rows by their bytes under another one."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from configs import chat_tiny
+from configs import chat_tiny, finetune
 from gpt_jax.checkpoint import Checkpointer
+from gpt_jax.config import validate
 from gpt_jax.data import token_cache
 from gpt_jax.data import tokenizer as tk
+from gpt_jax.data.dialogue import MARKERS
 from gpt_jax.errors import UserError
-from gpt_jax.training.finetune import FROM_DONOR, check_same_tokenizer, map_token_rows, tokenizer_to_keep
+from gpt_jax.training.donor import find_donor, forget_donor
+from gpt_jax.training.finetune import (
+    FROM_DONOR,
+    check_same_tokenizer,
+    fit_positions,
+    map_token_rows,
+    tokenizer_to_keep,
+)
+from gpt_jax.training.open_settings import fill_in
+from gpt_jax.training.preflight import check_tokenizer
 from gpt_jax.training.train import initial_state
 
 WIDTH, SIZE = 8, 300
+MODELS = Path(__file__).parents[1] / "huggingface" / "models"
 
 
 def make_config(**changes):
@@ -140,3 +153,40 @@ def test_a_run_on_other_data_starts_from_the_donors_words(donor, words, tmp_path
     lamp, ladder = words.get_vocab(), corpus.tokenizer.get_vocab()
     saved = parameters(SIZE, 1)["wte"]
     np.testing.assert_array_equal(state.params["wte"][ladder["l"]], saved[lamp["l"]])
+
+
+def test_positions_that_both_models_have_are_the_donors():
+    rng = np.random.default_rng(0)
+    donor = {"wpe": rng.random((8, WIDTH), np.float32)}
+    shorter, longer = ({"wpe": rng.random((size, WIDTH), np.float32)} for size in (5, 11))
+    taken, line = fit_positions(donor, shorter)
+    np.testing.assert_array_equal(taken["wpe"], donor["wpe"][:5])
+    assert line == "positions: 5 of 5 are the first of the donor's 8"
+    taken, line = fit_positions(donor, longer)
+    np.testing.assert_array_equal(taken["wpe"], np.concatenate([donor["wpe"], longer["wpe"][8:]]))
+    assert line == "positions: 8 of 11 are the first of the donor's 8, 3 are new"
+    assert fit_positions(donor, {"wpe": np.zeros((8, WIDTH))}) == (donor, "")
+    assert fit_positions(donor, {"wpe": np.zeros((8, 2 * WIDTH))}) == (donor, "")
+    assert fit_positions({}, shorter) == ({}, "")
+
+
+def test_a_gpt2_of_hugging_face_is_a_donor_with_its_words_and_the_markers(tmp_path):
+    config = finetune.get_config()
+    config.init_from = f"hf:{MODELS / 'old'}"
+    filled = fill_in(config, tmp_path / "new")
+    validate(filled)
+    saved = json.loads((MODELS / "old" / "config.json").read_text())
+    assert (filled.model.num_layers, filled.model.embed_dim) == (saved["n_layer"], saved["n_embd"])
+    assert (filled.model.dtype, filled.model.tie_head) == ("float32", True)
+    kept = tokenizer_to_keep(filled, tmp_path / "new")
+    assert all(kept.token_to_id(marker) is not None for marker in MARKERS)
+    check_tokenizer(filled, kept)
+    donor = find_donor(filled.init_from)
+    params, description = donor.read_parameters()
+    assert params["wte"].shape == (filled.model.vocab_size, filled.model.embed_dim)
+    assert "a GPT-2 of transformers" in description
+    assert map_token_rows(params, params, filled, kept) == (params, "")
+    forget_donor()
+    config.model.num_layers = 9
+    with pytest.raises(UserError, match=r"config.model.num_layers is 9, and \d in the donor hf:"):
+        fill_in(config, tmp_path / "new")

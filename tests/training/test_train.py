@@ -29,10 +29,11 @@ from whole_run import (
     wait_until,
 )
 
-from gpt_jax.checkpoint import restore_parameters, saved_steps
+from gpt_jax.checkpoint import restore_parameters
 from gpt_jax.data import batches, token_cache
 from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
+from gpt_jax.storage.checkpoint_files import saved_steps
 from gpt_jax.storage.checksum import crc32_of_json
 from gpt_jax.training.train import train_and_evaluate
 from gpt_jax.training.trainer import Trainer
@@ -183,7 +184,7 @@ def test_another_batch_size_goes_on_with_the_next_window(corpus, tmp_path, monke
 
     train_and_evaluate(configuration(corpus, *changes, "--config.num_steps=7", "--config.seed=1"), tmp_path)
     assert "another seed, targets or weights than before: windows are drawn anew" in (tmp_path / "log.txt").read_text()
-    with pytest.raises(UserError, match="does not fit this config: params/wpe is"):
+    with pytest.raises(UserError, match=r"does not fit this config: model.block_size was 24, now 12"):
         train_and_evaluate(configuration(corpus, *changes, "--config.model.block_size=12"), tmp_path)
 
 

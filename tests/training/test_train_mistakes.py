@@ -55,7 +55,9 @@ def test_nonfinite_steps_are_named_and_end_the_run(corpus, tmp_path, monkeypatch
         raise failed.value
 
     monkeypatch.setattr("gpt_jax.training.train.train_and_evaluate", fail)
-    monkeypatch.setattr(main, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(config=config, workdir=None)))
+    flag = types.SimpleNamespace(value=config, using_default_value=False)
+    given = type("Flags", (dict,), {"workdir": None})(config=flag)
+    monkeypatch.setattr(main, "flags", types.SimpleNamespace(FLAGS=given))
     monkeypatch.setattr(main, "exit_on_interrupt", lambda: None)
     assert main.main(["main"]) == 1
     assert capsys.readouterr().err == f"error: {failed.value}\n"
