@@ -85,6 +85,9 @@ def test_the_trainer_brings_its_configs_and_puts_no_package_of_that_name_beside_
     assert requirements(wheel).isdisjoint({"vulkan", "ml-dtypes"})
     shipped = {name for name in wheel.namelist() if name.startswith("gpt_jax/configs/")}
     assert shipped == {f"gpt_jax/configs/{file.name}" for file in (ROOT / "configs").glob("*.py")}
+    page = {str(file.relative_to(ROOT)) for file in (ROOT / "gpt_jax" / "runs" / "page_files").iterdir()}
+    assert page <= set(wheel.namelist())
+    assert "gpt_jax/runs/page_files/LICENSE-echarts.txt" in page
 
 
 def test_an_installed_trainer_finds_its_configs_and_a_folder_of_ones_own(wheels, tmp_path):

@@ -107,10 +107,10 @@ def section(run: RunData) -> list[Block]:
         (("time", [_ms(x.seconds) for x in shown]), ("floor", [_ms(x.floor) for x in shown])),
         "ms a step",
     )
+    copied, multiplied = _rate(profile["bytes_per_second"] / 1e9), _rate(profile["flops_per_second"] / 1e12)
     about = (
         f"Step {profile['step']:,} on {profile['device']}, one dispatch at a time: {1e3 * whole:.3f} ms, of which the "
-        f"floor is {1e3 * floor:.3f}. A copy runs at {profile['bytes_per_second'] / 1e9:,.0f} GB/s there, a product at "
-        f"{profile['flops_per_second'] / 1e12:,.2f} TFLOP/s."
+        f"floor is {1e3 * floor:.3f}. A copy runs at {copied} GB/s there, a product at {multiplied} TFLOP/s."
     )
     return [Figure("Each kernel beside its floor", about, chart, table), *_by(profile, "phase"), *_by(profile, "layer")]
 
@@ -135,6 +135,10 @@ def _by(profile: dict[str, Any], what: str) -> list[Block]:
     whole = math.fsum(found.values())
     rows = [(name, calls[name], format_number(1e3 * s, ".3f"), f"{s / whole:.1%}") for name, s in found.most_common()]
     return make_table((what, "dispatches", "ms", "share"), rows)
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _ms(seconds: float) -> float:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt_jax.backend import Backend
+from gpt_jax.backend import Backend, describe
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.data import batches, token_cache
 from gpt_jax.data.dialogue import Turn
@@ -416,7 +416,7 @@ class Trainer:
                     folder.mkdir(exist_ok=True)
                     profile.write_trace(folder / "trace.json")
                     (folder / "dispatches.txt").write_text(f"{profile}\n")
-                    write_json(self.workdir / PROFILE_FILE, {"step": first, **self.floors(batch)})
+                    self.write_floors(batch)
                 self.log(f"device time of step {first}, {1e3 * profile.seconds:.3f} ms, by dispatch: {folder}")
         elif in_window != self.tracing:
             jax.block_until_ready(self.leaves)
@@ -431,14 +431,19 @@ class Trainer:
         if self.backend.name == "vulkan":
             self.info.update(operations=dataclasses.asdict(self.train_step.cost(self.leaves, batch)))
 
-    def floors(self, batch: Batch) -> dict[str, Any]:
-        """The dispatches of a step beside what bounds them."""
+    def write_floors(self, batch: Batch) -> None:
+        """Stores the dispatches of the next step beside their floors, if the device has the memory to measure these."""
         from vk_kernels.runtime.open_devices import open_device  # here: no other backend needs them
         from vk_kernels.tools.floors import profile_with_floors
 
         model = self.config.model
         heads = (batch["inputs"].shape[0] // self.config.accumulate_steps, model.block_size, 1, model.embed_dim)
-        return profile_with_floors(self.train_step, (self.leaves, batch), open_device(), model.dtype, heads)
+        try:
+            found = profile_with_floors(self.train_step, (self.leaves, batch), open_device(), model.dtype, heads)
+        except MemoryError as error:  # of the operands of a large copy and product; the run itself has what it needs
+            self.log(f"no kernels beside their floors: {describe(error)}")
+            return
+        write_json(self.workdir / PROFILE_FILE, {"step": self.step + 1, **found})
 
 
 def is_due(step: int, every: int, anyway: bool = False) -> bool:

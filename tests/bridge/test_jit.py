@@ -14,6 +14,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
 from vk_kernels import ops
+from vk_kernels.bridge.profile import layer_of, phase_of
 from vk_kernels.errors import BufferSizeError, UnsupportedError
 from vk_kernels.runtime import lifetime
 from vk_kernels.runtime.executable import RECORDINGS
@@ -728,6 +729,22 @@ def test_a_profile_tells_forward_backward_and_the_rest_apart():
     profile = fn.profile(X, PARAMS[0]["w"])
     assert set(profile.by_phase()) == {"forward", "backward", "optimizer"}
     assert sum(profile.by_phase().values()) == pytest.approx(profile.seconds)
+
+
+@pytest.mark.parametrize(
+    ("scope", "phase", "layer"),
+    [
+        ("jvp(GPT.losses)/GPT/h_0/qkv", "forward", "h_0"),
+        ("jvp(GPT.losses)/GPT", "forward", "GPT"),
+        ("transpose(jvp(GPT.losses))/GPT/ln_f", "backward", "ln_f"),
+        ("transpose(jvp())", "backward", ""),
+        ("jvp(layer)/dense/bias", "forward", "dense"),
+        ("optimizer", "optimizer", ""),
+        ("", "", ""),
+    ],
+)
+def test_a_scope_tells_phase_and_layer(scope, phase, layer):
+    assert (phase_of(scope), layer_of(scope)) == (phase, layer)
 
 
 def test_a_profile_leaves_donated_arguments_as_they_are():

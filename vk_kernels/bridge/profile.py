@@ -85,8 +85,12 @@ def phase_of(scope: str) -> str:
 
 
 def layer_of(scope: str) -> str:
-    """The second name of a scope: a module of the model, where the first is that of the model; '' if there is none."""
-    return next(iter(scope.split("/")[1:]), "")
+    """The name below the phase: of a Flax model, `jvp(GPT.losses)/GPT/h_0/qkv`, the module h_0, or GPT for what is the
+    model's own; '' if there is none."""
+    phase, *names = scope.split("/")
+    if len(names) > 1 and names[0] in phase:
+        del names[0]
+    return names[0] if names else ""
 
 
 def _slice(name: str, start: float, seconds: float) -> dict[str, Any]:
