@@ -6,6 +6,7 @@ const places = [...document.querySelectorAll(".chart")];
 const chosen = new Map(); // by place: {x, log}
 const drawn = new Map(); // by place: the chart
 
+const COLORS = 11; // --c0 and so on of the style
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const short = (value) => {
   if (value === null || value === undefined) return "-";
@@ -19,7 +20,7 @@ function base() {
   const text = { color: color("ink") };
   return {
     animation: false,
-    color: [0, 1, 2, 3, 4, 5, 6, 7].map((i) => color(`c${i}`)),
+    color: [...Array(COLORS).keys()].map((i) => color(`c${i}`)),
     textStyle: { fontFamily: "system-ui, sans-serif", ...text },
     tooltip: { confine: true, backgroundColor: color("raised"), borderColor: color("line"), textStyle: text },
     legend: { type: "plain", top: 0, left: 0, textStyle: text, inactiveColor: color("faint") },
@@ -39,10 +40,12 @@ function lines(chart, place) {
   const { x = 0, log = chart.log } = chosen.get(place) ?? {};
   const names = [...new Set(chart.lines.map((line) => line.name.split(": ")[0]))];
   const grouped = chart.lines.some((line) => line.name.includes(": ")); // of several runs: one color a run
+  const owner = (line) => names.indexOf(line.name.split(": ")[0]);
+  const single = (line, i) => (line.look === "points" ? 1 : chart.lines[0].look === "pale" ? 0 : i); // raw and mean alike
   const series = chart.lines.map((line, i) => ({
     name: line.name, type: line.look === "points" ? "scatter" : "line", showSymbol: false,
-    symbolSize: 8, symbol: ["circle", "diamond", "triangle", "rect"][grouped ? names.indexOf(line.name.split(": ")[0]) % 4 : 0],
-    color: color(`c${(grouped ? names.indexOf(line.name.split(": ")[0]) : line.look === "points" ? 1 : line.look === "pale" ? 0 : i && chart.lines[0].look === "pale" ? 0 : i) % 8}`),
+    symbolSize: 8, symbol: ["circle", "diamond", "triangle", "rect"][grouped ? owner(line) % 4 : 0],
+    color: color(`c${(grouped ? owner(line) : single(line, i)) % COLORS}`),
     lineStyle: { width: line.look === "pale" ? 0.8 : 2, opacity: line.look === "pale" ? 0.45 : 1 },
     itemStyle: line.look === "points" ? { borderColor: color("ground"), borderWidth: 1 } : undefined,
     z: line.look === "points" ? 4 : 2,
@@ -58,7 +61,7 @@ function lines(chart, place) {
     grid: { left: 72, right: 16, top: 16 + 24 * legendRows(chart.lines.map((line) => line.name), place), bottom: 84 },
     xAxis: axis(chart.x_names[x], "value", { min: "dataMin", max: "dataMax" }),
     yAxis: axis(chart.y_name, log ? "log" : "value", { scale: true, nameGap: 54 }),
-    dataZoom: [{ type: "slider", bottom: 8, height: 20, borderColor: color("line"), textStyle: { color: color("faint") },
+    dataZoom: [{ type: "slider", show: !matchMedia("print").matches, bottom: 8, height: 20, borderColor: color("line"), textStyle: { color: color("faint") },
       fillerColor: `${color("c0")}33`, labelFormatter: (value) => short(Math.round(value)) },
       { type: "inside", zoomOnMouseWheel: "ctrl", moveOnMouseWheel: false, moveOnMouseMove: false }],
     series,
@@ -113,7 +116,7 @@ function bars(chart, place) {
     yAxis: axis("", "category", { data: chart.categories, inverse: true,
       axisLabel: { color: color("ink"), width: Math.min(320, place.clientWidth / 2.5), overflow: "truncate", interval: 0 } }),
     series: chart.series.map(([name, values], i) => ({
-      name, type: "bar", data: values, stack: chart.stacked ? "all" : undefined, color: color(`c${i % 8}`), barGap: "0%",
+      name, type: "bar", data: values, stack: chart.stacked ? "all" : undefined, color: color(`c${i % COLORS}`), barGap: "0%",
       itemStyle: { borderColor: color("ground"), borderWidth: chart.stacked ? 1 : 0 },
     })),
   };
