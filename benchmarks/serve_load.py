@@ -47,7 +47,7 @@ class Load:
     def __init__(self, url: str, until: float) -> None:
         self.url, self.until = url, until
         # One for all, each request with a connection of its own: to make one takes long, for its TLS certificates.
-        unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self.client = httpx.AsyncClient(base_url=url, timeout=300, limits=unlimited)
         self.counts: collections.Counter[str] = collections.Counter()
         self.lost: list[str] = []
@@ -62,7 +62,9 @@ class Load:
             try:
                 await (self._stream if asked["stream"] else self._whole)(asked, begun)
             except (httpx.HTTPError, ValueError, KeyError) as error:
-                self.lost.append(f"{type(error).__name__}: {error}")
+                self.lost.append(
+                    f"a {'stream' if asked['stream'] else 'whole answer'}: {type(error).__name__}: {error}"
+                )
                 continue
             self.latencies["whole answer"].append(time.monotonic() - begun)
             self.counts["answered"] += 1

@@ -33,6 +33,7 @@ from gpt_jax.storage.files import explain
 FLAGS = flags.FLAGS
 _LOOPBACK = ["localhost", "127.0.0.1", "::1"]
 _BACKLOG = 2048  # connections that may wait to be accepted
+_KEEP_ALIVE = 60  # seconds of an idle connection: clients give theirs up first, or one is closed as a request comes
 _GRACE = 5  # seconds that open requests have when the server is stopped
 
 
@@ -158,6 +159,7 @@ def main(argv: Sequence[str]) -> int:
             uvicorn.Config(
                 app,
                 backlog=_BACKLOG,
+                timeout_keep_alive=_KEEP_ALIVE,
                 log_level="warning",
                 lifespan="off",
                 timeout_graceful_shutdown=_GRACE,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from profiles import PROFILE
+from profiles import NIGHT, PROFILE
 from vulkan_devices import SELECTOR, needs_vulkan
 
 from gpt_jax.backend import Backend, enter_backend
@@ -104,6 +104,7 @@ def test_a_seed_gives_one_text_whatever_the_chunk_the_slot_and_the_texts_beside_
     assert texts(16, [[5, 6, 7]], [4])[0] != alone
 
 
+@pytest.mark.timeout(7200 if NIGHT else 300)
 @PROFILE
 @given(
     prompts=st.lists(st.lists(st.integers(0, CONFIG.vocab_size - 1), min_size=1, max_size=24), min_size=4, max_size=4),
