@@ -9,6 +9,7 @@ from absl import app, flags, logging
 
 from gpt_jax.errors import UserError
 from gpt_jax.output import flushed_output, open_streams
+from gpt_jax.signals import resend_swallowed
 from gpt_jax.storage.files import StorageError, explain
 
 BAD_INPUT = UserError.exit_code
@@ -32,6 +33,7 @@ def run_main(
     def guarded(argv: Sequence[str]) -> int | None:
         logging.set_verbosity(logging.WARNING)  # the libraries' chatter is not the program's output
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        resend_swallowed()
         try:
             if len(argv) - 1 > len(arguments) and not more:
                 raise UserError(f"unexpected argument {argv[-1]!r}: every option is written --name=value")

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import NoReturn
 
@@ -79,6 +80,30 @@ class StopSignal:
 
     def _save(self, *_: object) -> None:
         self._save_requested = True
+
+
+def resend_swallowed() -> None:
+    """Has a signal come again whose KeyboardInterrupt Python swallows, instead of its traceback being printed.
+
+    Python does so in destructors and in callbacks of its garbage collector; jax has one.
+    """
+    print_unraisable = sys.unraisablehook
+
+    def resend(number: int) -> None:
+        if hasattr(signal, "pthread_kill"):  # to the thread that may be waiting, which a signal to another wakes not
+            signal.pthread_kill(threading.main_thread().ident, number)
+        else:
+            signal.raise_signal(number)
+
+    def look(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            print_unraisable(unraisable)
+            return
+        timer = threading.Timer(0.02, resend, (getattr(unraisable.exc_value, "number", signal.SIGINT),))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = look
 
 
 def exit_on_interrupt() -> None:

@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from gpt_jax.signals import Interrupted, StopSignal
+from gpt_jax.signals import Interrupted, StopSignal, interrupt, resend_swallowed
 
 ROOT = Path(__file__).parents[2]
 STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -52,6 +53,30 @@ def test_a_signal_that_the_garbage_collector_swallows_is_told_later_without_a_tr
     finally:
         if collected in gc.callbacks:
             gc.callbacks.remove(collected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_loading_gets_a_swallowed_signal_again_without_a_traceback(number, monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    before = signal.signal(number, interrupt)
+
+    class Collected:
+        def __del__(self):
+            send(number)
+            time.sleep(0)  # where the handler raises
+
+    def load():
+        Collected()
+        threading.Event().wait(20)  # as for a thread that opens the device
+
+    try:
+        resend_swallowed()
+        with pytest.raises(Interrupted) as caught:
+            load()
+    finally:
+        signal.signal(number, before)
+    assert (caught.value.number, printed) == (number, [])
 
 
 def test_what_else_is_swallowed_is_printed_as_ever(monkeypatch):
