@@ -131,7 +131,11 @@ class Engine:
             target=self._own_decoder, args=(open_decoder, opened), name="engine", daemon=True
         )
         self._thread.start()
-        opened.result()
+        try:
+            opened.result()
+        except BaseException:
+            self.close()  # Ctrl-C: a process that ends while a thread of it compiles is aborted
+            raise
 
     def __enter__(self) -> "Engine":
         return self

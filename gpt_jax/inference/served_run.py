@@ -98,13 +98,12 @@ def open_run(
         check_heads(config.model, entered)
         opened.append(entered)
         model = GPT(ModelConfig.from_config(config.model))
-        decoder = Decoder(model, entered.put(params), entered, slots=slots)
-        if warm_up:
-            _compile_all(decoder)
-        return decoder
+        return Decoder(model, entered.put(params), entered, slots=slots)
 
     engine = Engine(open_decoder, lambda stop: TextStream(vocabulary, stop), max_waiting=max_waiting)
     stack.enter_context(engine)
+    if warm_up:
+        _compile_all(engine)
     return ServedRun(
         name=found.workdir.resolve().name,
         description=description,
@@ -119,13 +118,20 @@ def open_run(
     )
 
 
-def _compile_all(decoder: Decoder) -> None:
-    """Has the programs compiled that prompts of any length and any number of texts need, also with alternatives."""
+def _compile_all(engine: Engine) -> None:
+    """Has the programs compiled that prompts of any length and any number of texts need, also with alternatives.
+
+    One task each: an interrupt waits for the one that is being compiled.
+    """
+    decoder: Decoder = engine.run(lambda decoder: decoder)  # what is read of it here never changes
 
     def decode(slot: int, length: int, alternatives: int) -> None:
-        decoder.insert(slot, [0] * length, SamplingOptions(seed=0, max_tokens=1, logprobs=alternatives))
-        decoder.decode()
-        decoder.release(slot)
+        def task(decoder: Decoder) -> None:
+            decoder.insert(slot, [0] * length, SamplingOptions(seed=0, max_tokens=1, logprobs=alternatives))
+            decoder.decode()
+            decoder.release(slot)
+
+        engine.run(task)
 
     for rows in decoder.batches:
         for alternatives in (0, MOST_ALTERNATIVES):

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import Future
 from queue import SimpleQueue
 
 import pytest
@@ -221,6 +222,24 @@ def test_a_decoder_that_does_not_open_is_told_where_it_was_asked_for():
 
     with pytest.raises(UserError, match="there is no device"):
         Engine(refuse, print, max_waiting=1)
+
+
+def test_ctrl_c_while_a_decoder_opens_waits_for_it_and_gives_it_up(monkeypatch):
+    """A process that ends while a thread of it compiles is aborted."""
+    closed = []
+
+    def open_slowly(stack):
+        stack.callback(closed.append, True)
+        time.sleep(0.05)
+        return FakeDecoder(TOKENIZER, print)
+
+    def interrupted(future, timeout=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Engine(open_slowly, print, max_waiting=1)
+    assert closed == [True]
 
 
 def test_closing_fails_what_is_on_its_way():

@@ -57,6 +57,7 @@ def test_a_run_leaves_all_that_it_should(straight):
     log = (straight / "log.txt").read_text()
     assert "h_0/qkv/kernel" in log
     assert f"{info['parameters']:,}" in log
+    assert log.endswith(f"talk to it: python -m gpt_jax.chat {straight}\n")
     samples = list(read_lines(straight / "samples.jsonl"))
     assert {sample["step"] for sample in samples} == {60}
 
