@@ -43,7 +43,7 @@ def test_a_run_leaves_all_that_it_should(straight):
     names = {path.name for path in straight.iterdir()}
     assert names == {
         *("run.json", "config.json", "tokenizer.json", "metrics.jsonl", "samples.jsonl"),
-        *("checkpoints", "log.txt", "report.md"),
+        *("checkpoints", "log.txt", "report.md", "report.json", "report.html"),
     }
     lines = train_lines(straight)
     assert [line["step"] for line in lines] == list(range(1, 61))
