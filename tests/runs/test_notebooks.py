@@ -7,21 +7,28 @@ from typing import Any
 
 import pytest
 from synthetic_run import write_run
-from tiny_run import EVERY, tiny
 from vulkan_devices import SELECTOR, needs_vulkan
+
+from gpt_jax.runs.metrics import MetricsWriter
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 
 
 @pytest.fixture(scope="module")
-def trained(corpus, compiled_once, tmp_path_factory) -> Path:
-    """A run of one layer with two heads."""
-    from gpt_jax.training.train import train_and_evaluate
+def started(tmp_path_factory) -> Path:
+    """A run of one layer with two heads, whose only checkpoint is of its first step."""
+    from untrained_run import write_untrained_run  # here: it imports jax, and every selection of tests this file
 
-    workdir = tmp_path_factory.mktemp("trained") / "run"
     shape = {"model__num_heads": 2, "model__block_size": 64}
-    assert train_and_evaluate(tiny(corpus, num_steps=EVERY, **shape), workdir) is None
+    workdir = write_untrained_run(tmp_path_factory.mktemp("started") / "run", steps=1, **shape)
+    with MetricsWriter(workdir, tensorboard=False) as writer:
+        writer.write(1, "train", {"loss": 5.6, "grad_norm": 1.0})
+        writer.write(
+            1, "diagnostics", {f"attention_{name}/h_0/head_{i}": 1.0 for name in ("max", "entropy") for i in (0, 1)}
+        )
+        for prompt in ("moon?", "sun?"):
+            writer.sample(1, prompt, "yes", tokens=1, seconds=0.1)
     return workdir
 
 
@@ -64,9 +71,9 @@ def test_loss_curves(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_finetune(trained, corpus, monkeypatch, tmp_path):
+def test_finetune(started, corpus, monkeypatch, tmp_path):
     run = tmp_path / "run"
-    run.symlink_to(trained)
+    run.symlink_to(started)
     values, names = run_cells("finetune.ipynb", monkeypatch, GPT_JAX_RUNS=run, GPT_JAX_CHATS=corpus, GPT_JAX_STEPS=4)
     assert values[0] == names["TUNED"] == tmp_path / "run_tuned"
     assert "complete" in values
@@ -79,8 +86,8 @@ def test_finetune(trained, corpus, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_attention(trained, monkeypatch):
-    values, names = run_cells("attention.ipynb", monkeypatch, GPT_JAX_RUNS=trained)
+def test_attention(started, monkeypatch):
+    values, names = run_cells("attention.ipynb", monkeypatch, GPT_JAX_RUNS=started)
     count = len(names["tokens"])
     assert "".join(names["tokens"]) == names["SENTENCE"]
     assert values[0] == {"h_0": (2, count, count)}
