@@ -33,14 +33,13 @@ def labels() -> list[str]:
     return [case.label for case in CASES]
 
 
-def examine(label: str, size: str = "tiny", dtype: str = "float32", device: str = "", warm: float = 0.1) -> Examination:
+def examine(label: str, size: str = "tiny", dtype: str = "float32", device: str = "") -> Examination:
     """Runs an operation on Vulkan and on XLA.
 
     Args:
       label: of `labels()`.
       size: of `op_cases.SIZES`; tiny and megabyte suit a processor.
       device: index, 'gpu', 'cpu' or part of a name; '': the process's own.
-      warm: seconds to run before the ceilings are measured: on a GPU 2, for the clocks.
     """
     case = next((case for case in CASES if case.label == label), None)
     if case is None:
@@ -58,6 +57,6 @@ def examine(label: str, size: str = "tiny", dtype: str = "float32", device: str 
         label,
         str(opened.info),
         {name: np.ravel(np.asarray(y, np.float64) - truth) / unit for name, y in found.items()},
-        profile_with_floors(call, operands, opened, dtype, attention, repeats=3, warm=warm),
+        profile_with_floors(call, operands, opened, dtype, attention, repeats=3),
         call.lower(*operands).as_text(),
     )

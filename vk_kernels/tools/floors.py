@@ -16,7 +16,7 @@ from vk_kernels.runtime.command_buffer import CommandRecorder
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.program import Command
 
-WARM = 2.0  # seconds: after a rest a device's clocks are low for that long
+_WARM = 2.0  # seconds: after a rest a GPU's clocks are low for that long
 _ATTENTION_PRODUCTS = {"attention_forward": 2, "attention_dq": 3, "attention_dkv": 4}
 
 
@@ -27,7 +27,6 @@ def profile_with_floors(
     dtype: str,
     attention_shape: tuple[int, int, int, int],
     repeats: int = 1,
-    warm: float = WARM,
 ) -> dict[str, Any]:
     """Times each dispatch of a call, whose arguments stay, also donated ones; measures the device's ceilings.
 
@@ -56,7 +55,7 @@ def profile_with_floors(
         }
         for i, command in enumerate(commands)
     ]
-    bandwidth, rate = ceiling_rates(device, dtype, warm=warm)
+    bandwidth, rate = ceiling_rates(device, dtype)
     ceilings = {"bytes_per_second": bandwidth, "flops_per_second": rate}
     return {"device": device.info.name, **ceilings, "dispatches": dispatches}
 
@@ -74,8 +73,9 @@ def product_flops(command: Command, attention_shape: tuple[int, int, int, int]) 
     return count / 2 * forward_flops(attention_shape)
 
 
-def ceiling_rates(device: Device, dtype: str, repeats: int = 20, warm: float = WARM) -> tuple[float, float]:
+def ceiling_rates(device: Device, dtype: str, repeats: int = 20) -> tuple[float, float]:
     """Bytes a second of a large copy, FLOPs a second of a large product by the variant that the device prefers."""
+    warm = 0.0 if device.info.kind == "cpu" else _WARM
     return copy_rate(device, repeats, warm), product_rate(device, dtype, repeats, warm)
 
 
