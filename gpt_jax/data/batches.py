@@ -85,7 +85,7 @@ def windows(
 
 
 def _shares(streams: Sequence[Tokens]) -> list[int]:
-    """The weights as whole numbers, 100 the smallest: grain cuts off what is below a hundredth of it, 1499.9 to 1499."""
+    """The weights in hundredths of the smallest one: grain would cut off what is below, 1,499.9 to 1,499."""
     smallest = min(tokens.weight for tokens in streams)
     return [round(100 * tokens.weight / smallest) for tokens in streams]
 

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 from small_cache import config, folder_of, prepare
 
-from gpt_jax.data import token_cache
+from gpt_jax.data import batches, token_cache
 from gpt_jax.data import tokenizer as tk
 from gpt_jax.data.batches import check_windows, windows
 from gpt_jax.data.token_cache import Tokens
@@ -25,8 +25,8 @@ SHAPE = {"block_size": 10, "batch_size": 4, "seed": 3}
 
 
 def test_each_source_has_its_share_and_its_own_epochs():
-    batches = windows(STREAMS, **SHAPE)
-    starts = np.concatenate([batches[n]["inputs"][:, 0] for n in range(100)])
+    dataset = windows(STREAMS, **SHAPE)
+    starts = np.concatenate([dataset[n]["inputs"][:, 0] for n in range(100)])
     assert (starts >= 50_000).sum() == 100  # of 400
     large, small = starts[starts < 50_000], starts[starts >= 50_000]
     for epoch in large.reshape(3, 100):
@@ -34,25 +34,23 @@ def test_each_source_has_its_share_and_its_own_epochs():
     epochs = small.reshape(10, 10)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(50_000, 50_100, 10), (10, 1)))
     assert len({tuple(epoch) for epoch in epochs}) == 10
-    first = batches[7]
+    first = dataset[7]
     np.testing.assert_array_equal(first["targets"], first["inputs"] + 1)
     assert first["inputs"].flags.c_contiguous
 
 
 def test_shares_are_not_cut_off():
-    """Grain makes 1,499 of 15 / 26 where the smallest of 1 / 26 is 100."""
-    streams = [stream(str(n), 1000 * n, 101, weight / 26) for n, weight in enumerate((1, 10, 15))]
-    batches = windows(streams, block_size=10, batch_size=2600, seed=0)
-    of = np.concatenate([batches[n]["inputs"][:, 0] // 1000 for n in range(10)])
-    np.testing.assert_array_equal(np.bincount(of), [1000, 10_000, 15_000])
+    """Grain would make 1,499 of 15 / 26 where the smallest, 1 / 26, is 100."""
+    streams = [stream("", 0, 101, weight / 26) for weight in (1, 10, 15)]
+    assert batches._shares(streams) == [100, 1000, 1500]
 
 
 def test_a_batch_of_a_mixture_is_a_pure_function_of_seed_and_number():
-    batches = windows(STREAMS, **SHAPE)
+    dataset = windows(STREAMS, **SHAPE)
     for number in (10**6, 0, 31):
-        np.testing.assert_array_equal(windows(STREAMS, **SHAPE)[number]["inputs"], batches[number]["inputs"])
+        np.testing.assert_array_equal(windows(STREAMS, **SHAPE)[number]["inputs"], dataset[number]["inputs"])
     resumed = windows(STREAMS, **SHAPE | {"batch_size": 8}, seen=12)  # after three batches of 4, with another size
-    straight = np.concatenate([batches[number]["inputs"] for number in (3, 4)])
+    straight = np.concatenate([dataset[number]["inputs"] for number in (3, 4)])
     np.testing.assert_array_equal(resumed[0]["inputs"], straight)
 
 
