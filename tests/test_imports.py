@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Rooms from the top to the bottom: a module imports from its own room and from those below.
 LIBRARY = ("tools", "ops", "bridge", "compiler", "runtime", "spirv", "errors")
 TRAINER = (
-    ("main", "sample", "report", "chat", "serve", "export", "evaluate"),
+    ("main", "sample", "report", "chat", "serve", "export", "evaluate", "watch"),
     ("training", "serving", "evaluation"),
     ("inference",),
     ("checkpoint", "backend", "huggingface"),

@@ -41,6 +41,19 @@ def evaluations(run: RunData) -> Iterable[tuple[int, float, float, float]]:
         yield int(step), train, validation, validation - train
 
 
+def metric_lines(run: RunData) -> list[dict[str, Any]]:
+    """The lines that alerts follow from, as they were written: each evaluation behind the training line of its step."""
+    lines = [{"split": "event", **event} for event in run.events]
+    for split, names in (("train", ("loss", "grad_norm", "finite", "tokens_per_second")), ("validation", ("loss",))):
+        table = run.tables.get(split, {})
+        columns = {name: table[name].tolist() for name in ("step", *names) if name in table}
+        lines += [
+            {"split": split, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)
+        ]
+    order = ("train", "validation", "event")
+    return sorted(lines, key=lambda line: (line["step"], order.index(line["split"])))
+
+
 def worst_steps(run: RunData, count: int = 5) -> list[tuple[int, float, str, float]]:
     """Steps with the largest gradient norms: step, norm, and the layer with the largest part and its norm."""
     table = run.tables["train"]

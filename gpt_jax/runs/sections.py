@@ -14,9 +14,11 @@ from gpt_jax.config import FIELDS, leaves
 from gpt_jax.data import tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.runs import charts, kernel_floors
+from gpt_jax.runs.alerts import alerts_of
 from gpt_jax.runs.analysis import (
     TRAIN_WINDOW,
     evaluations,
+    metric_lines,
     peak_memory,
     phase_figures,
     phases,
@@ -38,6 +40,7 @@ LEARNING_RATE_STEPS = (1, 10, 50, 100, 250, 500, 5000)
 SPIKE_THRESHOLDS = (10, 100, 1000)
 SAMPLE_STEPS_SHOWN = 12
 LAST_STEPS = 10
+ALERTS_SHOWN = 40
 SENTENCE = "The unexamined life isn't worth living, wrote a naïve reader in 2024: 3.14159 times!"
 SHOWN_ELSEWHERE = {  # facts of run.json that have a place outside the section on model and data
     *("run_id", "name", "domain", "status", "command", "starts", "started", "ended", "elapsed_seconds"),
@@ -336,9 +339,21 @@ def notes(run: RunData) -> list[Block]:
     return [Notes(tuple(found))] if found else []
 
 
+def alerts(run: RunData) -> list[Block]:
+    """A table of what the rules of `alerts` find in the metrics, by step."""
+    lines = metric_lines(run)
+    if not lines:
+        return []
+    rows = [(alert.step, alert.rule, alert.text) for alert in alerts_of(lines)]
+    hidden = len(rows) - ALERTS_SHOWN
+    more = [Text(f"{hidden:,} later ones are not shown.")] if hidden > 0 else []
+    return make_table(("step", "rule", "what"), rows[:ALERTS_SHOWN]) + more if rows else [Text("None.")]
+
+
 SECTIONS: dict[str, Callable[[RunData], list[Block]]] = {
     "Summary": summary,
     "Notes": notes,
+    "Alerts": alerts,
     "Loss": charts.loss,
     "Evaluation": evaluation,
     "Loss by step range": loss_by_range,

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ from gpt_jax.log import Log
 from gpt_jax.model.gpt import ModelConfig, make_model
 from gpt_jax.model.lora import is_adapter
 from gpt_jax.model.parameters import named_leaves
+from gpt_jax.runs.alerts import NON_FINITE, Alert, Alerts
 from gpt_jax.runs.flops import device_peak_flops, model_flops_utilisation
 from gpt_jax.runs.info import RunInfo, host_peak_bytes, write_json
 from gpt_jax.runs.kernel_floors import PROFILE_FILE
@@ -123,6 +125,7 @@ class Trainer:
 
         self.started = time.perf_counter()
         self.clock = PhaseClock()
+        self.alerts = Alerts()
         self.pending: collections.deque = collections.deque()  # (step, metrics on the device)
         self.logged_step, self.logged_time = self.step, time.perf_counter()
         self.step_seconds: float | None = None  # the last measured
@@ -258,8 +261,15 @@ class Trainer:
             if is_due(step, self.config.log.every, step - self.first_step in EARLY_LINES):
                 values |= self.progress(step, values)
             self.writer.write(step, "train", values)
+            self.tell(self.alerts.see(step, "train", values))
             if not values["finite"]:
                 self.report_skipped(step, values)
+
+    def tell(self, alerts: Iterable[Alert]) -> None:
+        """Logs alerts, but of skipped updates, of which `report_skipped` says more. Readers find them anew."""
+        for alert in alerts:
+            if alert.rule != NON_FINITE:
+                self.log(str(alert))
 
     def progress(self, step: int, values: dict[str, Any]) -> dict[str, float]:
         """Prints the progress line; returns what it measured since the last one."""
@@ -334,6 +344,7 @@ class Trainer:
             | {f"{LOSS_OF}{source}": value for source, value in several.items()},
         )
         self.log(f"step {self.step:>6}  validation loss {loss:.4f}{' (best so far)' if best else ''}")
+        self.tell(self.alerts.see(self.step, "validation", {"loss": loss}))
         for source, value in several.items():
             self.log(f"             {value:.4f} on {source}")
         return loss
@@ -393,6 +404,9 @@ class Trainer:
     def save(self) -> None:
         """Starts writing a checkpoint, once all that led to it is on disk."""
         self.writer.flush()
+        with contextlib.suppress(OSError):  # the folder is gone: the checkpoint's own error says so
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves)
+            self.tell(self.alerts.see_disk(self.step, shutil.disk_usage(self.workdir).free, size))
         position = {
             "next_window": self.first_window + (self.step - self.first_step) * self.config.batch_size,
             "order": self.order,
