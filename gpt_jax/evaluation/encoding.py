@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gpt_jax.data import tokenizer as bpe
-from gpt_jax.data.dialogue import MARKERS, Context, Dialogue, Turn
+from gpt_jax.data.dialogue import MARKERS, Context, Dialogue, Part, Turn
 from gpt_jax.errors import UserError
 
 BETWEEN_TURNS = "\n\n"  # in plain text; no target, since the data does not hold it
@@ -45,14 +45,16 @@ class Encoding:
         if self.chat:
             [(ids, said)] = bpe.encode_dialogues(self.tokenizer, [dialogue])
             return ids, said == bpe.SAID if targets == "assistant" else said != bpe.UNCOUNTED
-        ids, counted = [], []
+        ids, counted, counts = [], [], False
         for turn in dialogue.turns:
             spoken = self.text(turn.text)
             between = self._between_turns if ids else []
             ids += [*between, *spoken]
             counts = not isinstance(turn, Context) and (targets == "all" or turn.role == "assistant")
             counted += [False] * len(between) + [counts] * len(spoken)
-        return np.array([*ids, self.start]), np.array([*counted, True])
+        if not isinstance(dialogue, Part):
+            ids, counted = [*ids, self.start], [*counted, counts]
+        return np.array(ids), np.array(counted)
 
     def text(self, text: str) -> list[int]:
         """The tokens of a text, none of them special."""

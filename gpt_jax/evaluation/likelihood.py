@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.data.batches import MASKED
-from gpt_jax.data.dialogue import Dialogue
+from gpt_jax.data.dialogue import Dialogue, Part
 from gpt_jax.evaluation.encoding import Encoding
 from gpt_jax.evaluation.scorer import Scorer
 from gpt_jax.evaluation.windows import Window, WindowCutter
@@ -94,7 +94,7 @@ def measure(
             if source not in cutters:
                 cutters[source] = WindowCutter(source, encoding.start, scorer.block_size, stride)
                 found[source] = Likelihood()
-            found[source].documents += 1
+            found[source].documents += not isinstance(text, Part)
             yield from cutters[source].add(*encoding.dialogue(text, targets))
         for cutter in cutters.values():
             yield from cutter.finish()

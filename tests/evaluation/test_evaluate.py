@@ -18,12 +18,14 @@ from gpt_jax.backend import enter_backend
 from gpt_jax.cli import parse_flags
 from gpt_jax.data.batches import MASKED
 from gpt_jax.data.corpus import is_validation, read_corpus
-from gpt_jax.data.dialogue import Turn
+from gpt_jax.data.dialogue import TEXT, Context, Dialogue, Part, Turn
 from gpt_jax.data.tokenizer import encode, encode_dialogues, encode_prompt
 from gpt_jax.errors import UserError
+from gpt_jax.evaluation.encoding import Encoding
 from gpt_jax.evaluation.open_model import open_model
 from gpt_jax.evaluation.scorer import Scorer
 from gpt_jax.evaluation.windows import Window
+from gpt_jax.huggingface.donor import read_donor
 from gpt_jax.model.gpt import GPT, ModelConfig
 from vk_kernels import OutOfMemoryError
 
@@ -321,6 +323,25 @@ def test_a_model_of_transformers_has_the_figures_that_it_has_there(command, tmp_
     assert found["choices"][0]["acc_norm"] == recorded["acc_norm"]
     assert found["last_word"][0]["acc"] == recorded["last_word_acc"]
     assert math.log(found["last_word"][0]["perplexity"]) == pytest.approx(recorded["last_word_nats"], rel=1e-5)
+
+
+def test_without_markers_the_end_of_text_closes_what_is_whole_and_counts_as_what_is_before_it():
+    donor = read_donor(str(Path(__file__).parents[1] / "huggingface" / "models" / "old"))
+    encoding = Encoding(donor.tokenizer, 262, donor.end_of_text)
+
+    def spelled(dialogue: Dialogue, targets: str = "all") -> list[str]:
+        """The tokens that count, and as dots those that do not."""
+        ids, counted = encoding.dialogue(dialogue, targets)
+        spelled = [encoding.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+        return ["." if not counts else text for text, counts in zip(spelled, counted, strict=True)]
+
+    question, answer, unsaid = Turn("user", "a"), Turn("assistant", "b"), Context("assistant", "c")
+    assert spelled(Part("source", (Turn(TEXT, "ab"),))) == ["a", "b"]
+    assert spelled(Dialogue("source", (Turn(TEXT, "ab"),))) == ["a", "b", "<|endoftext|>"]
+    assert spelled(Dialogue("source", (question, answer))) == ["a", ".", ".", "b", "<|endoftext|>"]
+    assert spelled(Dialogue("source", (question, answer)), "assistant") == [".", ".", ".", "b", "<|endoftext|>"]
+    assert spelled(Dialogue("source", (question, unsaid))) == ["a", ".", ".", ".", "."]
+    assert spelled(Dialogue("source", (Turn(TEXT, "ab"),)), "assistant") == [".", ".", "."]
 
 
 def test_a_model_without_data_or_markers_says_what_to_give(command):
