@@ -28,7 +28,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    folders = [find_run(name).workdir for name in argv[1:]]
+    folders = [find_run(name, saved=False).workdir for name in argv[1:]]
     runs = [load_run(folder) for folder in folders]
     out = flags.FLAGS.out
     if out is not None and not Path(out).is_dir():

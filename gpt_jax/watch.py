@@ -40,7 +40,7 @@ _NORMS = ("grad", "param", "update")
 def main(argv: Sequence[str]) -> None:
     if not SHORTEST <= FLAGS.every < math.inf:
         raise UserError(f"--every must be a number from {SHORTEST}, found {FLAGS.every}")
-    runs = [FollowedRun(find_run(name, Path(FLAGS.runs)).workdir) for name in argv[1:]]
+    runs = [FollowedRun(find_run(name, Path(FLAGS.runs), saved=False).workdir) for name in argv[1:]]
     for run in runs:
         run.read()
     if FLAGS.once or not sys.stdout.isatty():

@@ -22,7 +22,7 @@ from gpt_jax.cli import run_main
 from gpt_jax.config import leaves, text_problem
 from gpt_jax.config_file import WHOLE
 from gpt_jax.errors import UserError
-from gpt_jax.runs.find import RUNS, find_run
+from gpt_jax.runs.find import RUNS, FoundRun, find_run
 from gpt_jax.runs.formats import format_duration, format_number, format_size
 from gpt_jax.runs.info import read_info
 from gpt_jax.runs.registry import list_runs
@@ -125,7 +125,7 @@ def _row(run: Summary) -> Sequence[str]:
 def show(names: Sequence[str]) -> None:
     """Prints all that is known of runs but their metrics."""
     for name in _required(names):
-        folder = find_run(name, Path(FLAGS.runs)).workdir
+        folder = _find(name).workdir
         summary, info = summarise(folder.absolute()), read_info(folder)
         if FLAGS.json:
             print_json({**info, **as_dict(summary)})
@@ -142,7 +142,7 @@ def compare(names: Sequence[str]) -> None:
     """Prints what differs between runs: their figures, and the settings that are not the same."""
     if len(names) < 2:
         raise UserError("compare takes two runs or more")
-    found = [summarise(find_run(name, Path(FLAGS.runs)).workdir.absolute()) for name in names]
+    found = [summarise(_find(name).workdir.absolute()) for name in names]
     rows = compared(found)
     if FLAGS.json:
         print_json([dict(zip(("", *names), row, strict=True)) for row in rows])
@@ -185,14 +185,14 @@ def tag(names: Sequence[str]) -> None:
     if len(names) < 2:
         raise UserError("tag takes a run and its tags")
     name, *tags = names
-    folder = find_run(name, Path(FLAGS.runs)).workdir
+    folder = _find(name).workdir
     left = change_tags(folder, **{"remove" if FLAGS.remove else "add": tags})
     print_json({"run": folder.name, "tags": left}) if FLAGS.json else print(f"{folder}: {' '.join(left) or 'no tags'}")
 
 
 def remove(names: Sequence[str]) -> None:
     """Removes runs: all that were named, or none where one of them cannot be; asks before, without --yes."""
-    plans = [plan_removal(find_run(name, Path(FLAGS.runs)), name) for name in _required(names)]
+    plans = [plan_removal(_find(name), name) for name in _required(names)]
     for plan in plans:
         others = f", among them {', '.join(plan.others)}, which no run writes" if plan.others else ""
         size = format_size(plan.size)
@@ -211,6 +211,10 @@ def remove(names: Sequence[str]) -> None:
 
 
 # ---- what they share
+
+
+def _find(name: str) -> FoundRun:
+    return find_run(name, Path(FLAGS.runs), saved=False)
 
 
 def _required(names: Sequence[str]) -> Sequence[str]:

@@ -3,7 +3,7 @@
     runs/ID, ID                a run's folder, or its name below runs/: the checkpoint of the lowest validation loss
     runs/ID/checkpoints/500    one checkpoint
     ID, TAG, NAME              the run below runs/ of this id, tag (`python -m gpt_jax.runs tag`) or config.name
-    latest                     the run below runs/ that was written last
+    latest                     the run below runs/ that was written last; where a model is needed, with a checkpoint
     best                       the run below runs/ with the lowest validation loss
     RUN@500, RUN@best, RUN@latest    another checkpoint of a run; RUN is any of the above but one checkpoint
 
@@ -36,8 +36,11 @@ class FoundRun(NamedTuple):
     checkpoint: Path
 
 
-def find_run(name: str, runs: Path = RUNS) -> FoundRun:
+def find_run(name: str, runs: Path = RUNS, *, saved: bool = True) -> FoundRun:
     """The run and checkpoint that a name stands for, as the module says.
+
+    Args:
+      saved: whether `latest` is the latest that has a checkpoint, as whoever needs a model wants it.
 
     Raises:
       UserError: there is none; the message lists what there is.
@@ -46,13 +49,13 @@ def find_run(name: str, runs: Path = RUNS) -> FoundRun:
         raise UserError(f"RUN {problem}")
     if not name:
         raise UserError(f"RUN is empty: give the folder of a run, {LATEST} or {BEST}")
-    folder = _folder(name, runs)
+    folder = _folder(name, runs, saved)
     if folder is not None:
         return _of_folder(folder)
     run, at, step = name.rpartition("@")
     if not at:
         raise UserError(f"there is no run {name}: {_what_there_is(runs)}")
-    folder = _folder(run, runs)
+    folder = _folder(run, runs, saved)
     if folder is None or (folder.parent.name == CHECKPOINTS and not (folder / CONFIG_FILE).exists()):
         raise UserError(f"there is no run {run}: {_what_there_is(runs)}")
     return FoundRun(folder, find_step(folder, step))
@@ -78,15 +81,15 @@ def find_step(workdir: Path, step: str) -> Path:
     return steps[int(step)]
 
 
-def _folder(name: str, runs: Path) -> Path | None:
+def _folder(name: str, runs: Path, saved: bool) -> Path | None:
     """The folder that a name without a step stands for."""
     for path in (Path(name), runs / name):
         if os.path.isdir(path):  # not Path.is_dir, which raises for a name too long
             return path
     if name == LATEST:
-        return max(_runs_with_checkpoints(runs), key=_written)
+        return max(_runs(runs, saved), key=_written)
     if name == BEST:
-        return min(_runs_with_checkpoints(runs), key=lambda run: (_lowest_loss(run), -_written(run)))
+        return min(_runs(runs, saved=True), key=lambda run: (_lowest_loss(run), -_written(run)))
     return _called(name, runs)
 
 
@@ -128,14 +131,16 @@ def _of_folder(folder: Path) -> FoundRun:
     return FoundRun(folder, folder)
 
 
-def _runs_with_checkpoints(runs: Path) -> list[Path]:
-    found = [
-        file.parent
-        for file in runs.glob(f"*/{CONFIG_FILE}")
-        if (file.parent / CHECKPOINTS).is_dir() and step_directories(file.parent / CHECKPOINTS)
-    ]
+def _runs(runs: Path, saved: bool) -> list[Path]:
+    """The runs below a folder, all or those with a checkpoint; raises UserError if there is none."""
+    found = [file.parent for file in runs.glob(f"*/{CONFIG_FILE}")]
+    if saved:
+        found = [run for run in found if (run / CHECKPOINTS).is_dir() and step_directories(run / CHECKPOINTS)]
     if not found:
-        raise UserError(f"no run below {runs.resolve()} has a checkpoint: train one first, or give a run's folder")
+        missing = (
+            f"no run below {runs.resolve()} has a checkpoint" if saved else f"there is no run below {runs.resolve()}"
+        )
+        raise UserError(f"{missing}: train one first, or give a run's folder")
     return found
 
 

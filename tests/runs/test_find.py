@@ -69,6 +69,12 @@ def test_a_name_of_nothing_says_what_there_is(name, message, runs):
         find_run(name.format(runs=runs), runs)
 
 
+def test_without_need_of_a_model_the_latest_may_have_no_checkpoint(runs, tmp_path):
+    assert find_run("latest", runs, saved=False).workdir == runs / "unsaved"
+    with pytest.raises(UserError, match=r"there is no run below .*nowhere: train one first"):
+        find_run("latest", tmp_path / "nowhere", saved=False)
+
+
 @pytest.mark.parametrize("name", ["latest", "best"])
 def test_without_a_run_that_is_said(name, tmp_path):
     with pytest.raises(UserError, match=r"no run below .* has a checkpoint: train one first"):
