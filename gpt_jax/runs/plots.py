@@ -196,7 +196,7 @@ def plot_attention(df: "pd.DataFrame", run: str | None = None) -> "Figure":
 
 
 def plot_heads(tokens: Sequence[str], weights: np.ndarray, title: str = "") -> "Figure":
-    """What each token, a row, attends to: a panel a head, from weights (H, T, T)."""
+    """Attention of each token, a row, to those before it: a panel a head, from weights (H, T, T)."""
     shown = [token.replace(" ", "·") for token in tokens]
     columns = min(4, len(weights))
     rows = -(-len(weights) // columns)
