@@ -20,6 +20,7 @@ from gpt_jax.inference.generate import generate
 from gpt_jax.inference.sampling import SamplingOptions
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from vk_kernels.bridge import jit
+from vk_kernels.runtime.executable import Executable
 from vk_kernels.runtime.open_devices import open_device
 
 CONFIG = ModelConfig(vocab_size=61, block_size=24, num_layers=2, num_heads=2, embed_dim=16, soft_cap=30.0)
@@ -227,6 +228,19 @@ def test_no_sample_but_the_first_compiles_anything(backend, greedy_decoder, monk
         assert "Compiling" not in caplog.text
         backend.jit(lambda x: x + 1)(np.ones(3, np.float32))
         assert made or "Compiling" in caplog.text
+
+
+@needs_vulkan
+def test_texts_that_take_turns_in_the_slots_record_nothing_anew(backend, greedy_decoder, monkeypatch):
+    if backend.name != "vulkan":
+        pytest.skip("XLA records nothing")
+    options = [SamplingOptions(1.0, seed=seed, max_tokens=9) for seed in range(6)]
+    prompts = [[5, 6, 7], [9] * 4, [3], [8] * 9, [1], [2]]
+    once = generate(greedy_decoder, prompts, options)
+    made, record = [], Executable._record
+    monkeypatch.setattr(Executable, "_record", lambda self, bound: made.append(self) or record(self, bound))
+    assert generate(greedy_decoder, prompts, options) == once
+    assert not made
 
 
 @pytest.mark.parametrize(
