@@ -216,6 +216,6 @@ def test_errors_are_in_units_of_the_largest_element():
 
 def test_cases_cover_every_operation():
     of_others = {"dot_product_attention"}  # attention by another signature: tests/ops has its tests
-    no_operations = {"IGNORED", "Controls", "Drawn", "attention_scores"}
+    no_operations = {"IGNORED", "Controls", "Drawn", "Texts", "attention_scores"}
     assert {case.op for case in CASES} == set(ops.__all__) - no_operations - of_others
     assert set(SIZES) >= {"tiny", "chat", "124M"}
