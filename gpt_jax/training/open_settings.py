@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gpt_jax.config import leaves, with_defaults
+from gpt_jax.config import check, check_names, leaves, with_defaults
 from gpt_jax.data.token_cache import NEW_TOKENIZER
 from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.errors import UserError
@@ -31,8 +31,12 @@ def fill_in(config: ConfigDict, workdir: Path | None) -> ConfigDict:
       workdir: the run's folder, made or not; None: a new one.
 
     Raises:
-      UserError: there is no such donor, a setting is not what the run or the donor has and must be, or has no value.
+      UserError: a value is impossible by itself, there is no such donor, a setting is not what the run or the donor has
+        and must be, or has no value.
     """
+    for name, value in check_names(config).items():
+        if value is not None or not name.startswith("model."):
+            check(name, value)
     filled = config.copy_and_resolve_references().unlock()
     saved = with_defaults(read_config(workdir)) if workdir is not None and saved_steps(workdir / CHECKPOINTS) else {}
     if saved:

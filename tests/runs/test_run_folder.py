@@ -340,3 +340,11 @@ def test_a_run_that_gets_no_better_ends_early_and_says_so(copy, corpus, monkeypa
     assert "by the schedule of before; the minimum, 0.0004, comes at step 99, before it was step 12" in log
     assert max(line["step"] for line in read_lines(copy / "metrics.jsonl")) == 12
     assert "stopped early" in why_complete(config, copy)
+
+
+def test_how_long_it_will_take_follows_from_steps_that_did_not_compile(finished):
+    lines = {line["step"]: line for line in read_lines(finished / "metrics.jsonl") if line["split"] == "train"}
+    assert "step_ms" in lines[1]
+    assert "eta_seconds" not in lines[1]
+    assert 0 < lines[4]["eta_seconds"] < 1e-3 * lines[1]["step_ms"]
+    assert "compiled in it" in (finished / "log.txt").read_text()

@@ -89,6 +89,22 @@ def test_a_value_that_the_donor_cannot_have_is_an_error(donor, changes, message)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("init_from", 5, "config.init_from must be text, found 5"),
+        ("model.block_size", "x", "config.model.block_size must be a whole number from 1"),
+        ("num_steps", None, "config.num_steps must be a whole number from 1"),
+    ],
+)
+def test_a_value_of_another_kind_is_said_before_the_donor_is_looked_for(donor, name, value, message):
+    config = finetuning(donor)
+    with config.ignore_type():
+        config.update_from_flattened_dict({name: value})
+    with pytest.raises(UserError, match=message):
+        fill_in(config, None)
+
+
 def test_a_donor_of_other_heads_is_refused_by_a_config_with_a_model_of_its_own(donor):
     config = chat_tiny.get_config()
     config.init_from, config.model.num_heads = str(donor), 8  # every parameter would fit

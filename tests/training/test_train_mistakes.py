@@ -51,7 +51,7 @@ def test_nonfinite_steps_are_named_and_end_the_run(corpus, tmp_path, monkeypatch
     assert len(events) == 6
     assert all("update skipped" in event for event in events[1:])
 
-    def fail(*_):
+    def fail(*_, **__):
         raise failed.value
 
     monkeypatch.setattr("gpt_jax.training.train.train_and_evaluate", fail)
