@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from small_cache import config
+from small_cache import config, folder_of
 
 from gpt_jax.data import corpus, token_cache
 from gpt_jax.data import tokenizer as tk
@@ -29,10 +29,10 @@ def prepared(cache):
 def test_default_corpus_has_the_size_it_is_documented_with(prepared):
     assert sum(prepared.stats[split]["dialogues"] for split in prepared.stats) == 24_067
     assert prepared.tokenizer.get_vocab_size() == VOCABULARY
-    assert len(prepared.train) == prepared.stats["train"]["tokens"] == pytest.approx(3.71e6, rel=0.01)
-    assert len(prepared.validation) == prepared.stats["validation"]["tokens"] == pytest.approx(2.16e5, rel=0.01)
-    assert prepared.train.ids.dtype == np.uint16
-    assert isinstance(prepared.train.ids, np.memmap)
+    assert len(prepared.train[0]) == prepared.stats["train"]["tokens"] == pytest.approx(3.71e6, rel=0.01)
+    assert len(prepared.validation[0]) == prepared.stats["validation"]["tokens"] == pytest.approx(2.16e5, rel=0.01)
+    assert prepared.train[0].ids.dtype == np.uint16
+    assert isinstance(prepared.train[0].ids, np.memmap)
 
 
 def test_tokens_are_the_dialogues_split_by_source(prepared):
@@ -44,17 +44,17 @@ def test_tokens_are_the_dialogues_split_by_source(prepared):
         texts[split].append(corpus.render(dialogue))
         sources[split].add(dialogue.source)
     assert sources["train"].isdisjoint(sources["validation"])
-    assert tk.decode(prepared.tokenizer, prepared.validation.ids) == "".join(texts["validation"])
+    assert tk.decode(prepared.tokenizer, prepared.validation[0].ids) == "".join(texts["validation"])
     assert (
-        tk.decode(prepared.tokenizer, prepared.train.ids[:200_000])
-        == "".join(texts["train"])[: len(tk.decode(prepared.tokenizer, prepared.train.ids[:200_000]))]
+        tk.decode(prepared.tokenizer, prepared.train[0].ids[:200_000])
+        == "".join(texts["train"])[: len(tk.decode(prepared.tokenizer, prepared.train[0].ids[:200_000]))]
     )
-    assert (prepared.train.ids == 2).sum() == len(texts["train"])
+    assert (prepared.train[0].ids == 2).sum() == len(texts["train"])
 
 
 def test_who_says_a_token_agrees_with_the_markers(prepared):
     """Recomputed from the ids alone: a token is the assistant's if the last marker before it is <|assistant|>."""
-    for tokens in (prepared.train, prepared.validation):
+    for tokens in (*prepared.train, *prepared.validation):
         ids = np.asarray(tokens.ids)
         markers = np.flatnonzero(ids < 3)
         last = markers[np.searchsorted(markers, np.arange(1, len(ids))) - 1]
@@ -85,14 +85,16 @@ def test_two_fresh_builds_are_identical(excerpt, tmp_path):
     environment = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
     command = [sys.executable, "-c", BUILD, str(excerpt), str(tmp_path / "two")]
     subprocess.run(command, env=environment, check=True, timeout=120)
-    (two,) = (tmp_path / "two").iterdir()
-    assert two.name == prepared.fingerprint
-    names = {path.name for path in two.iterdir()}
-    assert names == {"stats.json", "tokenizer.json"} | {
-        f"{split}.{kind}" for split in ("train", "validation") for kind in ("tokens", "assistant")
+    one, two = tmp_path / "one", tmp_path / "two"
+    built = {path.relative_to(one) for path in one.rglob("*") if path.is_file()}
+    assert built == {path.relative_to(two) for path in two.rglob("*") if path.is_file()}
+    in_tokens = {path.name for path in built if path.parent.name == folder_of(prepared).name}
+    assert in_tokens == {"stats.json", "tokenizer.json"} | {
+        f"{split}.{kind}" for split in ("train", "validation") for kind in ("tokens", "assistant", "texts")
     }
-    for name in names:
-        assert (two / name).read_bytes() == (tmp_path / "one" / two.name / name).read_bytes(), name
+    assert len(built) == len(in_tokens) + 2  # stats.json and tokenizer.json in the tokenizer's own folder
+    for path in built:
+        assert (two / path).read_bytes() == (one / path).read_bytes(), path
 
 
 def test_tokenizer_is_trained_on_the_training_split_alone(excerpt, tmp_path):
@@ -112,5 +114,5 @@ def test_second_call_uses_the_cache_at_once(prepared, cache):
     start = time.monotonic()
     again = token_cache.prepare(config(cache), VOCABULARY, lines.append)
     assert time.monotonic() - start < 2
-    assert f"using the token cache {cache / prepared.fingerprint}" in lines[0]
-    np.testing.assert_array_equal(again.train.ids, prepared.train.ids)
+    assert f"using the token cache {folder_of(prepared)}" in lines[0]
+    np.testing.assert_array_equal(again.train[0].ids, prepared.train[0].ids)
