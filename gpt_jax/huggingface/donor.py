@@ -16,6 +16,7 @@ from gpt_jax.huggingface.tensors import read_tensors
 from gpt_jax.huggingface.tokenizer import end_of_text, missing_markers, read_tokenizer, with_all_markers
 from gpt_jax.model.gpt import ModelConfig
 from gpt_jax.model.parameters import check_finite, named_leaves
+from gpt_jax.storage.checkpoint_files import CHECKPOINTS
 from gpt_jax.storage.json_file import read_object
 
 PREFIX = "hf:"
@@ -127,6 +128,8 @@ def find_folder(name: str) -> Path:
         raise UserError(f"{PREFIX} names no model: give {PREFIX}FOLDER, or {PREFIX}NAME of the Hugging Face hub")
     folder = Path(name).expanduser()
     if os.path.isdir(folder):
+        if (folder / CHECKPOINTS).is_dir():
+            raise UserError(f"{folder} is a run of this program, and no model of transformers: leave out {PREFIX}")
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no model of transformers: it has no config.json")
         return folder

@@ -219,6 +219,13 @@ def test_a_name_of_no_model_is_refused(name, message):
         read_donor(name)
 
 
+def test_a_run_is_told_from_a_model_of_transformers(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is a run of this program, and no model of transformers: leave out hf:"):
+        read_donor(f"hf:{tmp_path}")
+
+
 def test_a_name_that_the_hub_does_not_give_costs_one_line(monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
 
