@@ -50,7 +50,7 @@ def validate(generated: Generated) -> None:
 
 
 def run(device: Device, fn: Callable[..., Any], *args: np.ndarray, check: bool = True) -> list[np.ndarray]:
-    """What the generated kernels give. Outputs and scratch hold NaN before; nothing is written behind an output."""
+    """Results of the generated kernels. Outputs and scratch hold NaN before; nothing is written behind an output."""
     graph, inputs = graph_of(fn, *args)
     generated = generate(graph)
     if check:
@@ -140,7 +140,7 @@ def sample(*shape: int, dtype: np.dtype, seed: int = 0) -> np.ndarray:
 
 
 def primitives_of(jaxpr) -> set[str]:
-    """Of a jaxpr and of all that it calls."""
+    """The primitives of a jaxpr and of all that it calls."""
     found = set()
     for equation in jaxpr.eqns:
         found.add(equation.primitive.name)

@@ -27,7 +27,7 @@ def run(
     *inputs: np.ndarray,
     **parameters: Any,
 ) -> list[np.ndarray]:
-    """What the plan gives for `inputs`: arrays of the shapes and dtypes that `reference` gives for them.
+    """The results of the plan for `inputs`: arrays of the shapes and dtypes that `reference` gives for them.
 
     Outputs and scratch hold NaN before. Outputs must be all written, and nothing behind them.
     """

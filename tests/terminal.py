@@ -48,7 +48,7 @@ class Terminal:
         os.write(self._master, keys.encode())
 
     def text(self) -> str:
-        """What the screen shows."""
+        """The text on the screen."""
         return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
 
     def wait_for(self, condition: str | Callable[[str], bool], seconds: float = 120) -> str:

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_no_docstring_begins_without_its_subject():
     found = []
-    for folder in ("vk_kernels", "gpt_jax", "benchmarks", "examples", "configs"):
+    for folder in ("vk_kernels", "gpt_jax", "benchmarks", "examples", "configs", "tests"):
         for file in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):

@@ -1,4 +1,4 @@
-"""What the wheels hold; and a missing driver, which is an error where VK_KERNELS_REQUIRE is set, as in CI."""
+"""The wheels' contents; and a missing driver, which is an error where VK_KERNELS_REQUIRE is set, as in CI."""
 
 import os
 import re

@@ -88,7 +88,7 @@ def axis(x: Any, k: int) -> int | None:
 
 
 def mean(x: Any, axis: int | None = None) -> Any:
-    """Of nothing it is 0. With `axis`, of length 1 there."""
+    """The mean, 0 of nothing. With `axis`, of length 1 there."""
     count = x.size if axis is None else x.shape[axis]
     return x.sum(axis) / max(count, 1) if axis is None else x.sum(axis, keepdims=True) / max(count, 1)
 
@@ -131,7 +131,7 @@ Program = list[tuple[str, int, int, int]]
 
 
 def function_of(program: Program) -> Callable[..., Any]:
-    """Of two arrays; gives what the last steps give."""
+    """A function of two arrays, which gives what the last steps give."""
 
     def run(*values: Any) -> Any:
         values = list(values)

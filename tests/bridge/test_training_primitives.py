@@ -1,4 +1,4 @@
-"""What JAX makes of every function that training, finetuning, evaluating and sampling jit: all of it is supported."""
+"""Every primitive of the functions that training, finetuning, evaluating and sampling jit is supported."""
 
 import functools
 

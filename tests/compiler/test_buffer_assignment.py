@@ -1,4 +1,4 @@
-"""Where a program's arrays lie: outputs in donated inputs, lifetimes, memory that is passed on. No device."""
+"""The places of a program's arrays: outputs in donated inputs, lifetimes, memory that is passed on. No device."""
 
 import numpy as np
 import pytest

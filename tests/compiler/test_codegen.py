@@ -167,7 +167,7 @@ PADDING = [(1, 2, 0), (0, 0, 2), (-1, 0, 0)]
 
 
 def shape_functions(x):
-    """Of x (4, 6, 5)."""
+    """Movements of x (4, 6, 5)."""
     scalar = x[0, 0, 0]
     return {
         "transpose": x.transpose(2, 0, 1),

@@ -1,4 +1,4 @@
-"""What an op does for results that nobody reads is left out. No device, but for the last."""
+"""Dispatches whose results nobody reads are left out. No device, but for the last."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What each kernel of a graph writes: heroes, section keys, frontiers, stages. Plain data, no device."""
+"""Heroes, section keys, frontiers and stages: what each kernel of a graph writes. Plain data, no device."""
 
 from collections.abc import Callable
 

@@ -188,7 +188,7 @@ def roots_of(fn, *args, **options) -> Roots:
 
 
 def by_op(found: dict[Node, int]) -> dict[str, int]:
-    """Of functions in which each operation is a root once at most."""
+    """A number by operation, each of which is a root once at most."""
     return {node.op: number for node, number in found.items()}
 
 

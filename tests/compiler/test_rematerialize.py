@@ -1,4 +1,4 @@
-"""What a program computes again instead of keeping it: less memory, the same gradients."""
+"""Rematerialization: less memory, the same gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ PARAMS = {
 
 
 def loss(params, x, layers: int = LAYERS):
-    """Of blocks as in a transformer: 2 arrays of each are to be computed again, the norm and the GELU."""
+    """A loss of blocks as in a transformer: 2 arrays of each are to be computed again, the norm and the GELU."""
     branch = None
     for i in range(layers):
         scale, bias = params["scale"][i], params["bias"][i]
@@ -51,7 +51,7 @@ def graph(layers: int = LAYERS):
 
 
 def large_operands(found, op: str) -> list[str]:
-    """What gives the large operand of each product's gradient: (dy, x, w, ...)."""
+    """The nodes that give the large operand of each product's gradient: (dy, x, w, ...)."""
     made = producers(found.nodes)
     return [made[node.inputs[1]].op for node in found.nodes if node.op == op]
 

@@ -32,7 +32,7 @@ def set_flags(monkeypatch, *arguments: str, typed: str = "") -> list[str]:
 
 @pytest.fixture
 def answers(monkeypatch, capsys):
-    """What the command prints, as lines of (stdout, stderr), where the model repeats the prompt in capitals."""
+    """The lines that the command prints, (stdout, stderr), where the model repeats the prompt in capitals."""
 
     def say(prompt, options):
         return f" {prompt.split('<|user|>')[1].split('<|assistant|>')[0].upper()} {options.seed % 1000}"

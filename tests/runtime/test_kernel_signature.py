@@ -1,4 +1,4 @@
-"""What a kernel binds is given by name, and what does not fit is an error that names kernel and argument."""
+"""A kernel's bindings are given by name, and what does not fit is an error that names kernel and argument."""
 
 import struct
 from typing import NamedTuple
