@@ -105,6 +105,8 @@ def _choose() -> tuple[str, str]:
         return "xla", f"auto: {error}"
     except VulkanError as error:
         return "xla", f"auto: Vulkan does not work here: {' '.join(str(error).split())}"
+    if not os.environ.get("VK_KERNELS_DEVICE") and all(info.kind == "cpu" for info in devices):
+        return "xla", "auto: no GPU with a Vulkan driver"
     try:
         info = choose(devices)
     except NoDeviceError as error:

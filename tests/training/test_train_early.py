@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -182,8 +183,12 @@ def test_a_device_that_is_named_and_not_there_is_no_reason_for_another_backend(m
     with contextlib.ExitStack() as stack, pytest.raises(UserError, match=expected):
         enter_backend("auto", "highest", stack)
     monkeypatch.delenv("VK_KERNELS_DEVICE")
-    with contextlib.ExitStack() as stack:
-        assert enter_backend("auto", "highest", stack).name == "xla"
+    processor = types.SimpleNamespace(kind="cpu")
+    for devices in ([], [processor]):
+        monkeypatch.setattr(backend, "list_devices", lambda devices=devices: devices)
+        with contextlib.ExitStack() as stack:
+            chosen = str(enter_backend("auto", "highest", stack))
+            assert chosen.startswith("xla (auto: no GPU with a Vulkan driver) on ")
 
 
 def test_sampling_asks_for_a_device_before_it_reads_a_checkpoint(monkeypatch, tmp_path):
