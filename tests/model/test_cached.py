@@ -47,17 +47,19 @@ def cached_logits(params, tokens, *, config):
     before = before[:, :, None, None, None]
     # What lies past a text is not read.
     cache = tuple(jnp.where(jnp.broadcast_to(before, kept.shape), kept, jnp.nan).astype(kept.dtype) for kept in cache)
-    found = []
-    for step in range(config.block_size - min(LENGTHS)):
+
+    def decode(cache, step):
         positions = jnp.minimum(jnp.array(LENGTHS) + step, config.block_size - 1)
         now = jnp.take_along_axis(tokens, positions[:, None], axis=1)[:, 0]
         logits, cache = decode_step(weights, now, positions, cache, config)
-        found.append(logits)
-    return jnp.stack(found, axis=1).astype(jnp.float32)
+        return cache, logits
+
+    _, found = jax.lax.scan(decode, cache, jnp.arange(config.block_size - min(LENGTHS)))
+    return found.swapaxes(0, 1).astype(jnp.float32)
 
 
 def at_the_places_decoded(logits):
-    """Of (B, T, V), those that `cached_logits` gives: rows whose text has ended repeat its last place."""
+    """The logits of (B, T, V) that `cached_logits` gives: rows whose text has ended repeat its last place."""
     block = logits.shape[1]
     places = np.minimum(np.array(LENGTHS)[:, None] + np.arange(block - min(LENGTHS)), block - 1)
     return np.take_along_axis(np.asarray(logits), places[:, :, None], axis=1)
@@ -70,18 +72,16 @@ def test_logits_with_a_cache_are_those_without(config, backend):
     params = jax.tree.map(lambda x: 3 * x, INIT(model, 0))
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (3, config.block_size)).astype(np.int32)
 
-    @jax.jit
-    def uncached(params):
+    @functools.partial(jax.jit, static_argnums=0)
+    def uncached(model, params):
         hidden = model.apply({"params": params}, tokens)
         head = params["wte"].T if config.tie_head else params["head"]
-        return (hidden @ head.astype(hidden.dtype)).astype(jnp.float32)
+        return (hidden @ head.astype(hidden.dtype)).astype(jnp.promote_types(hidden.dtype, jnp.float32))
 
-    plain = uncached(params)
+    plain = uncached(model, params)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-        exact_model = GPT(ModelConfig(**{**config.__dict__, "dtype": "float64"}))
-        hidden = exact_model.apply({"params": wide}, tokens)
-        exact = hidden @ (wide["wte"].T if config.tie_head else wide["head"])
+        exact = uncached(GPT(ModelConfig(**{**config.__dict__, "dtype": "float64"})), wide)
     run = functools.partial(cached_logits, config=config)
     if backend == "vulkan":
         with vk_kernels.use("vulkan", device=SELECTOR):

@@ -88,7 +88,7 @@ def test_gelu():
     x64 = x.astype(np.float64)
     inner = math.sqrt(2 / math.pi) * (x64 + 0.044715 * x64**3)
     assert_close(ops.gelu(jnp.asarray(x)), 0.5 * x64 * (1 + np.tanh(inner)))
-    check_grads(ops.gelu, (jnp.asarray(x),), order=1, modes=["rev"], rtol=1e-2, atol=1e-2)
+    check_grads(jax.jit(ops.gelu), (jnp.asarray(x),), order=1, modes=["rev"], rtol=1e-2, atol=1e-2)
 
 
 def test_layer_norm():
@@ -96,7 +96,7 @@ def test_layer_norm():
     x64 = x.astype(np.float64)
     normed = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-5)
     assert_close(ops.layer_norm(*map(jnp.asarray, (x, scale, bias))), normed * scale + bias)
-    check_grads(ops.layer_norm, (x, scale, bias), order=1, modes=["rev"], rtol=1e-2, atol=1e-2)
+    check_grads(jax.jit(ops.layer_norm), (x, scale, bias), order=1, modes=["rev"], rtol=1e-2, atol=1e-2)
 
 
 def test_matmul_with_every_epilogue():
@@ -141,17 +141,19 @@ def attention_in_float64(q, k, v, cap=None, mask=None):
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_attention(shape, cap):
     q, k, v = (normal(*shape, seed=seed) * 2 for seed in range(3))
-    assert_close(ops.attention(q, k, v, cap=cap), attention_in_float64(q, k, v, cap))
+    attend = jax.jit(ops.attention, static_argnames=("cap", "dropout_rate", "site"))
+    assert_close(attend(q, k, v, cap=cap), attention_in_float64(q, k, v, cap))
     batch, length, heads, _ = shape
     mask = np.asarray(dropout_mask(jnp.asarray(RNG), 2, 0.4, (batch * heads, length, length)))
     mask = mask.reshape(batch, heads, length, length) * dropout_scale(0.4)
-    dropped = ops.attention(q, k, v, jnp.asarray(RNG), cap=cap, dropout_rate=0.4, site=2)
+    dropped = attend(q, k, v, jnp.asarray(RNG), cap=cap, dropout_rate=0.4, site=2)
     assert_close(dropped, attention_in_float64(q, k, v, cap, mask))
 
 
 def test_attention_gradient():
     q, k, v = (jnp.asarray(normal(1, 6, 2, 4, seed=seed)) for seed in range(3))
 
+    @jax.jit
     def attend(q, k, v):
         return ops.attention(q, k, v, jnp.asarray(RNG), cap=3.0, dropout_rate=0.2)
 
@@ -162,11 +164,13 @@ def test_packed_attention_is_attention_of_its_parts():
     qkv, options = jnp.asarray(normal(2, 9, 3, 2, 4)), {"cap": 3.0, "dropout_rate": 0.2, "site": 5}
     rng = jnp.asarray(RNG)
 
+    @jax.jit
     def apart(qkv):
         return ops.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], rng, **options)
 
-    np.testing.assert_array_equal(ops.packed_attention(qkv, rng, **options), apart(qkv))
-    check_grads(lambda qkv: ops.packed_attention(qkv, rng, **options), (qkv,), 1, modes=["rev"], atol=1e-2, rtol=1e-2)
+    together = jax.jit(lambda qkv: ops.packed_attention(qkv, rng, **options))
+    np.testing.assert_array_equal(together(qkv), apart(qkv))
+    check_grads(together, (qkv,), 1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
 def test_attention_sees_no_later_token():
@@ -185,9 +189,8 @@ def test_linear_cross_entropy():
     assert_close(ops.linear_cross_entropy(x, w, targets), expected)
     gradient = jax.grad(lambda x: ops.linear_cross_entropy(x, w, targets).sum())(jnp.asarray(x))
     assert not np.asarray(gradient)[targets < 0].any()
-    check_grads(
-        lambda x, w: ops.linear_cross_entropy(x, w, targets), (x, w), order=1, modes=["rev"], rtol=1e-2, atol=1e-2
-    )
+    losses = jax.jit(lambda x, w: ops.linear_cross_entropy(x, w, targets))
+    check_grads(losses, (x, w), order=1, modes=["rev"], rtol=1e-2, atol=1e-2)
 
 
 def test_bf16_in_gives_bf16_out_from_f32_sums():
