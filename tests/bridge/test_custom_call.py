@@ -24,9 +24,11 @@ from vk_kernels.bridge.use import target_of
 from vk_kernels.compiler.op_call import CallSite, decode_call, encode_call, make_plan
 from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.errors import BufferSizeError, NoDeviceError
+from vk_kernels.runtime import device, open_devices
 from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.dispatch_plan import Dispatch, Plan
 from vk_kernels.runtime.open_devices import open_device
+from vk_kernels.runtime.physical_device import list_devices
 from vk_kernels.runtime.vulkan import vk
 
 pytestmark = [
@@ -373,6 +375,17 @@ def test_use_refuses_what_it_does_not_know():
         pass
 
 
+@needs_vulkan
+def test_no_gpu_says_what_to_do(monkeypatch):
+    if any(info.kind != "cpu" for info in list_devices()):
+        pytest.skip("a GPU is here")
+    monkeypatch.delenv("VK_KERNELS_DEVICE", raising=False)
+    monkeypatch.setattr(open_devices, "_devices", {})  # of a process that has none open
+    monkeypatch.setattr(device, "_default", None)
+    with pytest.raises(NoDeviceError, match="VK_KERNELS_DEVICE=cpu"), vk_kernels.use("vulkan"):
+        pass
+
+
 # Processes.
 
 
@@ -409,7 +422,7 @@ def test_a_program_from_the_disk_cache_runs(tmp_path):
 
 @pytest.mark.parametrize("result", ["held", "dropped"])
 def test_the_process_ends_while_calls_run(result):
-    """What is held is finished; nothing hangs, whoever holds it."""
+    """Results that are held are finished; nothing hangs, whoever holds them."""
     keep = "results.append(f(x))" if result == "held" else "f(x)"
     done = run_process(f"""
         f, x, results = jax.jit(lambda x: copy(x + 1)), numbers(700, 700), []
@@ -419,23 +432,6 @@ def test_the_process_ends_while_calls_run(result):
     """)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == (["20", "20"] if result == "held" else ["0", "0"])
-
-
-def test_no_gpu_says_what_to_do():
-    code = """
-        from vk_kernels.runtime.physical_device import list_devices
-        if any(info.kind != "cpu" for info in list_devices()):
-            sys.exit("a GPU is here")
-        try:
-            with vk_kernels.use("vulkan"):
-                pass
-        except NoDeviceError as error:
-            print(error)
-    """
-    done = run_process(code, VK_KERNELS_DEVICE="")
-    if "a GPU is here" in done.stderr:
-        pytest.skip("a GPU is here")
-    assert "VK_KERNELS_DEVICE=cpu" in done.stdout
 
 
 def test_parameters_survive_the_call_string():
