@@ -46,8 +46,10 @@ REDUCED = [
     ((1, 1), (0, 1)),
     ((70, 300, 2), (1,)),
 ]
-# Sums take the paths of all others; every kind of reduction in every path, and the rest where there is time.
-OF_EVERY_KIND = [((7, 100), (1,)), ((7, 100), (0,)), ((3, 5, 7), (0, 2)), ((3, 9001), (1,)), ((9001, 3), (0,))]
+# Sums take the paths of all others; every kind of reduction is in every path of one kernel, those that carry other
+# types through memory also in pieces, whose kernels take lavapipe long, and the rest where there is time.
+OF_EVERY_KIND = [((7, 100), (1,)), ((7, 100), (0,)), ((3, 5, 7), (0, 2))]
+IN_PIECES = [((3, 9001), (1,)), ((9001, 3), (0,))]
 
 
 @pytest.mark.parametrize(("shape", "axes"), REDUCED, ids=str)
@@ -72,13 +74,19 @@ def test_reductions_over_axes(device, shape, axes):
         ]
         return found
 
+    def of_every_type(x):
+        return x.max(axes), (x > 2).any(axes), lax.reduce_xor((100 * x).astype(np.int32), axes), x.argmin(axes[0])
+
     if NIGHT or (shape, axes) in OF_EVERY_KIND:
         agree(device, exact, x)
         agree(device, lambda x: jnp.prod(1 + x / 1000, axes), x, tolerance=1e-5)
+    elif (shape, axes) in IN_PIECES:
+        agree(device, of_every_type, x)
 
 
-SHORT = [(9, 13), (5, 400), (400, 5)]
-# In registers all integers are of 32 bits: of the large kernel, which takes seconds to compile, three are enough.
+SHORT = [(9, 13), (5, 400)]
+# In registers floats are f32 and integers of 32 bits: of the large kernels, which take seconds to compile, a few types
+# are enough.
 OF_SOME = [np.dtype(t) for t in (np.int8, np.uint16, np.int32)]
 
 
@@ -86,7 +94,8 @@ OF_SOME = [np.dtype(t) for t in (np.int8, np.uint16, np.int32)]
     ("shape", "dtype"),
     [
         *((shape, dtype) for shape in SHORT for dtype in (*FLOATS, *INTEGERS)),
-        *(((6000,), dtype) for dtype in (*FLOATS, *(INTEGERS if NIGHT else OF_SOME))),
+        *(((400, 5), dtype) for dtype in (*FLOATS, *(INTEGERS if NIGHT else OF_SOME))),
+        *(((6000,), dtype) for dtype in ((*FLOATS, *INTEGERS) if NIGHT else (F32, BF16, *OF_SOME[1:]))),
     ],
     ids=str,
 )
@@ -203,7 +212,7 @@ PRODUCTS = [
 @pytest.mark.parametrize("dtype", [F32, BF16, np.dtype(np.int32), np.dtype(np.int8)], ids=str)
 @pytest.mark.parametrize(("left", "right", "contracted", "batch"), PRODUCTS, ids=str)
 def test_products(device, left, right, contracted, batch, dtype):
-    """Of small integers, which are exact in every order."""
+    """Products of small integers, which are exact in every order."""
     rng = np.random.default_rng(0)
     a, b = (rng.integers(-3, 4, size=shape).astype(dtype) for shape in (left, right))
     preferred = F32 if dtype in FLOATS else np.int32
