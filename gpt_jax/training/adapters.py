@@ -60,8 +60,16 @@ def position_of_adapters(
     return {ADAPTS: {BASE: base, "scale": lora.scale}}
 
 
-def check_donor_is_whole(report: MergeReport) -> None:
-    """Raises UserError if a parameter that adapters stand beside is not the donor's: it would stay a random one."""
+def check_donor_is_whole(report: MergeReport, positions: int, known: int) -> None:
+    """Raises UserError if what adapters stand beside is not all of the donor: the rest would stay random.
+
+    positions, known: how many the model has, and how many the donor.
+    """
+    if positions > known:
+        raise UserError(
+            f"config.model.block_size is {positions} and the donor's {known}: adapters (config.lora) leave embeddings "
+            f"as they are, and new positions would stay random; give --config.model.block_size={known}"
+        )
     lacking = [*report.mismatched, *(name for name in report.new if not is_adapter(name))]
     if lacking:
         raise UserError(

@@ -187,10 +187,11 @@ def initial_state(
     if config.init_from:
         donor, description = find_donor(config.init_from, config.data.tokenizer).read_parameters()
         donor, moved = finetune.map_token_rows(donor, params, config, tokenizer)
+        known = len(donor.get("wpe", ()))
         donor, cut = finetune.fit_positions(donor, params)
         params, report = merge_parameters(params, donor)
         if config.lora.rank:
-            adapters.check_donor_is_whole(report)
+            adapters.check_donor_is_whole(report, config.model.block_size, known)
         forget_donor()
         log("\n".join(filter(None, (f"initialised from {description}", str(report), moved, cut))))
     else:

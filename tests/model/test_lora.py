@@ -24,7 +24,6 @@ TWO_BLOCKS = dataclasses.replace(BASE, num_layers=2)
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets=("all",))
 RNG = np.array([1, 2], np.uint32)
 BACKENDS = ("xla", pytest.param("vulkan", marks=needs_vulkan))
-init = jax.jit(init_params, static_argnums=(0, 1))
 
 
 def with_lora(config: ModelConfig = BASE, **changes) -> ModelConfig:
@@ -45,7 +44,16 @@ def losses(params, config: ModelConfig):
 
 @functools.cache
 def parameters(config: ModelConfig):
-    return jax.tree.map(np.asarray, init(GPT(config), 0))
+    """Random numbers of the model's shapes; B of adapters is zero, as at first."""
+    shapes = jax.eval_shape(lambda: init_params(GPT(config), 0))
+
+    def fresh(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith(("lora_b", "/scale")):
+            return np.full(leaf.shape, name.endswith("/scale"), np.float32)
+        return (0.1 * np.random.default_rng(list(name.encode())).normal(size=leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fresh, shapes)
 
 
 def trained(params):
@@ -53,19 +61,31 @@ def trained(params):
 
     def changed(path, leaf):
         moved = np.random.default_rng(len(str(path))).normal(size=leaf.shape).astype(np.float32)
-        return 0.1 * moved if is_adapter(jax.tree_util.keystr(path, simple=True, separator="/")) else leaf
+        return 0.3 * moved if is_adapter(jax.tree_util.keystr(path, simple=True, separator="/")) else leaf
 
     return jax.tree_util.tree_map_with_path(changed, params)
 
 
-def test_all_else_is_initialised_as_without_adapters():
+def test_each_linear_layer_has_two_more_parameters():
     plain, adapted = (named_leaves(parameters(config)) for config in (BASE, with_lora()))
-    added = {name: leaf for name, leaf in adapted.items() if name not in plain}
+    added = [name for name in adapted if name not in plain]
     assert set(added) == {f"h_0/{layer}/{name}" for layer in LINEAR_LAYERS for name in ("lora_a", "lora_b")}
     assert all(map(is_adapter, added))
-    for name, leaf in plain.items():
-        np.testing.assert_array_equal(adapted[name], leaf, err_msg=name)
-    assert {name for name, leaf in added.items() if not leaf.any()} == {n for n in added if n.endswith("lora_b")}
+    assert not any(map(is_adapter, plain))
+
+
+def test_a_layer_is_initialised_as_without_adapters():
+    x = np.zeros((1, 16), np.float32)
+
+    @jax.jit
+    def both():
+        layers = (Linear(24, config, 0, name="qkv") for config in (BASE, with_lora()))
+        return [layer.init(jax.random.key(0), x, None)["params"] for layer in layers]
+
+    plain, adapted = both()
+    np.testing.assert_array_equal(adapted["kernel"], plain["kernel"])
+    assert adapted["lora_a"].any()
+    assert not adapted["lora_b"].any()
 
 
 def test_a_is_drawn_as_in_peft():
@@ -78,12 +98,12 @@ def test_a_is_drawn_as_in_peft():
     ("backend", "dtype"),
     [
         ("xla", "float32"),
+        ("xla", "bfloat16"),
         pytest.param("vulkan", "float32", marks=needs_vulkan),
-        pytest.param("vulkan", "bfloat16", marks=needs_vulkan),
     ],
 )
 def test_the_first_step_is_the_donors(backend, dtype):
-    """The same bits in f32; in bfloat16 a kernel rounds before GELU what it rounds once where there is no adapter."""
+    """The same bits in f32; in bfloat16 GELU may read what is rounded once more than where there is no adapter."""
     plain = dataclasses.replace(BASE, dtype=dtype)
     params = parameters(with_lora())
     expected = jit(backend, lambda p: losses(p, plain))(merge_adapters(params, 1.0))
@@ -119,7 +139,7 @@ def test_value_and_gradients_are_those_of_the_formula(backend):
         return (formula(params["kernel"], params["bias"], params["lora_a"], params["lora_b"], x, mask) * slope).sum()
 
     found = jit(backend, jax.value_and_grad(ours, argnums=(0, 1)))(params, x)
-    expected = jax.value_and_grad(plain, argnums=(0, 1))(params, x)
+    expected = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(params, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
 
 
@@ -130,14 +150,16 @@ def test_merged_is_unmerged_within_rounding(backend, remat):
     merged = merge_adapters(params, LORA.scale)
     assert not any(map(is_adapter, named_leaves(merged)))
     found = jit(backend, lambda p: losses(p, config))(params)
-    expected = jit(backend, lambda p: losses(p, BASE))(merged)
-    assert np.abs(np.asarray(expected) - jax.jit(lambda p: losses(p, BASE))(parameters(BASE))).max() > 0.1
+    plain = jit(backend, lambda p: losses(p, BASE))
+    expected, base = np.asarray(plain(merged)), np.asarray(plain(merge_adapters(params, 0.0)))
+    assert np.abs(expected - base).max() > 0.01
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
-def test_a_decoder_reads_what_is_merged():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_decoder_reads_what_is_merged(backend):
     params = trained(parameters(with_lora()))
-    found = jax.jit(lambda p: decoding_weights(p, with_lora()))(params)
+    found = jit(backend, lambda p: decoding_weights(p, with_lora()))(params)
     expected = jax.jit(lambda p: decoding_weights(p, BASE))(merge_adapters(params, LORA.scale))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, expected)
 
@@ -151,8 +173,6 @@ def test_targets_are_linear_layers_by_name_block_or_both(targets, count):
     check_targets(lora, TWO_BLOCKS.num_layers)
     adapted = [(block, layer) for block in (0, 1) for layer in LINEAR_LAYERS if lora.is_adapted(block, layer)]
     assert len(adapted) == count
-    names = named_leaves(jax.eval_shape(lambda: init_params(GPT(with_lora(TWO_BLOCKS, targets=targets)), 0)))
-    assert sum(map(is_adapter, names)) == 2 * count
 
 
 @pytest.mark.parametrize("target", ["c_attn", "h_2", "head", "wte", "", "h_0/qkv/kernel"])
