@@ -4,6 +4,9 @@
 
 Model, tokenizer and chat format are the donor's: `latest`, `best`, a run's folder, RUN@STEP, or `hf:gpt2`. Only what
 the assistant says counts, a twentieth of the chats is kept for validation, and the run ends where that gets no better.
+
+Expect, from the model of `configs/chat_tiny.py` on the 160 chats of `examples/household_chats.py`: validation loss on
+these 5.48 at the start, 0.48 at the end. It forgets meanwhile: on the donor's own validation data from 4.39 to 5.40.
 """
 
 from ml_collections import ConfigDict, config_dict
