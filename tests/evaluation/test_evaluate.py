@@ -73,6 +73,7 @@ def folder_state(folder: Path) -> dict[str, tuple]:
     return {str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stride", "targets", "batch_size"), [(32, "all", 8), (5, "all", 3), (32, "assistant", 1)])
 def test_the_figures_are_those_of_a_plain_computation(stride, targets, batch_size, run, command, log_probabilities):
     tokenizer = open_model(str(run)).tokenizer
@@ -101,6 +102,7 @@ def test_the_figures_are_those_of_a_plain_computation(stride, targets, batch_siz
     assert model["total"] == {name: value for name, value in found.items() if name != "source"}
 
 
+@pytest.mark.slow
 def test_two_models_compare_in_one_table_and_nothing_of_their_folders_is_written(run, command, tmp_path):
     more = tmp_path / "more.jsonl"
     more.write_text('{"prompt": "a question", "completion": "an answer"}\n')
@@ -305,6 +307,7 @@ def test_a_device_that_has_no_room_costs_one_line(run, monkeypatch, capsys):
     assert capsys.readouterr().err == f"{line}\n"
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_has_the_figures_that_it_has_there(command, tmp_path):
     """As record_transformers.py recorded them; text in place of the markers, which its tokenizer has not."""
     here = Path(__file__).parent

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import jax
 import pytest
+from compile_cache import compile_cache
 from tiny_run import write_chats
 
 
@@ -16,11 +16,5 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
     """Has what one run of a module compiled taken from a folder by the others."""
-    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
-    settings |= {"jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with compile_cache(tmp_path_factory.mktemp("compiled")):
+        yield
