@@ -9,21 +9,22 @@ import jax
 import numpy as np
 import pytest
 from tiny_run import tiny, write_chats, written
-from untrained_run import write_untrained_run
+from untrained_run import write_adapter_run
 from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
-from gpt_jax.checkpoint import Checkpointer, restore_adapters, restore_parameters, save_base
-from gpt_jax.data.tokenizer import load as load_tokenizer
+from gpt_jax.checkpoint import check_donor, restore_adapters, restore_parameters, save_base
 from gpt_jax.errors import UserError
 from gpt_jax.inference.load import load_for_sampling
 from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.model.lora import is_adapter
 from gpt_jax.model.parameters import MergeReport, hash_of_parameters, named_leaves
 from gpt_jax.training.adapters import check_donor_is_whole
+from gpt_jax.training.donor import find_donor
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from gpt_jax.training.programs import abstract_state
 from gpt_jax.training.steps import init_state, train_step
-from gpt_jax.training.train import initial_state, train_and_evaluate
+from gpt_jax.training.train import train_and_evaluate
 from gpt_jax.training.trainable import trained_parameters
 
 LORA = {"lora__rank": 2, "lora__alpha": 4.0, "lora__dropout": 0.1, "optimizer__learning_rate": 0.03}
@@ -32,7 +33,8 @@ NO_PRODUCTS = ("matmul_finish", "matmul_column", "matmul_epilogue")  # what else
 
 @pytest.fixture(scope="module")
 def donor(tmp_path_factory) -> Path:
-    return write_untrained_run(tmp_path_factory.mktemp("donor") / "donor", steps=1, model__block_size=16)
+    """The base of another run of adapters: a model of random numbers."""
+    return write_adapter_run(tmp_path_factory.mktemp("donor") / "donor", model__block_size=16) / "base"
 
 
 def config_of(folder: Path, donor: Path | str, **changes):
@@ -82,6 +84,7 @@ def test_it_says_what_it_trains(finished):
     assert f"{info['trained_parameters']:,}" in (finished / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_who_reads_its_parameters_gets_them_merged(finished, donor):
     base, _ = restore_parameters(donor)
     (adapters, scale), description = restore_adapters(finished)
@@ -101,6 +104,7 @@ def test_who_reads_its_parameters_gets_them_merged(finished, donor):
         restore_adapters(donor)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_without_its_donor(copy, finished):
     shutil.rmtree(copy / "checkpoints" / "12")
     config = config_of(copy.parent, "no longer there")
@@ -128,14 +132,14 @@ def test_a_base_that_is_gone_damaged_or_another_one_is_one_line(copy, what):
     assert str(caught.value).endswith("put them back, with which the run is whole again")
 
 
-def test_a_run_of_adapters_is_a_donor_like_any_other(finished, tmp_path):
+def test_a_run_of_adapters_is_a_donor_like_any_other(finished):
     config = tiny(finished.parent / "chats.jsonl", init_from=str(finished))
-    tokenizer = load_tokenizer(finished / "tokenizer.json")
-    lines: list[str] = []
-    with Checkpointer(tmp_path / "checkpoints", keep_last=1, keep_every=None) as checkpointer:
-        state, _ = initial_state(config, checkpointer, tokenizer, lines.append)
-    assert "0 dropped, 0 mismatched and kept fresh, 0 new" in lines[0]
-    jax.tree.map(np.testing.assert_array_equal, state.params, restore_parameters(finished)[0])
+    check_donor(finished, abstract_state(config).params)
+    params, _ = find_donor(str(finished)).read_parameters()
+    jax.tree.map(np.testing.assert_array_equal, params, restore_parameters(finished)[0])
+    wider = tiny(finished.parent / "chats.jsonl", model__embed_dim=32)
+    with pytest.raises(UserError, match="no parameter of the checkpoint fits the model: it has h_0/ln_1/bias"):
+        check_donor(finished, abstract_state(wider).params)
 
 
 def test_a_donor_that_lacks_a_part_of_the_model_is_refused():
@@ -174,6 +178,7 @@ def steps_of(**changes):
     return jax.tree.map(np.asarray, state), step, {"inputs": stream[:, :-1], "targets": stream[:, 1:]}
 
 
+@pytest.mark.slow
 @needs_vulkan
 def test_two_steps_are_those_of_xla_and_no_gradient_is_made_of_what_adapters_stand_beside():
     """Below the first linear layer nothing is trained: it needs no dx either."""
