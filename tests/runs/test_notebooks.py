@@ -20,7 +20,7 @@ def started(tmp_path_factory) -> Path:
     """A run of one layer with two heads, whose only checkpoint is of its first step."""
     from untrained_run import write_untrained_run  # here: it imports jax, and every selection of tests this file
 
-    shape = {"model__num_heads": 2, "model__block_size": 64}
+    shape = {"model__num_heads": 2, "model__block_size": 64, "log__diagnostics_every": 0}
     workdir = write_untrained_run(tmp_path_factory.mktemp("started") / "run", steps=1, **shape)
     with MetricsWriter(workdir, tensorboard=False) as writer:
         writer.write(1, "train", {"loss": 5.6, "grad_norm": 1.0})
