@@ -23,7 +23,7 @@ MODELS = {
 
 
 def logits(model: GPT, params: dict, tokens: np.ndarray) -> np.ndarray:
-    """Of every place, (B, T, vocab_size): each is that after the last token of a text cut short there."""
+    """Logits of every place, (B, T, vocab_size): each is that after the last token of a text cut short there."""
     last = functools.partial(model.apply, {"params": params}, method="next_token_logits")
     places = [np.full(len(tokens), place, np.int32) for place in range(tokens.shape[1])]
     return np.stack([np.asarray(jax.jit(last)(tokens, place)) for place in places], axis=1)

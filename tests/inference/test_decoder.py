@@ -152,7 +152,7 @@ def test_in_bf16_each_token_is_the_likeliest_without_a_cache_too(backend):
 
 
 def texts_of(decoder, prompts, ends=(), ahead=True):
-    """What prompts become, and how many chunks began until all of them had ended."""
+    """Texts that prompts become, and how many chunks began until all of them had ended."""
     begun, begin = [], decoder._begin
     decoder._begin = lambda: begun.append(1) or begin()
     for slot, prompt in enumerate(prompts):
@@ -186,7 +186,7 @@ def test_the_next_chunk_begins_before_one_is_read_and_at_most_one_is_idle(backen
 
 
 def test_few_texts_are_a_small_batch_and_the_same(backend, greedy_decoder):
-    """Of four slots, one or two texts take the program of two rows, whatever was in the others before."""
+    """One or two texts of four slots take the program of two rows, whatever was in the others before."""
     prompts = [[5, 6, 7], [9] * 4]
     assert greedy_decoder.batches == [2, 4]
     few, _ = texts_of(greedy_decoder, prompts)

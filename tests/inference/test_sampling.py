@@ -27,7 +27,7 @@ VOCAB = 12
 
 
 def draw(logits, controls, seen, seeds, positions, alternatives=0):
-    """What is drawn to stand at `positions` of texts that go on."""
+    """Draws what stands at `positions` of texts that go on."""
     rows = np.zeros(len(logits), np.int32)
     texts = Texts(tokens=rows, positions=positions - 1, left=rows + 9, seen=seen)
     return draw_next(logits, texts, rows[:, None] - 1, seeds, controls, alternatives)[0]

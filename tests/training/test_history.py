@@ -1,4 +1,4 @@
-"""What a run that goes on finds of the work before."""
+"""A run that goes on, and what it finds of the work before."""
 
 import json
 

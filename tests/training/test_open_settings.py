@@ -1,4 +1,4 @@
-"""What a config leaves open comes from the donor or from the run that goes on; and the short command that goes on."""
+"""Settings that a config leaves open come from the donor or from the run that goes on; the short command that does."""
 
 import json
 
