@@ -36,9 +36,12 @@ def vulkan_run(corpus, tmp_path_factory):
 def test_a_run_is_the_same_as_through_xla(straight, vulkan):
     lines, expected = train_lines(vulkan), train_lines(straight)
     assert [line["step"] for line in lines] == [line["step"] for line in expected] == list(range(1, 61))
-    for name in ("loss", "grad_norm", "param_norm", "learning_rate"):
+    # The norm of the gradient magnifies roundings: from step 20 on, XLA's with and without its optimizations are as far
+    # as 1.5e-4 apart.
+    for name, rtol in {"loss": 1e-4, "grad_norm": 5e-4, "param_norm": 1e-4, "learning_rate": 1e-4}.items():
         found, wanted = (np.array([line[name] for line in part]) for part in (lines, expected))
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(found[:20], wanted[:20], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found, wanted, rtol=rtol, err_msg=name)
     info = json.loads((vulkan / "run.json").read_text())
     assert info["backend"].startswith("vulkan (asked for) on 1 x ")
     assert info["device"]["platform"] == "vulkan"
