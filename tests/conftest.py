@@ -1,16 +1,9 @@
 """Settings that make quiet mistakes loud, for every test."""
 
+import compilers  # noqa: F401 first of all: it sets variables that jax and lavapipe read
+
+# isort: split
 import os
-
-# Before jax is imported: the processor only, in two pieces, so that code which assumes one device shows.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-# Programs run once or twice here: what compiles them, XLA and lavapipe, is not to polish them, in subprocesses either.
-# At night it is: XLA's own errors, which ours are measured by, are then those that users get.
-if os.environ.get("HYPOTHESIS_PROFILE") != "night":
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    os.environ.setdefault("GALLIVM_PERF", "nopt")
-
 from collections.abc import Iterator
 
 import jax
@@ -76,7 +69,7 @@ LONGEST = (
         "test_optimizer",
     ),
     *("test_model", "test_train_early", "test_checkpoint_damage", "test_corpus", "test_sample", "test_notebooks"),
-    *("test_checkpoint", "test_cached", "test_decoding_ops"),
+    *("test_checkpoint", "test_cached", "test_decoding_ops", "test_lora_run", "test_open_settings"),
 )
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from compile_cache import compile_cache
 from tiny_run import write_chats
 from untrained_run import write_untrained_run
 
@@ -13,10 +12,3 @@ def run(tmp_path_factory) -> Path:
     """Two checkpoints, 1 and 2; the data are sixty dialogues."""
     folder = tmp_path_factory.mktemp("evaluated")
     return write_untrained_run(folder / "run", data__source=str(write_chats(folder / "chats.jsonl")))
-
-
-@pytest.fixture(scope="package", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Has what one test compiled taken from a folder by the others."""
-    with compile_cache(tmp_path_factory.mktemp("compiled")):
-        yield

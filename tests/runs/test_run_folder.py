@@ -23,8 +23,6 @@ from gpt_jax.training.history import why_complete
 from gpt_jax.training.train import train_and_evaluate
 from gpt_jax.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory) -> Path:

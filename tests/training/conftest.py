@@ -1,6 +1,9 @@
 """Fixtures of runs as a user starts them, and of checkpoints."""
 
+import fcntl
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,18 +12,39 @@ from whole_run import run, write_chats
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    """A few hundred small dialogues, whose token cache is beside them."""
-    return write_chats(tmp_path_factory.mktemp("corpus") / "chats.jsonl")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Has a folder of a name filled by the first of the workers that asks for it; the others wait, and share it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, complete = base / name, base / f"{name}.complete"
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not complete.exists():
+                folder.mkdir(exist_ok=True)
+                make(folder)
+                complete.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def straight(corpus, tmp_path_factory) -> Path:
+def corpus(once) -> Path:
+    """A few hundred small dialogues, whose token cache is beside them."""
+    return once("corpus", lambda folder: write_chats(folder / "chats.jsonl")) / "chats.jsonl"
+
+
+@pytest.fixture(scope="session")
+def straight(corpus, once) -> Path:
     """A run from start to end, without incident. Tests leave it as it is."""
-    workdir = tmp_path_factory.mktemp("straight") / "run"
-    done = run(corpus, workdir)
-    assert done.returncode == 0, done.stderr
-    return workdir
+
+    def train(folder: Path) -> None:
+        done = run(corpus, folder / "run")
+        assert done.returncode == 0, done.stderr
+
+    return once("straight", train) / "run"
 
 
 @pytest.fixture(scope="module")
