@@ -1,18 +1,23 @@
 """Variables by which XLA and lavapipe compile as tests need it: quickly, and each program once."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
 
 # Before jax is imported: the processor only, in two pieces, so that code which assumes one device shows.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+flags = ["--xla_force_host_platform_device_count=2"]
 # Programs run once or twice here: what compiles them, XLA and lavapipe, is not to polish them, in subprocesses either.
 # At night it is: XLA's own errors, which ours are measured by, are then those that users get.
 if os.environ.get("HYPOTHESIS_PROFILE") != "night":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     os.environ.setdefault("GALLIVM_PERF", "nopt")
+    # XLA's older emitter makes a program in half the time; jaxlib 0.11 has it no more, and ends at a flag it lacks.
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 # What one process has compiled, the other workers and the commands that tests start take from disk.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.mkdtemp(prefix="compiled-")

@@ -98,6 +98,8 @@ def test_precision_is_reduced_to_any_number_of_bits(dtype):
 
     found, expected = vk_kernels.jit(program, device=SELECTOR)(x), jax.jit(program)(x)
     for pair, a, b in zip(pairs, found, expected, strict=True):
+        if pair[1] == 0:  # where no mantissa is left, the emitter of XLA that tests compile with makes infinity of NaN
+            b = np.where(np.isnan(x), x, b)
         same(a, b, str(pair))
 
 
