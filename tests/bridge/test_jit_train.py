@@ -180,12 +180,11 @@ def make_decoding(alternatives: int = 0):
     state = empty_state(MODEL, 4)
     controls = state.controls._replace(temperature=jnp.array([0, 1, 0.8, 1.5]), top_k=jnp.array([0, 0, 5, 40]))
     state = state._replace(
-        tokens=jnp.arange(4, dtype=jnp.int32),
-        left=jnp.array([9, 3, 9, 9], jnp.int32),
+        texts=state.texts._replace(tokens=jnp.arange(4, dtype=jnp.int32), left=jnp.array([9, 3, 9, 9], jnp.int32)),
         seeds=jnp.arange(4, dtype=jnp.uint32),
         controls=controls,
     )
-    draw = functools.partial(decode_chunk, config=MODEL, chunk=4, alternatives=alternatives)
+    draw = functools.partial(decode_chunk, config=MODEL, rows=4, chunk=4, alternatives=alternatives)
     return draw, (decoding_weights(make_step()[0].params, MODEL), state)
 
 
