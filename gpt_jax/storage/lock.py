@@ -33,7 +33,7 @@ except ImportError:  # Windows
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _BETWEEN_TRIES = 0.2  # seconds
-_LOOKS, _LOOK = 5, 0.02  # how often a lock that is held is tried, and seconds between: it may be `is_held` that looks
+_LOOK, _LOOKS = 0.005, 5.0  # seconds between two tries of a lock that is only looked at, and most of them in all
 
 
 class LockedError(Exception):
@@ -83,11 +83,7 @@ def is_held(path: Path) -> bool | None:
     try:
         if fcntl is None:
             return None
-        # Shared and for no time at all: others may look as well, and who wants the lock tries again.
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
+        return not _is_shared(descriptor)
     except OSError:
         return None
     finally:
@@ -96,7 +92,7 @@ def is_held(path: Path) -> bool | None:
 
 def _acquire(path: Path, log: Log) -> int | None:
     """The descriptor that holds the lock; None where the system has no locks."""
-    looks = 0
+    until = time.monotonic() + _LOOKS
     while True:
         with contextlib.ExitStack() as closing:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -106,8 +102,8 @@ def _acquire(path: Path, log: Log) -> int | None:
                     raise OSError(errno.ENOSYS, "this system has no flock")
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if looks < _LOOKS:
-                    looks += 1
+                if time.monotonic() < until and _is_shared(descriptor):
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
                     time.sleep(_LOOK)
                     continue
                 raise LockedError(_read_holder(descriptor)) from None
@@ -121,6 +117,15 @@ def _acquire(path: Path, log: Log) -> int | None:
                 closing.pop_all()
                 return descriptor
             # The holder before removed the file after it was opened here: try the one that is there now.
+
+
+def _is_shared(descriptor: int) -> bool:
+    """Whether nobody holds the lock: who looks has it shared, for no time at all, as this does until it is closed."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def _release(path: Path, descriptor: int | None) -> None:

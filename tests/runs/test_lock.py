@@ -1,15 +1,17 @@
 """One process at a time, and what is left of one that dies."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 
-from gpt_jax.storage.lock import LockedError, lock, wait_for_lock
+from gpt_jax.storage.lock import LockedError, is_held, lock, wait_for_lock
 
 ROOT = Path(__file__).parents[2]
 HOLDER = textwrap.dedent("""
@@ -107,3 +109,15 @@ def test_where_there_are_no_locks_the_run_says_so(tmp_path, monkeypatch):
         pass
     assert len(said) == 1
     assert "No locks available" in said[0]
+
+
+def test_a_lock_is_had_as_soon_as_a_slow_look_ends(tmp_path):
+    path = tmp_path / "lock"
+    path.write_text("left by a kill")
+    with path.open() as looker:
+        fcntl.flock(looker, fcntl.LOCK_SH)
+        ends = threading.Timer(0.5, fcntl.flock, (looker, fcntl.LOCK_UN))
+        ends.start()
+        with lock(path, print):
+            assert is_held(path) is True
+        ends.join()
