@@ -15,7 +15,6 @@ import argparse
 import ast
 import collections
 import contextlib
-import functools
 import importlib.util
 import statistics
 import time
@@ -28,11 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import vk_kernels
-from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.runs.kernel_floors import kernel_name
-from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.training.steps import init_state, on_leaves, train_step
-from gpt_jax.training.trainable import trained_parameters
+from gpt_jax.training.programs import abstract_state, make_train_step
+from gpt_jax.training.steps import on_leaves
 from vk_kernels.runtime.open_devices import open_device
 
 
@@ -45,18 +42,8 @@ def load_config(path: str) -> Any:
 
 def make_step(config: Any) -> tuple[Any, Any, dict[str, np.ndarray]]:
     """(the step as the training loop runs it, on the leaves of a state; the state's shapes; a batch)."""
-    model, optimizer = make_model(config), make_optimizer(config)
-    step = functools.partial(
-        train_step,
-        model=model,
-        optimizer=optimizer,
-        schedule=learning_rate_schedule(config),
-        seed=config.seed,
-        accumulate_steps=config.accumulate_steps,
-        is_trained=trained_parameters(config),
-    )
-    state = jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer, trained_parameters(config)))
-    return on_leaves(step, jax.tree.structure(state)), state, random_batch(config, 0)
+    state = abstract_state(config)
+    return on_leaves(make_train_step(config), jax.tree.structure(state)), state, random_batch(config, 0)
 
 
 def random_batch(config: Any, seed: int) -> dict[str, np.ndarray]:

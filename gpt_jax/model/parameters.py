@@ -102,10 +102,14 @@ def merge_parameters(fresh: Any, restored: Any) -> tuple[Any, MergeReport]:
     return jax.tree.unflatten(jax.tree.structure(fresh), merged), report
 
 
+def name_of(path: jax.tree_util.KeyPath) -> str:
+    """The path of a leaf as one text, such as 'params/h_0/qkv/kernel'."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves by path, such as 'params/h_0/qkv/kernel', in the order of `jax.tree.leaves`."""
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    """The leaves by `name_of` their path, in the order of `jax.tree.leaves`."""
+    return {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def hash_of_parameters(parameters: Any) -> str:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from gpt_jax.model.parameters import name_of
 from gpt_jax.training.trainable import RateOf, rates_of_parameters
 
 
@@ -64,6 +65,6 @@ def scale_by_name(rate: RateOf) -> optax.GradientTransformation:
     """Multiplies the update of each parameter by a factor that follows from its name."""
 
     def scale(path: jax.tree_util.KeyPath, update: jax.Array) -> jax.Array:
-        return rate(jax.tree_util.keystr(path, simple=True, separator="/")) * update
+        return rate(name_of(path)) * update
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))

@@ -36,21 +36,25 @@ class Programs(NamedTuple):
     nonfinite_places: Callable[..., Any]
 
 
-def make_programs(config: ConfigDict, backend: Backend) -> Programs:
-    """Nothing is traced before the first call."""
-    model = make_model(config)
-    step = functools.partial(
+def make_train_step(config: ConfigDict) -> Callable[..., Any]:
+    """`steps.train_step` with what a config says: (state, batch) -> (state, metrics)."""
+    return functools.partial(
         train_step,
-        model=model,
+        model=make_model(config),
         optimizer=make_optimizer(config),
         schedule=learning_rate_schedule(config),
         seed=config.seed,
         accumulate_steps=config.accumulate_steps,
         is_trained=trained_parameters(config),
     )
+
+
+def make_programs(config: ConfigDict, backend: Backend) -> Programs:
+    """Nothing is traced before the first call."""
+    model = make_model(config)
     structure = jax.tree.structure(abstract_state(config))
     return Programs(
-        train_step=backend.jit(on_leaves(step, structure), donate_argnums=0),
+        train_step=backend.jit(on_leaves(make_train_step(config), structure), donate_argnums=0),
         eval_step=backend.jit(functools.partial(eval_step, model=model)),
         diagnostics_step=backend.jit(functools.partial(diagnostics_step, model=model)),
         nonfinite_places=backend.jit(functools.partial(nonfinite_places, model=model)),

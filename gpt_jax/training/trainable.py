@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax.errors import UserError
 from gpt_jax.model.lora import LoraConfig, is_adapter
-from gpt_jax.model.parameters import listing, named_leaves
+from gpt_jax.model.parameters import listing, name_of, named_leaves
 
 IsTrained = Callable[[str], bool]  # takes a parameter's name
 RateOf = Callable[[str], float]  # the factor of the learning rate, by a parameter's name
@@ -107,7 +107,7 @@ def partition(params: Any, is_trained: IsTrained) -> tuple[Any, Any]:
     """
 
     def keep(path: Any, leaf: Any, *, trained: bool) -> Any:
-        return leaf if is_trained(_name(path)) == trained else None
+        return leaf if is_trained(name_of(path)) == trained else None
 
     by_name = jax.tree_util.tree_map_with_path
     trained, frozen = (by_name(functools.partial(keep, trained=choice), params) for choice in (True, False))
@@ -140,7 +140,3 @@ def _layers_above(name: str, layers: int) -> int:
     if group.startswith("h_"):
         return layers - int(group[2:])
     return layers + 1 if group in ("wte", "wpe") else 0
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

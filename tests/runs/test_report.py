@@ -20,16 +20,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("runs") / "plain")
-
-
-@pytest.fixture(scope="module")
-def run(workdir):
-    return load.load_run(workdir)
-
-
-@pytest.fixture(scope="module")
 def df(workdir, tmp_path_factory):
     return load.load_metrics(workdir, write_run(tmp_path_factory.mktemp("runs") / "other", steps=200, seed=1))
 

@@ -17,16 +17,6 @@ from gpt_jax.runs.metrics import MetricsWriter
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("runs") / "plain")
-
-
-@pytest.fixture(scope="module")
-def run(workdir):
-    return load.load_run(workdir)
-
-
-@pytest.fixture(scope="module")
 def other(tmp_path_factory):
     return load.load_run(write_run(tmp_path_factory.mktemp("runs") / "other", steps=200, seed=1))
 

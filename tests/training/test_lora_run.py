@@ -1,6 +1,5 @@
 """Runs of adapters: what is trained and saved, that a run is whole without its donor, and what of it others read."""
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -21,9 +20,9 @@ from gpt_jax.model.lora import is_adapter
 from gpt_jax.model.parameters import MergeReport, hash_of_parameters, named_leaves
 from gpt_jax.training.adapters import check_donor_is_whole
 from gpt_jax.training.donor import find_donor
-from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.training.programs import abstract_state
-from gpt_jax.training.steps import init_state, train_step
+from gpt_jax.training.optimizer import make_optimizer
+from gpt_jax.training.programs import abstract_state, make_train_step
+from gpt_jax.training.steps import init_state
 from gpt_jax.training.train import train_and_evaluate
 from gpt_jax.training.trainable import trained_parameters
 
@@ -164,18 +163,13 @@ def steps_of(**changes):
     """(state on the host, step, batch) of a run of adapters."""
     config = config_of(Path("nowhere"), "a donor", **changes)
     model, optimizer, is_trained = make_model(config), make_optimizer(config), trained_parameters(config)
-    step = functools.partial(
-        train_step,
-        model=model,
-        optimizer=optimizer,
-        schedule=learning_rate_schedule(config),
-        seed=config.seed,
-        accumulate_steps=config.accumulate_steps,
-        is_trained=is_trained,
-    )
     state = jax.jit(lambda: init_state(init_params(model, 0), optimizer, is_trained))()
     stream = np.random.default_rng(0).integers(0, 270, (2, 17)).astype(np.int32)
-    return jax.tree.map(np.asarray, state), step, {"inputs": stream[:, :-1], "targets": stream[:, 1:]}
+    return (
+        jax.tree.map(np.asarray, state),
+        make_train_step(config),
+        {"inputs": stream[:, :-1], "targets": stream[:, 1:]},
+    )
 
 
 @pytest.mark.slow
