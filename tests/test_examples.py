@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vulkan_devices import needs_vulkan
+from vulkan_devices import SELECTOR, needs_vulkan
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "own_function.py"
@@ -23,7 +23,7 @@ def test_the_readme_shows_the_example():
 
 @needs_vulkan
 def test_the_readme_shows_what_the_example_prints():
-    environment = {**os.environ, "VK_KERNELS_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "VK_KERNELS_DEVICE": SELECTOR, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, EXAMPLE], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout in blocks_of_readme()

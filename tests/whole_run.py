@@ -28,7 +28,12 @@ SMALL = [
     ),
     *("--config.model.num_heads=2", "--config.model.embed_dim=48", "--config.optimizer.warmup_steps=5"),
     *("--config.optimizer.decay_steps=60", "--config.eval.every=20", "--config.eval.batches=2"),
-    *("--config.sample.every=60", "--config.sample.max_tokens=4", "--config.checkpoint.every=10"),
+    *(
+        "--config.backend=xla",
+        "--config.sample.every=60",
+        "--config.sample.max_tokens=4",
+        "--config.checkpoint.every=10",
+    ),
     *("--config.log.every=5", "--config.log.diagnostics_every=60", "--config.log.tensorboard=False"),
 ]
 

@@ -323,4 +323,4 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
         capture_output=True, text=True, check=True, timeout=200,
     )  # fmt: skip
     small, large = map(int, run.stdout.split())
-    assert large - small < 8_000  # KiB
+    assert large - small < 16_000  # KiB; how many threads hold texts at once depends on the cores

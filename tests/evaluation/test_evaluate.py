@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from vulkan_devices import needs_vulkan
+from vulkan_devices import SELECTOR, needs_vulkan
 
 from gpt_jax import evaluate
 from gpt_jax.backend import enter_backend
@@ -237,7 +237,7 @@ def test_an_answer_counts_where_each_of_its_tokens_is_the_likeliest(run, log_pro
 @pytest.mark.slow
 @needs_vulkan
 def test_vulkan_gives_the_figures_of_xla(run, log_probabilities, monkeypatch):
-    monkeypatch.setenv("VK_KERNELS_DEVICE", "cpu")
+    monkeypatch.setenv("VK_KERNELS_DEVICE", SELECTOR)
     windows, hits, sums = answers_of_two_tokens(log_probabilities)
     with contextlib.ExitStack() as stack:
         scorer = make_scorer(run, "vulkan", stack)

@@ -204,7 +204,7 @@ def test_sampling_asks_for_a_device_before_it_reads_a_checkpoint(monkeypatch, tm
 
 
 JAX_VARIABLES = [
-    ("main", {"JAX_PLATFORMS": "cuda"}, "JAX_PLATFORMS=cuda must be unset or name what this machine has"),
+    ("main", {"JAX_PLATFORMS": "tpu"}, "JAX_PLATFORMS=tpu must be unset or name what this machine has"),
     ("sample", {"JAX_ENABLE_X64": "perhaps"}, "'perhaps' for environment 'JAX_ENABLE_X64'; set or unset the variable"),
 ]
 

@@ -76,11 +76,12 @@ def test_finetuning_says_what_it_took(straight, corpus, tmp_path):
 
 
 def test_mistakes_about_runs_and_data_cost_one_line(straight, corpus, tmp_path):
+    run_folder = Path(shutil.copytree(straight, tmp_path / "straight"))  # its log is written to
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(corpus.read_text().splitlines()[:250]))
     (tmp_path / "file").write_text("")
-    before = {path.name: path.read_bytes() for path in straight.iterdir() if path.suffix == ".json"}
-    done = run(corpus, straight, "--config.model.embed_dim=16")
+    before = {path.name: path.read_bytes() for path in run_folder.iterdir() if path.suffix == ".json"}
+    done = run(corpus, run_folder, "--config.model.embed_dim=16")
     assert done.returncode == 2, done.stderr
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "does not fit this config" in error
@@ -88,7 +89,7 @@ def test_mistakes_about_runs_and_data_cost_one_line(straight, corpus, tmp_path):
 
     # Every UserError ends like that one: the others need no process of their own.
     cases = [
-        ((other, straight), "is not what the run's checkpoint was trained on"),
+        ((other, run_folder), "is not what the run's checkpoint was trained on"),
         ((corpus, tmp_path / "a", "--config.model.block_size=100000"), "block_size is 100000 but the training"),
         ((tmp_path / "none.jsonl", tmp_path / "b"), "does not exist"),
         ((corpus, tmp_path / "c", f"--config.init_from={tmp_path}"), "is neither a run nor a checkpoint"),
@@ -97,7 +98,7 @@ def test_mistakes_about_runs_and_data_cost_one_line(straight, corpus, tmp_path):
     for (source, workdir, *changes), expected in cases:
         with pytest.raises(UserError, match=expected):
             train_and_evaluate(configuration(source, *changes), workdir)
-    assert before == {path.name: path.read_bytes() for path in straight.iterdir() if path.suffix == ".json"}
+    assert before == {path.name: path.read_bytes() for path in run_folder.iterdir() if path.suffix == ".json"}
 
 
 def test_sampling_from_a_run_on_the_command_line(straight):
