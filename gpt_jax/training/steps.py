@@ -56,17 +56,26 @@ def loss_fn(params: Any, batch: Batch, count: jax.Array, rng: jax.Array | None, 
 
 
 def loss_and_gradient(
-    params: Any, batch: Batch, step: jax.Array, *, model: GPT, seed: int, accumulate_steps: int = 1, frozen: Any = None
+    params: Any,
+    batch: Batch,
+    step: jax.Array,
+    count: jax.Array,
+    *,
+    model: GPT,
+    seed: int,
+    accumulate_steps: int = 1,
+    frozen: Any = None,
 ) -> tuple[jax.Array, Any]:
-    """Mean loss of the batch and its gradient, computed in `accumulate_steps` equal parts, one after another.
+    """Loss of the batch, the sum over `count`, and its gradient, computed in `accumulate_steps` equal parts, one after
+    another.
 
     Both are 0 for a batch without a target.
 
     Args:
       params: those that the gradient is of.
+      count: f32 (): the batch's own number of targets gives the mean, 1 the sum.
       frozen: the others, as `partition` gives both; None: there are none.
     """
-    count = jnp.maximum(target_count(batch), 1)
     parts = jax.tree.map(lambda x: x.reshape(accumulate_steps, -1, *x.shape[1:]), batch)
     seed = jnp.uint32(seed)
 
@@ -99,6 +108,32 @@ def train_step(
     accumulate_steps: int = 1,
     is_trained: IsTrained = all_trained,
 ) -> tuple[TrainState, Metrics]:
+    """One update, or none, by the mean loss of a batch and its gradient; see `apply_gradient`."""
+    trained, frozen = partition(state.params, is_trained)
+    count = target_count(batch)
+    loss, grads = loss_and_gradient(
+        trained,
+        batch,
+        state.step,
+        jnp.maximum(count, 1),
+        model=model,
+        seed=seed,
+        accumulate_steps=accumulate_steps,
+        frozen=frozen,
+    )
+    return apply_gradient(state, loss, grads, count > 0, optimizer=optimizer, schedule=schedule, is_trained=is_trained)
+
+
+def apply_gradient(
+    state: TrainState,
+    loss: jax.Array,
+    grads: Any,
+    counted: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    is_trained: IsTrained = all_trained,
+) -> tuple[TrainState, Metrics]:
     """One update, or none: a non-finite loss or gradient, or a batch without a target, leaves parameters, optimizer and
     schedule as they were, and is counted in `skipped`.
 
@@ -106,16 +141,15 @@ def train_step(
     Parameters that are not trained have no gradient, no state of the optimizer and no decay, and all norms are of the
     others.
 
+    Args:
+      loss, grads: the mean over the targets of the step's batch, and its gradient by the trained parameters.
+      counted: bool (): whether the batch had a target.
+
     Returns:
       The next state, and scalars: loss (NaN without a target: a mean over nothing), learning_rate, grad_norm (in total
       and, as grad_norm/LAYER, by layer that is trained), param_norm, update_norm, finite, skipped_in_a_row.
     """
     trained, frozen = partition(state.params, is_trained)
-    loss, grads = loss_and_gradient(
-        trained, batch, state.step, model=model, seed=seed, accumulate_steps=accumulate_steps, frozen=frozen
-    )
-
-    counted = target_count(batch) > 0
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite & counted, n, o), new, old)

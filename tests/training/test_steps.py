@@ -11,7 +11,14 @@ import pytest
 from configs import chat
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.training.steps import eval_step, init_state, loss_and_gradient, nonfinite_places, train_step
+from gpt_jax.training.steps import (
+    eval_step,
+    init_state,
+    loss_and_gradient,
+    nonfinite_places,
+    target_count,
+    train_step,
+)
 
 SEED = 42
 init = jax.jit(init_params, static_argnums=(0, 1))
@@ -79,7 +86,8 @@ def test_accumulation_equals_the_big_batch(masked):
     batch = make_batch()
     if masked:  # parts with different numbers of targets
         batch["targets"] = batch["targets"].at[:3, :11].set(-1)
-    gradient_in = functools.partial(gradient, params, batch, jnp.int32(0), model=model, seed=SEED)
+    count = target_count(batch)
+    gradient_in = functools.partial(gradient, params, batch, jnp.int32(0), count, model=model, seed=SEED)
     whole_loss, whole = gradient_in()
     for parts in (2, 8):
         loss, accumulated = gradient_in(accumulate_steps=parts)
@@ -93,8 +101,9 @@ def test_accumulated_parts_draw_their_own_dropout():
     half = make_batch(rows=4)
     doubled = jax.tree.map(lambda x: jnp.concatenate([x, x]), half)
     options = {"model": model, "seed": SEED}
-    loss, _ = gradient(params, doubled, jnp.int32(3), accumulate_steps=2, **options)
-    parts = [gradient(params, half, jnp.int32(step), **options)[0] for step in (6, 7)]  # 3 * 2 and 3 * 2 + 1
+    loss, _ = gradient(params, doubled, jnp.int32(3), target_count(doubled), accumulate_steps=2, **options)
+    count = target_count(half)
+    parts = [gradient(params, half, jnp.int32(step), count, **options)[0] for step in (6, 7)]  # 3 * 2 and 3 * 2 + 1
     assert float(parts[0]) != float(parts[1])
     np.testing.assert_allclose(loss, np.mean(parts), rtol=1e-6)
 
@@ -103,7 +112,7 @@ def test_metrics_are_the_norms_they_name():
     model, state, step = make_run()
     batch = make_batch()
     next_state, metrics = step(state, batch)
-    loss, grads = gradient(state.params, batch, state.step, model=model, seed=SEED)
+    loss, grads = gradient(state.params, batch, state.step, target_count(batch), model=model, seed=SEED)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
     for layer in MODEL.layer_names:
