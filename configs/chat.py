@@ -17,6 +17,9 @@ def get_config() -> ConfigDict:
     config.domain = "chat"
     config.seed = 42
     config.backend = "auto"  # auto | xla | vulkan
+    config.devices = ""  # of this host: empty: one | all | the first N | their numbers as "0,1"
+    config.distributed = ""  # on several hosts: auto (SLURM, Open MPI) | HOST:PORT,PROCESSES,ID; see docs/scaling.md
+    config.shard = "replicated"  # each device holds all parameters | fsdp: a part of them
     config.matmul_precision = "highest"  # of f32 products on XLA: highest | high | default (TF32 on NVIDIA)
     config.num_steps = 50_000
     config.batch_size = 16  # sequences a step

@@ -18,6 +18,7 @@ from gpt_jax.errors import UserError
 
 BACKENDS = ("auto", "xla", "vulkan")
 DTYPES = ("float32", "bfloat16")
+SHARDS = ("replicated", "fsdp")
 PRECISIONS = ("highest", "high", "default")
 TARGETS = ("all", "assistant")
 TOOL_CALLS = ("text", "refuse")
@@ -140,6 +141,9 @@ FIELDS: dict[str, Field] = {
     "domain": Field(str, "what its texts are about"),
     "seed": _whole("of every random choice", 0, _UINT32),
     "backend": _choice("what the steps run on", BACKENDS),
+    "devices": Field(str, "devices of this host: empty: one; all, the first N, or their numbers as 0,1", default=""),
+    "distributed": Field(str, "processes: empty: those of this host; auto, or HOST:PORT,PROCESSES,ID", default=""),
+    "shard": _choice("how devices hold parameters and optimizer", SHARDS, default="replicated"),
     "matmul_precision": _choice("of f32 products on XLA", PRECISIONS),
     "num_steps": _whole("updates in all"),
     "batch_size": _whole("sequences a step"),

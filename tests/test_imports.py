@@ -18,6 +18,7 @@ TRAINER = (
     ("runs", "config_file"),
     ("data", "model"),
     ("cli", "signals", "output", "tables"),
+    ("distributed",),
     ("storage",),
     ("config", "log"),
     ("errors",),

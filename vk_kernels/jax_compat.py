@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from jax._src.clusters import ClusterEnv
 from jax._src.config import (
     debug_infs,
     debug_nans,
@@ -26,6 +27,7 @@ __all__ = [
     "debug_nans",
     "disable_jit",
     "in_other_primitives",
+    "place_in_cluster",
     "register_array_type",
     "scan_operands",
     "trace_context",
@@ -52,3 +54,12 @@ def scan_operands(params: Mapping[str, Any]) -> tuple[int, int]:
         consts, carried, _ = (len(list(part)) for part in params["ft_in"].unpack())
         return consts, carried
     return params["num_consts"], params["num_carry"]
+
+
+def place_in_cluster() -> tuple[str, int, int] | None:
+    """(HOST:PORT of process 0, number of processes, index of this one), as SLURM, Open MPI and others say by variables.
+
+    `jax.distributed.initialize` reads them so; None: there are none.
+    """
+    address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, None)
+    return None if None in (address, count, index) else (address, count, index)

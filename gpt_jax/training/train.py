@@ -18,6 +18,7 @@ from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.config import leaves, validate, with_defaults
 from gpt_jax.data import batches, token_cache
 from gpt_jax.data.tokenizer import save as save_tokenizer
+from gpt_jax.errors import UserError
 from gpt_jax.log import Log
 from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.model.parameters import merge_parameters, named_leaves
@@ -74,6 +75,10 @@ def train_and_evaluate(
     began = time.perf_counter() if began is None else began
     config = fill_in(config, workdir)
     validate(config)
+    if config.devices or config.distributed or config.shard != "replicated":
+        raise UserError(
+            "config.devices, config.distributed and config.shard: training on several devices is not built yet"
+        )
     run_id = new_run_id()
     workdir = Path("runs") / run_id if workdir is None else workdir
     with contextlib.ExitStack() as stack:

@@ -188,7 +188,7 @@ def test_the_config_of_a_run_of_an_older_version_is_filled_up(tmp_path):
     added = [name for name, field in FIELDS.items() if field.default is not None]
     for name in added:
         group, _, last = name.rpartition(".")
-        del saved[group][last]
+        del (saved[group] if group else saved)[last]
     write_json(run / "config.json", saved)
     config, _ = short_command(run)
     validate(config)

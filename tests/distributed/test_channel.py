@@ -1,0 +1,189 @@
+"""Processes that meet, agree and watch each other, as threads of the test's own process."""
+
+import contextlib
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from gpt_jax.distributed import channel
+from gpt_jax.distributed.processes import Processes, join
+from gpt_jax.distributed.settings import parse_devices, parse_distributed
+from gpt_jax.errors import UserError
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """Lines with which processes would have ended."""
+    lines: list[str] = []
+
+    monkeypatch.setattr(channel, "end_process", lines.append)
+    monkeypatch.setattr(channel, "BEAT", 0.05)
+    monkeypatch.setattr(channel, "SILENCE", 0.6)
+    return lines
+
+
+def meet(count: int, port: int | None = None, **options) -> list[Processes]:
+    port = port or free_port()
+    with ThreadPoolExecutor(count) as pool:
+        found = [pool.submit(join, f"127.0.0.1:{port},{count},{i}", join_seconds=5, **options) for i in range(count)]
+        return [each.result() for each in found]
+
+
+def everywhere(processes: list[Processes], act) -> list:
+    with ThreadPoolExecutor(len(processes)) as pool:
+        return [each.result() for each in [pool.submit(act, process) for process in processes]]
+
+
+def wait_until(condition) -> None:
+    until = time.monotonic() + 5
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert condition()
+
+
+def cut(process: Processes, index: int = 0) -> None:
+    """Ends a connection as a killed process does."""
+    process.channel._peers[index].connection.shutdown(socket.SHUT_RDWR)
+
+
+def test_processes_meet_gather_and_agree(ended):
+    processes = meet(3)
+    assert [(p.index, p.count, p.local_index, p.local_count, p.host_count) for p in processes] == [
+        (i, 3, i, 3, 1) for i in range(3)
+    ]
+    assert len({p.name for p in processes}) == len({p.address for p in processes}) == 1
+    for _ in range(3):
+        assert everywhere(processes, lambda p: p.gather({"of": p.index})) == [[{"of": i} for i in range(3)]] * 3
+    assert everywhere(processes, lambda p: p.share(p.index)) == [0, 0, 0]
+    everywhere(processes, lambda p: p.agree({"config.seed": 1}))
+
+    def disagree(process):
+        with pytest.raises(UserError) as caught:
+            process.agree({"jax": "0.10", "config.seed": 7 if process.index == 2 else 1})
+        return str(caught.value)
+
+    (line,) = set(everywhere(processes, disagree))
+    assert "config.seed is 1 for process 0 (pid " in line
+    assert "and 7 for process 2 (pid " in line
+    everywhere(processes, lambda p: p.channel.close())
+    time.sleep(0.2)
+    assert ended == []
+
+
+def test_a_step_that_is_announced_is_known_to_all_when_that_returns(ended):
+    first, *others = processes = meet(3)
+    others[1].channel.request("stop")
+    wait_until(lambda: "stop" in first.channel._requests)
+    assert first.channel.take_requests() == {"stop"}
+    first.channel.announce("stop", 7)
+    first.channel.announce("save", 3)
+    for process in processes:
+        told = process.channel
+        assert [told.is_time_to("stop", step) for step in (6, 7, 8)] == [False, True, True]
+        assert [told.is_time_to("save", step) for step in (2, 3, 4)] == [False, True, False]
+    everywhere(processes, lambda p: p.channel.close())
+
+
+def test_a_process_whose_connection_ends_is_named_by_all(ended):
+    first, second, third = meet(3)
+    told = []
+    first.when_lost(told.append)
+    cut(third)
+    wait_until(lambda: len(ended) == 3 and told)
+    assert told[0].startswith("process 2 (pid ")
+    assert "ended without a word" in told[0]
+    assert ended.count(told[0]) == 2  # the third, which was cut off, names process 0
+    assert second.channel._ended
+
+
+def test_a_silent_process_is_named(ended, monkeypatch):
+    meet(2)
+    monkeypatch.setattr(channel.Peer, "send", lambda self, **message: None)
+    wait_until(lambda: len(ended) == 2)
+    assert {line.split(" (")[0] for line in ended} == {"process 0", "process 1"}
+    assert all("was silent for" in line for line in ended)
+
+
+def test_the_error_of_one_process_ends_the_others_with_its_line(ended):
+    processes = meet(2)
+    with pytest.raises(UserError), processes[1]:
+        raise UserError("no such file")
+    wait_until(lambda: ended)
+    assert "process 1 (pid " in ended[0]
+    assert ended[0].endswith("ended: no such file")
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (["2,0", "3,1"], "was started as one of 3 processes, process 0 as one of 2"),
+        (["3,0", "3,1", "3,1"], "two processes were started as process 1"),
+        (["3,0", "3,1"], "process 2 did not come to"),
+    ],
+)
+def test_processes_that_are_not_of_one_run_are_told_apart(ended, places, said):
+    port = free_port()
+
+    def start(place):
+        with pytest.raises(UserError) as caught:
+            join(f"127.0.0.1:{port},{place}", join_seconds=0.3)
+        return str(caught.value)
+
+    with ThreadPoolExecutor(3) as pool:
+        lines = list(pool.map(start, places))
+    assert all(said in line for line in lines), lines
+
+
+def test_a_port_in_use_and_a_stranger_behind_it_are_said(ended):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"cannot wait at {address}: another program uses it"):
+            join(f"{address},2,0")
+
+        def answer():
+            connection, _ = other.accept()
+            with contextlib.closing(connection):
+                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+                connection.recv(1)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(UserError, match="is not process 0 of a run of this program"):
+            join(f"{address},2,1")
+        thread.join()
+    with pytest.raises(UserError, match=r"nobody answers at"):
+        join(f"127.0.0.1:{free_port()},2,1", join_seconds=0)
+    with pytest.raises(UserError, match=r"192\.0\.2\.1:1234: .* must be an address of the machine of process 0"):
+        join("192.0.2.1:1234,2,0")
+
+
+@pytest.mark.parametrize("text", ["here", "a:b,1,2", "a:1,2", "a:0,2,0", "a:70000,2,0", "a:1,2,2", "a:1,0,0"])
+def test_a_place_that_is_none_is_said(text):
+    with pytest.raises(ValueError, match=r"must be empty|a port is from|processes are numbered"):
+        parse_distributed(text)
+    with pytest.raises(UserError, match=r"config\.distributed="):
+        join(text)
+
+
+def test_devices_are_all_the_first_or_by_number():
+    asked = {"all": (0, 1, 2, 3), "3": (0, 1, 2), "1": (0,), "0,2": (0, 2), "3,": (3,), "0,0": (0, 0)}
+    assert {text: parse_devices(text, 4) for text in asked} == asked
+    for text, said in {"5": "names device 4", "0,4": "has 4", "0": "1 device or more", "x": "must be empty"}.items():
+        with pytest.raises(ValueError, match=said):
+            parse_devices(text, 4)
+    pair = [Processes(i, 2, i, 2, ("a", "a"), devices="1,0") for i in (0, 1)]
+    assert [process.device(2) for process in pair] == [1, 0]
+    with pytest.raises(UserError, match="names 1 devices for 2 processes on a"):
+        Processes(0, 2, 0, 2, ("a", "a"), devices="1").device(2)
+    assert Processes().device(4) is None
