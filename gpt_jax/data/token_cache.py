@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -185,8 +186,7 @@ def prepare(
     if expected in older:
         log("data: the checkpoint is of a version that read some rows in another way; the source is the same")
     root = _cache_root(data_config.cache_dir)
-    with writing_cache(root, " and ".join(request.contents)):
-        chosen = request.given or _trained(request, root, log)
+    with writing_cache(root, " and ".join(request.contents)), _tokenizer_of(request, root, log) as chosen:
         fraction = 0.0 if request.validation else request.fraction
         train = {
             source: _tokens(_Recipe.of(request, source, fraction, chosen), root, log) for source in request.sources
@@ -255,8 +255,12 @@ def _cache_root(cache_dir: str) -> Path:
 # ---- the tokenizer
 
 
-def _trained(request: _Request, root: Path, log: Log) -> Tokenizer:
-    """The tokenizer that is trained on the training split of all sources."""
+@contextlib.contextmanager
+def _tokenizer_of(request: _Request, root: Path, log: Log) -> Iterator[Tokenizer]:
+    """The given tokenizer, or one trained on the training split of all sources, which goes if these are refused."""
+    if request.given:
+        yield request.given
+        return
     fraction = 0.0 if request.validation else request.fraction
     contents = [request.contents[source] for source in request.sources]
     key = _digest(["tokenizer", FORMAT_VERSION, contents, request.how, fraction, request.vocab_size])
@@ -271,7 +275,13 @@ def _trained(request: _Request, root: Path, log: Log) -> Tokenizer:
         read_facts(folder, FORMAT_VERSION, {}, [_TOKENIZER])
         return tokenizer.load(folder / _TOKENIZER)
 
-    return open_or_build(root / key, opening, build, "tokenizer", log)[0]
+    chosen, was_there = open_or_build(root / key, opening, build, "tokenizer", log)
+    try:
+        yield chosen
+    except UserError:
+        if not was_there:
+            shutil.rmtree(root / key, ignore_errors=True)
+        raise
 
 
 def _training_texts(request: _Request, fraction: float, log: Log) -> Iterator[str]:

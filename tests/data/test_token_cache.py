@@ -234,6 +234,7 @@ def test_empty_splits_and_sources(chats):
     chats.write_text("\n")
     with pytest.raises(UserError, match="holds no dialogue and no text"):
         prepare(chats)
+    assert not [path for path in (chats.parent / "cache").rglob("*") if path.is_file()]  # no tokenizer of nothing
 
 
 def jsonl(path, rows):
