@@ -37,5 +37,9 @@ class ValidationError(VulkanError):
     """The Khronos validation layer found a wrong use of the API, a data race or an access out of bounds."""
 
 
+class LinkError(VulkanError):
+    """Another process of this host ended, does not answer, or does something else than this one."""
+
+
 class UnsupportedError(ValueError):
     """A function does what no kernel can: the message names the primitive, its shapes and the line."""
