@@ -4,6 +4,11 @@
     this package's         parity.py import FOLDER    reads them, on XLA and on a Vulkan device, and exports models
     transformers' Python   parity.py export FOLDER    reads the exports
 
+or, of a run that was trained:
+
+    this package's         parity.py export-run FOLDER RUN    exports it, and records its greedy answers
+    transformers' Python   parity.py read-run FOLDER          answers the same questions
+
 Logits are compared as they are, in f32 within 1e-4, and greedy texts token for token. In bf16 both round every
 activation, each at places of its own: the one may be no more than twice as far from f32 as the other.
 """
@@ -16,6 +21,7 @@ import numpy as np
 
 LIMIT = 1e-4  # of logits, in f32
 NEW = 12  # tokens of a greedy text
+GREEDY = 64  # of the answer of a run that was trained
 MODELS = {  # of transformers: shape, stored type, greatest size of a file
     "chat": ({"n_embd": 256, "n_layer": 6, "n_head": 8, "n_positions": 256, "vocab_size": 4000}, "float32", "5GB"),
     "sharded": (
@@ -199,6 +205,86 @@ def read_exports(root: Path, _: list[str]) -> None:
         print(f"export {name}: chats have the tokens of training; generate went on to {length} of 128")
 
 
+def export_trained(root: Path, names: list[str]) -> None:
+    """Exports a run, and records how it answers its own prompts by the likeliest tokens, on the backend of its config.
+
+    All is in f32: in bf16 two likeliest tokens may change places.
+    """
+    import contextlib
+
+    import jax.numpy as jnp
+
+    from gpt_jax.backend import enter_backend
+    from gpt_jax.data.dialogue import Turn
+    from gpt_jax.data.tokenizer import encode_prompt, marker_ids
+    from gpt_jax.export import export
+    from gpt_jax.inference.decoder import Decoder
+    from gpt_jax.inference.generate import generate
+    from gpt_jax.inference.load import load_for_sampling
+    from gpt_jax.inference.sampling import SamplingOptions
+    from gpt_jax.model.gpt import GPT, ModelConfig
+    from gpt_jax.runs.find import find_run
+
+    found = find_run(names[0])
+    export(found, str(root / "model"), dtype="float32", most=10**12, force=False)
+    checkpoint = None if found.checkpoint == found.workdir else found.checkpoint
+    config, params, tokenizer, _ = load_for_sampling(found.workdir, checkpoint)
+    gpt = GPT(ModelConfig.from_config({**config.model, "dtype": "float32"}))
+    prompts = [encode_prompt(tokenizer, [Turn("user", text)]) for text in config.sample.prompts]
+    most = min(GREEDY, config.model.block_size - max(map(len, prompts)))
+    options = [SamplingOptions(temperature=0.0, max_tokens=most)] * len(prompts)
+
+    def logits(params, tokens):
+        hidden = gpt.apply({"params": params}, tokens)
+        return jnp.matmul(hidden, params["wte"].T if gpt.config.tie_head else params["head"])
+
+    with contextlib.ExitStack() as stack:
+        backend = enter_backend(config.backend, "highest", stack)
+        params = backend.put(params)
+        decoder = Decoder(gpt, params, backend, slots=len(prompts))
+        made = generate(decoder, prompts, options, end_tokens=marker_ids(tokenizer))
+        given = [np.asarray([prompt + new], np.int32) for prompt, new in zip(prompts, made, strict=True)]
+        high = [np.asarray(backend.jit(logits)(params, backend.put(tokens))) for tokens in given]
+    print(f"{len(made)} answers, {backend}")
+    np.savez(root / "logits.npz", *high)
+    answers = [list(each) for each in zip(config.sample.prompts, prompts, made, strict=True)]
+    (root / "answers.json").write_text(json.dumps({"most": most, "answers": answers}))
+
+
+def read_trained(root: Path, _: list[str]) -> None:
+    """transformers answers what the run was asked: the same tokens, logits within LIMIT times the largest."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(root / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    logits, wrong = np.load(root / "logits.npz"), []
+    asked = json.loads((root / "answers.json").read_text())
+    for (prompt, given, made), ours in zip(asked["answers"], logits.values(), strict=True):
+        chat = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        with torch.no_grad():
+            theirs = model(torch.tensor([given + made])).logits.numpy()
+            found = model.generate(**inputs, max_length=None, max_new_tokens=asked["most"], do_sample=False)[0].tolist()
+        difference, largest = float(np.abs(theirs - ours).max()), float(np.abs(theirs).max())
+        same = found == given + made
+        print(
+            f"{prompt!r}: {len(made)} tokens, {'the same' if same else 'NOT THE SAME'}; logits within {difference:.1e} "
+            f"of {largest:.1f}: {tokenizer.decode(made)!r}"
+        )
+        if not same or difference > LIMIT * largest:
+            wrong.append(prompt)
+    if wrong:
+        sys.exit(f"other answers than transformers' to {wrong}")
+
+
+STEPS = {
+    "models": make_models,
+    "import": import_models,
+    "export": read_exports,
+    "export-run": export_trained,
+    "read-run": read_trained,
+}
+
 if __name__ == "__main__":
-    step = {"models": make_models, "import": import_models, "export": read_exports}[sys.argv[1]]
-    step(Path(sys.argv[2]), sys.argv[3:] or list(MODELS))
+    STEPS[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:] or list(MODELS))
