@@ -129,10 +129,13 @@ def _made_ready(tokenizer: Tokenizer, path: str) -> Tokenizer:
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    sample = "naïve 真\t\r\n  x" + "".join(MARKERS)
+    sample = "Naïve 真\t\r\n  x" + "".join(MARKERS)
     ids = encode(tokenizer, sample)
-    if tokenizer.decode(ids, skip_special_tokens=False) != sample:
-        raise UserError(f"tokenizer {path} does not give text back as it was: it must be byte-level")
+    if (back := tokenizer.decode(ids, skip_special_tokens=False)) != sample:
+        raise UserError(
+            f"tokenizer {path} does not give text back as it was: {sample!a} comes back as {back!a}; it must be "
+            "byte-level, without a normalizer and without add_prefix_space"
+        )
     if set(ids) & set(marker_ids(tokenizer)):
         raise UserError(f"tokenizer {path} makes a marker out of text, so that text could forge a turn")
     return tokenizer

@@ -9,11 +9,17 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from gpt_jax.data.dialogue import END
+from gpt_jax.data.dialogue import END, MARKERS
 from gpt_jax.errors import UserError
 from gpt_jax.huggingface.gpt2 import TYPES, is_buffer, model_of, notes_of, parameters_of, settings_of
 from gpt_jax.huggingface.tensors import read_tensors
-from gpt_jax.huggingface.tokenizer import end_of_text, missing_markers, read_tokenizer, with_all_markers
+from gpt_jax.huggingface.tokenizer import (
+    end_of_text,
+    has_other_chat_template,
+    missing_markers,
+    read_tokenizer,
+    with_all_markers,
+)
 from gpt_jax.model.gpt import ModelConfig
 from gpt_jax.model.parameters import check_finite, named_leaves
 from gpt_jax.storage.checkpoint_files import CHECKPOINTS
@@ -68,6 +74,9 @@ def read_donor(name: str) -> Donor:
             f"{folder}: its tokenizer has a token of number {most}, and its config.json a vocab_size of "
             f"{model['vocab_size']}: they do not belong together"
         )
+    notes = notes_of(settings)
+    if has_other_chat_template(folder):
+        notes.append(f"its own chat template is not used: a chat is written with {', '.join(MARKERS)} here")
     tensors, kinds = read_tensors(folder, is_buffer)
     params = parameters_of(tensors, settings, ModelConfig.from_config(model), str(folder))
     check_finite(params, str(folder))
@@ -80,7 +89,7 @@ def read_donor(name: str) -> Donor:
         end_of_text=end_of_text(folder, tokenizer, raw),
         missing=() if tokenizer is None else missing_markers(tokenizer),
         description=f"{folder}, a GPT-2 of transformers: {count:,} parameters, stored as {kinds}",
-        notes=tuple(notes_of(settings)),
+        notes=tuple(notes),
     )
 
 

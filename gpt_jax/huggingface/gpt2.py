@@ -60,8 +60,7 @@ _SHAPE = {
     "num_heads": "n_head",
     "embed_dim": "n_embd",
 }
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # names of one function
-_ONLY = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")  # names of one function
 _BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 LINEAR_NAMES = {"qkv": "attn.c_attn", "projection": "attn.c_proj", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj"}
 _LAYER_NAMES = {
@@ -93,9 +92,8 @@ def settings_of(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
             f"{file}: activation_function is {settings['activation_function']!r}, and the model here has the GELU of "
             "GPT-2, 'gelu_new'"
         )
-    for name, wanted in _ONLY.items():
-        if settings[name] != wanted:
-            raise UserError(f"{file}: {name} is {settings[name]}, which the model here cannot do")
+    if settings["add_cross_attention"]:
+        raise UserError(f"{file}: add_cross_attention is true, which the model here cannot do")
     for name in ("quantization_config", "pruned_heads"):
         if raw.get(name):
             raise UserError(f"{file}: it has a {name}, and only a whole model in floating point can be read")
@@ -179,12 +177,14 @@ def parameters_of(
 ) -> dict[str, Any]:
     """The tensors of a GPT-2, f32, as our tree of parameters. Every tensor is taken, or the folder is refused.
 
-    Attention that is not scaled (scale_attn_weights false) is the same as scaled attention of a larger query, so that
-    the query's weights take the factor in; for heads of 4, 16, 64 or 256 it is a power of two, and exact.
+    Attention scores that are scaled otherwise are those of another query, so that the query's weights take the factor
+    in: `query_factor`.
 
     Raises:
       UserError: a tensor is missing, of another shape, or of no meaning here.
     """
+    if twice := [name for name in tensors if BASE + name in tensors]:
+        raise UserError(f"{where}: {listing(twice)} is there with {BASE!r} before it as well: remove one of the two")
     tensors = {name.removeprefix(BASE): tensor for name, tensor in tensors.items()}
     shapes = tensor_shapes(model)
     _check_names(tensors, shapes, where)
@@ -199,16 +199,25 @@ def parameters_of(
     flat |= {"ln_f/scale": tensors["ln_f.weight"], "ln_f/bias": tensors["ln_f.bias"]}
     if not model.tie_head:
         flat["head"] = np.ascontiguousarray(tensors[HEAD].T)
-    if not settings["scale_attn_weights"]:
-        factor = np.float32(math.sqrt(model.embed_dim // model.num_heads))
-        for name in (f"h_{i}/qkv/{part}" for i in range(model.num_layers) for part in ("kernel", "bias")):
-            flat[name] = flat[name].copy()
-            flat[name][..., : model.embed_dim] *= factor
+    for i in range(model.num_layers):
+        if (factor := query_factor(settings, i, model.embed_dim // model.num_heads)) != 1:
+            for name in (f"h_{i}/qkv/kernel", f"h_{i}/qkv/bias"):
+                flat[name] = flat[name].copy()
+                flat[name][..., : model.embed_dim] *= np.float32(factor)
     if not model.use_bias:
         for name in (f"h_{i}/{bias}" for i in range(model.num_layers) for bias in _BIASES):
             if flat.pop(name).any():
                 raise UserError(f"{where}: {OURS}.use_bias in config.json is false, and {name} is not zero: remove it")
     return unflatten_dict(flat, sep="/")
+
+
+def query_factor(settings: Mapping[str, Any], layer: int, head_dim: int) -> float:
+    """How much larger a layer's attention scores are than those of the model here.
+
+    A power of two, and so exact, for heads of 4, 16, 64 or 256 and in layers 0, 1, 3, 7.
+    """
+    unscaled = 1.0 if settings["scale_attn_weights"] else math.sqrt(head_dim)
+    return unscaled / (layer + 1) if settings["scale_attn_by_inverse_layer_idx"] else unscaled
 
 
 def _check_names(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -44,6 +44,8 @@ def read_tensors(folder: Path, ignored: Callable[[str], bool]) -> tuple[dict[str
 
 def _files(folder: Path) -> dict[str, list[str] | None]:
     """The files of a folder's tensors, and which of them each has; None: all that it has."""
+    if (folder / WEIGHTS).exists():  # transformers prefers it to an index as well
+        return {WEIGHTS: None}
     if (folder / INDEX).exists():
         index = read_object(folder / INDEX, known=None, types={"weight_map": dict})
         files: dict[str, list[str]] = {}
@@ -54,8 +56,6 @@ def _files(folder: Path) -> dict[str, list[str] | None]:
         if not files:
             raise UserError(f"{folder / INDEX} names no tensor: put back a good copy")
         return dict(files)
-    if (folder / WEIGHTS).exists():
-        return {WEIGHTS: None}
     if others := sorted(file.name for file in folder.iterdir() if _OTHERS.fullmatch(file.name)):
         raise UserError(
             f"{folder} has no {WEIGHTS} but {listing(others)}, which is not read here; convert it where torch and "
@@ -76,7 +76,12 @@ def _read_file(
             there = set(file.keys())
             if missing := [name for name in names or () if name not in there]:
                 raise UserError(f"{path} has no tensor {listing(missing)}, which {INDEX} says is in it")
-            for name in itertools.filterfalse(ignored, sorted(there if names is None else names)):
+            wanted = list(itertools.filterfalse(ignored, sorted(there)))
+            if names is not None and (unnamed := [name for name in wanted if name not in names]):
+                raise UserError(
+                    f"{path} has {listing(unnamed)}, which {INDEX} does not name: put back a good copy of it"
+                )
+            for name in wanted:
                 kind = file.get_slice(name).get_dtype()
                 if kind not in _READ:
                     raise UserError(f"{path}: {name} is of type {kind}, and only {', '.join(_READ)} are read")

@@ -1,6 +1,5 @@
 """The tokenizer of a folder of transformers: read as it is, given the chat's markers, and written for AutoTokenizer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +7,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from gpt_jax.data.dialogue import ASSISTANT, END, MARKERS, USER
 from gpt_jax.errors import UserError
-from gpt_jax.storage.files import is_absent, unreadable
+from gpt_jax.storage.files import unreadable
 from gpt_jax.storage.json_file import read_object
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _VOCABULARY, _MERGES, _ADDED = "vocab.json", "merges.txt", "added_tokens.json"  # of GPT-2's first folders
 _SPECIAL = "special_tokens_map.json"
+_TEMPLATE = "chat_template.jinja"  # where transformers 5 saves what was in tokenizer_config.json
 _GPT2_END = "<|endoftext|>"
 
 # Spells a conversation as `encode_dialogues` and `encode_prompt` do: markers, stripped texts, the system's text before
@@ -135,21 +135,11 @@ def tokenizer_config(block_size: int) -> dict[str, Any]:
     }
 
 
-def read_chat_template(folder: Path) -> str | None:
-    """The chat template of a folder; None if it has none."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
+def has_other_chat_template(folder: Path) -> bool:
+    """Whether a folder says how a chat is written, and otherwise than here."""
+    if (folder / _TEMPLATE).exists():
         try:
-            return file.read_text(encoding="utf-8")
+            return (folder / _TEMPLATE).read_bytes() != CHAT_TEMPLATE.encode()
         except OSError as error:
-            if not is_absent(error):
-                raise unreadable(file, error) from error
-        except ValueError:
-            raise UserError(f"{file} is not text in UTF-8") from None
-    found = _read(folder / TOKENIZER_CONFIG).get("chat_template")
-    return found if isinstance(found, str) else None
-
-
-def to_json(value: Any) -> str:
-    """JSON as transformers writes it."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            raise unreadable(folder / _TEMPLATE, error) from error
+    return _read(folder / TOKENIZER_CONFIG).get("chat_template") not in (None, CHAT_TEMPLATE)

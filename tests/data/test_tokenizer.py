@@ -5,7 +5,7 @@ import time
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from gpt_jax.data import tokenizer as tk
 from gpt_jax.data.corpus import render
@@ -119,8 +119,18 @@ def test_load_refuses_tokenizers_that_would_spoil_the_data(tmp_path):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.add_special_tokens(list(MARKERS))
     words.save(str(path))
-    with pytest.raises(UserError, match="it must be byte-level"):
+    with pytest.raises(UserError, match=r"comes back as .* it must be byte-level"):
         tk.load(path)
+
+    for change in ("normalizer", "add_prefix_space"):
+        changed = tk.train_tokenizer(TEXTS, 259)
+        if change == "normalizer":
+            changed.normalizer = normalizers.Lowercase()
+        else:
+            changed.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        changed.save(str(path))
+        with pytest.raises(UserError, match=f"comes back as .*, without .*{change}"):
+            tk.load(path)
 
     plain = tk.train_tokenizer(TEXTS, 259).to_str().replace('"special":true', '"special":false')
     path.write_text(plain)

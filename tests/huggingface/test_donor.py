@@ -15,6 +15,7 @@ from gpt_jax.data.dialogue import MARKERS
 from gpt_jax.data.tokenizer import encode, load, save, train_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.huggingface.donor import is_huggingface, read_donor, with_markers
+from gpt_jax.huggingface.tokenizer import CHAT_TEMPLATE
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.model.parameters import named_leaves
 
@@ -128,8 +129,7 @@ BAD_CONFIGS = [
     ({"model_type": "llama"}, "model_type is 'llama', and only models of type 'gpt2'"),
     ({"model_type": "absent"}, "model_type is None"),
     ({"activation_function": "relu"}, "activation_function is 'relu'"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True, which the model here cannot"),
-    ({"add_cross_attention": True}, "add_cross_attention is True"),
+    ({"add_cross_attention": True}, "add_cross_attention is true, which the model here cannot"),
     ({"quantization_config": {"bits": 4}}, "it has a quantization_config"),
     ({"n_layer": "two"}, "n_layer cannot be text"),
     ({"n_layer": 0}, "n_layer must be a whole number from 1"),
@@ -161,6 +161,10 @@ def untie(tensors):
     tensors["lm_head.weight"] = np.zeros((40, 8), np.float32)
 
 
+def name_it_twice(tensors):
+    tensors["wte.weight"] = tensors["transformer.wte.weight"] + 1
+
+
 def add_a_classifier(tensors):
     tensors["score.weight"] = np.zeros((2, 8), np.float32)
 
@@ -171,6 +175,7 @@ def add_a_classifier(tensors):
         (poison, "8 of the 8 numbers of the parameter ln_f/bias are NaN or infinite"),
         (quantize, "ln_f.bias is of type I8, and only F32, BF16, F16 are read"),
         (untie, 'lm_head.weight is not wte.weight, .* put "tie_word_embeddings": false'),
+        (name_it_twice, "wte.weight is there with 'transformer.' before it as well: remove one of the two"),
         (add_a_classifier, "score.weight has no place in a GPT-2"),
     ],
 )
@@ -191,6 +196,10 @@ def test_a_folder_that_is_no_whole_model_is_refused(tmp_path):
     index.write_text(json.dumps(map_of))
     part = sorted(folder.glob("*.safetensors"))[0]
     whole = part.read_bytes()
+    save_file({**load_file(part), "surprise": np.zeros(1, np.float32)}, part)
+    with pytest.raises(UserError, match=f"{part.name} has surprise, which model.safetensors.index.json does not name"):
+        read_donor(str(folder))
+    part.write_bytes(whole)
     part.write_bytes(whole[:-3])
     with pytest.raises(UserError, match=f"{part.name} is damaged: "):
         read_donor(str(folder))
@@ -245,6 +254,34 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer.json cannot be read as a tokenizer"):
         read_donor(str(folder))
+
+
+def test_scores_that_are_scaled_by_the_layer_are_those_of_a_smaller_query(tmp_path):
+    folder = copy("tied", tmp_path)
+    change_config(folder, scale_attn_by_inverse_layer_idx=True)
+    plain, scaled = (named_leaves(read_donor(str(each)).params) for each in (MODELS / "tied", folder))
+    for name, leaf in plain.items():
+        factor = np.ones(leaf.shape[-1], np.float32)
+        if name.startswith("h_1/qkv/"):
+            factor[:8] = 0.5  # the second layer's query
+        np.testing.assert_array_equal(scaled[name], leaf * factor, err_msg=name)
+
+
+def test_one_file_is_preferred_to_an_index_as_by_transformers(tmp_path):
+    folder = copy("untied", tmp_path)
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    save_file(tensors | {"lm_head.weight": np.ones((33, 12), np.float32)}, folder / "model.safetensors")
+    assert (read_donor(str(folder)).params["head"] == 1).all()
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_of_its_own_is_told_of(file, tmp_path):
+    folder = copy("untied", tmp_path)
+    for template, told in ((CHAT_TEMPLATE, False), ("{{ messages }}", True)):
+        (folder / file).write_text(template if file.endswith("jinja") else json.dumps({"chat_template": template}))
+        assert any("chat template is not used" in note for note in read_donor(str(folder)).notes) == told
 
 
 def test_bfloat16_is_read_bit_for_bit():
