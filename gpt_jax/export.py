@@ -29,13 +29,15 @@ from gpt_jax.checkpoint import restore_adapters
 from gpt_jax.config import check_saved, text_problem
 from gpt_jax.errors import UserError
 from gpt_jax.huggingface.adapter import ADAPTER_FILES, write_adapter
-from gpt_jax.huggingface.export import MODEL_FILES, Exported, check_exportable, parse_size, write_model
+from gpt_jax.huggingface.export import MODEL_FILES, check_exportable, parse_size, write_model
+from gpt_jax.huggingface.model_card import Exported
 from gpt_jax.huggingface.tensors import DTYPES
 from gpt_jax.inference.load import load_for_sampling
 from gpt_jax.runs.find import FoundRun, find_run
 from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, read_config
 from gpt_jax.runs.load import RunData, load_run
 from gpt_jax.runs.metrics import METRICS_FILE
+from gpt_jax.storage.checkpoint_files import BASE
 from gpt_jax.storage.new_folder import check_target, new_folder
 from gpt_jax.storage.upload import is_url, open_target
 
@@ -82,7 +84,8 @@ def export(found: FoundRun, to: str, *, dtype: str, most: int, force: bool, adap
 def _read_model(found: FoundRun, dtype: str, most: int) -> tuple[Callable[[Path], None], str]:
     """Reads a checkpoint; returns the function that writes it as a model, and which checkpoint it is."""
     checkpoint = None if found.checkpoint == found.workdir else found.checkpoint
-    exported = Exported(*load_for_sampling(found.workdir, checkpoint), run=_told_of(found.workdir))
+    is_base = found.checkpoint.name == BASE
+    exported = Exported(*load_for_sampling(found.workdir, checkpoint), _told_of(found.workdir), trained=not is_base)
     return functools.partial(write_model, exported=exported, dtype=dtype, most=most), exported.description
 
 

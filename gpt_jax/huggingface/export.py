@@ -1,6 +1,5 @@
 """Writes a run as a folder that `AutoModelForCausalLM` and `AutoTokenizer` of transformers read."""
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,33 +7,20 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from tokenizers import Tokenizer
 
 from gpt_jax.data.tokenizer import marker_ids
 from gpt_jax.data.tokenizer import save as save_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.huggingface.gpt2 import config_of, tensors_of
-from gpt_jax.huggingface.model_card import model_card
+from gpt_jax.huggingface.model_card import Exported, model_card
 from gpt_jax.huggingface.tensors import DTYPES, INDEX, WEIGHTS, write_tensors
 from gpt_jax.huggingface.tokenizer import TOKENIZER, TOKENIZER_CONFIG, tokenizer_config
 from gpt_jax.model.gpt import ModelConfig
-from gpt_jax.runs.load import RunData
 from gpt_jax.storage.files import writing
 
 README = "README.md"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-
-
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    """A checkpoint of a run, as `inference.load` reads it, and what the run says of itself."""
-
-    config: ConfigDict
-    params: Any
-    tokenizer: Tokenizer
-    description: str  # which checkpoint it is
-    run: RunData
 
 
 class ModelFiles:
@@ -93,7 +79,7 @@ def write_model(folder: Path, exported: Exported, *, dtype: str, most: int) -> N
         _write(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     with writing(folder / TOKENIZER):
         save_tokenizer(exported.tokenizer, folder / TOKENIZER)
-    _write(folder / README, model_card(exported.run, exported.description, dtype))
+    _write(folder / README, model_card(exported, dtype))
 
 
 def generation_config(sample: ConfigDict, block_size: int, ends: tuple[int, int, int]) -> dict[str, Any]:

@@ -1,48 +1,68 @@
 """The README.md of an exported model: what it is, how to use it, and the figures of its run."""
 
+import dataclasses
 import json
 from typing import Any
 
+import jax
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
 from gpt_jax.data.dialogue import ASSISTANT, END, USER
+from gpt_jax.data.token_cache import sources_of
+from gpt_jax.model.lora import LoraConfig
 from gpt_jax.runs.content import make_facts
 from gpt_jax.runs.formats import format_duration, format_number
 from gpt_jax.runs.load import RunData
 from gpt_jax.runs.markdown import one_line, render_blocks
 
 
-def model_card(run: RunData, description: str, dtype: str) -> str:
-    """The card, in Markdown with the front matter of the Hugging Face hub.
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A checkpoint of a run, as `inference.load` reads it, and what the run says of itself.
 
-    Args:
-      description: which checkpoint was exported.
-      dtype: of the weights.
+    description: which checkpoint it is. trained: whether its parameters are what the run trained, and not what its
+    adapters stand beside.
     """
-    info, config = run.info, run.config
-    name = one_line(info.get("name") or run.workdir.resolve().name)
+
+    config: ConfigDict
+    params: Any
+    tokenizer: Tokenizer
+    description: str
+    run: RunData
+    trained: bool = True
+
+
+def model_card(exported: Exported, dtype: str) -> str:
+    """The card, in Markdown with the front matter of the Hugging Face hub; dtype: of the weights."""
+    run = exported.run
+    name = one_line(run.info.get("name") or run.workdir.resolve().name)
     sections = {
-        "Use": _use(config["model"]["block_size"]),
+        "Use": _use(exported.config.model.block_size),
         "What a text looks like": (
             f"A conversation is `{USER}`question`{ASSISTANT}`answer`{END}`, with nothing between; the chat template of "
             "the tokenizer writes it so. A system text stands before the first question, with a blank line between. An "
             f"answer ends with any of the three markers, which is in `generation_config.json`."
         ),
-        "Model": render_blocks(make_facts(_model(run, description, dtype))),
-        "Training": render_blocks(make_facts(_training(run))),
+        "Model": render_blocks(make_facts(_model(exported, dtype))),
+        **({"Training": render_blocks(make_facts(_training(run)))} if exported.trained else {}),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    return f"{_front_matter(run)}\n# {name}\n\nA GPT-2 trained with gpt_jax.\n\n{body}\n"
+    return f"{_front_matter(exported)}\n# {name}\n\nA GPT-2 trained with gpt_jax.\n\n{body}\n"
 
 
-def _front_matter(run: RunData) -> str:
+def _front_matter(exported: Exported) -> str:
     """The facts that the hub reads; JSON is YAML."""
     facts: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["gpt2", "conversational"],
     }
-    source, donor = str((run.config.get("data") or {}).get("source")), str(run.config.get("init_from", ""))
-    if source.startswith("hf:"):
-        facts["datasets"] = [source.split(":")[1]]
+    config = exported.config
+    sources = sources_of(config.data) if exported.trained and "data" in config else ()
+    if datasets := [source.split(":")[1] for source in sources if source.startswith("hf:")]:
+        facts["datasets"] = datasets
+    donor = str(config.get("init_from", ""))
     if donor.startswith("hf:") and donor.count("/") <= 1 and not donor[3:].startswith((".", "/", "~")):
         facts["base_model"] = donor[3:]
     rows = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in facts.items())
@@ -71,16 +91,34 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 It sees {block_size:,} tokens, question and answer together."""
 
 
-def _model(run: RunData, description: str, dtype: str) -> list[tuple[str, Any]]:
-    model, info = run.config["model"], run.info
-    count = info.get("parameters")
+def _model(exported: Exported, dtype: str) -> list[tuple[str, Any]]:
+    model = exported.config.model
     return [
-        ("parameters", f"{count:,}" if count else None),
-        ("shape", f"{model['num_layers']} layers of {model['num_heads']} heads, {model['embed_dim']} wide"),
-        ("vocabulary", f"{model['vocab_size']:,} tokens, byte-level BPE"),
+        ("parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(exported.params)):,}"),
+        ("shape", f"{model.num_layers} layers of {model.num_heads} heads, {model.embed_dim} wide"),
+        ("vocabulary", f"{model.vocab_size:,} tokens, byte-level BPE"),
         ("weights", dtype),
-        ("exported from", one_line(description).replace(f"{run.workdir.resolve()}/", "")),
+        ("exported from", one_line(exported.description).replace(f"{exported.run.workdir.resolve()}/", "")),
     ]
+
+
+def _data(data: dict[str, Any] | None) -> str | None:
+    """What a run was trained on, and what of it was kept for validation, without folders of this machine."""
+    if not data:
+        return None
+    sources = sources_of(ConfigDict(data))
+    weights = data.get("weights") or [None] * len(sources)
+    told = [
+        _without_folder(source) + ("" if weight is None else f" (weight {weight:g})")
+        for source, weight in zip(sources, weights, strict=True)
+    ]
+    own = data.get("validation")
+    return ", ".join(told) + (f"; validation on {_without_folder(own)}" if own else "")
+
+
+def _amount(found: Any) -> str | None:
+    """How much a split holds; None where run.json has it otherwise, as older versions did."""
+    return ", ".join(f"{count:,} {of}" for of, count in found.items()) if isinstance(found, dict) else None
 
 
 def _training(run: RunData) -> list[tuple[str, Any]]:
@@ -88,14 +126,14 @@ def _training(run: RunData) -> list[tuple[str, Any]]:
     device = info.get("device") or {}
     _, losses = run.series("validation", "loss")
     first_steps, train = run.series("train", "loss")
-    data = ", ".join(f"{key} {value:,}" for key, value in (info.get("data") or {}).items() if type(value) is int)
-    source = (config.get("data") or {}).get("source")
+    adapters = LoraConfig.from_config(ConfigDict(config))
     versions = ", ".join(f"{package} {version}" for package, version in (info.get("versions") or {}).items())
     return [
         ("run", info.get("run_id")),
-        ("data", source and _without_folder(source)),
-        ("amounts", data),
+        ("data", _data(config.get("data"))),
+        *((f"{split} data", _amount(found)) for split, found in (info.get("data") or {}).items()),
         ("started from", _without_folder(config.get("init_from") or "") or None),
+        ("trained", adapters and f"adapters (LoRA) of rank {adapters.rank}, merged into what they stand beside"),
         ("steps", f"{run.last_step:,} of {config.get('num_steps', 0):,}, batches of {config.get('batch_size')}"),
         ("training loss", f"{format_number(train[0])} to {format_number(train[-1])}" if len(first_steps) else None),
         (

@@ -149,7 +149,8 @@ def export_run(folder: Path, changes: dict, dtype: str, most: int) -> None:
     from gpt_jax.data.dialogue import Turn
     from gpt_jax.data.tokenizer import encode_prompt, train_tokenizer
     from gpt_jax.huggingface.donor import read_donor
-    from gpt_jax.huggingface.export import Exported, write_model
+    from gpt_jax.huggingface.export import write_model
+    from gpt_jax.huggingface.model_card import Exported
     from gpt_jax.inference.conversation import with_system
     from gpt_jax.model.gpt import GPT, ModelConfig, init_params
     from gpt_jax.runs.load import RunData

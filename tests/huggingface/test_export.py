@@ -1,5 +1,6 @@
 """Runs exported for transformers: what comes back is what went, and a failure half way leaves nothing."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -25,8 +26,9 @@ from gpt_jax.errors import UserError
 from gpt_jax.export import export
 from gpt_jax.huggingface import export as export_module
 from gpt_jax.huggingface.donor import read_donor
-from gpt_jax.huggingface.export import Exported, parse_size, write_model
+from gpt_jax.huggingface.export import parse_size, write_model
 from gpt_jax.huggingface.gpt2 import tensor_shapes
+from gpt_jax.huggingface.model_card import Exported, model_card
 from gpt_jax.huggingface.tokenizer import CHAT_TEMPLATE
 from gpt_jax.inference.conversation import with_system
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
@@ -166,6 +168,37 @@ def test_a_checkpoint_of_a_run_is_exported_with_its_card(run, tmp_path, capsys):
     (target / "notes.txt").touch()
     with pytest.raises(UserError, match=r"holds notes.txt, which is no file of a model, and is not replaced"):
         export(find_run(str(run)), str(target), dtype="float32", most=10**9, force=True)
+
+
+def test_the_card_says_what_was_trained_on_what():
+    config = chat_gpt2.get_config()
+    config.update_from_flattened_dict(
+        {
+            "init_from": "/home/somebody/runs/donor/checkpoints/5",
+            "lora.rank": 4,
+            "data.mixture": ("/home/somebody/chats.jsonl", "hf:owner/set:train"),
+            "data.weights": (3.0, 1.0),
+            "data.validation": "/home/somebody/held_out.jsonl",
+        }
+    )
+    data = {"train": {"dialogues": 1500, "tokens": 70_000}, "validation": {"dialogues": 80, "tokens": 3_000}}
+    run = RunData(Path("runs/x"), {"parameters": 99, "data": data}, config.to_dict(), {}, [], [], [])
+    params = {"wte": np.zeros((6, 2), np.float32)}
+    exported = Exported(config, params, None, "the checkpoint 5", run)
+    card = model_card(exported, "float32")
+    for line in (
+        'datasets: ["owner/set"]',
+        "- parameters: 12",  # adapters are merged, and no part of them
+        "- data: chats.jsonl (weight 3), hf:owner/set:train (weight 1); validation on held_out.jsonl",
+        "- train data: 1,500 dialogues, 70,000 tokens",
+        "- validation data: 80 dialogues, 3,000 tokens",
+        "- trained: adapters (LoRA) of rank 4, merged into what they stand beside",
+    ):
+        assert line in card.splitlines()
+    assert "somebody" not in card
+    base = model_card(dataclasses.replace(exported, trained=False), "float32")
+    assert "Training" not in base
+    assert "owner/set" not in base
 
 
 @pytest.mark.parametrize("stands", [False, True], ids=["new", "in the place of another"])

@@ -62,6 +62,7 @@ def test_merged_and_base_are_exported_as_any_model(run, tmp_path):
         export(find_run(str(folder)), str(tmp_path / name), **OPTIONS)
         expected, _ = restore_parameters(folder)
         jax.tree.map(np.testing.assert_array_equal, read_donor(str(tmp_path / name)).params, expected)
+        assert ("## Training" in (tmp_path / name / "README.md").read_text()) == (name == "merged")
 
 
 def test_what_has_no_adapters_or_is_cast_is_refused_in_a_line(run, tmp_path):
