@@ -40,9 +40,9 @@ class StepCase(NamedTuple):
     fields: dict[str, Any]
 
     def load(self) -> Any:
-        from program import load_config
+        import program  # of the tree that is measured, and so are the configs
 
-        config = load_config(str(HERE.parent / "configs" / self.config))
+        config = program.load_config(str(Path(program.__file__).parents[1] / "configs" / self.config))
         config.update_from_flattened_dict(self.fields)
         return config
 
@@ -200,10 +200,10 @@ def profile_step(jitted: Any, state: Any, batch: Any, device: Any, config: Any) 
 def measure(
     name: str, side: str, steps: int, profile: bool, caches: str, timeout: float = 600, tree: Path = HERE.parent
 ) -> dict[str, Any]:
-    """Runs one side of a case, with the packages of `tree`; {"error": ...} where it fails."""
+    """Runs one side of a case, with the packages, the configs and the program.py of `tree`; {"error": ...} where it fails."""
     environment = os.environ | {
         "BENCHMARK_START": str(time.time()),
-        "PYTHONPATH": f"{tree}:{HERE}:{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": f"{tree}:{tree / 'benchmarks'}:{HERE}:{os.environ.get('PYTHONPATH', '')}",
         "VK_KERNELS_CACHE": f"{caches}/vulkan",
         "__GL_SHADER_DISK_CACHE_PATH": f"{caches}/nvidia",
         "MESA_SHADER_CACHE_DIR": f"{caches}/mesa",
@@ -215,7 +215,8 @@ def measure(
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
     Path(f"{caches}/nvidia").mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--side", side, "--cases", name, "--steps", str(steps)]
+    # -P: this folder does not come before those of the tree, whose program.py knows its packages.
+    command = [sys.executable, "-P", __file__, "--side", side, "--cases", name, "--steps", str(steps)]
     try:
         done = subprocess.run(
             command + ["--profile"] * profile, env=environment, capture_output=True, text=True, timeout=timeout

@@ -40,6 +40,14 @@ def test_the_base_is_a_folder_or_a_revision(gate, tmp_path):
         pass
 
 
+def test_a_tree_is_timed_by_its_own_program(gate, tmp_path):
+    """Its packages may have other names than those of today."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "program.py").write_text("raise SystemExit('the program of the tree')")
+    found = gate.measure("chat-bf16", "vulkan", 1, False, str(tmp_path / "caches"), tree=tmp_path)
+    assert found == {"error": "the program of the tree"}
+
+
 def test_the_table_is_of_cases_that_there_are(gate):
     train_step = importlib.import_module("train_step")
     assert set(json.loads(gate.TABLE.read_text())["ratios"]) <= set(train_step.CASES)
