@@ -200,7 +200,7 @@ def profile_step(jitted: Any, state: Any, batch: Any, device: Any, config: Any) 
 def measure(
     name: str, side: str, steps: int, profile: bool, caches: str, timeout: float = 600, tree: Path = HERE.parent
 ) -> dict[str, Any]:
-    """Runs one side of a case, with the packages, the configs and the program.py of `tree`; {"error": ...} where it fails."""
+    """Runs one side of a case, with packages, configs and program.py of `tree`; {"error": ...} where it fails."""
     environment = os.environ | {
         "BENCHMARK_START": str(time.time()),
         "PYTHONPATH": f"{tree}:{tree / 'benchmarks'}:{HERE}:{os.environ.get('PYTHONPATH', '')}",
