@@ -62,8 +62,8 @@ def test_one_device_reads_what_another_one_wrote(device, other, imports):
     with device.pooled_recorder() as recorder:
         recorder.copy(device.upload(words), writer.buffer)
         recorder.submit().wait()
-    writer.publish()
-    reader.fetch()
+    writer.publish(words.nbytes)
+    reader.fetch(words.nbytes)
     result = other.buffer(words.nbytes)
     with other.pooled_recorder() as recorder:
         recorder.copy(reader.buffer, result)

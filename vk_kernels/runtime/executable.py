@@ -261,6 +261,13 @@ class Executable:
                     "pass a copy"
                 )
 
+    def record(self, recorder: "CommandRecorder", inputs: Sequence[Buffer], outputs: Sequence[Buffer | None]) -> None:
+        """Records the program among other commands, on buffers or slices that the caller cares for.
+
+        outputs: None where one is in an input's memory.
+        """
+        self._fill(recorder, inputs, outputs, 0, len(self.program.commands))
+
     def _fill(
         self,
         recorder: "CommandRecorder",

@@ -8,7 +8,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vk_kernels.errors import FeatureError, LinkError
 
@@ -86,10 +86,13 @@ class HostLinks:
         return found
 
     def announce(self, token: int) -> None:
-        """Tells all others that this process has come to a point of its work, a number."""
+        """Tells all others that this process has come to a point of its work, a number.
+
+        One that has ended is no error here: it may have done all that it had to. Who waits for it hears of it.
+        """
         message = _TOKEN.pack(token)
         for other in self.peers:
-            with self._naming(other):
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._sockets[other].sendall(message)
 
     def await_all(self, token: int, doing: str = "") -> None:
@@ -110,26 +113,26 @@ class HostLinks:
     def send_handle(self, handle: int) -> None:
         """Sends a file descriptor to all others."""
         for other in self.peers:
-            with self._naming(other):
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 socket.send_fds(self._sockets[other], [b"h"], [handle])
 
     def receive_handle(self, other: int) -> int:
         """The file descriptor, now one of this process too, that a process sent."""
-        with self._naming(other):
+        with self._naming(other, "sharing memory"):
             _, handles, _, _ = socket.recv_fds(self._sockets[other], 1, 1)
         if not handles:
             raise LinkError(self._text(other, "ended", "sharing memory"))
         return handles[0]
 
     @contextlib.contextmanager
-    def _naming(self, other: int, doing: str = ""):
+    def _naming(self, other: int, doing: str) -> Iterator[None]:
         """Names the other process in what goes wrong with its link."""
         try:
             yield
         except TimeoutError:
             raise LinkError(self._text(other, f"did not answer in {self.timeout:g} s", doing)) from None
-        except OSError as error:
-            raise LinkError(self._text(other, f"ended ({error.strerror})", doing)) from None
+        except ConnectionResetError:
+            raise LinkError(self._text(other, "ended", doing)) from None
 
     @staticmethod
     def _text(other: int, what: str, doing: str) -> str:

@@ -54,7 +54,7 @@ class SharedMemory:
 
 
 class SharedRange:
-    """A range of shared memory, in whole pages, as a device uses it: `buffer`.
+    """A range of shared memory, in whole pages: `array` as the processes see it, `buffer` as the device does.
 
     The device works on the very memory where it can import it. Elsewhere `buffer` is mapped memory of its own, and the
     host copies: `publish` after the device has written, `fetch` before it reads. Where it is imported both do nothing.
@@ -64,19 +64,19 @@ class SharedRange:
         """imports: whether the device imports it, see `can_import`. Raises VulkanError where its driver refuses."""
         if offset % PAGE or nbytes % PAGE or not 0 <= offset <= offset + nbytes <= shared.nbytes:
             raise ValueError(f"{nbytes:,} bytes at {offset:,}: not whole pages of {shared.nbytes:,} bytes")
-        self._bytes = shared.array[offset : offset + nbytes]
+        self.array = shared.array[offset : offset + nbytes]
         self._is_copy = not imports
-        self.buffer: Buffer = device.import_host(self._bytes) if imports else device.memory.allocate(nbytes, "host")
+        self.buffer: Buffer = device.import_host(self.array) if imports else device.memory.allocate(nbytes, "host")
 
-    def publish(self) -> None:
-        """Makes what the device wrote, and was waited for, visible to the other processes."""
+    def publish(self, nbytes: int) -> None:
+        """Makes the first bytes, which the device wrote and was waited for, visible to the other processes."""
         if self._is_copy:
-            self.buffer.read_into(self._bytes)
+            self.buffer.read_into(self.array[:nbytes])
 
-    def fetch(self) -> None:
-        """Makes what other processes published visible to what is submitted from here on."""
+    def fetch(self, nbytes: int) -> None:
+        """Makes the first bytes, which other processes published, visible to what is submitted from here on."""
         if self._is_copy:
-            self.buffer.write(self._bytes)
+            self.buffer.write(self.array[:nbytes])
 
 
 def can_import(device: Device) -> bool:
