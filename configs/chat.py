@@ -110,6 +110,8 @@ def get_config() -> ConfigDict:
     config.log.every = 50  # steps between two lines of progress; 0: none
     config.log.diagnostics_every = 500  # attention statistics by head; as eval.every
     config.log.tensorboard = True
+    config.log.tracker = "none"  # beside it: none | wandb | trackio | mlflow, each an extra of that name
+    config.log.webhook = ""  # a URL that alerts are posted to, or $NAME of an environment variable with one
     config.log.profile_step = 0  # the profiler records from here (0: not at all)
     config.log.profile_steps = 3
     return config

@@ -22,6 +22,7 @@ SHARDS = ("replicated", "fsdp")
 PRECISIONS = ("highest", "high", "default")
 TARGETS = ("all", "assistant")
 TOOL_CALLS = ("text", "refuse")
+TRACKERS = ("none", "wandb", "trackio", "mlflow")
 ON_ERROR = ("stop", "skip")
 
 _INT32 = 2**31 - 1  # steps and sizes are int32 on every device
@@ -222,6 +223,8 @@ FIELDS: dict[str, Field] = {
     "log.every": _whole("steps between two lines of progress; 0: none", 0),
     "log.diagnostics_every": _whole(_EVERY, 0),
     "log.tensorboard": Field(bool, "whether TensorBoard's files are written"),
+    "log.tracker": _choice("service that shows the run too", TRACKERS, default="none"),
+    "log.webhook": Field(str, "URL that alerts are posted to, or $NAME of a variable with it; empty: none", default=""),
     "log.profile_step": _whole("first step of the profile; 0: none", 0),
     "log.profile_steps": _whole("steps of the profile"),
 }

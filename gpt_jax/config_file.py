@@ -20,6 +20,8 @@ from ml_collections import ConfigDict, config_flags
 from gpt_jax.config import FIELDS, check_name, check_names, leaves, with_defaults
 from gpt_jax.errors import UserError
 from gpt_jax.runs.info import CONFIG_FILE, read_config
+from gpt_jax.runs.webhook import SETTING as WEBHOOK
+from gpt_jax.runs.webhook import public_url
 
 _CONFIGS = Path("configs")  # in the current folder, where a name that is not found is looked for
 _SHIPPED = Path(__file__).parent / "configs"  # in a wheel; a checkout has them at its top
@@ -110,7 +112,10 @@ def describe_changes(config: ConfigDict, flag_values: flags.FlagValues = flags.F
     if file is None:
         return None
     path, before = file
-    return {"path": path, "values": {name: before[name] for name, now in leaves(config) if before[name] != now}}
+    values = {name: before[name] for name, now in leaves(config) if before[name] != now}
+    if WEBHOOK in values:
+        values[WEBHOOK] = public_url(values[WEBHOOK])
+    return {"path": path, "values": values}
 
 
 def load_config(path: str) -> ConfigDict:

@@ -88,6 +88,8 @@ class Alerts:
         """The alerts of a line of metrics, which comes after all that were seen. Values as metrics.jsonl has them."""
         if split == "train":
             return [*self._see_step(step, values), *self._see_throughput(step, values)]
+        if split == "event" and isinstance(rule := values.get("rule"), str):  # recorded, as it follows from no metric
+            return [Alert(step, rule, str(values.get("text", "")))]
         if split == "event" and str(values.get("text", "")).startswith("resumed"):
             self._compiled = False
         if split == "validation" and (loss := _number(values.get("loss"))) is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.config import types_of_fields
+from gpt_jax.runs.webhook import SETTING, public_url
 from gpt_jax.storage.files import replacing, writing
 from gpt_jax.storage.json_file import NUMBER, VERSION, Types, read_object
 
@@ -118,7 +119,7 @@ class RunInfo:
             "name": name,
             "domain": domain,
             "status": "running",
-            "command": shlex.join(sys.orig_argv) if command is None else command,
+            "command": shlex.join(command_line()) if command is None else command,
             "backend": backend,
             "versions": versions(),
             "device": device_facts() if device is None else device,
@@ -155,6 +156,20 @@ def mark_failed(workdir: Path, **facts: Any) -> None:
         write_json(workdir / INFO_FILE, {**earlier, "status": "failed", "ended": _now()})
     else:
         RunInfo(workdir, **facts).finish("failed")
+
+
+def command_line() -> list[str]:
+    """The words that started this process, without what may be a secret in them."""
+    words = list(sys.orig_argv)
+    for i, word in enumerate(words):
+        flag, given, value = word.partition("=")
+        if flag.lstrip("-") != f"config.{SETTING}":
+            continue
+        if given:
+            words[i] = f"{flag}={public_url(value)}"
+        elif i + 1 < len(words):
+            words[i + 1] = public_url(words[i + 1])
+    return words
 
 
 def new_run_id(now: datetime | None = None) -> str:

@@ -8,8 +8,9 @@
   time spent in another phase (eval, sample, checkpoint, ...) since the logging step before.
 - validation: loss, best, seconds; of several sources also "loss of SOURCE", of which loss is the mean by weight.
 - diagnostics: attention_max/LAYER/HEAD and attention_entropy/LAYER/HEAD (nats).
-- event: text. A start ("started", "resumed from STEP") has start_seconds too, from the process's start to the loop, and
-  lost_steps and lost_seconds if records of later steps were dropped for it; an end: PHASE_ms since the last log line.
+- event: text; an alert that follows from no metric has its rule too. A start ("started", "resumed from STEP") has
+  start_seconds too, from the process's start to the loop, and lost_steps and lost_seconds if records of later steps
+  were dropped for it; an end: PHASE_ms since the last log line.
 
 `samples.jsonl` has {"step", "prompt", "text", "tokens", "seconds", "ended"} a line. JSON knows no NaN and no infinity:
 on disk they are the strings "NaN", "Infinity" and "-Infinity", which `float` reads back. Both files may end in half a
@@ -21,9 +22,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import StorageError, replacing, writing
@@ -33,21 +34,41 @@ METRICS_FILE, SAMPLES_FILE, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "ten
 LOSS_OF = "loss of "  # before the name of a source
 
 
+class Tracker(Protocol):
+    """A place that shows a run beside its folder. `now`: in unix seconds."""
+
+    def scalars(self, step: int, values: Mapping[str, float], now: float) -> None: ...
+
+    def text(self, step: int, name: str, text: str, now: float) -> None: ...
+
+    def alert(self, step: int, rule: str, text: str, now: float) -> None: ...
+
+
 class MetricsWriter:
-    """Appends the metrics and samples of a run to its folder, as JSON lines and for TensorBoard.
+    """Appends the metrics and samples of a run to its folder, as JSON lines, and hands them to trackers.
 
     Every line reaches the operating system before the call returns, so a killed process loses nothing but the line
-    it was writing. TensorBoard gets everything but the train lines between logging steps (those without step_ms),
-    which would cost more than the training step of a small model.
+    it was writing. TensorBoard and other trackers get everything but the train lines between logging steps (those
+    without step_ms), which would cost more than the training step of a small model.
     """
 
-    def __init__(self, workdir: str | Path, resume_step: int | None = None, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        workdir: str | Path,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         """Opens the files, and drops from them what a run that stood at `resume_step` has not seen yet.
 
         Args:
           workdir: run folder; made if it is not there.
           resume_step: the last step whose lines stay; None: the run starts afresh and no line stays.
           tensorboard: whether to write event files as well.
+          settings: the run's, for them.
+          trackers: more that shows the run; whoever made them closes them.
 
         Raises:
           UserError: a line other than the last of an existing file is damaged.
@@ -59,11 +80,12 @@ class MetricsWriter:
         self._metrics = _open_after(self._folder / METRICS_FILE, last_kept)
         self._samples = _open_after(self._folder / SAMPLES_FILE, last_kept)
         self._events = None
+        self._trackers = list(trackers)
         if tensorboard:
             from gpt_jax.runs.tensorboard import EventFile
 
-            with self._writing_events():
-                self._events = EventFile(self._folder / TENSORBOARD, purge_step=last_kept + 1)
+            self._events = EventFile(self._folder / TENSORBOARD, last_kept + 1, settings or {})
+            self._trackers.append(self._events)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -72,16 +94,23 @@ class MetricsWriter:
         self.close()
 
     def write(self, step: int, split: str, scalars: Mapping[str, Any]) -> None:
-        """Appends one line. Values are numbers or bools, Python's or NumPy's 0-d; `text` alone is a string."""
+        """Appends one line. Values are numbers or bools, Python's or NumPy's 0-d; of an event also texts."""
         now = time.time()
         values = {name: value.item() if hasattr(value, "item") else value for name, value in scalars.items()}
         _write_line(self._metrics, {"step": step, "split": split, "time": now, **values})
-        if self._events is None or (split == "train" and "step_ms" not in values):
+        if not self._trackers or (split == "train" and "step_ms" not in values):
             return
-        with self._writing_events():
-            for name, value in values.items():
-                add = self._events.add_text if name == "text" else self._events.add_scalar
-                add(f"{split}/{name}", value, step, now)
+        numbers = {f"{split}/{name}": value for name, value in values.items() if not isinstance(value, str)}
+        for tracker in self._trackers:
+            if numbers:
+                tracker.scalars(step, numbers, now)
+            if "text" in values:
+                tracker.text(step, f"{split}/text", values["text"], now)
+
+    def alert(self, step: int, rule: str, text: str) -> None:
+        """Shows an alert in all trackers; the lines of metrics have it already."""
+        for tracker in self._trackers:
+            tracker.alert(step, rule, text, time.time())
 
     def sample(
         self, step: int, prompt: str, text: str, *, tokens: int, seconds: float, ended: bool | None = None
@@ -95,9 +124,8 @@ class MetricsWriter:
         """
         sample = {"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds, "ended": ended}
         _write_line(self._samples, {"step": step, **sample})
-        if self._events is not None:
-            with self._writing_events():
-                self._events.add_text(f"sample/{prompt}", text, step, time.time())
+        for tracker in self._trackers:
+            tracker.text(step, f"sample/{prompt}", text, time.time())
 
     def flush(self) -> None:
         """Has the operating system put every line written so far on the disk."""
@@ -106,8 +134,7 @@ class MetricsWriter:
             with writing(file.name):
                 os.fsync(file.fileno())
         if self._events is not None:
-            with self._writing_events():
-                self._events.flush()
+            self._events.flush()
 
     def check_in_place(self) -> None:
         """Raises StorageError if the files are no longer where they were opened: what is written then is lost."""
@@ -122,14 +149,10 @@ class MetricsWriter:
             return
         with contextlib.ExitStack() as stack:  # all of it, even if one fails
             if self._events is not None:
-                stack.enter_context(self._writing_events())
                 stack.callback(self._events.close)
             stack.callback(_close, self._metrics)
             stack.callback(_close, self._samples)
             self.flush()
-
-    def _writing_events(self) -> contextlib.AbstractContextManager[None]:
-        return writing(self._folder / TENSORBOARD)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

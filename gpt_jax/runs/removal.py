@@ -14,13 +14,14 @@ from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE
 from gpt_jax.runs.metrics import METRICS_FILE, SAMPLES_FILE, TENSORBOARD
 from gpt_jax.runs.summary import is_run
 from gpt_jax.runs.tags import TAGS_FILE
+from gpt_jax.runs.tracker_services import FOLDER as TRACKER
 from gpt_jax.storage.checkpoint_files import BASE, CHECKPOINTS
 from gpt_jax.storage.files import writing
 from gpt_jax.storage.lock import LockedError, is_held, lock
 
 _WRITTEN = {  # what a run and the commands that read it write
     *(INFO_FILE, CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, TENSORBOARD, CHECKPOINTS, LOCK_FILE, LOG_FILE),
-    *(TAGS_FILE, BASE, "tokenizer.json", "profile", "report.md", "report.html", "report.json"),
+    *(TAGS_FILE, BASE, "tokenizer.json", "profile", TRACKER, "report.md", "report.html", "report.json"),
 }
 
 

@@ -14,6 +14,8 @@ from gpt_jax.data.token_cache import NEW_TOKENIZER, sources_of
 from gpt_jax.errors import UserError
 from gpt_jax.model.lora import LoraConfig, check_targets
 from gpt_jax.runs.info import read_config, read_info
+from gpt_jax.runs.tracker_services import check_service
+from gpt_jax.runs.webhook import resolve as resolve_webhook
 from gpt_jax.training.adapters import saved_part
 from gpt_jax.training.donor import find_donor
 from gpt_jax.training.finetune import tokenizer_to_keep
@@ -38,6 +40,8 @@ def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> dict[
     """
     if lora := LoraConfig.from_config(config):
         check_targets(lora, config.model.num_layers)
+    check_service(config.log.tracker)
+    resolve_webhook(config.log.webhook)
     check_folder(workdir)
     read_info(workdir)
     read_config(workdir)

@@ -26,6 +26,8 @@ from gpt_jax.runs.folder import open_folder
 from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, mark_failed, new_run_id, read_config, write_json
 from gpt_jax.runs.metrics import METRICS_FILE, MetricsWriter
 from gpt_jax.runs.report import write_report
+from gpt_jax.runs.trackers import open_trackers, settings_of
+from gpt_jax.runs.webhook import SETTING, is_hidden, public_url, resolve
 from gpt_jax.signals import StopSignal
 from gpt_jax.storage.checkpoint_files import CHECKPOINTS, saved_steps
 from gpt_jax.storage.files import StorageError, writing
@@ -85,6 +87,7 @@ def train_and_evaluate(
         stop = stack.enter_context(StopSignal())
         backend = enter_backend(config.backend, config.matmul_precision, stack, config.vulkan.submit_ms)
         saved = check_start(config, workdir, abstract_state(config))
+        webhook, config.log.webhook = resolve(config.log.webhook), public_url(config.log.webhook)  # it may be a secret
         programs, shortage = plan_programs(config, backend)  # what kernels cannot do is said before any work
         stop.check()
         log = stack.enter_context(open_folder(workdir))
@@ -122,15 +125,22 @@ def train_and_evaluate(
             **{LAST_CHECKPOINT: resume_step},
             **({} if (workdir / INFO_FILE).exists() else {"run_id": run_id}),
         )
+        # What they show at their end is how the run ended, so they are open longer than it.
+        trackers = stack.enter_context(open_trackers(config, workdir, info.run_id, webhook, log))
         stack.push(functools.partial(finish_if_failed, info, checkpointer))
         if position is not None:
             tell_schedule(config, workdir, state, log)
+        if not webhook and is_hidden(config.log.webhook):
+            log(
+                f"config.{SETTING}: the rest of {config.log.webhook} was not saved: give it again to have alerts posted"
+            )
         save_config(config, workdir, log)
         with writing(workdir / "tokenizer.json"):
             save_tokenizer(corpus.tokenizer, workdir / "tokenizer.json")
         log(f"parameters\n{parameter_table(state.params, config)}")
         lost = lost_work(workdir, resume_step)  # before its records are dropped
-        writer = stack.enter_context(MetricsWriter(workdir, resume_step, config.log.tensorboard))
+        shown = {"settings": settings_of(config), "trackers": trackers}
+        writer = stack.enter_context(MetricsWriter(workdir, resume_step, config.log.tensorboard, **shown))
         recorded, text = take_up(workdir, resume_step, log)
         start_seconds = time.perf_counter() - began
         writer.write(resume_step or 0, "event", {"text": text, "start_seconds": start_seconds, **lost})

@@ -266,8 +266,12 @@ class Trainer:
                 self.report_skipped(step, values)
 
     def tell(self, alerts: Iterable[Alert]) -> None:
-        """Logs alerts, but of skipped updates, of which `report_skipped` says more. Readers find them anew."""
+        """Logs alerts, but of skipped updates, of which `report_skipped` says more, and shows them in trackers.
+
+        Readers of the metrics find them anew.
+        """
         for alert in alerts:
+            self.writer.alert(*alert)
             if alert.rule != NON_FINITE:
                 self.log(str(alert))
 
@@ -406,7 +410,10 @@ class Trainer:
         self.writer.flush()
         with contextlib.suppress(OSError):  # the folder is gone: the checkpoint's own error says so
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves)
-            self.tell(self.alerts.see_disk(self.step, shutil.disk_usage(self.workdir).free, size))
+            found = self.alerts.see_disk(self.step, shutil.disk_usage(self.workdir).free, size)
+            for alert in found:  # it follows from no metric
+                self.writer.write(self.step, "event", {"text": alert.text, "rule": alert.rule})
+            self.tell(found)
         position = {
             "next_window": self.first_window + (self.step - self.first_step) * self.config.batch_size,
             "order": self.order,

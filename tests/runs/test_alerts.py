@@ -13,9 +13,14 @@ from absl import flags
 from gpt_jax import watch
 from gpt_jax.cli import parse_flags
 from gpt_jax.errors import UserError
+from gpt_jax.runs import sections
 from gpt_jax.runs.alerts import Alerts, alerts_of
+from gpt_jax.runs.analysis import metric_lines
 from gpt_jax.runs.follow import COMPILING, FollowedRun
 from gpt_jax.runs.info import write_json
+from gpt_jax.runs.load import load_run
+from gpt_jax.runs.markdown import render_blocks
+from gpt_jax.runs.metrics import MetricsWriter
 from gpt_jax.storage.lock import lock
 
 
@@ -100,6 +105,20 @@ def test_a_disk_that_fills_is_told_once():
     assert alerts.see_disk(30, 1_400_000, 1_000_000) == []
     assert alerts.see_disk(40, 9_000_000, 1_000_000) == []
     assert len(alerts.see_disk(50, 1_000_000, 1_000_000)) == 1
+
+
+def test_what_the_trainer_recorded_of_a_disk_is_an_alert_of_the_run(tmp_path):
+    """It follows from no metric, so that a reader must find it written."""
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, "train", {"loss": 1.0})
+        writer.write(1, "event", {"text": "1.5 MB are free", "rule": "disk"})
+        writer.write(2, "event", {"text": "completed"})
+    [alert] = alerts_of(metric_lines(load_run(tmp_path)))
+    assert str(alert) == "alert at step 1, disk: 1.5 MB are free"
+    followed = FollowedRun(tmp_path)
+    followed.read()
+    assert followed.alerts == [alert]
+    assert "| 1 | disk | 1.5 MB are free |" in render_blocks(sections.alerts(load_run(tmp_path)))
 
 
 # ---- a run that is followed

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from configs import chat, gpt2_124m
 from gpt_jax.errors import UserError
@@ -139,13 +140,14 @@ def test_a_train_line_is_cheap(tmp_path):
     assert best < 300e-6  # about 50e-6 on an idle machine
 
 
-def test_tensorboard_gets_logging_steps_texts_and_the_purge(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
+def test_tensorboard_gets_logging_steps_texts_settings_alerts_and_the_purge(tmp_path):
+    with MetricsWriter(tmp_path, settings={"optimizer.b1": 0.9, "name": "chat"}) as writer:
         writer.write(1, "train", {"loss": 8.0})
         writer.write(50, "train", {"loss": 7.0, "step_ms": 10.0})
         writer.write(50, "validation", {"loss": 7.5, "best": True})
         writer.write(50, "event", {"text": "something happened"})
         writer.sample(50, "Hi?", "Hello", tokens=1, seconds=0.1)
+        writer.alert(50, "spike", "high")
     with MetricsWriter(tmp_path, resume_step=20):
         pass
     events = list(tensorboard_events(tmp_path))
@@ -153,7 +155,14 @@ def test_tensorboard_gets_logging_steps_texts_and_the_purge(tmp_path):
     assert scalars[50, "train/loss"] == 7.0
     assert scalars[50, "validation/best"] == 1.0
     assert (1, "train/loss") not in scalars
-    assert {tag.split("/")[0] for _, tag in scalars} == {"train", "validation", "event", "sample"}
+    shown = {"train", "validation", "event", "sample", "alert", "_hparams_"}
+    assert {tag.split("/")[0] for _, tag in scalars} == shown
+    values = {v.tag: v for event in events for v in event.summary.value}
+    content = values["_hparams_/session_start_info"].metadata.plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["optimizer.b1"].number_value == 0.9
+    assert settings["name"].string_value == "chat"
+    assert values["alert/spike/text_summary"].tensor.string_val == [b"high"]
     restarts = [event.step for event in events if event.session_log.status == SessionLog.START]
     assert 21 in restarts
 
