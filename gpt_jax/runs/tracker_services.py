@@ -55,7 +55,7 @@ class Service(Protocol):
 
 class Wandb:
     def __init__(self, run: TrackedRun) -> None:
-        import wandb
+        import wandb  # pyrefly: ignore[missing-import]
 
         self._html, self._level = wandb.Html, wandb.AlertLevel.WARN
         self._run = wandb.init(
@@ -83,7 +83,7 @@ class Wandb:
 
 class Trackio:
     def __init__(self, run: TrackedRun) -> None:
-        import trackio
+        import trackio  # pyrefly: ignore[missing-import]
 
         self._markdown = trackio.Markdown
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
@@ -106,8 +106,8 @@ class Mlflow:
     def __init__(self, run: TrackedRun) -> None:
         for name, value in (("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")):
             os.environ.setdefault(name, value)  # else a server that is gone is asked for minutes
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
+        from mlflow import MlflowClient  # pyrefly: ignore[missing-import]
+        from mlflow.entities import Metric, Param  # pyrefly: ignore[missing-import]
 
         self._client, self._metric = MlflowClient(), Metric
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
