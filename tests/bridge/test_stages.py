@@ -128,6 +128,11 @@ def test_a_program_checks_the_size_of_all_that_it_is_given(lowered):
         executable({0: X, 1: np.int8(1), 2: np.float32(1)})
     with pytest.raises(ValueError, match="input 0 of the program"):
         executable.time({0: short, 1: np.int32(1), 2: np.float32(1)})
+    long = lowered.device.upload(X)
+    for turn in range(8):  # also once it is bound to a buffer, and once it copies an input that is another each time
+        executable({0: long if turn < 2 else lowered.device.upload(X), 1: np.int32(1), 2: np.float32(1)})
+        with pytest.raises(ValueError, match="input 0 of the program"):
+            executable({0: short, 1: np.int32(1), 2: np.float32(1)})
 
 
 def test_what_was_compiled_for_a_device_that_was_closed_says_so():

@@ -16,10 +16,10 @@ Python objects of the one before (`try_reuse`).
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress, repeat
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -131,7 +131,8 @@ class DonatingCaller:
         self._rest_donated = [k for k, i in enumerate(self._rest) if i in signature.donated]
         made = [j for j in range(len(signature.out_types)) if j not in aliases]
         places = {j: k for k, j in enumerate((*aliases, *made))}
-        self._order = [places[j] for j in range(len(signature.out_types))]
+        self._in_order = _items_at([places[j] for j in range(len(signature.out_types))])
+        self._carried_items, self._rest_items = _items_at(self._carried), _items_at(self._rest)
         self._host_results = [(j, aval) for j, aval in enumerate(signature.out_avals) if on_host(aval)]
         found = _Carry.find(signature.in_tree, signature.out_tree, aliases)
         self._carry = None if self._host_results else found
@@ -151,9 +152,9 @@ class DonatingCaller:
             rest = leaves_at(carry.arguments, (*args[: carry.argument], *args[carry.argument + 1 :]))
         else:
             leaves = leaves_at(self._signature.in_tree, arguments)
-            if leaves is None or not all(map(is_, map(leaves.__getitem__, self._carried), last.arrays)):
+            if leaves is None or not all(map(is_, self._carried_items(leaves), last.arrays)):
                 return None
-            rest = [leaves[i] for i in self._rest]
+            rest = self._rest_items(leaves)
         return rest if rest is not None and all(map(is_leaf_of, rest, self._rest_types)) else None
 
     def call_with_carry(self, rest: Sequence[Any]) -> Any:
@@ -172,7 +173,7 @@ class DonatingCaller:
             self._buffers = []
         carried = [self.argument(i, leaves[i]) for i in self._carried]
         buffers = [self._device.upload(x) if isinstance(x, np.ndarray) else x for x in carried]
-        made = self._run([leaves[i] for i in self._rest], dict(zip(self._carried, buffers, strict=True)))
+        made = self._run(self._rest_items(leaves), dict(zip(self._carried, buffers, strict=True)))
         self._buffers = buffers  # only now: what raises leaves a loop over another state as it was
         for i in self._signature.donated:
             delete(leaves[i])
@@ -182,7 +183,8 @@ class DonatingCaller:
     def argument(self, i: int, x: Any) -> Buffer | np.ndarray:
         """The i-th leaf of a call as the executable takes it."""
         if type(x) is np.ndarray:
-            return x.astype(self._in_dtypes[i], copy=False)
+            dtype = self._in_dtypes[i]
+            return x if x.dtype == dtype else x.astype(dtype)
         if type(x) is not Array:
             return host_array(x)
         buffer = x.buffer
@@ -206,8 +208,15 @@ class DonatingCaller:
         if self._carry:
             results = self._carry.results.unflatten(made)
             return (*results[: self._carry.result], self._last.arrays, *results[self._carry.result :])
-        results = list(map([*self._last.arrays, *made].__getitem__, self._order))
+        results = list(self._in_order([*self._last.arrays, *made]))
         for j, aval in self._host_results:
             struct = on_device(aval)
             results[j] = to_host(results[j].buffer.read(struct.dtype, struct.shape), aval)
         return self._signature.out_tree.unflatten(results)
+
+
+def _items_at(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """A function that returns the items at some places of a sequence; quicker than a loop over them."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda items: [items[i] for i in places]  # of one place, itemgetter would return the bare item

@@ -9,6 +9,7 @@ when kernels are compiled and memory is in place. From then on consecutive stage
 took no longer together; a stage that took longer is one alone. Where the cuts are changes no result.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from itertools import repeat
@@ -67,8 +68,8 @@ class _Recording:
 
     @property
     def lost(self) -> bool:
-        """Whether an output was donated: its memory is another program's now."""
-        return not self.donation.all_alive and any(buffer.donated for buffer in self.outputs)
+        """Whether an output was donated: its memory is another program's now. Not where all results are alive."""
+        return any(buffer.donated for buffer in self.outputs)
 
     def renew(self) -> None:
         """Makes new results in the same memory."""
@@ -121,32 +122,39 @@ class Executable:
         Raises ValueError for an argument of another size than the input's, and for two inputs in the same memory, one
         of which is an output's.
         """
-        self._check_sizes(arguments)
         recording = self._find_or_record(self._bind(arguments))
-        copies = []
-        for i, (slot, mapped) in recording.slots.items():
-            x = arguments[i]
-            if isinstance(x, Buffer):
-                copies.append((x, slot))
-            elif mapped is None:
-                slot.write(x)
-            else:
-                self.device.wait(slot.last_use)
-                mapped[...] = x
-        self._copy(copies)
+        if recording.slots:
+            self._fill_slots(recording.slots, arguments)
         recording.recorder.submit()
         self._last = recording.inputs
         if not recording.donation.all_alive:  # a caller deleted one
             recording.renew()
         return recording.results.copy()
 
-    def _check_sizes(self, arguments: Mapping[int, Buffer | np.ndarray]) -> None:
-        """No kernel may read past the end of what it is given."""
-        for i, x in arguments.items():
-            found = x.size if isinstance(x, Buffer) else x.nbytes
-            if found != self._sizes[i]:
-                array = self.program.inputs[i]
-                raise ValueError(f"input {i} of the program is {array}, {array.nbytes:,} bytes, found {found:,} bytes")
+    def _fill_slots(
+        self, slots: Mapping[int, tuple[Buffer, np.ndarray | None]], arguments: Mapping[int, Buffer | np.ndarray]
+    ) -> None:
+        """Brings the arguments that have a slot there: host arrays at once, buffers as a submission of copies."""
+        copies, wait = [], self.device.queue.wait
+        for i, (slot, mapped) in slots.items():
+            x = arguments[i]
+            if isinstance(x, Buffer):
+                self._check_size(i, x.size)
+                copies.append((x, slot))
+                continue
+            self._check_size(i, x.nbytes)
+            if mapped is None:
+                slot.write(x)
+            else:
+                wait(slot.last_use)
+                mapped[...] = x
+        self._copy(copies)
+
+    def _check_size(self, i: int, found: int) -> None:
+        """Raises ValueError for an argument of `found` bytes: no kernel may read past the end of what it is given."""
+        if found != self._sizes[i]:
+            array = self.program.inputs[i]
+            raise ValueError(f"input {i} of the program is {array}, {array.nbytes:,} bytes, found {found:,} bytes")
 
     def _copy(self, copies: Sequence[tuple[Buffer, Buffer]]) -> None:
         if copies:
@@ -163,30 +171,32 @@ class Executable:
         bound = self._last
         for i, x in arguments.items():
             buffer = x.owner if isinstance(x, Buffer) and i not in self._copied else None
-            if i in self._aliased:
-                buffer.donated = True
             if bound[i] is not buffer:
+                if buffer is not None:
+                    self._check_size(i, x.size)
                 bound = bound.copy() if bound is self._last else bound
                 bound[i] = buffer
+            if i in self._aliased:
+                buffer.donated = True
         return bound
 
     def _find_or_record(self, bound: list[Buffer | None]) -> _Recording:
         """A recording for these buffers: the longest unused one that is free, else a new one."""
-        for recording in [recording for recording in self._recordings if recording.lost]:
+        for recording in [x for x in self._recordings if not x.donation.all_alive and x.lost]:
             self._recordings.remove(recording)
         fitting = [x for x in self._recordings if x.inputs is bound or x.inputs == bound]
         full = len(self._recordings) == RECORDINGS
-        done = 0 if full else self.device.completed()
+        has_slots = bool(fitting and fitting[0].slots)
+        # Slots that the device still reads, and outputs that a caller holds, are better left alone.
+        done = self.device.completed() if has_slots and not full else math.inf
         for recording in fitting:
-            # Slots that the device still reads, and outputs that a caller holds, are better left alone.
-            is_free = full or not recording.slots or recording.recorder.last_use <= done
-            if is_free and not referenced_elsewhere(recording.results):
+            if recording.recorder.last_use <= done and not referenced_elsewhere(recording.results):
                 break
         else:
             recording = self._evict_held_outputs(fitting[0]) if full and fitting else self._record(bound)
-        if recording in self._recordings:
+        if recording is not self._recordings[-1]:
             self._recordings.remove(recording)
-        self._recordings.append(recording)
+            self._recordings.append(recording)
         return recording
 
     def release_donated(self) -> None:
@@ -207,7 +217,7 @@ class Executable:
         return recording
 
     def _record(self, bound: list[Buffer | None]) -> _Recording:
-        """Makes a recording for these buffers."""
+        """Makes a recording for these buffers, and keeps it."""
         self._check_apart(bound)
         if self._recordings:  # an input in other memory each time is not worth a recording each time
             last = self._recordings[-1].inputs
@@ -227,7 +237,9 @@ class Executable:
             for array, alias in zip(self.program.outputs, self._aliases, strict=True)
         ]
         recorder = self._recorded([buffers.get(i) or x for i, x in enumerate(bound)], outputs)
-        return _Recording(recorder, bound, slots, [x for x in outputs if x is not None], self._types)
+        made = _Recording(recorder, bound, slots, [x for x in outputs if x is not None], self._types)
+        self._recordings.append(made)
+        return made
 
     def _recorded(self, inputs: Sequence[Buffer], outputs: Sequence[Buffer | None]) -> "CommandRecorder | Chain":
         recorders = []
@@ -294,9 +306,9 @@ class Executable:
 
     def time(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list["Timing"]:
         """Device time of each command, run one at a time; the arguments, by number, stay as they are."""
-        self._check_sizes(arguments)
         inputs: list[Buffer | None] = [None] * len(self.program.inputs)
         for i, x in arguments.items():
+            self._check_size(i, x.size if isinstance(x, Buffer) else x.nbytes)
             inputs[i] = self.device.buffer(x.size) if isinstance(x, Buffer) else self.device.upload(x)
         self._copy([(x, inputs[i]) for i, x in arguments.items() if isinstance(x, Buffer)])
         outputs = [

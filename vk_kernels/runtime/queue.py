@@ -6,12 +6,15 @@ A submission is known by its value on the timeline, 1 for the first; whoever is 
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from vk_kernels.errors import DeviceTimeoutError
 from vk_kernels.runtime import vulkan
 from vk_kernels.runtime.logical_device import LogicalDevice
 from vk_kernels.runtime.vulkan import ffi, vk
+
+_last_use = attrgetter("last_use")
 
 
 class Queue:
@@ -55,7 +58,7 @@ class Queue:
         """Hands a command buffer to the queue; returns the value that the timeline reaches when it is done, which is
         the `last_use` of all `users` from here on; where the driver refuses it, theirs is what it was."""
         with self._lock:
-            submit, before = self.device.fn.vkQueueSubmit, [user.last_use for user in users]
+            submit, before = self.device.fn.vkQueueSubmit, list(map(_last_use, users))
             value = self._submitted + 1
             self._command[0] = command
             self._signal_value[0] = value
