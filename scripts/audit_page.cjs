@@ -16,6 +16,18 @@ async function audit(browser, file, folder, width, colorScheme) {
   await page.waitForTimeout(1000);
   found.push(...(await page.evaluate(() => [...document.querySelectorAll(".chart")]
     .filter((place) => !place.querySelector("svg path")).map((place) => `not drawn: ${place.getAttribute("aria-label")}`))));
+  found.push(...(await page.evaluate(() => {
+    // A map whose scale does not fit its values is of one color. Its cells are the rectangles of the same size.
+    const texts = JSON.parse(document.getElementById("charts").textContent);
+    return [...document.querySelectorAll(".chart")].flatMap((place) => {
+      const chart = texts[place.dataset.chart];
+      if (chart.kind !== "heatmap") return [];
+      const values = chart.values.flat().filter((value) => value !== null);
+      const most = (items) => Math.max(...Map.groupBy(items, (item) => item).values().map((group) => group.length)) / items.length;
+      const fills = [...place.querySelectorAll("svg path[fill]")].map((path) => path.getAttribute("fill")).filter((fill) => fill.startsWith("rgb"));
+      return fills.length >= values.length && most(fills) > 0.5 && most(values) <= 0.5 ? [`of one color: ${place.getAttribute("aria-label")}`] : [];
+    });
+  })));
   const wide = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
   if (wide > 0) found.push(`${wide} pixels wider than the screen`);
   const stem = `${folder}/${basename(file, ".html")}_${width}_${colorScheme}`;
@@ -36,9 +48,16 @@ async function audit(browser, file, folder, width, colorScheme) {
   const browser = await chromium.launch({ executablePath: process.env.CHROMIUM, args: ["--no-sandbox"], timeout: 120_000 });
   const found = [];
   for (const file of files) {
-    for (const [width, scheme] of [[1280, "light"], [390, "dark"]]) found.push(...(await audit(browser, file, folder, width, scheme)));
+    for (const width of [1280, 390]) {
+      for (const scheme of ["light", "dark"]) found.push(...(await audit(browser, file, folder, width, scheme)));
+    }
     const page = await browser.newPage();
+    await page.setViewportSize({ width: 794, height: 1123 }); // A4
     await page.goto(`file://${resolve(file)}`);
+    await page.emulateMedia({ media: "print", colorScheme: "dark" });
+    await page.waitForTimeout(1000);
+    await page.screenshot({ path: `${folder}/${basename(file, ".html")}_printed.png`, fullPage: true });
+    await page.emulateMedia({ media: null, colorScheme: null });
     await page.pdf({ path: `${folder}/${basename(file, ".html")}.pdf`, format: "A4" });
     await page.close();
   }

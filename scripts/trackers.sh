@@ -2,7 +2,7 @@
 # Real trackers show a run, and one whose server is killed in the middle changes nothing in it: MLflow and trackio with
 # servers of their own, wandb offline, and TensorBoard's reader for settings and texts.
 #
-#   scripts/trackers.sh [FOLDER]        # what the runs and the servers write; default: a new one
+#   scripts/trackers.sh [FOLDER [mlflow] [trackio] [wandb]]    # FOLDER: for what the runs and the servers write
 #
 # They are installed into a folder of their own, TRACKERS (.cache/trackers, 0.8 GB), beside the packages of the Python
 # that VENV (.venv) is of. Exits with 1 if one of them failed.
@@ -19,4 +19,4 @@ fi
 # Their own packages come first, then those that the trainer needs.
 "$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
     "$("$trackers/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/trainer.pth"
-PATH="$trackers/bin:$PATH" PYTHONPATH=. "$trackers/bin/python" scripts/trackers.py "$out"
+PATH="$trackers/bin:$PATH" PYTHONPATH=. "$trackers/bin/python" scripts/trackers.py "$out" "${@:2}"

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gpt_jax.log import Log
 from gpt_jax.runs.info import read_info
@@ -24,12 +24,11 @@ from gpt_jax.runs.outbox import Outbox
 from gpt_jax.runs.status import CRASHED, RUNNING
 from gpt_jax.runs.tracker_services import FOLDER, SERVICES, Service, TrackedRun
 
-PATIENCE = 15.0  # seconds that the end of a run waits for the last lines to be sent
+PATIENCE = 30.0  # seconds that the end of a run waits for the last lines to be sent
 SAID = 3  # exit code of a process that has told why it ends
 _LONGEST = 200  # characters of a library's message
 _START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from gpt_jax.runs.tracker_process import main; sys.exit(main())"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from gpt_jax.runs.tracker_process import main; main()"
 )
 
 
@@ -127,7 +126,7 @@ class TrackerProcess:
                 )
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Runs the library's side: reads lines from standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What the library starts inherits neither end of the pipes, and what it prints goes to the log.
@@ -140,7 +139,10 @@ def main() -> int:
         with contextlib.suppress(OSError):  # nobody listens any more
             print(" ".join(text.split())[:_LONGEST], file=answers)
 
-    return serve(lines, say, SERVICES)
+    code = serve(lines, say, SERVICES)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # what a library left for the exit must not keep the run waiting; all is sent
 
 
 def serve(lines: Iterable[bytes], say: Callable[[str], None], services: Mapping[str, Callable[..., Service]]) -> int:
@@ -172,7 +174,7 @@ def serve(lines: Iterable[bytes], say: Callable[[str], None], services: Mapping[
                 traceback.print_exc()
                 say(f"{call} failed at step {message['step']:,}, it goes on trying: {type(error).__name__}: {error}")
     if hasattr(signal, "alarm"):
-        signal.alarm(round(4 * PATIENCE))  # a trainer that was killed waits for nobody
+        signal.alarm(round(2 * PATIENCE))  # a trainer that was killed waits for nobody
     status = read_info(Path(run.folder)).get("status")
     service.finish(CRASHED if status == RUNNING else str(status))
     return 0

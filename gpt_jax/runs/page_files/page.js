@@ -47,7 +47,7 @@ function lines(chart, place) {
     symbolSize: 8, symbol: ["circle", "diamond", "triangle", "rect"][grouped ? owner(line) % 4 : 0],
     color: color(`c${(grouped ? owner(line) : single(line, i)) % COLORS}`),
     lineStyle: { width: line.look === "pale" ? 0.8 : 2, opacity: line.look === "pale" ? 0.45 : 1 },
-    itemStyle: line.look === "points" ? { borderColor: color("ground"), borderWidth: 1 } : undefined,
+    itemStyle: line.look === "points" ? { borderColor: color("ground"), borderWidth: 1 } : { opacity: line.look === "pale" ? 0.45 : 1 },
     z: line.look === "points" ? 4 : 2,
     data: line.x[x].map((at, j) => [at, line.y[j]]).filter(([, y]) => y !== null && (!log || y > 0)),
   }));
@@ -89,10 +89,11 @@ function map(chart) {
       formatter: ({ value: [x, y, , value] }) =>
         `${escaped(chart.y[y])}, ${escaped(chart.x_name)} ${escaped(chart.x[x])}: <b>${short(value)}</b>`,
     },
-    grid: { left: 96, right: 16, top: 8, bottom: 84 },
+    grid: { left: 96, right: 16, top: 8, bottom: 100 },
     xAxis: axis(chart.x_name, "category", { data: chart.x }),
     yAxis: axis("", "category", { data: chart.y }),
     visualMap: {
+      dimension: 2, // as it is colored; the last one is as it is told
       min: Math.min(...known), max: Math.max(...known), calculable: true, orient: "horizontal", left: "center", bottom: 0,
       text: [chart.value_name, ""], textStyle: { color: color("ink") }, itemWidth: 14, itemHeight: 110, precision: 2,
       formatter: (value) => short(chart.log ? 10 ** value : value),
@@ -125,7 +126,7 @@ function bars(chart, place) {
 function draw(place) {
   const chart = charts[place.dataset.chart];
   if (chart.kind === "bars") place.style.height = `${100 + 24 * legendRows(chart.series.map(([name]) => name), place) + 30 * chart.categories.length}px`;
-  if (chart.kind === "heatmap") place.style.height = `${Math.min(900, 110 + 18 * Math.max(chart.y.length, 4))}px`;
+  if (chart.kind === "heatmap") place.style.height = `${Math.min(900, 126 + 18 * Math.max(chart.y.length, 4))}px`;
   if (!drawn.has(place)) {
     const made = echarts.init(place, null, { renderer: "svg" });
     if (chart.kind === "lines") made.group = `over ${chart.x_names[0]}`; // zoomed together
