@@ -7,9 +7,9 @@ from typing import NamedTuple
 from gpt_jax.errors import UserError
 
 USER, ASSISTANT, END = MARKERS = ("<|user|>", "<|assistant|>", "<|end_of_text|>")
-
-
 TEXT = "text"  # in place of a role: the one turn of a document
+
+_as_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make the encoder anew each time
 
 
 class Turn(NamedTuple):
@@ -78,7 +78,7 @@ def finish_document(text: str, where: str, source: str | None = None, *, goes_on
 
 def _digest(turns: list[Turn], where: str) -> str:
     try:
-        return hashlib.blake2b(json.dumps(turns, ensure_ascii=False).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(_as_json(turns).encode(), digest_size=16).hexdigest()
     except UnicodeEncodeError as error:
         found = ascii(error.object[error.start])
         raise UserError(f"{where}: found {found}, half of a surrogate pair, which is not text") from None

@@ -20,8 +20,8 @@ from gpt_jax.errors import UserError
 
 TextReader = Callable[[str, str, str | None, Reading], list[Dialogue]]  # (text, where, source, reading)
 
-_NOT_TEXT = ("image", "images", "audio", "audios", "video", "videos")  # keys of rows and of messages
-_ATTACHED = ("file", "files", "attachments")  # keys of messages; those of a row may say where it is from
+_NOT_TEXT = {"image", "images", "audio", "audios", "video", "videos"}  # keys of rows and of messages
+_NO_TURN = {*_NOT_TEXT, "file", "files", "attachments"}  # keys of messages; those of a row may say where it is from
 _COUNTED = {"weight": (0, 1), "train": (False, True), "loss": (False, True)}  # by key: no target, target
 _READ = {"role", "content", "from", "value", "tool_calls", "function_call", "refusal", *_COUNTED}
 _READ_OF_PARTS = {  # by type
@@ -138,8 +138,8 @@ def _opened(dialogue: Dialogue, opening: str, where: str, identity: str | None) 
 def _refuse_what_no_turn_can_say(row: Mapping[str, Any], where: str) -> None:
     if "completion" in row and isinstance(row.get("label"), bool):
         raise UserError(f"{where}: found 'label' beside 'completion', a judgement, which this loss cannot learn from")
-    for key in _NOT_TEXT:
-        if row.get(key):
+    for key in sorted(row.keys() & _NOT_TEXT):
+        if row[key]:
             raise UserError(f"{where}: found {key!r}, which is not text: remove the row")
 
 
@@ -253,8 +253,8 @@ def _said(message: Any, where: str, reading: Reading) -> _Said:
     role = ROLES.get(str(message.get(role_key)))
     if role is None:
         raise UserError(f"{where}: {role_key!r} is {message.get(role_key)!r}, not one of {', '.join(ROLES)}")
-    for key in (*_NOT_TEXT, *_ATTACHED):
-        if message.get(key):
+    for key in sorted(message.keys() & _NO_TURN):
+        if message[key]:
             raise UserError(f"{where}: found {key!r}, which is not text")
     _note_unread(message, _READ | _LINKS, "of messages", reading)
 
@@ -274,7 +274,7 @@ def _said(message: Any, where: str, reading: Reading) -> _Said:
         _note_tool(f"{where}: found {role_key!r} {message[role_key]!r}, a tool's", reading)
         texts = [_tagged("tool_call" if role == "call" else "tool_response", "\n".join(texts))]
     side = {"call": "assistant", "answer": "user"}.get(role, role)
-    context = any(_no_target(message, key, where) for key in _COUNTED)
+    context = any(_no_target(message, key, where) for key in sorted(message.keys() & _COUNTED.keys()))
     return _Said(
         where, side, "\n".join(text for text in texts if text.strip()), tool or side != role or bool(calls), context
     )
@@ -331,8 +331,6 @@ def _tagged(tag: str, text: str) -> str:
 
 
 def _no_target(message: Mapping[str, Any], key: str, where: str) -> bool:
-    if key not in message:
-        return False
     if message[key] not in _COUNTED[key]:
         no, yes = map(_json, _COUNTED[key])
         raise UserError(f"{where}: {key!r} is {message[key]!r}, neither {no} nor {yes}")
@@ -362,6 +360,8 @@ def _note_tool(found: str, reading: Reading) -> None:
 
 
 def _note_unread(found: Mapping[str, Any], read: set[str], whose: str, reading: Reading) -> None:
+    if found.keys() <= read:  # nearly always, and updating a counter is slow
+        return
     reading.unread.update(
         f"{key!r} {whose}" for key, value in found.items() if key not in read and value not in ("", [], {})
     )
