@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -143,12 +144,24 @@ class _Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """An opened folder of tokens; `arrays` by name."""
+    """An opened folder of tokens; `arrays` by name. source: as it was called when it was read, which lines name."""
 
     arrays: dict[str, np.ndarray]
     stats: dict[str, dict[str, int]]
     taken: list[str]
     notes: list[str]
+    source: str
+
+    def called(self, source: str) -> "_Entry":
+        """The same content under another name: places in lines, which begin with it, begin with that."""
+        if self.source in ("", source):
+            return self
+        before, now = (str(Path(name).expanduser()) for name in (self.source, source))
+        place = re.compile(rf"^(  |read .*?; the first, ){re.escape(before)}(?=[:/])")
+        taken, notes = (
+            [place.sub(lambda found: found[1] + now, line) for line in lines] for lines in (self.taken, self.notes)
+        )
+        return dataclasses.replace(self, taken=taken, notes=notes, source=source)
 
 
 def prepare(
@@ -322,12 +335,12 @@ def _tokens(recipe: _Recipe, root: Path, log: Log) -> _Entry:
         log(f"data: using the token cache {folder}")
     else:
         log(f"data: prepared in {time.monotonic() - begun:.1f} s, cached in {folder}")
-    return entry
+    return entry.called(recipe.source)
 
 
 def _open(folder: Path) -> _Entry:
     """Raises OSError, ValueError, KeyError or TypeError if the cache is not whole."""
-    types = {"dtype": str, "stats": dict.fromkeys(_SPLITS, dict), "taken": list, "notes": list}
+    types = {"dtype": str, "stats": dict.fromkeys(_SPLITS, dict), "taken": list, "notes": list, "source": str}
     meta = read_facts(folder, FORMAT_VERSION, types, (*_ARRAYS, _TOKENIZER))
     dtypes = {"tokens": np.dtype(meta["dtype"]), "assistant": np.dtype(np.uint8), "texts": np.dtype(np.uint64)}
     arrays = {}
@@ -335,7 +348,7 @@ def _open(folder: Path) -> _Entry:
         split, _, kind = name.partition(".")
         count = meta["stats"][split]["dialogues" if kind == "texts" else "tokens"]
         arrays[name] = map_array(folder / name, dtypes[kind], count)
-    return _Entry(arrays, meta["stats"], meta["taken"], meta["notes"])
+    return _Entry(arrays, meta["stats"], meta["taken"], meta["notes"], meta.get("source") or "")
 
 
 class _Split:
@@ -391,7 +404,8 @@ def _write_tokens(folder: Path, recipe: _Recipe, log: Log) -> None:
     tokenizer.save(recipe.tokenizer, folder / _TOKENIZER)
     checksums = {name: output.crc for name, output in outputs.items()}
     checksums[_TOKENIZER] = crc32_of_file(folder / _TOKENIZER)
-    facts = {"dtype": dtype.name, "stats": stats, "taken": reading.taken(), "notes": reading.notes()}
+    lines = {"taken": reading.taken(), "notes": reading.notes()}
+    facts = {"dtype": dtype.name, "stats": stats, "source": recipe.source, **lines}
     write_facts(folder, FORMAT_VERSION, facts, checksums)
 
 

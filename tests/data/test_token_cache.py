@@ -269,6 +269,10 @@ def test_what_was_read_otherwise_is_said_at_every_start(tmp_path):
     prepare(source, again.append, on_error="skip")
     assert again[1:] == [line for line in lines if "prepar" not in line and "training a tokenizer" not in line]
     assert sum(counts["dialogues"] for counts in prepared.stats.values()) == 20
+    moved, there = tmp_path / "moved.jsonl", []
+    shutil.copy(source, moved)
+    prepare(str(moved), there.append, on_error="skip")
+    assert there[1:] == [line.replace(str(source), str(moved)) for line in again[1:]] != again[1:]
     with pytest.raises(
         UserError, match=r"holds no dialogue and no text: 1 were skipped, first .*:1: the dialogue has no"
     ):
