@@ -39,7 +39,7 @@ from gpt_jax.evaluation.open_model import OpenedModel, open_model
 from gpt_jax.evaluation.questions import Question
 from gpt_jax.evaluation.results import as_json, as_tables
 from gpt_jax.evaluation.scorer import Scorer
-from gpt_jax.evaluation.sources import Texts, all_texts, validation_texts
+from gpt_jax.evaluation.sources import NamedTexts, all_texts, validation_texts
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.storage.files import replacing, writing
 from vk_kernels import VulkanError
@@ -132,7 +132,7 @@ def evaluate_model(opened: OpenedModel, asked: Asked, stack: contextlib.ExitStac
     }
 
 
-def texts_to_measure(opened: OpenedModel, asked: Asked) -> Texts | None:
+def texts_to_measure(opened: OpenedModel, asked: Asked) -> NamedTexts | None:
     """The texts of --data and --validation_of, or else the model's own validation data; None: questions alone count.
 
     Raises:

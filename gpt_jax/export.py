@@ -32,7 +32,7 @@ from gpt_jax.huggingface.adapter import ADAPTER_FILES, write_adapter
 from gpt_jax.huggingface.export import MODEL_FILES, check_exportable, parse_size, write_model
 from gpt_jax.huggingface.model_card import Exported
 from gpt_jax.huggingface.tensors import DTYPES
-from gpt_jax.inference.load import load_for_sampling
+from gpt_jax.inference.load_model import load_for_sampling
 from gpt_jax.runs.find import FoundRun, find_run
 from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, read_config
 from gpt_jax.runs.load import RunData, load_run

@@ -151,7 +151,7 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-class Output:
+class ChecksummedFile:
     """A new file that knows the CRC-32 of what was written to it."""
 
     def __init__(self, file: BinaryIO) -> None:

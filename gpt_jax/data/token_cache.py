@@ -28,7 +28,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gpt_jax.data import corpus, tokenizer
-from gpt_jax.data.cache_folder import Output, map_array, open_or_build, read_facts, write_facts, writing_cache
+from gpt_jax.data.cache_folder import ChecksummedFile, map_array, open_or_build, read_facts, write_facts, writing_cache
 from gpt_jax.data.dialogue import Dialogue, Part
 from gpt_jax.data.reading import Reading
 from gpt_jax.errors import UserError
@@ -354,7 +354,7 @@ def _open(folder: Path) -> _Entry:
 class _Split:
     """The files of one split while they are written."""
 
-    def __init__(self, outputs: dict[str, Output], dtype: np.dtype, end: int) -> None:
+    def __init__(self, outputs: dict[str, ChecksummedFile], dtype: np.dtype, end: int) -> None:
         self.outputs, self.dtype, self.end = outputs, dtype, end
         self.stats = {"dialogues": 0, "bytes": 0, "tokens": 0}
 
@@ -379,7 +379,7 @@ def _write_tokens(folder: Path, recipe: _Recipe, log: Log) -> None:
     *_, end = tokenizer.marker_ids(recipe.tokenizer)
     reading, sources = Reading(**recipe.how), set()
     with contextlib.ExitStack() as stack:
-        outputs = {name: Output(stack.enter_context((folder / name).open("wb"))) for name in _ARRAYS}
+        outputs = {name: ChecksummedFile(stack.enter_context((folder / name).open("wb"))) for name in _ARRAYS}
         splits = {
             split: _Split({kind: outputs[f"{split}.{kind}"] for kind in ("tokens", "assistant", "texts")}, dtype, end)
             for split in _SPLITS

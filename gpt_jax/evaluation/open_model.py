@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from gpt_jax.errors import UserError
 from gpt_jax.huggingface.donor import is_huggingface, read_donor
-from gpt_jax.inference.load import load_for_sampling
+from gpt_jax.inference.load_model import load_for_sampling
 from gpt_jax.runs.find import find_run
 from gpt_jax.runs.info import read_info
 

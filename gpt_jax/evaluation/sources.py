@@ -14,10 +14,10 @@ from gpt_jax.log import Log
 DEFAULT = "default"
 _PARTS = {"quote": "quotes", "scene": "plays"}  # of the default corpus, by what the sources of its dialogues begin with
 
-Texts = Iterator[tuple[str, Dialogue]]
+NamedTexts = Iterator[tuple[str, Dialogue]]
 
 
-def all_texts(source: str, log: Log) -> Texts:
+def all_texts(source: str, log: Log) -> NamedTexts:
     """All that a data source holds, training and validation; a row that cannot be read is an error.
 
     Raises:
@@ -29,7 +29,7 @@ def all_texts(source: str, log: Log) -> Texts:
     _tell(reading, log)
 
 
-def validation_texts(config: ConfigDict, recorded: Mapping[str, int], log: Log) -> Texts:
+def validation_texts(config: ConfigDict, recorded: Mapping[str, int], log: Log) -> NamedTexts:
     """The validation split of a run's data, read anew, so that it needs no cache.
 
     Args:

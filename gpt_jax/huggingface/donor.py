@@ -35,7 +35,7 @@ _NO_HUB = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Donor:
+class HuggingFaceModel:
     """A GPT-2 as its folder has it, in our terms."""
 
     folder: Path
@@ -53,7 +53,7 @@ def is_huggingface(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
-def read_donor(name: str) -> Donor:
+def read_donor(name: str) -> HuggingFaceModel:
     """Reads a GPT-2 of transformers, with or without biases, a tied or an own head, in one file or several.
 
     Args:
@@ -81,7 +81,7 @@ def read_donor(name: str) -> Donor:
     params = parameters_of(tensors, settings, ModelConfig.from_config(model), str(folder))
     check_finite(params, str(folder))
     count = sum(leaf.size for leaf in named_leaves(params).values())
-    return Donor(
+    return HuggingFaceModel(
         folder=folder,
         params=params,
         model=model,
@@ -93,7 +93,7 @@ def read_donor(name: str) -> Donor:
     )
 
 
-def with_markers(donor: Donor) -> Donor:
+def with_markers(donor: HuggingFaceModel) -> HuggingFaceModel:
     """The donor with a tokenizer that has the chat's three markers.
 
     What it lacked comes after its other tokens, and its vocabulary grows where there is no room. The row of the end of

@@ -19,7 +19,7 @@ from gpt_jax.runs.markdown import one_line, render_blocks
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A checkpoint of a run, as `inference.load` reads it, and what the run says of itself.
+    """A checkpoint of a run, as `inference.load_model` reads it, and what the run says of itself.
 
     description: which checkpoint it is. trained: whether its parameters are what the run trained, and not what its
     adapters stand beside.
@@ -103,7 +103,7 @@ def _model(exported: Exported, dtype: str) -> list[tuple[str, Any]]:
 
 
 def _data(data: dict[str, Any] | None) -> str | None:
-    """What a run was trained on, and what of it was kept for validation, without folders of this machine."""
+    """The data that a run was trained on, and how much was kept for validation, without folders of this machine."""
     if not data:
         return None
     sources = sources_of(ConfigDict(data))

@@ -7,7 +7,7 @@ import numpy as np
 
 from gpt_jax.data.tokenizer import encode, vocabulary_bytes
 from gpt_jax.errors import UserError
-from gpt_jax.inference.load import load_for_sampling
+from gpt_jax.inference.load_model import load_for_sampling
 from gpt_jax.model.gpt import GPT, ModelConfig, attention_log_weights
 
 

@@ -24,7 +24,7 @@ class DeviceFailed(Exception):
     """The device failed while it answered; the message is one line."""
 
 
-class Command(NamedTuple):
+class ChatCommand(NamedTuple):
     """A line that begins with a slash.
 
     argument: its name in the help; in brackets where it may be left out. run: None for those that answer or end, which
@@ -259,23 +259,23 @@ def read_chat(path: Path, options: SamplingOptions) -> tuple[str, list[Turn], Sa
     return system, turns, options
 
 
-COMMANDS: dict[str, Command] = {
-    "help": Command("", "this list", ChatSession._help),
-    "retry": Command("", "another answer to the last question", None),
-    "undo": Command("", "takes the last question and its answer back", ChatSession._undo),
-    "reset": Command("", "begins a new conversation", ChatSession._reset),
-    "system": Command("[TEXT]", "shows or sets the system prompt; -: none", ChatSession._set_system),
-    "temp": Command("[X]", "temperature; 0: the likeliest token", _option("temperature", NUMBER, "temp")),
-    "top_p": Command("[X]", "share of the probability to draw from", _option("top_p", NUMBER, "top_p")),
-    "top_k": Command("[N]", "likeliest tokens to draw from; 0: all", _option("top_k", WHOLE, "top_k")),
-    "min_p": Command("[X]", "share of the largest probability needed", _option("min_p", NUMBER, "min_p")),
-    "repeat": Command(
+COMMANDS: dict[str, ChatCommand] = {
+    "help": ChatCommand("", "this list", ChatSession._help),
+    "retry": ChatCommand("", "another answer to the last question", None),
+    "undo": ChatCommand("", "takes the last question and its answer back", ChatSession._undo),
+    "reset": ChatCommand("", "begins a new conversation", ChatSession._reset),
+    "system": ChatCommand("[TEXT]", "shows or sets the system prompt; -: none", ChatSession._set_system),
+    "temp": ChatCommand("[X]", "temperature; 0: the likeliest token", _option("temperature", NUMBER, "temp")),
+    "top_p": ChatCommand("[X]", "share of the probability to draw from", _option("top_p", NUMBER, "top_p")),
+    "top_k": ChatCommand("[N]", "likeliest tokens to draw from; 0: all", _option("top_k", WHOLE, "top_k")),
+    "min_p": ChatCommand("[X]", "share of the largest probability needed", _option("min_p", NUMBER, "min_p")),
+    "repeat": ChatCommand(
         "[X]", "penalty of tokens that were there; 1: none", _option("repetition_penalty", NUMBER, "repeat")
     ),
-    "max": Command("[N]", "tokens of an answer at most", _option("max_tokens", WHOLE, "max")),
-    "seed": Command("[N]", "of the draws; -: another one each time", _option("seed", WHOLE, "seed")),
-    "save": Command("FILE", "writes the conversation", ChatSession._save),
-    "load": Command("FILE", "goes on with one that was saved", ChatSession._load),
-    "step": Command("[N]", "takes another checkpoint: a step, best or latest", ChatSession._step),
-    "quit": Command("", "ends the chat, as Ctrl-D does", None),
+    "max": ChatCommand("[N]", "tokens of an answer at most", _option("max_tokens", WHOLE, "max")),
+    "seed": ChatCommand("[N]", "of the draws; -: another one each time", _option("seed", WHOLE, "seed")),
+    "save": ChatCommand("FILE", "writes the conversation", ChatSession._save),
+    "load": ChatCommand("FILE", "goes on with one that was saved", ChatSession._load),
+    "step": ChatCommand("[N]", "takes another checkpoint: a step, best or latest", ChatSession._step),
+    "quit": ChatCommand("", "ends the chat, as Ctrl-D does", None),
 }

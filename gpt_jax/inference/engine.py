@@ -57,7 +57,7 @@ class Event(NamedTuple):
         return self.reason is not None or self.error is not None
 
 
-class TextStream(Protocol):
+class Detokenizer(Protocol):
     """Token ids to text, piece by piece; see `text_stream`."""
 
     stopped: bool
@@ -82,7 +82,7 @@ class Generation:
         self._engine, self._deliver = engine, deliver
         self.request = request
         self.cancelled = self.ended = False
-        self.text: TextStream | None = None
+        self.text: Detokenizer | None = None
 
     def cancel(self) -> None:
         """Ends it as soon as may be, if it has not ended; its place is free then. From any thread, any number of times.
@@ -104,7 +104,7 @@ class Engine:
     Args:
       open_decoder: makes the decoder, in the thread: a backend's settings are of the thread that entered them. What the
         decoder needs until the end is registered with the stack that it is given.
-      open_text: a `TextStream` that stops at the given strings.
+      open_text: a `Detokenizer` that stops at the given strings.
       max_waiting: how many requests may wait for a slot.
 
     Raises:
@@ -114,7 +114,7 @@ class Engine:
     def __init__(
         self,
         open_decoder: Callable[[contextlib.ExitStack], Any],
-        open_text: Callable[[Sequence[str]], TextStream],
+        open_text: Callable[[Sequence[str]], Detokenizer],
         *,
         max_waiting: int,
     ) -> None:
@@ -320,7 +320,7 @@ class Engine:
                 done.set_exception(EngineFailed(failure))
 
 
-def next_event(text: TextStream, piece: Piece) -> Event:
+def next_event(text: Detokenizer, piece: Piece) -> Event:
     """The event of what a chunk added to a text: characters that are sure, up to a stop string."""
     if not all(map(math.isfinite, piece.logprobs)):
         return Event(error=NO_TOKEN)

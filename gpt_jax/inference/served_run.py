@@ -14,7 +14,7 @@ from gpt_jax.data.tokenizer import marker_ids, vocabulary_bytes
 from gpt_jax.inference.conversation import Fitted, fit, room_for_answer
 from gpt_jax.inference.decoder import Decoder
 from gpt_jax.inference.engine import Engine, Request
-from gpt_jax.inference.load import load_for_sampling
+from gpt_jax.inference.load_model import load_for_sampling
 from gpt_jax.inference.sampling import MOST_ALTERNATIVES, SamplingOptions
 from gpt_jax.inference.text_stream import TextStream
 from gpt_jax.model.gpt import GPT, ModelConfig

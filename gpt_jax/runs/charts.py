@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt_jax.runs.analysis import TRAIN_WINDOW, trailing_mean
-from gpt_jax.runs.content import Bars, Block, Figure, HeatMap, Line, Lines, Table, make_table
+from gpt_jax.runs.content import Bars, Figure, HeatMap, Line, Lines, ReportBlock, Table, make_table
 from gpt_jax.runs.formats import format_duration, format_number
 from gpt_jax.runs.load import NORM, RunData, forward_order
 from gpt_jax.runs.wall_time import wall_time
@@ -45,7 +45,7 @@ def line_figure(
     *,
     log: bool = False,
     x_names: tuple[str, ...] = ("step",),
-) -> list[Block]:
+) -> list[ReportBlock]:
     """A figure of the series that have points; none if no one has."""
     drawn = [each for each in series if len(each.x)]
     if not drawn:
@@ -59,7 +59,7 @@ def line_figure(
     return [Figure(title, description, Lines(x_names, y_name, tuple(lines), log), table)]
 
 
-def loss(run: RunData) -> list[Block]:
+def loss(run: RunData) -> list[ReportBlock]:
     steps, values = run.series("train", "loss")
     means = trailing_mean(values)[TRAIN_WINDOW - 1 :]
     middle = steps[TRAIN_WINDOW // 2 :][: len(means)]  # of their windows: at their ends they would trail behind
@@ -72,7 +72,7 @@ def loss(run: RunData) -> list[Block]:
     return line_figure("Training and validation", about, "loss (nats a token)", lines)
 
 
-def learning_rate(run: RunData) -> list[Block]:
+def learning_rate(run: RunData) -> list[ReportBlock]:
     steps, values = run.series("train", "learning_rate")
     lines = [Series("learning rate", steps, values)]
     return line_figure(
@@ -80,7 +80,7 @@ def learning_rate(run: RunData) -> list[Block]:
     )
 
 
-def norms(run: RunData) -> list[Block]:
+def norms(run: RunData) -> list[ReportBlock]:
     names = {"grad_norm": "gradient, before the clip", "update_norm": "update", "param_norm": "parameters"}
     lines = [Series(called, *_positive(run.series("train", name))) for name, called in names.items()]
     steps, values = run.series("train", "grad_norm")
@@ -88,7 +88,7 @@ def norms(run: RunData) -> list[Block]:
     return line_figure("Norms of gradient, update and parameters", about, "norm", lines, log=True)
 
 
-def layer_norms(run: RunData) -> list[Block]:
+def layer_norms(run: RunData) -> list[ReportBlock]:
     """Heat map of the layers' gradient norms: the largest of each stretch of steps."""
     table, layers = run.tables.get("train", {}), run.layers
     if not layers:
@@ -110,10 +110,10 @@ def layer_norms(run: RunData) -> list[Block]:
     return [Figure("Gradient norm by layer", about, chart, _map_table(chart, "layer"))]
 
 
-def attention(run: RunData) -> list[Block]:
+def attention(run: RunData) -> list[ReportBlock]:
     """Heat maps of each head's largest score and entropy."""
     table = run.tables.get("diagnostics", {})
-    found: list[Block] = []
+    found: list[ReportBlock] = []
     for prefix, title, about in (
         ("attention_max", "Largest attention score", "before the soft cap; scores that only grow go before a spike"),
         ("attention_entropy", "Attention entropy", "in nats; a head at 0 looks at one token only"),
@@ -139,7 +139,7 @@ def attention(run: RunData) -> list[Block]:
     return found
 
 
-def throughput(run: RunData) -> list[Block]:
+def throughput(run: RunData) -> list[ReportBlock]:
     """The first interval of each part, in which it compiles, is left out."""
     steps, tokens = run.series("train", "tokens_per_second")
     lines = [Series("tokens a second", steps[1:], tokens[1:])]
@@ -147,7 +147,7 @@ def throughput(run: RunData) -> list[Block]:
     return line_figure("Tokens a second", about, "tokens a second", lines)
 
 
-def memory(run: RunData) -> list[Block]:
+def memory(run: RunData) -> list[ReportBlock]:
     lines = []
     for name, called in (("host_peak_bytes", "host"), ("device_peak_bytes", "device")):
         steps, count = run.series("train", name)
@@ -156,7 +156,7 @@ def memory(run: RunData) -> list[Block]:
     return line_figure("Memory in use at most", about, "MB", lines)
 
 
-def wall_time_bar(run: RunData) -> list[Block]:
+def wall_time_bar(run: RunData) -> list[ReportBlock]:
     parts = wall_time(run)
     if not parts:
         return []

@@ -9,7 +9,7 @@ import numpy as np
 from gpt_jax.config import leaves
 from gpt_jax.runs.analysis import TRAIN_WINDOW, peak_memory, trailing_mean
 from gpt_jax.runs.charts import Series, line_figure
-from gpt_jax.runs.content import Block, Report, Section, Text, make_table
+from gpt_jax.runs.content import Report, ReportBlock, Section, Text, make_table
 from gpt_jax.runs.formats import format_duration, format_number, format_size
 from gpt_jax.runs.load import RunData, run_labels
 from gpt_jax.runs.sections import final_figures
@@ -39,7 +39,7 @@ def compare_runs(runs: Sequence[RunData]) -> Report:
     )
 
 
-def figures(runs: Runs) -> list[Block]:
+def figures(runs: Runs) -> list[ReportBlock]:
     """Says what each run is and what it came to, a run a column."""
     facts: dict[str, Callable[[RunData], Any]] = {
         "status": lambda run: run.info.get("status"),
@@ -59,7 +59,7 @@ def figures(runs: Runs) -> list[Block]:
     return make_table(("figure", *(label for label, _ in runs)), rows)
 
 
-def losses(runs: Runs) -> list[Block]:
+def losses(runs: Runs) -> list[ReportBlock]:
     series = []
     for label, run in runs:
         steps, loss = run.series("train", "loss")
@@ -71,7 +71,7 @@ def losses(runs: Runs) -> list[Block]:
     return line_figure("Training and validation", about, "loss (nats a token)", series, x_names=X_NAMES)
 
 
-def differences(runs: Runs) -> list[Block]:
+def differences(runs: Runs) -> list[ReportBlock]:
     """The settings in which not all runs are alike."""
     values = [dict(leaves(run.config)) for _, run in runs]
     names = list(dict.fromkeys(itertools.chain(*values)))
@@ -84,18 +84,18 @@ def differences(runs: Runs) -> list[Block]:
     return make_table(("setting", *(label for label, _ in runs)), rows) or [Text("All settings are the same.")]
 
 
-def times(runs: Runs) -> list[Block]:
+def times(runs: Runs) -> list[ReportBlock]:
     spent = [dict(wall_time(run)) for _, run in runs]
     names = list(dict.fromkeys(itertools.chain(*spent)))
     rows = [(name, *(format_duration(each.get(name)) or "-" for each in spent)) for name in names]
     return make_table(("part", *(label for label, _ in runs)), rows)
 
 
-def samples(runs: Runs) -> list[Block]:
+def samples(runs: Runs) -> list[ReportBlock]:
     """Answers to the prompts that more than one run has, side by side."""
     answers = [{(s["prompt"], s["step"]): s["text"] for s in run.samples} for _, run in runs]
     asked = [list(dict.fromkeys(prompt for prompt, _ in each)) for each in answers]
-    blocks: list[Block] = []
+    blocks: list[ReportBlock] = []
     for prompt in dict.fromkeys(itertools.chain(*asked)):
         if sum(prompt in each for each in asked) < 2:
             continue
@@ -106,7 +106,7 @@ def samples(runs: Runs) -> list[Block]:
     return blocks or [Text("No prompt was asked in two of the runs.")]
 
 
-def _curves(runs: Runs, name: str, title: str, y_name: str, log: bool = False) -> list[Block]:
+def _curves(runs: Runs, name: str, title: str, y_name: str, log: bool = False) -> list[ReportBlock]:
     series = []
     for label, run in runs:
         steps, values = run.series("train", name)

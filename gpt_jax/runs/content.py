@@ -52,7 +52,7 @@ class Timeline:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class TokenizedSentence:
     """A sentence in the pieces that a tokenizer makes of it, with their ids."""
 
     pieces: tuple[tuple[str, int], ...]
@@ -110,7 +110,7 @@ class Figure:
     table: Table
 
 
-Block = Text | Notes | Facts | Table | Timeline | Tokens | Figure
+ReportBlock = Text | Notes | Facts | Table | Timeline | TokenizedSentence | Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Section:
     """A heading and what is below it; nothing yet if there are no blocks."""
 
     title: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[ReportBlock, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +127,13 @@ class Report:
     sections: tuple[Section, ...]
 
 
-def make_facts(rows: Iterable[tuple[str, Any]]) -> list[Block]:
+def make_facts(rows: Iterable[tuple[str, Any]]) -> list[ReportBlock]:
     """A list of what is known; no block if nothing is."""
     known = tuple((name, str(value)) for name, value in rows if value not in (None, "", {}))
     return [Facts(known)] if known else []
 
 
-def make_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[Block]:
+def make_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[ReportBlock]:
     """A table; no block if it has no rows."""
     cells = tuple(tuple(_cell(value) for value in row) for row in rows)
     return [Table(tuple(columns), cells)] if cells else []

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gpt_jax.runs.content import Bars, Block, Figure, Text, make_table
+from gpt_jax.runs.content import Bars, Figure, ReportBlock, Text, make_table
 from gpt_jax.runs.formats import format_number
 from gpt_jax.runs.info import FORMAT_VERSION
 from gpt_jax.runs.load import RunData, import_extra
@@ -81,7 +81,7 @@ def kernel_name(label: str) -> str:
     return label.split(" of ")[0].split(",")[0]
 
 
-def section(run: RunData) -> list[Block]:
+def section(run: RunData) -> list[ReportBlock]:
     path = run.workdir / PROFILE_FILE
     if not path.exists():
         if not str(run.info.get("backend", "")).startswith("vulkan"):
@@ -125,7 +125,7 @@ def times_table(profile: dict[str, Any]) -> "pd.DataFrame":
     return pd.DataFrame(rows).set_index("kernel")
 
 
-def _by(profile: dict[str, Any], what: str) -> list[Block]:
+def _by(profile: dict[str, Any], what: str) -> list[ReportBlock]:
     found: collections.Counter[str] = collections.Counter()
     calls: collections.Counter[str] = collections.Counter()
     for dispatch in profile["dispatches"]:

@@ -33,7 +33,7 @@ RUNS_VARIABLE = "GPT_JAX_RUNS"  # run folders for the notebooks, separated as th
 SPIKE = 10.0  # a gradient norm above this is a spike: a healthy run of the reference model stays near 1
 NORM = "grad_norm/"  # what the names of the layers' gradient norms begin with
 
-Table = dict[str, np.ndarray]  # columns of equal length, one row a line of the split; NaN where a line has no value
+Columns = dict[str, np.ndarray]  # columns of equal length, one row a line of the split; NaN where a line has no value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class RunData:
     workdir: Path
     info: dict[str, Any]  # run.json; status is 'crashed' where it says 'running' and nobody trains
     config: dict[str, Any]  # config.json
-    tables: dict[str, Table]  # by split: train, validation, diagnostics; columns step (int), time and the scalars
+    tables: dict[str, Columns]  # by split: train, validation, diagnostics; columns step (int), time and the scalars
     events: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     checkpoints: list[SavedCheckpoint]  # by step
@@ -163,7 +163,7 @@ def last_samples(*workdirs: str | Path) -> "pd.DataFrame":
 _SAMPLE_COLUMNS = ["step", "prompt", "text", "tokens", "seconds", "ended"]
 
 
-def _read_tables(path: Path) -> tuple[dict[str, Table], list[dict[str, Any]]]:
+def _read_tables(path: Path) -> tuple[dict[str, Columns], list[dict[str, Any]]]:
     """Lines of numbers as one table a split, and events as they are."""
     columns: dict[str, dict[str, array.array]] = {}
     events = []

@@ -4,7 +4,19 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from gpt_jax.runs.content import NO_DATA, Block, Facts, Figure, Notes, Report, Section, Table, Text, Timeline, Tokens
+from gpt_jax.runs.content import (
+    NO_DATA,
+    Facts,
+    Figure,
+    Notes,
+    Report,
+    ReportBlock,
+    Section,
+    Table,
+    Text,
+    Timeline,
+    TokenizedSentence,
+)
 
 
 def render(report: Report) -> str:
@@ -16,11 +28,11 @@ def render_section(section: Section) -> str:
     return f"## {section.title}\n\n{render_blocks(section.blocks)}"
 
 
-def render_blocks(blocks: Iterable[Block]) -> str:
+def render_blocks(blocks: Iterable[ReportBlock]) -> str:
     return "\n\n".join(map(_block, blocks)) or NO_DATA
 
 
-def _block(block: Block) -> str:
+def _block(block: ReportBlock) -> str:
     match block:
         case Text(text):
             return text
@@ -33,7 +45,7 @@ def _block(block: Block) -> str:
         case Timeline(prompt, answers):
             parts = [f"**{said}**, {one_line(prompt)}\n\n{fenced(text)}" for said, text in answers]
             return "\n\n".join(parts)
-        case Tokens(pieces):
+        case TokenizedSentence(pieces):
             return _table(Table(("token", "id"), tuple((repr(text), number) for text, number in pieces)))
         case Figure(title, description, _, table):
             return f"**{title}.** {description}\n\n{_table(table)}"

@@ -10,16 +10,16 @@ from pathlib import Path
 
 from gpt_jax.runs.content import (
     NO_DATA,
-    Block,
     Facts,
     Figure,
     Notes,
     Report,
+    ReportBlock,
     Section,
     Table,
     Text,
     Timeline,
-    Tokens,
+    TokenizedSentence,
     as_json,
 )
 
@@ -55,7 +55,7 @@ def _section(section: Section, numbers: dict[int, int]) -> str:
     )
 
 
-def _block(block: Block, heading: str, numbers: dict[int, int]) -> str:
+def _block(block: ReportBlock, heading: str, numbers: dict[int, int]) -> str:
     match block:
         case Text(text):
             return f"<p>{html.escape(text)}</p>"
@@ -73,7 +73,7 @@ def _block(block: Block, heading: str, numbers: dict[int, int]) -> str:
                 f"<li><h4>{html.escape(said)}</h4><p>{html.escape(text)}</p></li>" for said, text in answers
             )
             return f'<h3>{html.escape(prompt)}</h3>\n<ol class="timeline">{steps}</ol>'
-        case Tokens(pieces):
+        case TokenizedSentence(pieces):
             spans = "".join(_token(text, number) for text, number in pieces)
             return f'<ol class="tokens">{spans}</ol>'
         case Figure(title, description, _, table):

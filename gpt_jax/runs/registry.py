@@ -26,7 +26,7 @@ INDEX_FILE = ".index.json"
 FORMAT_VERSION = 1  # of the index; another one is built anew
 _FILES = (INFO_FILE, CONFIG_FILE, TAGS_FILE, METRICS_FILE, CHECKPOINTS)  # that a summary is made of
 
-State = list[list[int]]  # of the files of a run: changes when one of them does
+FileStates = list[list[int]]  # of the files of a run: changes when one of them does
 
 
 def list_runs(runs: Path) -> list[Summary]:
@@ -58,7 +58,7 @@ def _run_folders(runs: Path) -> Iterator[Path]:
             yield Path(entry.path)
 
 
-def _state(folder: Path) -> State:
+def _state(folder: Path) -> FileStates:
     state = []
     for name in _FILES:
         try:

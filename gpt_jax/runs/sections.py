@@ -26,7 +26,7 @@ from gpt_jax.runs.analysis import (
     trailing_mean,
     worst_steps,
 )
-from gpt_jax.runs.content import Block, Notes, Text, Timeline, Tokens, make_facts, make_table
+from gpt_jax.runs.content import Notes, ReportBlock, Text, Timeline, TokenizedSentence, make_facts, make_table
 from gpt_jax.runs.formats import format_duration, format_number, format_size
 from gpt_jax.runs.load import NORM, RunData, forward_order
 from gpt_jax.runs.metrics import LOSS_OF
@@ -48,7 +48,7 @@ SHOWN_ELSEWHERE = {  # facts of run.json that have a place outside the section o
 }
 
 
-def summary(run: RunData) -> list[Block]:
+def summary(run: RunData) -> list[ReportBlock]:
     info = run.info
     rows = [(name, info.get(name)) for name in ("name", "domain", "status", "started", "ended")]
     total = run.config.get("num_steps")
@@ -84,7 +84,7 @@ def losses_by_source(run: RunData) -> dict[str, float]:
     return {source: float(series[-1]) for source, series in values.items() if len(series)}
 
 
-def infrastructure(run: RunData) -> list[Block]:
+def infrastructure(run: RunData) -> list[ReportBlock]:
     info = run.info
     device, host, git = (info.get(key) or {} for key in ("device", "host", "git"))
     changed = " (with uncommitted changes)" if git.get("dirty") else ""
@@ -102,12 +102,12 @@ def infrastructure(run: RunData) -> list[Block]:
     return make_facts(rows)
 
 
-def configuration(run: RunData) -> list[Block]:
+def configuration(run: RunData) -> list[ReportBlock]:
     """Says what the command line changed in the config's file, then lists all settings."""
     file = run.info.get("config_file") or {}
     now = dict(leaves(run.config))
     changed = [(name, str(before), str(now.get(name, "-"))) for name, before in (file.get("values") or {}).items()]
-    blocks: list[Block] = []
+    blocks: list[ReportBlock] = []
     if "path" in file:
         same = f"The settings are those of {file['path']}."
         blocks = [Text(f"Against {file['path']} the command line changed:") if changed else Text(same)]
@@ -116,12 +116,12 @@ def configuration(run: RunData) -> list[Block]:
     return blocks + make_table(("setting", "value", "what"), rows)
 
 
-def model_and_data(run: RunData) -> list[Block]:
+def model_and_data(run: RunData) -> list[ReportBlock]:
     facts = {name: value for name, value in run.info.items() if name not in SHOWN_ELSEWHERE}
     return make_facts((name, f"{value:,}" if type(value) is int else value) for name, value in leaves(facts))
 
 
-def checkpoints(run: RunData) -> list[Block]:
+def checkpoints(run: RunData) -> list[ReportBlock]:
     validation = dict(zip(*run.series("validation", "loss"), strict=True))
     best = min(validation, key=validation.get, default=None)
     rows = [
@@ -138,7 +138,7 @@ def checkpoints(run: RunData) -> list[Block]:
     return make_table(("step", "folder", "on disk", "validation loss"), rows) + note
 
 
-def loss_by_range(run: RunData) -> list[Block]:
+def loss_by_range(run: RunData) -> list[ReportBlock]:
     steps, loss = run.series("train", "loss")
     rows = []
     for start, end in itertools.pairwise((0, *RANGE_ENDS, math.inf)):
@@ -149,7 +149,7 @@ def loss_by_range(run: RunData) -> list[Block]:
     return make_table(("steps", "first", "last", "mean", "lowest"), rows)
 
 
-def loss_milestones(run: RunData) -> list[Block]:
+def loss_milestones(run: RunData) -> list[ReportBlock]:
     steps, loss = run.series("train", "loss")
     if not len(loss):
         return []
@@ -166,7 +166,7 @@ def loss_milestones(run: RunData) -> list[Block]:
     return make_table(columns, rows) + _values_at(run, "loss", LOSS_STEPS, ".4f")
 
 
-def last_steps(run: RunData) -> list[Block]:
+def last_steps(run: RunData) -> list[ReportBlock]:
     table = run.tables.get("train", {})
     names = [name for name in ("loss", "grad_norm", "learning_rate", "param_norm", "update_norm") if name in table]
     rows = [
@@ -176,7 +176,7 @@ def last_steps(run: RunData) -> list[Block]:
     return make_table(("step", *(name.replace("_", " ") for name in names)), rows)
 
 
-def tokens(run: RunData) -> list[Block]:
+def tokens(run: RunData) -> list[ReportBlock]:
     """A sentence and the first prompt in the pieces that the model reads."""
     path = run.workdir / "tokenizer.json"
     if not path.exists():
@@ -186,7 +186,7 @@ def tokens(run: RunData) -> list[Block]:
         vocabulary = tokenizer.vocabulary_bytes(loaded, loaded.get_vocab_size())
     except UserError as error:  # the rest of the run can be read all the same
         return [Text(str(error))]
-    blocks: list[Block] = []
+    blocks: list[ReportBlock] = []
     for sentence in (SENTENCE, *(run.config.get("sample") or {}).get("prompts", ())[:1]):
         ids = tokenizer.encode(loaded, sentence)
         pieces = tuple((vocabulary[i].decode(errors="replace"), i) for i in ids)
@@ -194,11 +194,11 @@ def tokens(run: RunData) -> list[Block]:
         counts = (
             f"{len(ids)} tokens of a vocabulary of {len(vocabulary):,}: {word:.2f} a word, {each:.1f} characters each"
         )
-        blocks += [Text(counts), Tokens(pieces)]
+        blocks += [Text(counts), TokenizedSentence(pieces)]
     return blocks
 
 
-def evaluation(run: RunData) -> list[Block]:
+def evaluation(run: RunData) -> list[ReportBlock]:
     rows = [
         (step, format_number(train), format_number(validation), format_number(gap, "+.4f"))
         for step, train, validation, gap in evaluations(run)
@@ -210,7 +210,7 @@ def evaluation(run: RunData) -> list[Block]:
     return make_table(("step", "training loss", "validation loss", "gap"), rows) + ([note] if rows else [])
 
 
-def gradient_norms(run: RunData) -> list[Block]:
+def gradient_norms(run: RunData) -> list[ReportBlock]:
     _, total = run.series("train", "grad_norm")
     if not len(total):
         return []
@@ -233,7 +233,7 @@ def gradient_norms(run: RunData) -> list[Block]:
     ]
 
 
-def attention(run: RunData) -> list[Block]:
+def attention(run: RunData) -> list[ReportBlock]:
     table = run.tables.get("diagnostics", {})
     layers = forward_order(name.split("/")[1] for name in table if name.startswith("attention_max/"))
     rows = []
@@ -249,11 +249,11 @@ def attention(run: RunData) -> list[Block]:
     return make_table(columns, rows) + charts.attention(run)
 
 
-def learning_rate(run: RunData) -> list[Block]:
+def learning_rate(run: RunData) -> list[ReportBlock]:
     return _values_at(run, "learning_rate", LEARNING_RATE_STEPS, ".4g") + charts.learning_rate(run)
 
 
-def timing(run: RunData) -> list[Block]:
+def timing(run: RunData) -> list[ReportBlock]:
     rows = [
         (name, len(each), *map(format_number, phase_figures(each)), format_duration(total))
         for name, each, total in phases(run)
@@ -268,7 +268,7 @@ def timing(run: RunData) -> list[Block]:
     return [*charts.wall_time_bar(run), *make_table(columns, rows), Text(note)]
 
 
-def throughput(run: RunData) -> list[Block]:
+def throughput(run: RunData) -> list[ReportBlock]:
     _, tokens = run.series("train", "tokens_per_second")
     tokens = tokens[1:] if len(tokens) > 1 else tokens  # the first holds the compilation
     _, mfu = run.series("train", "mfu")
@@ -286,12 +286,12 @@ def throughput(run: RunData) -> list[Block]:
     return make_facts(rows) + charts.throughput(run)
 
 
-def memory(run: RunData) -> list[Block]:
+def memory(run: RunData) -> list[ReportBlock]:
     rows = [(f"largest use of {name} memory", format_size(peak_memory(run, name))) for name in ("device", "host")]
     return make_facts(rows) + charts.memory(run)
 
 
-def samples(run: RunData) -> list[Block]:
+def samples(run: RunData) -> list[ReportBlock]:
     """The answers to each prompt, as the model learns: the first, the last, and those of the checkpoints."""
     steps = sorted({sample["step"] for sample in run.samples})
     before = [[step for step in steps if step <= checkpoint.step][-1:] for checkpoint in run.checkpoints]
@@ -304,7 +304,7 @@ def samples(run: RunData) -> list[Block]:
     return [Timeline(prompt, tuple(texts)) for prompt, texts in answers.items()]
 
 
-def sample_quality(run: RunData) -> list[Block]:
+def sample_quality(run: RunData) -> list[ReportBlock]:
     steps = sorted({sample["step"] for sample in run.samples})
     rows = []
     for step in _spread(steps, 20):
@@ -327,19 +327,19 @@ def sample_quality(run: RunData) -> list[Block]:
     return make_table(("step", "mean tokens", "distinct-2", "repetition", "ended"), rows) + ([note] if rows else [])
 
 
-def events(run: RunData) -> list[Block]:
+def events(run: RunData) -> list[ReportBlock]:
     rows = [(event["step"], event.get("text", "")) for event in run.events]
     hidden = len(rows) - 40
     more = [Text(f"{hidden:,} more in metrics.jsonl.")] if hidden > 0 else []
     return make_table(("step", "event"), rows[:40]) + more if rows else [Text("None.")]
 
 
-def notes(run: RunData) -> list[Block]:
+def notes(run: RunData) -> list[ReportBlock]:
     found = [note for rule in NOTES if (note := rule(run))]
     return [Notes(tuple(found))] if found else []
 
 
-def alerts(run: RunData) -> list[Block]:
+def alerts(run: RunData) -> list[ReportBlock]:
     """A table of what the rules of `alerts` find in the metrics, by step."""
     lines = metric_lines(run)
     if not lines:
@@ -350,7 +350,7 @@ def alerts(run: RunData) -> list[Block]:
     return make_table(("step", "rule", "what"), rows[:ALERTS_SHOWN]) + more if rows else [Text("None.")]
 
 
-SECTIONS: dict[str, Callable[[RunData], list[Block]]] = {
+SECTIONS: dict[str, Callable[[RunData], list[ReportBlock]]] = {
     "Summary": summary,
     "Notes": notes,
     "Alerts": alerts,
@@ -387,7 +387,7 @@ def _operations(found: dict[str, Any]) -> str | None:
     )
 
 
-def _values_at(run: RunData, name: str, steps: Sequence[int], form: str) -> list[Block]:
+def _values_at(run: RunData, name: str, steps: Sequence[int], form: str) -> list[ReportBlock]:
     values = dict(zip(*run.series("train", name), strict=True))
     rows = [(step, format(values[step], form)) for step in steps if step in values]
     return make_table(("step", name.replace("_", " ")), rows)

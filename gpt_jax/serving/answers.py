@@ -9,21 +9,21 @@ from typing import Any, Protocol
 
 from gpt_jax.inference.engine import DrawnToken, Engine, Event, Request
 from gpt_jax.serving import responses
-from gpt_jax.serving.metrics import Metrics
+from gpt_jax.serving.prometheus import ServerMetrics
 from gpt_jax.serving.requests import RequestError
 from gpt_jax.serving.responses import Bytes
 
 DONE = "data: [DONE]\n\n"
 
 
-class Texts:
+class RequestedTexts:
     """The texts of one request. Iterate over their events; leaving the context cancels those that have not ended.
 
     Raises:
       QueueFull, EngineFailed: as `Engine.submit`; then none of them is on its way.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], seconds: float, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, requests: Sequence[Request], seconds: float, metrics: ServerMetrics) -> None:
         loop = asyncio.get_running_loop()
         self.requests = requests
         self._metrics, self._begun = metrics, loop.time()
@@ -136,7 +136,7 @@ class TextFormat:
         return responses.text_logprobs(drawn, self._vocabulary, offset, self._asked)
 
 
-async def whole_answer(texts: Texts, form: Format, head: dict[str, Any], prompt_tokens: int) -> dict[str, Any]:
+async def whole_answer(texts: RequestedTexts, form: Format, head: dict[str, Any], prompt_tokens: int) -> dict[str, Any]:
     """The answer in one piece; head: the fields that say which answer it is."""
     text = [""] * len(texts.requests)
     drawn: list[list[DrawnToken]] = [[] for _ in text]
@@ -151,7 +151,7 @@ async def whole_answer(texts: Texts, form: Format, head: dict[str, Any], prompt_
 
 
 async def streamed_answer(
-    texts: Texts, form: Format, head: dict[str, Any], prompt_tokens: int, *, with_usage: bool
+    texts: RequestedTexts, form: Format, head: dict[str, Any], prompt_tokens: int, *, with_usage: bool
 ) -> AsyncIterator[str]:
     """The same as server-sent events. A failure on the way is an error in `data`, which OpenAI's clients raise."""
     base = {"object": form.chunk_kind, **head} | ({"usage": None} if with_usage else {})

@@ -31,7 +31,7 @@ from gpt_jax.inference.engine import EngineFailed, QueueFull
 from gpt_jax.inference.engine import Request as Prompt
 from gpt_jax.inference.sampling import SamplingOptions, choice_seed
 from gpt_jax.inference.served_run import ServedRun
-from gpt_jax.serving.answers import ChatFormat, Format, TextFormat, Texts, streamed_answer, whole_answer
+from gpt_jax.serving.answers import ChatFormat, Format, RequestedTexts, TextFormat, streamed_answer, whole_answer
 from gpt_jax.serving.limits import (
     DEFAULT_LIMITS,
     EventStream,
@@ -41,9 +41,9 @@ from gpt_jax.serving.limits import (
     read_json,
     unless_client_leaves,
 )
-from gpt_jax.serving.metrics import CONTENT_TYPE, Metrics
 from gpt_jax.serving.observed import Observed
 from gpt_jax.serving.openapi import schema
+from gpt_jax.serving.prometheus import CONTENT_TYPE, ServerMetrics
 from gpt_jax.serving.requests import (
     ChatRequest,
     CompletionRequest,
@@ -115,7 +115,7 @@ class Routes:
         self._run, self._limits, self._name, self._api_key = run, limits, name, api_key
         self._created = int(time.time())
         self._page = (resources.files("gpt_jax.serving") / PAGE).read_bytes()
-        self.metrics = Metrics(run.engine)
+        self.metrics = ServerMetrics(run.engine)
 
     async def page(self, request: Request) -> Response:
         headers = {"content-security-policy": _PAGE_POLICY, "x-content-type-options": "nosniff"}
@@ -196,7 +196,7 @@ class Routes:
         """Answers prompts, each with the number of the choice that it is for."""
         ends = marker_ids(self._run.tokenizer)
         seed = options.seed or 0
-        texts = Texts(
+        texts = RequestedTexts(
             self._run.engine,
             [
                 Prompt(tokens, dataclasses.replace(options, seed=choice_seed(seed, choice)), ends)

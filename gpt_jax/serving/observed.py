@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from gpt_jax.serving.metrics import Metrics
+from gpt_jax.serving.prometheus import ServerMetrics
 from gpt_jax.serving.responses import error_body
 
 _UNKNOWN = "other"  # paths that there are none of are counted together, or clients could make labels without end
@@ -14,7 +14,7 @@ _UNKNOWN = "other"  # paths that there are none of are counted together, or clie
 class Observed:
     """Counts the requests of an application; clients: how many of those that are answered by the model may be open."""
 
-    def __init__(self, app: Any, metrics: Metrics, clients: int) -> None:
+    def __init__(self, app: Any, metrics: ServerMetrics, clients: int) -> None:
         self._app, self._metrics, self._clients = app, metrics, clients
         self._open = 0
 

@@ -188,7 +188,7 @@ class ChatRequest(_Sampling):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
 
 class CompletionRequest(_Sampling):
@@ -196,9 +196,9 @@ class CompletionRequest(_Sampling):
 
     prompt: (
         str
-        | Tokens
+        | TokenIds
         | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
     )
     logprobs: Annotated[int | None, Field(ge=0, le=MOST_ALTERNATIVES)] = None
     best_of: Annotated[int | None, Field(ge=1, le=MOST_CHOICES)] = None

@@ -18,7 +18,7 @@ def is_url(name: str) -> bool:
     return "://" in name
 
 
-def open_target(url: str, *, replace: bool) -> "Target":
+def open_target(url: str, *, replace: bool) -> "RemoteFolder":
     """The place that a URL means, `gs://`, `s3://`, `file://` or another of fsspec's.
 
     Args:
@@ -43,13 +43,13 @@ def open_target(url: str, *, replace: bool) -> "Target":
         ) from None
     except ValueError as error:
         raise UserError(f"{url}: {error}") from None
-    target = Target(url, system, root.rstrip("/"))
+    target = RemoteFolder(url, system, root.rstrip("/"))
     if (found := target.names()) and not replace:
         raise UserError(f"{url} is not empty, it has {found[0]}: give another place, or --force to replace its model")
     return target
 
 
-class Target:
+class RemoteFolder:
     """A folder of a remote file system."""
 
     def __init__(self, url: str, system: Any, root: str) -> None:

@@ -42,7 +42,7 @@ def exchanges(devices, specs=SPECS, **options) -> list[HostExchange]:
 
 
 def numbers(process: int, step: int) -> list[np.ndarray]:
-    """Of sizes so different that the order in which they are added up shows."""
+    """Arrays of sizes so different that the order in which they are added up shows."""
     generator = np.random.default_rng((process, step))
     scales = 10.0 ** generator.integers(-3, 4, 4099)
     return [(generator.standard_normal(size) * scales[:size]).astype(dtype) for size, dtype in TYPES]

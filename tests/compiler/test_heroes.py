@@ -10,8 +10,8 @@ from run_graph import graph_of
 
 from vk_kernels.compiler.codegen.geometry import Geometry
 from vk_kernels.compiler.codegen.heroes import Heroes, MapKey, RankKey, ReduceKey
+from vk_kernels.compiler.codegen.kernel_stages import combine_pieces, numbers, plan_stage, without_common_arrays
 from vk_kernels.compiler.codegen.kernels import generate
-from vk_kernels.compiler.codegen.stages import combine_pieces, numbers, plan_stage, without_common_arrays
 from vk_kernels.compiler.ir import Node
 
 X = np.ones((40, 100), np.float32)

@@ -221,7 +221,7 @@ def export_trained(root: Path, names: list[str]) -> None:
     from gpt_jax.export import export
     from gpt_jax.inference.decoder import Decoder
     from gpt_jax.inference.generate import generate
-    from gpt_jax.inference.load import load_for_sampling
+    from gpt_jax.inference.load_model import load_for_sampling
     from gpt_jax.inference.sampling import SamplingOptions
     from gpt_jax.model.gpt import GPT, ModelConfig
     from gpt_jax.runs.find import find_run

@@ -22,7 +22,7 @@ from gpt_jax.data.tokenizer import save, train_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.inference import generate, load
 from gpt_jax.inference.decoder import Decoder
-from gpt_jax.inference.load import load_for_sampling
+from gpt_jax.inference.load_model import load_for_sampling
 from gpt_jax.inference.sampling import SamplingOptions
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.runs import info

@@ -11,7 +11,7 @@ from synthetic_run import SPIKE_STEP, write_run
 
 from gpt_jax.errors import UserError
 from gpt_jax.runs import charts, comparison, kernel_floors, load, page, report, sections, wall_time
-from gpt_jax.runs.content import Figure, Table, Timeline, Tokens
+from gpt_jax.runs.content import Figure, Table, Timeline, TokenizedSentence
 from gpt_jax.runs.info import write_json
 from gpt_jax.runs.metrics import MetricsWriter
 
@@ -161,7 +161,7 @@ def test_a_tokenizer_is_shown_by_what_it_does(tmp_path):
     write_run(tmp_path, steps=1)
     save(make_tokenizer(), tmp_path / "tokenizer.json")
     blocks = sections.tokens(load.load_run(tmp_path))
-    [shown] = [block for block in blocks if isinstance(block, Tokens)]
+    [shown] = [block for block in blocks if isinstance(block, TokenizedSentence)]
     assert "".join(piece for piece, _ in shown.pieces).replace("\ufffd", "") == sections.SENTENCE.replace("ï", "")
     (tmp_path / "tokenizer.json").write_text("{")
     [said] = sections.tokens(load.load_run(tmp_path))

@@ -14,11 +14,11 @@ from vk_kernels.errors import DeviceLostError, NoDeviceError, SettingError, Vulk
 from vk_kernels.runtime import device as device_module
 from vk_kernels.runtime import vulkan
 from vk_kernels.runtime.device import Device, default_device
-from vk_kernels.runtime.features import CooperativeMatrix, Features, Limits, _cooperative_matrices2
+from vk_kernels.runtime.features import CooperativeMatrix, DeviceLimits, Features, _cooperative_matrices2
 from vk_kernels.runtime.instance import validation_mode
 from vk_kernels.runtime.physical_device import DeviceInfo, choose, list_devices
 
-LIMITS = Limits(*[0] * 18)
+LIMITS = DeviceLimits(*[0] * 18)
 
 
 def info(index: int, name: str, kind: str, unusable: str = "") -> DeviceInfo:

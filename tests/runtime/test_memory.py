@@ -11,7 +11,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 from vk_kernels.errors import BufferSizeError, FeatureError, OutOfMemoryError, VulkanError
 from vk_kernels.runtime import memory, staging
 from vk_kernels.runtime.device import Device
-from vk_kernels.runtime.memory import Block
+from vk_kernels.runtime.memory import MemoryBlock
 from vk_kernels.runtime.vulkan import vk
 
 
@@ -23,7 +23,7 @@ def opened(request):
 
 
 def test_a_block_keeps_its_free_ranges_apart_and_whole():
-    block = Block(1 << 16, None, None, "device", None, False)
+    block = MemoryBlock(1 << 16, None, None, "device", None, False)
     generator, taken = random.Random(0), []
     for _ in range(2000):
         if taken and generator.random() < 0.5:

@@ -14,7 +14,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 import vk_kernels
 from gpt_jax.checkpoint import check_donor, restore_adapters, restore_parameters, save_base
 from gpt_jax.errors import UserError
-from gpt_jax.inference.load import load_for_sampling
+from gpt_jax.inference.load_model import load_for_sampling
 from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.model.lora import is_adapter
 from gpt_jax.model.parameters import MergeReport, hash_of_parameters, named_leaves

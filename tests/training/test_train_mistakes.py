@@ -19,7 +19,7 @@ from whole_run import (
 
 from gpt_jax import main
 from gpt_jax.errors import UserError
-from gpt_jax.inference.load import load_for_sampling
+from gpt_jax.inference.load_model import load_for_sampling
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.training.failures import TrainingFailed
 from gpt_jax.training.train import train_and_evaluate

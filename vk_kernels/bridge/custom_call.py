@@ -43,7 +43,7 @@ def counts() -> dict[str, int]:
 
 
 def _run(call: bytes, inputs: Sequence[HostArray], outputs: Sequence[HostArray]) -> None:
-    """Runs one custom call; see xla_ffi.Handler."""
+    """Runs one custom call; see xla_ffi.HostFunction."""
     op, _, site = decode_call(call)
     takes, gives = (tuple(host.array for host in hosts) for hosts in (inputs, outputs))
     what = describe_call(op, takes)

@@ -35,7 +35,7 @@ OUT, REDUCED, DONE = range(3)  # stages that a process announces, of an array or
 
 @dataclass
 class Traffic:
-    """What exchanges took so far. waited: seconds for other processes; seconds: in all; nbytes: out of this device and
+    """Counts of all exchanges so far. waited: seconds for other processes; seconds: in all; nbytes: out of this device and
     into it."""
 
     exchanges: int = 0

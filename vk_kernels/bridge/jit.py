@@ -21,10 +21,10 @@ from typing import Any, overload
 
 import jax
 
+from vk_kernels.bridge.debug_nans import are_looked_for, call_and_look
 from vk_kernels.bridge.leaves import described, host_array, is_traced, type_of
 from vk_kernels.bridge.options import Options, check_hashable, check_options, match_static
 from vk_kernels.bridge.profile import Cost, Profile
-from vk_kernels.bridge.special_values import are_looked_for, call_and_look
 from vk_kernels.bridge.stages import Compiled, Lowered, Traced
 from vk_kernels.bridge.use import target_of, use
 from vk_kernels.compiler.avals import on_host

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 
+from vk_kernels.bridge.debug_nans import are_looked_for, find_special_value
 from vk_kernels.bridge.donation import DonatingCaller, Signature
 from vk_kernels.bridge.leaves import is_traced, type_of, type_of_aval
 from vk_kernels.bridge.profile import Cost, Profile
-from vk_kernels.bridge.special_values import are_looked_for, find_special_value
 from vk_kernels.compiler.avals import on_host
 from vk_kernels.compiler.ir import Graph
 from vk_kernels.compiler.pipeline import compile_graph, optimize

@@ -163,12 +163,12 @@ class CallError(Exception):
 
 
 # What runs a call: the string of its attribute, its operands and its results, which it must fill.
-Handler = Callable[[bytes, Sequence[HostArray], Sequence[HostArray]], None]
+HostFunction = Callable[[bytes, Sequence[HostArray], Sequence[HostArray]], None]
 
 _registered: dict[str, Any] = {}  # the C callbacks, which must outlive every program that calls them
 
 
-def register(target: str, handler: Handler) -> None:
+def register(target: str, handler: HostFunction) -> None:
     """Makes `handler` what runs the custom calls named `target` on XLA's CPU backend.
 
     It may run in several threads at once, and must not call JAX. What it raises becomes the error of the computation.

@@ -23,7 +23,7 @@ BatchAxes = Callable[..., tuple[bool, ...] | None]
 Rematerialize = Callable[..., Sequence[Any]]
 
 # epilogue(producer, consumer): both as they are to be, with the same outputs in the same order; None: as they are.
-Epilogue = Callable[[Node, Node], tuple[Node, Node] | None]
+EpilogueRule = Callable[[Node, Node], tuple[Node, Node] | None]
 
 # flops(node): the useful floating-point operations, 2 for each multiplication of a product; of each result, where some
 # may be left out because nobody reads them.
@@ -59,7 +59,7 @@ class KernelOp:
     planner: Planner
     batch_axes: BatchAxes | None = None
     rematerialize: Rematerialize | None = None
-    epilogues: Mapping[str, Epilogue] = field(default_factory=dict)
+    epilogues: Mapping[str, EpilogueRule] = field(default_factory=dict)
     forward_backward: ForwardBackward | None = None
     flops: Flops | None = None
     shapeless: tuple[str, ...] = ()

@@ -186,7 +186,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Limits:
+class DeviceLimits:
     """Sizes in bytes; `timestamp_period` in nanoseconds a tick, no timestamps where `timestamp_bits` is 0."""
 
     shared_memory: int
@@ -292,7 +292,7 @@ def enabling(functions, physical, features: Features, gpu_validation: bool):
     return head, filled, extensions
 
 
-def query_limits(functions, physical, features: Features, timestamp_bits: int) -> Limits:
+def query_limits(functions, physical, features: Features, timestamp_bits: int) -> DeviceLimits:
     properties11 = vulkan.struct("VkPhysicalDeviceVulkan11Properties")
     chain = [properties11]
 
@@ -312,7 +312,7 @@ def query_limits(functions, physical, features: Features, timestamp_bits: int) -
 
     subgroup_size = properties11.subgroupSize
     compute = vk.VK_SHADER_STAGE_COMPUTE_BIT
-    return Limits(
+    return DeviceLimits(
         shared_memory=limits.maxComputeSharedMemorySize,
         workgroup_size=tuple(limits.maxComputeWorkGroupSize),
         workgroup_invocations=limits.maxComputeWorkGroupInvocations,

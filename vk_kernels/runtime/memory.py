@@ -41,7 +41,7 @@ class MemoryStats:
 
 
 @dataclass(eq=False)
-class Block:
+class MemoryBlock:
     """One device allocation and the buffer over it. `bytes` maps it into host memory, or is None."""
 
     nbytes: int
@@ -93,7 +93,13 @@ class Buffer:
     """`size` bytes of device memory at `offset` of the VkBuffer `handle`. It is freed with its last reference."""
 
     def __init__(
-        self, memory: "Memory", block: Block, offset: int, size: int, reserved: int = 0, parent: "Buffer | None" = None
+        self,
+        memory: "Memory",
+        block: MemoryBlock,
+        offset: int,
+        size: int,
+        reserved: int = 0,
+        parent: "Buffer | None" = None,
     ):
         self.memory = memory
         self.device: LogicalDevice = memory.device
@@ -238,7 +244,7 @@ class Memory:
         self.queue, self.device = queue, queue.device
         device = self._device = queue.device
         self._lock = threading.Lock()
-        self._blocks: list[Block] = []
+        self._blocks: list[MemoryBlock] = []
         self._used = self._peak = self._buffers = 0
         # Validation on the GPU takes accesses to be out of bounds beyond the VkBuffer, not beyond the bound range: so
         # that it sees them, each buffer gets a block of its very size then.
@@ -348,7 +354,7 @@ class Memory:
             self._buffers += 1
         return Buffer(self, block, offset, nbytes, reserved)
 
-    def _find(self, nbytes: int, kind: str) -> tuple[Block, int] | None:
+    def _find(self, nbytes: int, kind: str) -> tuple[MemoryBlock, int] | None:
         """Cuts `nbytes` from the smallest free range that holds them."""
         fits = [
             (size, i, j)
@@ -362,7 +368,7 @@ class Memory:
         _, i, j = min(fits)
         return self._blocks[i], self._blocks[i].take(j, nbytes)
 
-    def _grow(self, nbytes: int, kind: str) -> tuple[Block, int]:
+    def _grow(self, nbytes: int, kind: str) -> tuple[MemoryBlock, int]:
         limits = self._device.limits
         roomy = min(0 if self._exact else BLOCK_BYTES, limits.allocation_size, limits.buffer_size)
         for size in (max(roomy, nbytes), nbytes):
@@ -379,14 +385,14 @@ class Memory:
             f"({reserved:,} reserved) of a budget of {self.budget():,}"
         )
 
-    def _new_block(self, nbytes: int, kind: str) -> Block:
+    def _new_block(self, nbytes: int, kind: str) -> MemoryBlock:
         device = self._device
         memory_type, mapped, cached = self._kinds[kind]
         handle = self._create_buffer(nbytes)
         info = vulkan.struct(
             "VkMemoryAllocateInfo", allocationSize=self._requirements(handle).size, memoryTypeIndex=memory_type
         )
-        block = Block(nbytes, handle, self._bind(handle, info), kind, None, cached)
+        block = MemoryBlock(nbytes, handle, self._bind(handle, info), kind, None, cached)
         if mapped:
             pointer = ffi.new("void**")
             result = device.fn.vkMapMemory(device.handle, block.memory, 0, vulkan.WHOLE_SIZE, 0, pointer)
@@ -441,7 +447,7 @@ class Memory:
             "VkMemoryAllocateInfo", allocationSize=array.nbytes, memoryTypeIndex=types[0], pNext=imported
         )
         memory = self._bind(handle, info)
-        block = Block(array.nbytes, handle, memory, "imported", array.reshape(-1).view(np.uint8), True)
+        block = MemoryBlock(array.nbytes, handle, memory, "imported", array.reshape(-1).view(np.uint8), True)
         with self._lock:
             self._blocks.append(block)
             block.take(0, array.nbytes)
@@ -450,7 +456,7 @@ class Memory:
             self._buffers += 1
         return Buffer(self, block, 0, array.nbytes, array.nbytes)
 
-    def release(self, block: Block, offset: int, reserved: int) -> None:
+    def release(self, block: MemoryBlock, offset: int, reserved: int) -> None:
         """Takes a range back; the device must be done with it."""
         with self._lock:
             block.give_back(offset, reserved)
@@ -467,7 +473,7 @@ class Memory:
                 self._blocks.remove(block)
                 self._destroy(block)
 
-    def _destroy(self, block: Block) -> None:
+    def _destroy(self, block: MemoryBlock) -> None:
         block.bytes = None
         self._device.fn.vkDestroyBuffer(self._device.handle, block.handle, ffi.NULL)
         self._device.fn.vkFreeMemory(self._device.handle, block.memory, ffi.NULL)

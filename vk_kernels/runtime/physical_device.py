@@ -7,7 +7,7 @@ from typing import Any
 
 from vk_kernels.errors import NoDeviceError
 from vk_kernels.runtime import vulkan
-from vk_kernels.runtime.features import Features, Limits, device_properties, query_features, query_limits
+from vk_kernels.runtime.features import DeviceLimits, Features, device_properties, query_features, query_limits
 from vk_kernels.runtime.instance import NO_DRIVER, Instance
 from vk_kernels.runtime.vulkan import ffi, vk
 
@@ -33,7 +33,7 @@ class DeviceInfo:
     cache_uuid: str
     memory: int
     features: Features = field(repr=False)
-    limits: Limits = field(repr=False)
+    limits: DeviceLimits = field(repr=False)
     unusable: str = ""
 
     def __str__(self) -> str:

@@ -9,18 +9,18 @@ import numpy as np
 from vk_kernels.compiler.codegen.emitter import Emitter, dtype_of, size_of
 from vk_kernels.compiler.codegen.geometry import THREADS, Geometry
 from vk_kernels.compiler.codegen.heroes import Heroes, MapKey, RankKey, ReduceKey, SectionKey
+from vk_kernels.compiler.codegen.kernel_stages import Stage, Write, numbers, without_common_arrays
 from vk_kernels.compiler.codegen.primitives import EXPENSIVE
 from vk_kernels.compiler.codegen.ranks import RankSection
 from vk_kernels.compiler.codegen.scalars import bits_of
 from vk_kernels.compiler.codegen.sections import (
     AT_ONCE,
+    KernelSection,
     MapSection,
     Output,
     ReduceSection,
-    Section,
     SplitReductionSection,
 )
-from vk_kernels.compiler.codegen.stages import Stage, Write, numbers, without_common_arrays
 from vk_kernels.compiler.codegen.workgroup_reduce import Workspace
 from vk_kernels.compiler.ir import Graph, Node, Operand, Value
 from vk_kernels.spirv.builder import Code, Id, Module, StorageBuffer
@@ -103,7 +103,9 @@ def emit_kernel(graph: Graph, heroes: Heroes, stage: Stage, memory: Mapping[Valu
     return EmittedKernel(kernel, {memory[value] for value in emitter.reads}, may_share)
 
 
-def lay_out(graph: Graph, heroes: Heroes, stage: Stage, bindings: Bindings, workspace: Workspace) -> list[Section]:
+def lay_out(
+    graph: Graph, heroes: Heroes, stage: Stage, bindings: Bindings, workspace: Workspace
+) -> list[KernelSection]:
     """The sections of a stage: what has one key, and arrays in common, is written by the same workgroups."""
     by_key: dict[SectionKey, list[Output]] = {}
     for write in dict.fromkeys([*stage.outputs, *stage.results]):
@@ -120,7 +122,7 @@ def lay_out(graph: Graph, heroes: Heroes, stage: Stage, bindings: Bindings, work
         groups = without_common_arrays(values, heroes.producers, bindings.memory.keys(), of_numbers)
         return [[outputs[i] for i in group] for group in groups]
 
-    sections: list[Section] = []
+    sections: list[KernelSection] = []
     reduced = {hero.outputs[0]: hero for hero in stage.pieces}
     for geometry, of_geometry in pieces.items():
         alike = MapKey(geometry.shape)  # outputs that may read what the reductions read go with them, in one reading
@@ -165,7 +167,7 @@ def _elements_at_once(graph: Graph, stage: Stage) -> int:
     return AT_ONCE if many and short else 1
 
 
-def _may_share(emitter: Emitter, sections: Sequence[Section], bindings: Bindings) -> set[tuple[int, int]]:
+def _may_share(emitter: Emitter, sections: Sequence[KernelSection], bindings: Bindings) -> set[tuple[int, int]]:
     """Inputs that are read only where, and by the same thread that, an output of the same width is written."""
     operands = {buffer: operand for operand, buffer in bindings.buffers.items()}
     return {
@@ -180,7 +182,7 @@ def _may_share(emitter: Emitter, sections: Sequence[Section], bindings: Bindings
     }
 
 
-def _dispatch(e: Emitter, sections: Sequence[Section], group: Id) -> Code:
+def _dispatch(e: Emitter, sections: Sequence[KernelSection], group: Id) -> Code:
     """Finds the section of a workgroup by halves."""
     m = e.m
     starts = np.cumsum([0, *(section.groups for section in sections)]).tolist()

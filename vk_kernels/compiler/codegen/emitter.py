@@ -31,9 +31,9 @@ from vk_kernels.spirv.builder import Code, Id, Module, StorageBuffer
 from vk_kernels.spirv.spec import Op
 
 Coords = tuple[Id, ...]
-Question = tuple[Value | Literal, Sequence[Id]]
+ElementAt = tuple[Value | Literal, Sequence[Id]]
 # Gives the value of output `k` of a node at `coords`.
-Handler = Callable[["Emitter", Node, int, Coords], Generator[Question, Id, Id]]
+Handler = Callable[["Emitter", Node, int, Coords], Generator[ElementAt, Id, Id]]
 
 HANDLERS: dict[str, Handler] = {}
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from vk_kernels.compiler.codegen.emit_kernel import GeneratedKernel, emit_kernel
 from vk_kernels.compiler.codegen.emitter import size_of
 from vk_kernels.compiler.codegen.heroes import Heroes
+from vk_kernels.compiler.codegen.kernel_stages import combine_pieces, plan_stage
 from vk_kernels.compiler.codegen.primitives import EXPENSIVE, check
-from vk_kernels.compiler.codegen.stages import combine_pieces, plan_stage
 from vk_kernels.compiler.ir import Graph, Node, Value
 
 

@@ -171,4 +171,4 @@ class SplitReductionSection:
         yield from m.branch(lanes.leads(), store)
 
 
-Section = MapSection | ReduceSection | SplitReductionSection | RankSection
+KernelSection = MapSection | ReduceSection | SplitReductionSection | RankSection

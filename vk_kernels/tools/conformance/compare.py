@@ -15,10 +15,10 @@ from vk_kernels.tools.tolerances import GRADIENT_FACTOR, OUTPUT_FACTOR, SLACK
 PROGRAM = 24  # cases in one
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
-Results = tuple[list[Any], list[Any]]  # outputs, gradients
+OutputsAndGradients = tuple[list[Any], list[Any]]  # outputs, gradients
 
 
-def results(case: PrimitiveCase, *args: Any) -> Results:
+def results(case: PrimitiveCase, *args: Any) -> OutputsAndGradients:
     """The outputs of a case, and the gradients of a fixed combination of them, as flat lists."""
     if not case.gradient:
         return jax.tree.leaves(case.fn(*args)), []
@@ -55,7 +55,7 @@ def check(cases: Sequence[PrimitiveCase], device: str | None = None) -> dict[Pri
 def _check_program(cases: Sequence[PrimitiveCase], device: str | None) -> dict[PrimitiveCase, str]:
     arguments = [case.args for case in cases]
 
-    def program(arguments: Any) -> list[Results]:
+    def program(arguments: Any) -> list[OutputsAndGradients]:
         return [results(case, *args) for case, args in zip(cases, arguments, strict=True)]
 
     try:
@@ -70,7 +70,7 @@ def _check_program(cases: Sequence[PrimitiveCase], device: str | None) -> dict[P
     return {case: message for case, message in differences if message}
 
 
-def _difference(case: PrimitiveCase, found: Results, expected: Results) -> str:
+def _difference(case: PrimitiveCase, found: OutputsAndGradients, expected: OutputsAndGradients) -> str:
     """Empty where there is none that matters."""
     for kind, some, others in zip(("output", "gradient"), found, expected, strict=True):
         for i, (x, y) in enumerate(zip(some, others, strict=True)):
