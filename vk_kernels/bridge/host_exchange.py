@@ -35,8 +35,10 @@ OUT, REDUCED, DONE = range(3)  # stages that a process announces, of an array or
 
 @dataclass
 class Traffic:
-    """Counts of all exchanges so far. waited: seconds for other processes; seconds: in all; nbytes: out of this device and
-    into it."""
+    """Counts of all exchanges so far.
+
+    waited: seconds for other processes. seconds: in all. nbytes: out of this device and into it.
+    """
 
     exchanges: int = 0
     seconds: float = 0.0
