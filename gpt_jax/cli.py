@@ -1,6 +1,7 @@
 """The start and the failures of every command of the package."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -97,7 +98,9 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
 def in_plain_words(error: Exception) -> str:
     """The message of an error of a flag; absl puts "flag --NAME=VALUE" before what a parser said."""
     inner = error.__context__
-    return str(inner if isinstance(inner, UserError) else error)
+    if isinstance(inner, UserError):
+        return str(inner)
+    return re.sub(r"\('Non-boolean argument to boolean flag', .*\)", "must be true or false", str(error))
 
 
 def _refuse(error: object, exit_code: int = BAD_INPUT) -> int:

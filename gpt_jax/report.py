@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from gpt_jax.cli import run_main
+from gpt_jax.config import text_problem
 from gpt_jax.errors import UserError
 from gpt_jax.runs.comparison import compare_runs
 from gpt_jax.runs.find import find_run
@@ -31,6 +32,10 @@ def main(argv: Sequence[str]) -> None:
     folders = [find_run(name, saved=False).workdir for name in argv[1:]]
     runs = [load_run(folder) for folder in folders]
     out = flags.FLAGS.out
+    if out is not None and (problem := text_problem(out)):
+        raise UserError(f"--out {problem}")
+    if out == "":
+        raise UserError("--out is empty: name a folder, or leave it out")
     if out is not None and not Path(out).is_dir():
         raise UserError(f"--out={out} is no folder: make it first, or name another")
     if len(runs) == 1:

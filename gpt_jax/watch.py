@@ -14,7 +14,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -22,10 +21,12 @@ from absl import flags
 from gpt_jax.cli import run_main
 from gpt_jax.config_file import NUMBER
 from gpt_jax.errors import UserError
-from gpt_jax.runs.find import RUNS, find_run
+from gpt_jax.runs.find import RUNS, find_run, runs_folder
 from gpt_jax.runs.follow import FollowedRun
 from gpt_jax.runs.formats import format_duration, format_number, format_size
-from gpt_jax.runs.status import RUNNING
+from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE
+from gpt_jax.runs.status import RUNNING, UNKNOWN
+from gpt_jax.runs.summary import is_run
 from gpt_jax.tables import printable, render_panels
 
 FLAGS = flags.FLAGS
@@ -40,9 +41,12 @@ _NORMS = ("grad", "param", "update")
 def main(argv: Sequence[str]) -> None:
     if not SHORTEST <= FLAGS.every < math.inf:
         raise UserError(f"--every must be a number from {SHORTEST}, found {FLAGS.every}")
-    runs = [FollowedRun(find_run(name, Path(FLAGS.runs), saved=False).workdir) for name in argv[1:]]
+    folder = runs_folder(FLAGS.runs)
+    runs = [FollowedRun(find_run(name, folder, saved=False).workdir) for name in argv[1:]]
     for run in runs:
         run.read()
+        if run.status == UNKNOWN and not is_run(run.workdir) and not run.step:
+            raise UserError(f"no run at {run.workdir}: the folder has neither {INFO_FILE} nor {CONFIG_FILE}")
     if FLAGS.once or not sys.stdout.isatty():
         print(render_panels([(title(run), rows(run)) for run in runs]))
         return

@@ -13,7 +13,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -22,7 +21,7 @@ from gpt_jax.cli import run_main
 from gpt_jax.config import leaves, text_problem
 from gpt_jax.config_file import WHOLE
 from gpt_jax.errors import UserError
-from gpt_jax.runs.find import RUNS, FoundRun, find_run
+from gpt_jax.runs.find import RUNS, FoundRun, find_run, runs_folder
 from gpt_jax.runs.formats import format_duration, format_number, format_size
 from gpt_jax.runs.info import read_info
 from gpt_jax.runs.registry import list_runs
@@ -72,11 +71,11 @@ def print_list(names: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {names[0]!a}: list takes none, `show` tells of one run")
     conditions = [parse_condition(text) for text in FLAGS.where]
     key = FLAGS.sort.removeprefix("-")
-    if key:
+    if FLAGS.sort:
         check_name(key)
     if FLAGS.limit is not None and FLAGS.limit < 1:
         raise UserError(f"--limit must be a whole number from 1, found {FLAGS.limit}")
-    runs = Path(FLAGS.runs)
+    runs = runs_folder(FLAGS.runs)
     if not runs.is_dir():
         raise UserError(f"there is no folder {runs}: train a run first, or give --runs=FOLDER")
     found = [run for run in list_runs(runs) if all(condition(run) for condition in conditions)]
@@ -214,7 +213,7 @@ def remove(names: Sequence[str]) -> None:
 
 
 def _find(name: str) -> FoundRun:
-    return find_run(name, Path(FLAGS.runs), saved=False)
+    return find_run(name, runs_folder(FLAGS.runs), saved=False)
 
 
 def _required(names: Sequence[str]) -> Sequence[str]:

@@ -36,6 +36,15 @@ class FoundRun(NamedTuple):
     checkpoint: Path
 
 
+def runs_folder(value: str) -> Path:
+    """The folder that `--runs` means. Raises UserError if its value is none that a folder can have."""
+    if problem := text_problem(value):
+        raise UserError(f"--runs {problem}")
+    if not value:
+        raise UserError("--runs is empty: name the folder that runs are in, or leave it out")
+    return Path(value)
+
+
 def find_run(name: str, runs: Path = RUNS, *, saved: bool = True) -> FoundRun:
     """The run and checkpoint that a name stands for, as the module says.
 

@@ -172,6 +172,8 @@ def _read_tables(path: Path) -> tuple[dict[str, Columns], list[dict[str, Any]]]:
         if split == "event":
             events.append(record)
             continue
+        if not isinstance(split, str):
+            raise UserError(f"{path}: step {record['step']}: split is no text: {split!r}; remove the line")
         table = columns.setdefault(split, {"step": array.array("q"), "time": array.array("d")})
         rows = len(table["step"])
         try:

@@ -198,5 +198,15 @@ def test_a_watch_shows_what_is_known_of_several_runs(folder, monkeypatch, capsys
     assert "at step 200, spike: gradient norm 50, and 1.0" in shown
     assert "other: unknown, step 0 of 5" in shown
     assert "\x1b" not in shown
-    with pytest.raises(UserError, match=r"--every must be a number from 0.1, found 0"):
-        watch.main(parse_flags(["watch", str(folder), "--every=0"], values))
+    (folder / "nothing").mkdir()
+    for arguments, message in (
+        ([str(folder), "--every=0"], "--every must be a number from 0.1, found 0"),
+        ([str(folder / "nothing")], "no run at .*nothing: the folder has neither run.json nor config.json"),
+        ([str(folder), "--runs="], "--runs is empty: name the folder that runs are in"),
+        ([str(folder), "--runs=a\0b"], r"--runs must be text in UTF-8, found '\\x00' in it"),
+    ):
+        values = flags.FlagValues()
+        watch.define_flags(values)
+        monkeypatch.setattr(watch, "FLAGS", values)
+        with pytest.raises(UserError, match=message):
+            watch.main(parse_flags(["watch", *arguments], values))

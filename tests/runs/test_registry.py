@@ -427,6 +427,8 @@ def test_rm_refuses_what_is_used_or_no_run(command, runs):
         (("xyz",), "there are list, show, compare, tag, rm"),
         (("list", "a"), "unexpected argument 'a': list takes none"),
         (("list", "--sort=los"), "a run has no 'los': did you mean loss?"),
+        (("list", "--sort=-"), "a run has no ''"),
+        (("list", "--json=maybe"), "flag --json=maybe: must be true or false"),
         (("list", "--limit=0"), "--limit must be a whole number from 1, found 0"),
         (("show", "a", "--where=step"), "--where is of list, and show has no such flag"),
         (("show",), "missing argument: RUN"),

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 from synthetic_run import CONFIG, SPIKE_LAYER, SPIKE_STEP, loss_at, write_run
 
+from gpt_jax import report as report_command
 from gpt_jax.errors import UserError
 from gpt_jax.runs import load, markdown, plots, report, sections
 from gpt_jax.runs.analysis import text_statistics
@@ -204,6 +206,9 @@ def test_what_is_no_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": "high"}\n')
     with pytest.raises(UserError, match="step 1: loss is no number: 'high'"):
         load.load_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": {}, "loss": 1}\n')
+    with pytest.raises(UserError, match=r"step 1: split is no text: \{\}; remove the line"):
+        load.load_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "samples.jsonl").write_text('{"step": 7, "prompt": "a", "tokens": 3, "seconds": 1}\n')
     with pytest.raises(UserError, match="step 7: text is no text: None; remove the line"):
@@ -389,3 +394,16 @@ def test_a_growing_run_can_be_read(workdir, tmp_path):
         assert len(load.load_metrics(tmp_path)) == 1
         writer.write(2, "train", {"loss": 7.0, "grad_norm": 1.0})
         assert len(load.load_metrics(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("", "--out is empty"), ("nowhere", "--out=nowhere is no folder"), ("a\0b", r"--out must be text in UTF-8")],
+)
+def test_a_folder_that_cannot_be_written_to_is_refused(workdir, out, message, monkeypatch):
+    values = flags.FlagValues()
+    flags.DEFINE_string("out", out, "", flag_values=values)
+    values.mark_as_parsed()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    with pytest.raises(UserError, match=message):
+        report_command.main(["report", str(workdir)])
