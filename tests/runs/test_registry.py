@@ -17,6 +17,7 @@ from gpt_jax.cli import parse_flags
 from gpt_jax.errors import UserError
 from gpt_jax.runs import registry
 from gpt_jax.runs.find import find_run
+from gpt_jax.runs.follow import FollowedRun
 from gpt_jax.runs.info import RunInfo, write_json
 from gpt_jax.runs.load import load_run
 from gpt_jax.runs.metrics import MetricsWriter, read_lines
@@ -292,7 +293,7 @@ def test_the_last_step_is_found_at_the_end_of_a_long_file(tmp_path):
         assert last_step(file) == expected
 
 
-def test_four_runs_write_while_lists_are_read(tmp_path):
+def test_four_runs_write_while_lists_and_a_watch_read(tmp_path):
     """No line is lost and no writer waits: readers take nothing that a writer wants."""
     runs, lines = tmp_path / "runs", 300
     failures: list[BaseException] = []
@@ -318,15 +319,22 @@ def test_four_runs_write_while_lists_are_read(tmp_path):
     for thread in threads:
         thread.start()
     seen: dict[str, list[int]] = {}
+    watched = [FollowedRun(runs / f"run_{number}") for number in range(4)]
     while any(thread.is_alive() for thread in threads):
         for run in list_runs(runs):
             assert run.status in ("running", "completed", "unknown"), run.problem
             seen.setdefault(run.run, []).append(run.step or 0)
+        for followed in watched:
+            followed.read()
+            assert followed.losses == [1.0 / step for step in range(1, followed.step + 1)]
     assert failures == []
     for number in range(4):
         assert [line["step"] for line in read_lines(runs / f"run_{number}" / "metrics.jsonl")] == [*range(1, lines + 1)]
         assert seen[f"run_{number}"] == sorted(seen[f"run_{number}"])
     assert {run.status for run in list_runs(runs)} == {"completed"}
+    for followed in watched:
+        followed.read()
+        assert (followed.status, followed.step) == ("completed", lines)
 
 
 # ---- names and tags

@@ -32,7 +32,11 @@ from whole_run import (
 from gpt_jax.checkpoint import restore_parameters
 from gpt_jax.data import batches, token_cache
 from gpt_jax.errors import UserError
+from gpt_jax.runs.load import load_run
 from gpt_jax.runs.metrics import read_lines
+from gpt_jax.runs.report import write_report
+from gpt_jax.runs.status import read_status
+from gpt_jax.runs.wall_time import wall_time
 from gpt_jax.storage.checkpoint_files import saved_steps
 from gpt_jax.storage.checksum import crc32_of_json
 from gpt_jax.training.train import train_and_evaluate
@@ -94,6 +98,8 @@ def test_killed_and_stopped_by_signals_and_resumed_it_is_bit_identical(straight,
     process.send_signal(signal.SIGKILL)
     process.communicate()
     reached = train_lines(workdir)[-1]["step"]
+    assert read_status(workdir)[0] == "crashed"
+    assert "The run crashed" in write_report(workdir).read_text()
     for resumed, (number, code) in enumerate(((signal.SIGINT, 130), (signal.SIGTERM, 143)), start=1):
         process = start(corpus, workdir)
         wait_until(functools.partial(trains_again, workdir, resumed), process)
@@ -116,6 +122,9 @@ def test_killed_and_stopped_by_signals_and_resumed_it_is_bit_identical(straight,
     assert all(event["start_seconds"] > 1 for event in (started, killed))  # jax's import alone takes longer
     assert killed.get("lost_steps", 0) == max(reached - killed["step"], 0)
     assert ("lost_seconds" in killed) == (reached > killed["step"])
+    assert [line["step"] for line in train_lines(workdir)] == [*range(1, 61)]  # one curve
+    parts = dict(wall_time(load_run(workdir)))
+    assert parts.get("lost to restarts", 0.0) == killed.get("lost_seconds", 0.0)
     assert last["checkpoint_ms"] > 0
     assert not any("lost_steps" in event for event in events[2:])  # a signal saves first
 
