@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from vulkan_devices import SELECTOR, needs_vulkan
 
-from vk_kernels.bridge.host_exchange import SLOTS, HostExchange
+from vk_kernels.bridge.host_exchange import SLOTS, HostExchange, Packing
 from vk_kernels.errors import LinkError
 from vk_kernels.runtime.array import Array, array_type
 from vk_kernels.runtime.array_spec import ArraySpec
@@ -35,7 +35,8 @@ def exchanges(devices, specs=SPECS, **options) -> list[HostExchange]:
 
     def make(index: int) -> HostExchange:
         links = HostLinks(name, index, len(devices), timeout=20)
-        return HostExchange(devices[index], links, specs, **options)
+        packings = [Packing((k,), lambda x: x) for k in range(len(specs))]
+        return HostExchange(devices[index], links, specs, packings, **options)
 
     with ThreadPoolExecutor(len(devices)) as threads:
         return list(threads.map(make, range(len(devices))))

@@ -14,11 +14,13 @@ of whatever vendor or speed. While one array is added up, the next is on its way
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vk_kernels.bridge.leaves import type_of_aval
 from vk_kernels.compiler.pipeline import compile_graph, optimize
 from vk_kernels.runtime.array import Array, array_type
 from vk_kernels.runtime.array_spec import ArraySpec
@@ -46,18 +48,25 @@ class Traffic:
     nbytes: int = 0
 
 
-class _Bucket:
-    """An array of given type on its way: its slices, and the commands that move it.
+class Packing(NamedTuple):
+    """How one flat array is made of some of those of a call, by their numbers: that is `pack` of them."""
 
-    size: elements. bounds: where the slices begin and end, in bytes. result: the sum.
+    inputs: tuple[int, ...]
+    pack: Callable[..., jax.Array]
+
+
+class _Bucket:
+    """A flat array on its way: its slices, and the commands that move it.
+
+    bounds: where the slices begin and end, in bytes. flat: the device's own part of the sum. result: the sum.
     """
 
     def __init__(self, device: Device, spec: ArraySpec, count: int):
         self.spec = spec
         each = -(-spec.nbytes // count // ALIGNMENT) * ALIGNMENT
         self.bounds = [min(i * each, spec.nbytes) for i in range(count + 1)]
-        self.result = device.buffer(spec.nbytes)
-        self.source: Buffer | None = None  # that the commands were recorded for
+        self.flat, self.result = device.buffer(spec.nbytes), device.buffer(spec.nbytes)
+        self.sources: list[Buffer] = []  # that the commands were recorded for
         self.out: CommandRecorder
         self.reduce: CommandRecorder
         self.gather: CommandRecorder
@@ -68,9 +77,9 @@ class _Bucket:
 
 
 class HostExchange:
-    """Adds up arrays of given types over the processes of a host; every process calls it, in the same order.
+    """Adds up flat arrays over the processes of a host; every process calls it, in the same order.
 
-    between: called with a slice of the sum in host memory, 1-D, to add to it, in place, what other hosts have.
+    between: called with a slice of a sum in host memory, to add to it, in place, what other hosts have.
     """
 
     def __init__(
@@ -78,19 +87,27 @@ class HostExchange:
         device: Device,
         links: HostLinks,
         specs: Sequence[ArraySpec],
+        packings: Sequence[Packing],
         between: Callable[[np.ndarray], None] | None = None,
         imports: bool | None = None,
     ):
-        """imports: whether the device works on the shared memory itself; None: if it can.
+        """specs: of a call's arrays. packings: of what is added up, in the order in which it is ready. imports: whether
+        the device works on the shared memory itself; None: if it can.
 
         Raises OutOfMemoryError where host or device has no room, LinkError for a process that does not come along.
         """
         self.device, self.links, self.between = device, links, between
         self.imports = can_import(device) if imports is None else imports
         self.traffic = Traffic()
+        self._packings = packings
         count, own = links.count, links.index
-        self._buckets = [_Bucket(device, spec, count) for spec in specs]
-        self._adders: dict[tuple[int, np.dtype], Executable] = {}
+        self._specs = specs
+        shapes = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs]
+        flat = [jax.eval_shape(pack, *map(shapes.__getitem__, inputs)) for inputs, pack in packings]
+        self._types = [array_type(each.shape, np.dtype(each.dtype), False) for each in flat]
+        self._buckets = [_Bucket(device, kind.spec, count) for kind in self._types]
+        self._packers = [self._compile(pack, *map(shapes.__getitem__, inputs)) for inputs, pack in packings]
+        self._adders: dict[Any, Executable] = {}
         self._busy = False  # whether the last exchange may still be gathering, here or elsewhere
         most = max((bucket.nbytes(0) for bucket in self._buckets), default=0)
         stride = max(1, -(-most // PAGE)) * PAGE
@@ -116,13 +133,16 @@ class HostExchange:
         return shared
 
     def __call__(self, arrays: Sequence[Array]) -> list[Array]:
-        """The sums of arrays of the types that were announced; they stay as they are until the next call.
+        """The sums, flat, of arrays of the types that were announced; they stay as they are until the next call.
 
         Raises LinkError, naming the process that ended, hangs or adds up something else.
         """
         began = time.perf_counter()
-        for k, array in enumerate(arrays):
-            self._record(k, array)
+        for i, (array, spec) in enumerate(zip(arrays, self._specs, strict=True)):
+            if array.type.spec != spec:
+                raise ValueError(f"array {i} is {array.type}, announced was {spec}")
+        for k, (inputs, _) in enumerate(self._packings):
+            self._record(k, [arrays[i].buffer for i in inputs])
         if self._busy:
             self._await(DONE)  # the shared memory is free again
         self._busy = True
@@ -136,7 +156,7 @@ class HostExchange:
         self.traffic.exchanges += 1
         self.traffic.seconds += time.perf_counter() - began
         self.traffic.nbytes += self.nbytes
-        return [Array(bucket.result, array.type) for bucket, array in zip(self._buckets, arrays, strict=True)]
+        return [Array(bucket.result, kind) for bucket, kind in zip(self._buckets, self._types, strict=True)]
 
     @property
     def nbytes(self) -> int:
@@ -190,44 +210,39 @@ class HostExchange:
         self.links.await_all(token, f"adding up over {self.links.count} devices {doing}".strip())
         self.traffic.waited += time.perf_counter() - began
 
-    def _record(self, k: int, array: Array) -> None:
-        """Records the commands that move an array; they serve as long as it comes in the same memory."""
-        bucket, source, slot, own = self._buckets[k], array.buffer, k % SLOTS, self.links.index
-        if array.type.spec != bucket.spec:
-            raise ValueError(f"array {k} is {array.type}, announced was {bucket.spec}")
-        if bucket.source is source:
+    def _record(self, k: int, sources: list[Buffer]) -> None:
+        """Records the commands that move an array; they serve as long as its parts come in the same memory."""
+        bucket, slot, own, peers = self._buckets[k], k % SLOTS, self.links.index, self.links.peers
+        if bucket.sources == sources:
             return
-        bucket.source = source
+        bucket.sources = sources
         bucket.out, bucket.reduce, bucket.gather = (self.device.new_recorder(replay=True) for _ in range(3))
+        self._packers[k].record(bucket.out, sources, [bucket.flat])
+        for other in peers:
+            bucket.out.copy(bucket.flat, self._sent[slot][other].buffer, bucket.nbytes(other), bucket.bounds[other])
         start, nbytes = bucket.bounds[own], bucket.nbytes(own)
-        for other in self.links.peers:
-            bucket.out.copy(source, self._sent[slot][other].buffer, bucket.nbytes(other), bucket.bounds[other])
         if nbytes:
-            parts = [source.slice(start, nbytes) if i == own else x.buffer.slice(0, nbytes)
-                     for i, x in enumerate(self._received[slot])]  # fmt: skip
-            total = bucket.result.slice(start, nbytes)
-            if len(parts) == 1:
-                bucket.reduce.copy(*parts, total)
-            else:
-                self._adder(nbytes, bucket.spec.dtype).record(bucket.reduce, parts, [total])
+            parts = [received.buffer.slice(0, nbytes) for received in self._received[slot]]
+            parts[own], total = bucket.flat.slice(start, nbytes), bucket.result.slice(start, nbytes)
+            self._adder(nbytes, bucket.spec.dtype).record(bucket.reduce, parts, [total])
             bucket.reduce.copy(total, self._sums[slot][own].buffer)
         for owner in self._gathered:
-            bucket.gather.copy(
-                self._sums[slot][owner].buffer, bucket.result, bucket.nbytes(owner), 0, bucket.bounds[owner]
-            )
+            total, nbytes = self._sums[slot][owner].buffer, bucket.nbytes(owner)
+            bucket.gather.copy(total, bucket.result, nbytes, 0, bucket.bounds[owner])
         for recorder in (bucket.out, bucket.reduce, bucket.gather):
             recorder.end()
 
     def _adder(self, nbytes: int, dtype: np.dtype) -> Executable:
         """The program that adds up a slice of all processes, in f32 and in their order."""
-        key = nbytes, np.dtype(dtype)
-        if key not in self._adders:
-            part = jax.ShapeDtypeStruct((nbytes // key[1].itemsize,), dtype)
-            closed = jax.make_jaxpr(_add_up)(*[part] * self.links.count)
-            program = compile_graph(optimize(closed), self.device, [False] * self.links.count)
-            kind = array_type(part.shape, key[1], False)
-            self._adders[key] = Executable(self.device, program, [kind])
-        return self._adders[key]
+        part = jax.ShapeDtypeStruct((nbytes // dtype.itemsize,), dtype)
+        if part not in self._adders:
+            self._adders[part] = self._compile(_add_up, *[part] * self.links.count)
+        return self._adders[part]
+
+    def _compile(self, fn: Callable[..., jax.Array], *specs: jax.ShapeDtypeStruct) -> Executable:
+        closed = jax.make_jaxpr(fn)(*specs)
+        program = compile_graph(optimize(closed), self.device, [False] * len(specs))
+        return Executable(self.device, program, [type_of_aval(aval) for aval in closed.out_avals])
 
 
 def _add_up(*parts: jax.Array) -> jax.Array:

@@ -1,0 +1,144 @@
+"""A train step of several processes: gradient of the own rows, exchange, update. Each process has a device of its own.
+
+    gradient   one submission: sums of losses, their gradient and the number of targets, of this process's rows
+    exchange   the sums over all processes, the same bits on all
+    update     one submission: the mean's gradient, clipping, the optimizer
+
+The mean is of all targets of the whole batch, however they are spread, so that N devices train as one with the whole
+batch does, up to the order in which numbers are added up.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gpt_jax.distributed.buckets import BUCKET_BYTES, Buckets
+from gpt_jax.model.gpt import GPT
+from gpt_jax.training.steps import (
+    Batch,
+    Leaves,
+    Metrics,
+    TrainState,
+    apply_gradient,
+    loss_and_gradient,
+    target_count,
+)
+from gpt_jax.training.trainable import IsTrained, all_trained, partition
+from vk_kernels.bridge.host_exchange import Packing
+from vk_kernels.bridge.profile import Cost, Profile
+from vk_kernels.runtime.array_spec import ArraySpec
+
+# Sums of arrays over all processes. It is made for the types of the arrays, on the device that they are on.
+Exchange = Callable[[Sequence[Any]], Sequence[Any]]
+MakeExchange = Callable[[Any, Sequence[ArraySpec], Sequence[Packing]], Exchange]  # device, types, what is added up
+
+
+class CutStep:
+    """(leaves of the state, batch of this process) -> (leaves, metrics), as `steps.train_step` of the whole batch.
+
+    The leaves are donated. exchange: None before the first call.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        make_exchange: MakeExchange,
+        jit: Callable[..., Any],
+        *,
+        model: GPT,
+        optimizer: optax.GradientTransformation,
+        schedule: optax.Schedule,
+        seed: int,
+        accumulate_steps: int = 1,
+        is_trained: IsTrained = all_trained,
+        dtype: str = "float32",
+        bucket_bytes: int = BUCKET_BYTES,
+    ):
+        """state: its shapes and dtypes. jit: of `vk_kernels`. dtype: of gradients on their way."""
+        self.exchange: Exchange | None = None
+        self.make_exchange = make_exchange
+        structure = jax.tree.structure(state)
+        trained, _ = partition(state.params, is_trained)
+        buckets = self.buckets = Buckets(trained, model.config.layer_names, dtype, bucket_bytes)
+        leaves = jax.tree.leaves(trained)
+        self.specs = [ArraySpec(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves]
+        self.specs += [ArraySpec((), np.dtype(np.float32))] * 2
+        # The loss and the number of targets come last, and never in fewer bits.
+        losses = Packing((len(leaves), len(leaves) + 1), lambda loss, count: jnp.stack([loss, count]))
+        self.packings = [*buckets.packings, losses]
+        numbers = jax.tree.unflatten(structure, range(structure.num_leaves))
+        self._read = [numbers.step, *jax.tree.leaves(numbers.params)]  # leaves that the gradient needs
+        params_structure = jax.tree.structure(state.params)
+
+        def gradient_step(leaves: Leaves, batch: Batch) -> tuple[jax.Array, ...]:
+            step, *params = leaves
+            trained, frozen = partition(jax.tree.unflatten(params_structure, params), is_trained)
+            loss, grads = loss_and_gradient(
+                trained,
+                batch,
+                step,
+                jnp.float32(1),
+                model=model,
+                seed=seed,
+                accumulate_steps=accumulate_steps,
+                frozen=frozen,
+            )
+            return *jax.tree.leaves(grads), loss, target_count(batch)
+
+        def update_step(leaves: Leaves, sums: tuple[jax.Array, ...]) -> tuple[Leaves, Metrics]:
+            *packed, (loss, count) = sums
+            targets = jnp.maximum(count, 1)
+            grads = jax.tree.map(lambda leaf: leaf / targets, buckets.unpack(packed))
+            next_state, metrics = apply_gradient(
+                jax.tree.unflatten(structure, leaves),
+                loss / targets,
+                grads,
+                count > 0,
+                optimizer=optimizer,
+                schedule=schedule,
+                is_trained=is_trained,
+            )
+            return tuple(jax.tree.leaves(next_state)), metrics
+
+        self._gradient = jit(gradient_step)
+        self._update = jit(update_step, donate_argnums=0)
+
+    def __call__(self, leaves: Leaves, batch: Batch) -> tuple[Leaves, Any]:
+        read = self._inputs(leaves)
+        if self.exchange is None:
+            self.exchange = self.make_exchange(self._gradient.lower(read, batch).device, self.specs, self.packings)
+            self._update.lower(leaves, tuple(self._sums()))  # compiled before the first wait for the others
+        return self._update(leaves, tuple(self.exchange(self._gradient(read, batch))))
+
+    def _inputs(self, leaves: Leaves) -> Leaves:
+        return tuple(leaves[number] for number in self._read)
+
+    def _sums(self) -> list[jax.ShapeDtypeStruct]:
+        specs = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in self.specs]
+        return [jax.eval_shape(pack, *map(specs.__getitem__, inputs)) for inputs, pack in self.packings]
+
+    def lower(self, leaves: Leaves, batch: Batch) -> tuple[Any, Any]:
+        """The programs of both submissions."""
+        return self._gradient.lower(self._inputs(leaves), batch), self._update.lower(leaves, tuple(self._sums()))
+
+    def cost(self, leaves: Leaves, batch: Batch) -> Cost:
+        """The cost of both submissions; one's memory is there beside the other's."""
+        first, second = (lowered.cost() for lowered in self.lower(leaves, batch))
+        return Cost(*(getattr(first, name) + getattr(second, name) for name in Cost.__dataclass_fields__))
+
+    def profile(self, leaves: Leaves, batch: Batch) -> Profile:
+        """Device time of the dispatches of both; the arguments stay."""
+        first, second = (
+            self._gradient.profile(self._inputs(leaves), batch),
+            [jnp.zeros(x.shape, x.dtype) for x in self._sums()],
+        )
+        return Profile((*first.rows, *self._update.profile(leaves, tuple(second)).rows))
+
+    def clear_cache(self) -> None:
+        """Forgets all that was compiled."""
+        self._gradient.clear_cache()
+        self._update.clear_cache()
