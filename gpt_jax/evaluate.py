@@ -110,6 +110,9 @@ def evaluate_model(opened: OpenedModel, asked: Asked, stack: contextlib.ExitStac
         progress = Progress()
         found = measure(texts, encoding, scorer, stride=stride, targets=targets, progress=progress)
         say(f"{opened.name}: {progress}")
+        for source, each in found.items():
+            if not each.tokens:
+                say(f"warning: {source}: nothing counts, targets are {targets} (--targets)")
     in_chat = questions.CHAT if encoding.chat else questions.TEXT
     return {
         "model": opened.name,

@@ -67,7 +67,7 @@ def export(found: FoundRun, to: str, *, dtype: str, most: int, force: bool, adap
     if adapter and dtype != "float32":
         raise UserError(f"--adapter writes adapters as they were trained, in float32: leave out --dtype={dtype}")
     ours: Collection[str] = ADAPTER_FILES if adapter else MODEL_FILES
-    target = open_target(to, replace=force) if is_url(to) else None
+    target = open_target(to, replace=force, ours=ours) if is_url(to) else None
     if target is None:
         check_target(Path(to), replace=force, ours=ours)
     write, description = _read_adapter(found) if adapter else _read_model(found, dtype, most)

@@ -9,6 +9,7 @@ from gpt_jax.data.corpus import is_validation, read_corpus
 from gpt_jax.data.dialogue import Dialogue
 from gpt_jax.data.reading import Reading
 from gpt_jax.data.token_cache import sources_of
+from gpt_jax.errors import UserError
 from gpt_jax.log import Log
 
 DEFAULT = "default"
@@ -21,12 +22,14 @@ def all_texts(source: str, log: Log) -> NamedTexts:
     """All that a data source holds, training and validation; a row that cannot be read is an error.
 
     Raises:
-      UserError: as `read_corpus`.
+      UserError: as `read_corpus`, or it holds nothing.
     """
     reading = Reading()
     for dialogue in read_corpus(source, reading):
         yield _label(source, dialogue), dialogue
     _tell(reading, log)
+    if not reading.formats:
+        raise UserError(f"data source {source!r} holds no dialogue and no text")
 
 
 def validation_texts(config: ConfigDict, recorded: Mapping[str, int], log: Log) -> NamedTexts:
@@ -37,23 +40,27 @@ def validation_texts(config: ConfigDict, recorded: Mapping[str, int], log: Log) 
         told to `log`.
 
     Raises:
-      UserError: as `read_corpus`.
+      UserError: as `read_corpus`, or there is none now.
     """
     data = config.data
     choices: dict[str, Any] = {name: data[name] for name in ("tool_calls", "on_error") if name in data}
     reading = Reading(**choices)
     found = {"dialogues": 0, "bytes": 0}
     own = data.get("validation", "")
-    for source in [own] if own else sources_of(data):
+    sources = [own] if own else sources_of(data)
+    for source in sources:
         for dialogue in read_corpus(source, reading):
             if own or is_validation(dialogue.source, data.validation_fraction):
                 found["dialogues"] += 1
                 found["bytes"] += sum(len(turn.text.encode()) for turn in dialogue.turns)
                 yield _label(source, dialogue), dialogue
     _tell(reading, log)
+    title = " and ".join(map(repr, sources))
+    if not found["dialogues"]:
+        raise UserError(f"nothing of {title} is validation data of the run now: give --data=FILE")
     if any(recorded.get(name, count) != count for name, count in found.items()):
-        now, then = (f"{each['dialogues']:,} dialogues of {each['bytes']:,} bytes" for each in (found, recorded))
-        title = " and ".join(map(repr, [own] if own else sources_of(data)))
+        both = (found, found | dict(recorded))
+        now, then = (f"{each['dialogues']:,} dialogues of {each['bytes']:,} bytes" for each in both)
         log(f"warning: the validation data of {title} is {now}, and was {then} when the run was trained")
 
 

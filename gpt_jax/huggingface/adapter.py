@@ -53,11 +53,10 @@ def adapter_config(adapters: Mapping[str, Any], scale: float, config: ConfigDict
     leaves = named_leaves(adapters)
     layers = adapted_layers(leaves)
     rank = leaves[f"{layers[0]}/{A}"].shape[1]
-    donor = str(config.init_from)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": donor.removeprefix("hf:") if donor.startswith("hf:") else None,
+        "base_model_name_or_path": None,  # a donor gets the markers of a chat here: the base is an export of RUN/base
         "r": rank,
         "lora_alpha": scale * rank,
         "lora_dropout": config.lora.dropout,

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from gpt_jax.config import FIELDS
 from gpt_jax.errors import UserError
 
 LINEAR_LAYERS = ("qkv", "projection", "mlp_in", "mlp_out")  # of a block, in the order of the forward pass
@@ -68,6 +69,14 @@ def check_targets(lora: LoraConfig, num_layers: int) -> None:
         alone = LoraConfig(lora.rank, lora.alpha, lora.dropout, (target,))
         if not any(alone.is_adapted(block, layer) for block in range(num_layers) for layer in LINEAR_LAYERS):
             raise UserError(f"config.lora.targets: {target!r} is no linear layer: {there_are}")
+
+
+def unused_settings(config: ConfigDict) -> list[str]:
+    """The settings of adapters that a run without any was given, and that do nothing."""
+    if config.lora.rank:
+        return []
+    given = {name: FIELDS[f"lora.{name}"] for name in config.lora}
+    return [f"lora.{name}" for name, field in given.items() if config.lora[name] != field.default]
 
 
 def is_adapter(name: str) -> bool:

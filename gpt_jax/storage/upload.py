@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ def is_url(name: str) -> bool:
     return "://" in name
 
 
-def open_target(url: str, *, replace: bool) -> "RemoteFolder":
+def open_target(url: str, *, replace: bool, ours: Collection[str]) -> "RemoteFolder":
     """The place that a URL means, `gs://`, `s3://`, `file://` or another of fsspec's.
 
     Args:
-      replace: whether files may be there, which are replaced then.
+      replace: whether files of names `ours` may be there, which are replaced then.
+      ours: names of files that may be replaced; `SUMS` is one anyway.
 
     Raises:
       UserError: the URL cannot be used, or files are there.
@@ -44,8 +45,11 @@ def open_target(url: str, *, replace: bool) -> "RemoteFolder":
     except ValueError as error:
         raise UserError(f"{url}: {error}") from None
     target = RemoteFolder(url, system, root.rstrip("/"))
-    if (found := target.names()) and not replace:
+    found = target.names()
+    if found and not replace:
         raise UserError(f"{url} is not empty, it has {found[0]}: give another place, or --force to replace its model")
+    if others := [name for name in found if name not in ours and name != SUMS]:  # upload removes what is not new
+        raise UserError(f"{url} holds {others[0]}, which is no file of a model, and is not replaced: move it away")
     return target
 
 

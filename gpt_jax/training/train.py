@@ -21,7 +21,8 @@ from gpt_jax.data.tokenizer import save as save_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.log import Log
 from gpt_jax.model.gpt import init_params, make_model
-from gpt_jax.model.parameters import merge_parameters, named_leaves
+from gpt_jax.model.lora import unused_settings
+from gpt_jax.model.parameters import listing, merge_parameters, named_leaves
 from gpt_jax.runs.folder import open_folder
 from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, mark_failed, new_run_id, read_config, write_json
 from gpt_jax.runs.metrics import METRICS_FILE, MetricsWriter
@@ -138,6 +139,8 @@ def train_and_evaluate(
         with writing(workdir / "tokenizer.json"):
             save_tokenizer(corpus.tokenizer, workdir / "tokenizer.json")
         log(f"parameters\n{parameter_table(state.params, config)}")
+        if unused := unused_settings(config):
+            log(f"warning: config.{listing(unused)} does nothing: config.lora.rank is 0, so all parameters are trained")
         lost = lost_work(workdir, resume_step)  # before its records are dropped
         shown = {"settings": settings_of(config), "trackers": trackers}
         writer = stack.enter_context(MetricsWriter(workdir, resume_step, config.log.tensorboard, **shown))

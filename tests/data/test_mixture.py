@@ -165,3 +165,6 @@ def test_what_is_evaluated_of_a_run_is_what_was_held_back(sources, tmp_path):
         assert len(found) == held["dialogues"]
         assert {source for source, _ in found} == set(sources if "mixture" in changes else sources[1:])
     assert not any("warning" in line for line in lines)
+    data = config(tmp_path / "cache", source=sources[0], validation_fraction=1e-6)
+    with pytest.raises(UserError, match=r"nothing of '.*' is validation data of the run now: give --data=FILE"):
+        list(validation_texts(ConfigDict({"data": data}), {}, lines.append))

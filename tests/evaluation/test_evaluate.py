@@ -253,6 +253,7 @@ MISTAKES = [
     (("nowhere",), "", "there is no run nowhere"),
     (("{run}@9",), "", "has no checkpoint '9': there are 1, 2, best and latest"),
     (("{run}", "--data=nowhere"), "", "data source 'nowhere' does not exist"),
+    (("{run}", "--data={file}"), "\n", "data source '{file}' holds no dialogue and no text"),
     (("{run}", "--validation_of=nowhere"), "", "there is no run nowhere"),
     (("{run}", "--stride=33"), "", "--stride is 33, and {run} sees 32 tokens at once: lower it"),
     (("{run}", "--stride=0"), "", "--stride must be a whole number from 1 to"),
@@ -345,6 +346,13 @@ def test_without_markers_the_end_of_text_closes_what_is_whole_and_counts_as_what
     assert spelled(Dialogue("source", (question, answer)), "assistant") == [".", ".", ".", "b", "<|endoftext|>"]
     assert spelled(Dialogue("source", (question, unsaid))) == ["a", ".", ".", ".", "."]
     assert spelled(Dialogue("source", (Turn(TEXT, "ab"),)), "assistant") == [".", ".", "."]
+
+
+def test_a_source_of_which_nothing_counts_is_told(run, command, tmp_path):
+    (tmp_path / "plain.txt").write_text("a question")
+    out, told = command(str(run), f"--data={tmp_path}/plain.txt", "--targets=assistant", "--json")
+    assert f"warning: {tmp_path}/plain.txt: nothing counts, targets are assistant (--targets)" in told
+    assert json.loads(out)["models"][0]["total"]["loss"] == "NaN"
 
 
 def test_a_model_without_data_or_markers_says_what_to_give(command):

@@ -276,6 +276,11 @@ def test_a_url_gets_the_files_and_their_checksums_last(run, tmp_path, monkeypatc
     export(find_run(str(run)), url, dtype="float32", most=2000, force=True)
     assert not (store / "model.safetensors").exists()  # of the model that was replaced
     assert read_donor(str(store)).tokenizer.to_str() == TOKENIZER.to_str()
+    (store / "years").mkdir()
+    (store / "years" / "notes.txt").write_text("of work")
+    with pytest.raises(UserError, match=r"store holds years/notes.txt, which is no file of a model, and is not repl"):
+        export(find_run(str(run)), url, dtype="float32", most=2000, force=True)
+    assert (store / "years" / "notes.txt").read_text() == "of work"
 
 
 def test_an_upload_that_fails_half_way_leaves_nothing(run, tmp_path, monkeypatch):

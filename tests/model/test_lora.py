@@ -10,10 +10,19 @@ import pytest
 from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
+from configs import chat
 from gpt_jax.errors import UserError
 from gpt_jax.model.cached import decoding_weights
 from gpt_jax.model.gpt import GPT, Linear, ModelConfig, init_params
-from gpt_jax.model.lora import LINEAR_LAYERS, LoraConfig, check_targets, init_a, is_adapter, merge_adapters
+from gpt_jax.model.lora import (
+    LINEAR_LAYERS,
+    LoraConfig,
+    check_targets,
+    init_a,
+    is_adapter,
+    merge_adapters,
+    unused_settings,
+)
 from gpt_jax.model.parameters import named_leaves
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale
 
@@ -185,3 +194,12 @@ def test_a_target_that_is_none_is_named_with_those_that_there_are(target):
     )
     with pytest.raises(UserError, match=r"config.lora.targets names no linear layer: there are qkv"):
         check_targets(dataclasses.replace(LORA, targets=()), TWO_BLOCKS.num_layers)
+
+
+def test_settings_without_a_rank_are_named():
+    config = chat.get_config()
+    assert unused_settings(config) == []
+    config.lora.dropout, config.lora.targets = 0.1, ("qkv",)
+    assert unused_settings(config) == ["lora.dropout", "lora.targets"]
+    config.lora.rank = 4
+    assert unused_settings(config) == []
