@@ -27,11 +27,12 @@ def is_one_after_another(path: Path) -> bool:
     except (ValueError, RecursionError):
         if _LIST_OF_ROWS.match(first) or first in (b"[", b"{"):
             return True
+    line = first.decode(errors="replace")
     try:
-        json.JSONDecoder().raw_decode((first + b"\n" + more).decode(errors="replace"))
-        return True
+        _, end = json.JSONDecoder().raw_decode(f"{line}\n{more.decode(errors='replace')}")
     except (ValueError, RecursionError):
         return False  # a line that is no JSON, to be named
+    return end > len(line) or line[end:].lstrip(" \t,").startswith(("{", "["))
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:

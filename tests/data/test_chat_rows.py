@@ -291,6 +291,13 @@ def test_bad_rows_are_skipped_counted_and_listed_by_choice(tmp_path):
     assert turns == [chat("q", "a")] * 2  # of a list in one line, as json.dump writes it, the bad rows alone
     assert [line.split(": ")[0] for line in notes[1:]] == [f"  {path}:1[1]", f"  {path}:1[2][1], messages[1]"]
 
+    good_row = json.dumps(said(Q, A)).encode()
+    for first in (b'{"text": "\xff"}', good_row + b" and more"):  # the first line bad: a file of lines all the same
+        path.write_bytes(first + b"\n" + good_row)
+        reading = Reading(on_error="skip")
+        assert [dialogue.turns for dialogue in corpus.read_corpus(str(path), reading)] == [chat("q", "a")]
+        assert reading.skipped == 1
+
     path = tmp_path / "chats.txt"
     good = "<|user|>q<|assistant|>a<|end_of_text|>\n"
     path.write_text(
