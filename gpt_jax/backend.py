@@ -4,13 +4,15 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 import vk_kernels
+from gpt_jax.distributed.placement import OneDevice
+from gpt_jax.distributed.processes import Processes, device_numbers
 from gpt_jax.errors import UserError
 from gpt_jax.runs.info import device_facts, device_peak_bytes
 from vk_kernels import NoDeviceError, SettingError, VulkanError
@@ -19,6 +21,8 @@ from vk_kernels.runtime.instance import validation_mode
 from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.runtime.physical_device import choose, list_devices
 
+ALONE = Processes()
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -26,6 +30,7 @@ class Backend:
 
     device: its facts: platform, kind and count. jit: `jax.jit`, or `vk_kernels.jit`, which takes the same arguments.
     put: a pytree of host arrays to the device. peak_bytes: the most of its memory that was in use; None: not known.
+    placement: how state and batches lie on the devices.
     """
 
     name: str  # xla or vulkan
@@ -34,22 +39,33 @@ class Backend:
     jit: Callable[..., Any]
     put: Callable[[Any], Any]
     peak_bytes: Callable[[], int | None]
+    placement: OneDevice = field(default_factory=OneDevice)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason}) on {self.device['count']} x {self.device['kind']}"
 
 
-def enter_backend(name: str, matmul_precision: str, stack: contextlib.ExitStack, submit_ms: float = 0) -> Backend:
+def enter_backend(
+    name: str,
+    matmul_precision: str,
+    stack: contextlib.ExitStack,
+    submit_ms: float = 0,
+    processes: Processes = ALONE,
+    shard: str = "replicated",
+) -> Backend:
     """The backend that a config asks for, in force until `stack` is closed.
 
     Args:
       name: xla, vulkan, or auto: Vulkan where there is a real GPU for it and XLA has none, else XLA.
       matmul_precision: of XLA's products, see `jax.default_matmul_precision`.
       submit_ms: how long one submission to a Vulkan device may take, see `Device.submit_ms`; 0: no limit.
+      processes: of the run. shard: see `OnMesh`.
 
     Raises:
       UserError: there is no Vulkan device, it cannot be opened, or a variable of `vk_kernels` means nothing.
     """
+    if processes.count > 1 and not (name == "vulkan" and processes.host_count == 1):
+        processes.join_jax()
     require_devices()
     for setting in (
         jax.default_matmul_precision(matmul_precision),
@@ -64,16 +80,61 @@ def enter_backend(name: str, matmul_precision: str, stack: contextlib.ExitStack,
     if name == "auto":
         name, reason = _choose()
     if name == "xla":
-        return Backend(name, reason, device_facts(), jax.jit, jax.device_put, device_peak_bytes)
+        return _enter_xla(reason, stack, processes, shard)
+    if processes.count > 1 or processes.devices or shard != "replicated":
+        raise UserError(
+            "config.backend=vulkan trains on one device: leave config.devices, distributed and shard as they are"
+        )
     require_devices("cpu")
     try:
         device = open_device()
         device.submit_ms = submit_ms
     except VulkanError as error:
         raise UserError(f"config.backend=vulkan: {error}") from None
-    stack.enter_context(jax.default_device(jax.devices("cpu")[0]))  # for what is done once, like initialisation
+    stack.enter_context(
+        jax.default_device(jax.local_devices(backend="cpu")[0])
+    )  # for what is done once, like initialisation
     facts = {"platform": "vulkan", "kind": device.info.name, "count": 1}
     return Backend(name, reason, facts, vk_kernels.jit, vk_kernels.device_put, lambda: device.memory.peak)
+
+
+def _enter_xla(reason: str, stack: contextlib.ExitStack, processes: Processes, shard: str) -> Backend:
+    """XLA's default device, or a mesh of those that the run names."""
+    facts = device_facts()
+    if processes.count == 1 and not processes.devices and shard == "replicated":
+        return Backend("xla", reason, facts, jax.jit, jax.device_put, device_peak_bytes)
+    from gpt_jax.distributed.mesh import OnMesh  # here: few runs need it, and its imports take time
+
+    devices = jax.devices()
+    if processes.count == 1 and processes.devices:
+        numbers = processes.device_numbers(len(devices))
+        devices = [devices[number] for number in dict.fromkeys(numbers)]
+    mesh = OnMesh(devices, shard)
+    stack.enter_context(jax.default_device(next(each for each in devices if each.process_index == jax.process_index())))
+    facts = facts | {"count": len(devices)}
+    return Backend("xla", reason, facts, jax.jit, mesh.put, device_peak_bytes, mesh)
+
+
+def processes_to_launch(config: ConfigDict) -> int:
+    """How many processes this host needs, one a device; 1: this one is enough, or others are started by hand.
+
+    XLA serves all devices from one process; it needs several only where they are to share one, as 0,0 says.
+    """
+    if not config.devices or config.distributed:
+        return 1
+    require_devices()
+    name = _choose()[0] if config.backend == "auto" else config.backend
+    if name == "vulkan":
+        try:
+            return len(device_numbers(config.devices, len(list_devices())))
+        except VulkanError as error:
+            raise UserError(f"config.backend=vulkan: {error}") from None
+    numbers = device_numbers(config.devices, jax.local_device_count())
+    if len(set(numbers)) == len(numbers):
+        return 1
+    if jax.default_backend() != "cpu":
+        raise UserError(f"config.devices={config.devices}: XLA's processes cannot share a device; name each once")
+    return len(numbers)
 
 
 def require_devices(platform: str | None = None) -> None:

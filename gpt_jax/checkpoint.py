@@ -93,6 +93,14 @@ def _print_unless_late(ignored: "sys.UnraisableHookArgs") -> None:
 _print_unraisable, sys.unraisablehook = sys.unraisablehook, _print_unless_late
 
 
+def _of_this_process() -> ocp.Checkpointer:
+    """Orbax without the other processes of JAX, which it would wait for: a run's checkpoints are process 0's alone."""
+    index = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
+
+
 class Restored(NamedTuple):
     """The checkpoint that `Checkpointer.restore_latest` found."""
 
@@ -267,6 +275,10 @@ class Checkpointer:
         wait_for(self._pending)  # a KeyboardInterrupt here leaves it pending, for the next call
         self.check()
 
+    def settle(self, seconds: float) -> None:
+        """Waits so long at most for what is pending; raises nothing."""
+        wait_for(self._pending, timeout=seconds)
+
     def check(self) -> None:
         """Raises the error of a save that failed in the meantime, without waiting."""
         while self._pending and self._pending[0].done():
@@ -288,7 +300,7 @@ class Checkpointer:
                 delete(new)
             new.mkdir()  # not its parents: a folder that was removed is not made again
             tree = unflatten_dict(leaves, sep="/")
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+            with _of_this_process() as writer:
                 writer.save(new / STATE, args=ocp.args.PyTreeSave(tree))
             if not self._is_in_place():  # orbax makes the parents of what it writes
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._directory))
@@ -523,7 +535,7 @@ def _read_leaves(path: Path, record: dict) -> dict[str, np.ndarray]:
             raise DamagedCheckpoint(f"its {name} fails its checksum")
     # In a thread of its own: orbax runs an event loop, and a notebook's thread is inside one already.
     with (
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
+        _of_this_process() as reader,
         ThreadPoolExecutor(max_workers=1) as thread,
     ):
         try:

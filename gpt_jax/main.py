@@ -9,8 +9,10 @@ if __name__ == "__main__":
     exit_on_interrupt()  # before the imports, which take seconds
 
 import argparse
+import functools
 import os
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,16 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+import vk_kernels
 from gpt_jax import BEGAN
 from gpt_jax.cli import require_jax, run_main
-from gpt_jax.config import validate
+from gpt_jax.config import leaves, validate
 from gpt_jax.config_file import define_config_flag, describe_changes
+from gpt_jax.distributed.launch import end_with_launcher, launch
+from gpt_jax.distributed.processes import join
 from gpt_jax.errors import UserError
 from gpt_jax.runs.find import find_run
-from gpt_jax.runs.info import CONFIG_FILE, read_info
+from gpt_jax.runs.info import CONFIG_FILE, read_info, versions
 from gpt_jax.training.history import why_complete
 from gpt_jax.training.open_settings import fill_in, follow_num_steps, is_huggingface
 
@@ -73,6 +78,7 @@ def file_behind(config: ConfigDict, workdir: Path | None) -> dict[str, Any] | No
 
 
 def main(argv: Sequence[str]) -> int:
+    end_with_launcher()
     flag, workdir = flags.FLAGS["config"], flags.FLAGS.workdir
     config = flag.value
     if config is None:
@@ -91,15 +97,35 @@ def main(argv: Sequence[str]) -> int:
             return 0
     exit_on_interrupt()
     require_jax()
-    from gpt_jax.training.failures import TrainingFailed  # after the config: a typo need not wait for jax
+    from gpt_jax.backend import processes_to_launch  # after the config: a typo need not wait for jax
+    from gpt_jax.training.failures import TrainingFailed
     from gpt_jax.training.train import train_and_evaluate
 
+    if (count := processes_to_launch(config)) > 1:
+        return launch(count)
     try:
-        stopped_by = train_and_evaluate(config, workdir, began=BEGAN, config_file=file_behind(config, workdir))
+        with join(config.distributed, config.devices) as processes:
+            processes.agree(what_all_need(config))
+            began_with = file_behind(config, workdir)
+            stopped_by = train_and_evaluate(config, workdir, began=BEGAN, config_file=began_with, processes=processes)
     except TrainingFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+def what_all_need(config: ConfigDict) -> dict[str, Any]:
+    """What must be the same on all processes of a run, by name: the config, and the program and its libraries."""
+    settings = {f"config.{name}": value for name, value in leaves(config) if name not in ("distributed", "devices")}
+    found = {f"the version of {name}": version for name, version in versions().items()}
+    return found | {"the checksum of the program": checksum_of_program()} | settings
+
+
+def checksum_of_program() -> int:
+    """CRC-32 of the sources of this program."""
+    packages = [Path(__file__).parent, Path(vk_kernels.__file__).parent]
+    sources = sorted(file for package in packages for file in package.rglob("*.py"))
+    return functools.reduce(lambda crc, file: zlib.crc32(file.read_bytes(), crc), sources, 0)
 
 
 if __name__ == "__main__":

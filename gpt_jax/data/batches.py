@@ -37,6 +37,7 @@ def windows(
     seed: int,
     targets: str = "all",
     seen: int = 0,
+    rows: np.ndarray | None = None,
     log: Log = logging.info,
 ) -> grain.MapDataset[Batch]:
     """Endless shuffled batches with random access: `ds[n]` is a pure function of (seed, seen, n).
@@ -56,10 +57,12 @@ def windows(
         without any other target are left out: a batch of them would teach nothing.
       seen: windows of the endless order that `ds[0]` comes after. A run that goes on with another batch size
         gives how many it has seen, and each window is still seen once an epoch.
+      rows: those of each batch that are read, where several processes share it; None: all.
       log: takes a line about the windows left out.
 
     Returns:
-      A dataset of {'inputs': (batch_size, block_size) int32, 'targets': (batch_size, block_size) int32}.
+      A dataset of {'inputs': (batch_size, block_size) int32, 'targets': (batch_size, block_size) int32}; with `rows`,
+      as many as these.
 
     Raises:
       UserError: the tokens are fewer than one window, no window has a target, or `targets` is neither.
@@ -74,7 +77,7 @@ def windows(
     order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, _shares(streams))
 
     def gather(numbers: Iterable[int]) -> Batch:
-        wanted = np.asarray(numbers)
+        wanted = np.asarray(numbers) if rows is None else np.asarray(numbers)[rows]
         of = np.searchsorted(starts, wanted, side="right") - 1  # the stream of each
         batch = np.empty((2, len(wanted), block_size), np.int32)
         for number in np.unique(of):
@@ -97,6 +100,7 @@ def evaluation_batches(
     batch_size: int,
     batches: int,
     targets: str = "all",
+    rows: np.ndarray | None = None,
     log: Log = logging.info,
 ) -> grain.MapDataset[Batch]:
     """The same `batches` batches at every call, or fewer if all windows fit in fewer; none is seen twice.
@@ -109,8 +113,11 @@ def evaluation_batches(
     part = _Windows(tokens, block_size, targets, "validation", log)
 
     def gather(numbers: Iterable[int]) -> Batch:
-        inputs, wanted = part.gather(np.asarray(numbers))
-        missing = ((0, batch_size - len(inputs)), (0, 0))
+        numbers, size = np.asarray(numbers), batch_size
+        if rows is not None:
+            numbers, size = numbers[rows[rows < len(numbers)]], len(rows)
+        inputs, wanted = part.gather(numbers)
+        missing = ((0, size - len(inputs)), (0, 0))
         return {"inputs": np.pad(inputs, missing), "targets": np.pad(wanted, missing, constant_values=MASKED)}
 
     return grain.MapDataset.range(len(part)).shuffle(seed=0).batch(batch_size, batch_fn=gather).slice(slice(0, batches))

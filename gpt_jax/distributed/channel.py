@@ -103,7 +103,7 @@ class Channel:
         self._all_acknowledged = threading.Event()
         self._requests: set[str] = set()  # process 0: what the others asked for
         self._closing = self._ended = False
-        self.on_lost: Callable[[str], None] = lambda line: None  # called before the process ends
+        self.on_lost: Callable[[str], str] = str  # makes the line that the process ends with of the one that names
         self._selector = selectors.DefaultSelector()
         for peer in peers.values():
             peer.heard = time.monotonic()
@@ -117,7 +117,7 @@ class Channel:
         if self.index:
             self._peers[0].send(kind="gather", number=self._number, value=value)
         else:
-            self._add(self._number, 0, value)
+            self._add(self._number, 0, json.loads(json.dumps(value)))  # as the others see it
         return self._results.get()  # if a process is lost, the watching thread ends this one
 
     def share(self, value: Any = None) -> Any:
@@ -252,8 +252,7 @@ class Channel:
         """Ends this process, wherever its other threads are: an exchange of numbers may never return."""
         self.fail(line)
         self._closing = True
-        self.on_lost(line)
-        end_process(line)
+        end_process(self.on_lost(line))
 
 
 def end_process(line: str, code: int = LOST) -> NoReturn:

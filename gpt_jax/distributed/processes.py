@@ -1,14 +1,19 @@
 """The processes of a run: which one this is, and what they agree on before the first step."""
 
+import atexit
+import contextlib
 import os
 import secrets
+import signal
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
-from gpt_jax.distributed.channel import JOIN, Channel, end_process, name_of, open_channel
+from gpt_jax.distributed.channel import JOIN, LOST, Channel, end_process, name_of, open_channel
 from gpt_jax.distributed.settings import AUTO, Place, parse_devices, parse_distributed
 from gpt_jax.errors import UserError
 
@@ -102,8 +107,11 @@ class Processes:
         if self.channel is not None:
             self.channel.blame()
 
-    def when_lost(self, act: Callable[[str], None]) -> None:
-        """Has `act(line)` called, in another thread, before this process ends because another one was lost."""
+    def when_lost(self, act: Callable[[str], str]) -> None:
+        """Has `act(line)` called, in another thread, before this process ends because another one was lost.
+
+        It returns the line to end with.
+        """
         if self.channel is not None:
             self.channel.on_lost = act
 
@@ -136,12 +144,12 @@ class Processes:
             return
         if error is not None:
             self.channel.fail(f"{name_of(self.channel.hellos[self.index])} ended: {_line(error)}")
+            if _is_in_jax():  # at its exit JAX would wait for processes that are gone
+                atexit.register(end_process, "", _exit_code(error))
             return
         self.channel.close()
-        import jax
-
-        if jax.distributed.is_initialized():
-            jax.distributed.shutdown()  # all are here, so none waits for long
+        if _is_in_jax():
+            sys.modules["jax"].distributed.shutdown()  # all are here, so none waits for long
 
 
 def device_numbers(devices: str, available: int) -> tuple[int, ...]:
@@ -181,11 +189,6 @@ def join(distributed: str, devices: str = "", *, join_seconds: float = JOIN) -> 
     )
 
 
-def exit_now(code: int) -> NoReturn:
-    """Ends a process of several: at a normal exit JAX would wait for the others, which are ending too."""
-    end_process("", code)
-
-
 def _place(distributed: str) -> Place:
     try:
         if distributed != AUTO:
@@ -211,12 +214,22 @@ def _free_port(host: str) -> int:
 
 
 def _machine() -> str:
-    """The same text for processes that can share memory and devices, and no others."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{socket.gethostname()} {file.read().strip()}"
-    except OSError:
-        return socket.gethostname()
+    """The same text for processes that can share memory, devices and local sockets, and no others."""
+    found = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not Linux
+        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        found.append(os.readlink("/proc/self/ns/net"))  # of a container, or a test
+    return " ".join(found)
+
+
+def _is_in_jax() -> bool:
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + getattr(error, "number", signal.SIGINT)
+    return getattr(error, "exit_code", LOST)
 
 
 def _short(value: Any) -> str:

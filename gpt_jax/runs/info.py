@@ -43,6 +43,7 @@ _INFO_TYPES: Types = {
     "host": {"platform": str, "cpu_count": int, "memory_bytes": NUMBER},
     "peak_memory_bytes": {"host": NUMBER, "device": NUMBER},
     "config_file": {"path": str, "values": dict},
+    "processes": {"count": int, "hosts": list, "shard": str},
     "operations": {"dispatches": NUMBER, "barriers": NUMBER, "flops": NUMBER, "bytes": NUMBER},
 }
 _CONFIG_TYPES: Types = types_of_fields()
@@ -130,6 +131,10 @@ class RunInfo:
             "ended": None,
         }
         self.update(**facts)
+
+    @property
+    def folder(self) -> Path:
+        return self._path.parent
 
     @property
     def run_id(self) -> str:

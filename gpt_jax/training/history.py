@@ -1,5 +1,6 @@
 """Reads what a run folder says of the run's past, before anything in it is changed."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,17 @@ class Recorded:
     samples: int
     last_step: int  # of metrics.jsonl
     evaluations: tuple[Evaluation, ...] = ()  # all until then, in order
+
+
+def recorded_to_json(recorded: Recorded) -> dict[str, Any]:
+    """What is recorded, as JSON can hold it."""
+    return {**dataclasses.asdict(recorded), "parts": sorted(recorded.parts)}
+
+
+def recorded_from_json(fields: dict[str, Any]) -> Recorded:
+    """The inverse of `recorded_to_json`."""
+    evaluations = tuple(Evaluation(*each) for each in fields["evaluations"])
+    return Recorded(**{**fields, "parts": frozenset(fields["parts"]), "evaluations": evaluations})
 
 
 NOTHING = Recorded(None, frozenset(), 0, 0)

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from gpt_jax.backend import Backend, check_heads, describe, is_device_error
+from gpt_jax.distributed.placement import OneDevice
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.training.failures import remedies, remedies_of_model, smaller
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import (
+    ONE_DEVICE,
     TrainState,
     diagnostics_step,
     eval_step,
@@ -36,7 +38,7 @@ class Programs(NamedTuple):
     nonfinite_places: Callable[..., Any]
 
 
-def make_train_step(config: ConfigDict) -> Callable[..., Any]:
+def make_train_step(config: ConfigDict, placement: OneDevice = ONE_DEVICE) -> Callable[..., Any]:
     """`steps.train_step` with what a config says: (state, batch) -> (state, metrics)."""
     return functools.partial(
         train_step,
@@ -46,15 +48,17 @@ def make_train_step(config: ConfigDict) -> Callable[..., Any]:
         seed=config.seed,
         accumulate_steps=config.accumulate_steps,
         is_trained=trained_parameters(config),
+        placement=placement,
     )
 
 
 def make_programs(config: ConfigDict, backend: Backend) -> Programs:
     """Nothing is traced before the first call."""
     model = make_model(config)
-    structure = jax.tree.structure(abstract_state(config))
+    state, placement = abstract_state(config), backend.placement
+    step = on_leaves(make_train_step(config, placement), jax.tree.structure(state))
     return Programs(
-        train_step=backend.jit(on_leaves(make_train_step(config), structure), donate_argnums=0),
+        train_step=backend.jit(step, donate_argnums=0, **placement.step_options(state)),
         eval_step=backend.jit(functools.partial(eval_step, model=model)),
         diagnostics_step=backend.jit(functools.partial(diagnostics_step, model=model)),
         nonfinite_places=backend.jit(functools.partial(nonfinite_places, model=model)),

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gpt_jax.distributed.placement import OneDevice
 from gpt_jax.model.gpt import DIAGNOSTICS, GPT
 from gpt_jax.training.trainable import IsTrained, all_trained, by_layer, combine, partition
 
 Batch = dict[str, jax.Array]  # 'inputs' and 'targets', int32 (B, T); a negative target counts for nothing
 Metrics = dict[str, jax.Array]
 Leaves = tuple[Any, ...]  # of a state
+ONE_DEVICE = OneDevice()
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -76,7 +78,7 @@ def loss_and_gradient(
       count: f32 (): the batch's own number of targets gives the mean, 1 the sum.
       frozen: the others, as `partition` gives both; None: there are none.
     """
-    parts = jax.tree.map(lambda x: x.reshape(accumulate_steps, -1, *x.shape[1:]), batch)
+    parts = jax.tree.map(lambda x: x.reshape(accumulate_steps, -1, x.shape[-1]), batch)
     seed = jnp.uint32(seed)
 
     def part_loss(params: Any, *operands: Any) -> jax.Array:
@@ -107,9 +109,13 @@ def train_step(
     seed: int,
     accumulate_steps: int = 1,
     is_trained: IsTrained = all_trained,
+    placement: OneDevice = ONE_DEVICE,
 ) -> tuple[TrainState, Metrics]:
-    """One update, or none, by the mean loss of a batch and its gradient; see `apply_gradient`."""
-    trained, frozen = partition(state.params, is_trained)
+    """One update, or none, by the mean loss of a batch and its gradient; see `apply_gradient`.
+
+    A batch on several devices comes in its parts, (accumulate_steps, B / accumulate_steps, T), if there are several.
+    """
+    trained, frozen = partition(placement.gather(state.params), is_trained)
     count = target_count(batch)
     loss, grads = loss_and_gradient(
         trained,
@@ -121,6 +127,7 @@ def train_step(
         accumulate_steps=accumulate_steps,
         frozen=frozen,
     )
+    grads = placement.scatter(grads)
     return apply_gradient(state, loss, grads, count > 0, optimizer=optimizer, schedule=schedule, is_trained=is_trained)
 
 

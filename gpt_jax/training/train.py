@@ -3,22 +3,26 @@
 import contextlib
 import functools
 import json
+import os
 import shlex
 import signal
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from gpt_jax.backend import Backend, describe, enter_backend, is_device_error
+from gpt_jax.backend import ALONE, Backend, describe, enter_backend, is_device_error
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.config import leaves, validate, with_defaults
 from gpt_jax.data import batches, token_cache
+from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.data.tokenizer import save as save_tokenizer
-from gpt_jax.errors import UserError
+from gpt_jax.distributed.processes import Processes
 from gpt_jax.log import Log
 from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.model.lora import unused_settings
@@ -35,6 +39,7 @@ from gpt_jax.storage.files import StorageError, writing
 from gpt_jax.training import adapters, finetune
 from gpt_jax.training.donor import find_donor, forget_donor
 from gpt_jax.training.failures import TrainingFailed, remedies
+from gpt_jax.training.follower import SilentCheckpointer, SilentInfo, SilentWriter, silent
 from gpt_jax.training.history import (
     LAST_CHECKPOINT,
     NOTHING,
@@ -43,6 +48,8 @@ from gpt_jax.training.history import (
     check_history,
     lost_work,
     read_recorded,
+    recorded_from_json,
+    recorded_to_json,
 )
 from gpt_jax.training.open_settings import fill_in
 from gpt_jax.training.optimizer import last_decay_step, learning_rate_schedule, make_optimizer
@@ -52,6 +59,8 @@ from gpt_jax.training.steps import TrainState, init_state
 from gpt_jax.training.trainable import rates_of_parameters, trained_parameters
 from gpt_jax.training.trainer import Run, Start, Trainer
 
+CHECKPOINT_SECONDS = 30.0  # that the checkpoint on its way gets when another process is lost
+
 
 def train_and_evaluate(
     config: ConfigDict,
@@ -59,6 +68,7 @@ def train_and_evaluate(
     *,
     began: float | None = None,
     config_file: dict[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> signal.Signals | None:
     """Runs a config from where its folder stands to its last step.
 
@@ -66,6 +76,7 @@ def train_and_evaluate(
       config: see configs/chat.py.
       workdir: the run's folder; None makes a new one, runs/RUN_ID.
       began: when the start of the run began, of `time.perf_counter`; None: now.
+      processes: of the run, this one among them; all of them call this.
       config_file: as `config_file.describe_changes` gives it, for run.json; None: the config is of no file.
 
     Returns:
@@ -78,27 +89,30 @@ def train_and_evaluate(
     began = time.perf_counter() if began is None else began
     config = fill_in(config, workdir)
     validate(config)
-    if config.devices or config.distributed or config.shard != "replicated":
-        raise UserError(
-            "config.devices, config.distributed and config.shard: training on several devices is not built yet"
-        )
     run_id = new_run_id()
     workdir = Path("runs") / run_id if workdir is None else workdir
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        backend = enter_backend(config.backend, config.matmul_precision, stack, config.vulkan.submit_ms)
+        settings = config.backend, config.matmul_precision, stack, config.vulkan.submit_ms
+        backend = enter_backend(*settings, processes, config.shard)
+        processes.agree({"the backend": backend.name})
+        backend.placement.share.check_batch(config.batch_size, config.accumulate_steps)
+        if not processes.is_first:
+            return follow(config, processes, backend, stop)
         saved = check_start(config, workdir, abstract_state(config))
         webhook, config.log.webhook = resolve(config.log.webhook), public_url(config.log.webhook)  # it may be a secret
         programs, shortage = plan_programs(config, backend)  # what kernels cannot do is said before any work
         stop.check()
         log = stack.enter_context(open_folder(workdir))
         check_history(workdir, log)
-        log(f"run folder {workdir}\nbackend {backend}")
-        failure = stack.enter_context(DeviceFailure(config, workdir, backend))
+        log(f"run folder {workdir}\nbackend {backend}{of_processes(processes)}")
+        failure = stack.enter_context(DeviceFailure(config, workdir, backend, processes))
         if shortage is not None:
             raise failure.ended_by(shortage)
         kept = finetune.tokenizer_to_keep(config, workdir)
+        processes.share({"saved": saved, "kept": text_of_tokenizer(kept)})
         corpus = open_corpus(config, workdir, kept, saved, log)
+        processes.agree(hashes_of(corpus))
         stop.check()
         checkpointer = stack.enter_context(
             Checkpointer(
@@ -122,6 +136,7 @@ def train_and_evaluate(
             peak_bytes=backend.peak_bytes,
             spent_seconds=0.0 if position is None else position["elapsed_seconds"],
             **facts(config, corpus, state, from_donor=kept is not None),
+            **facts_of_processes(processes, config),
             config_file=config_file,
             **{LAST_CHECKPOINT: resume_step},
             **({} if (workdir / INFO_FILE).exists() else {"run_id": run_id}),
@@ -129,6 +144,7 @@ def train_and_evaluate(
         # What they show at their end is how the run ended, so they are open longer than it.
         trackers = stack.enter_context(open_trackers(config, workdir, info.run_id, webhook, log))
         stack.push(functools.partial(finish_if_failed, info, checkpointer))
+        processes.when_lost(functools.partial(note_lost_process, info, checkpointer))
         if position is not None:
             tell_schedule(config, workdir, state, log)
         if not webhook and is_hidden(config.log.webhook):
@@ -147,13 +163,77 @@ def train_and_evaluate(
         recorded, text = take_up(workdir, resume_step, log)
         start_seconds = time.perf_counter() - began
         writer.write(resume_step or 0, "event", {"text": text, "start_seconds": start_seconds, **lost})
-        run = Run(config, workdir, backend, programs, corpus, checkpointer, writer, info, log, beside)
-        trainer = Trainer(run, Start(state, position, recorded))
+        run = Run(config, workdir, backend, programs, corpus, checkpointer, writer, info, log, beside, processes)
+        processes.share({"position": position, "recorded": recorded_to_json(recorded)})
+        trainer = Trainer(run, Start(backend.placement.broadcast(state), position, recorded))
         failure.trainer = trainer
         stop.defer()
         stopped_by = trainer.loop(stop)
         finish(run, trainer, stopped_by)
         return stopped_by
+
+
+def follow(config: ConfigDict, processes: Processes, backend: Backend, stop: StopSignal) -> signal.Signals | None:
+    """The part of a process beside process 0: what it computes is the same, and its own is nothing but its data.
+
+    What `train_and_evaluate` shares, this takes, in the same order.
+    """
+    programs, _ = plan_programs(config, backend)
+    with DeviceFailure(config, None, backend, processes) as failure:
+        start = processes.share()
+        kept = start["kept"] and Tokenizer.from_str(start["kept"])
+        corpus = open_corpus(config, None, kept, start["saved"], silent)
+        processes.agree(hashes_of(corpus))
+        told = processes.share()
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_state(config))
+        state = backend.placement.broadcast(zeros)
+        silenced = SilentCheckpointer(), SilentWriter(), SilentInfo(), silent
+        run = Run(config, Path(os.devnull), backend, programs, corpus, *silenced, {}, processes)
+        trainer = Trainer(run, Start(state, told["position"], recorded_from_json(told["recorded"])))
+        failure.trainer = trainer
+        stop.defer()
+        return trainer.loop(stop)
+
+
+def of_processes(processes: Processes) -> str:
+    """Says in the log how many processes there are, where there are several."""
+    if processes.count == 1:
+        return ""
+    return f", {processes.count} processes on {processes.host_count} host{'s' if processes.host_count > 1 else ''}"
+
+
+def facts_of_processes(processes: Processes, config: ConfigDict) -> dict[str, Any]:
+    """The processes of a run, for run.json; nothing of one."""
+    if processes.count == 1:
+        return {}
+    return {"processes": {"count": processes.count, "hosts": sorted(set(processes.hosts)), "shard": config.shard}}
+
+
+def text_of_tokenizer(kept: Tokenizer | Path | None) -> str | None:
+    """A tokenizer as its file has it, for processes that do not see the file."""
+    return kept and (kept if isinstance(kept, Tokenizer) else load_tokenizer(kept)).to_str()
+
+
+def hashes_of(corpus: token_cache.Corpus) -> dict[str, Any]:
+    """Names and hashes of the data, by which processes see that all train on the same."""
+    tokenizer = zlib.crc32(corpus.tokenizer.to_str().encode())
+    return {"the data's fingerprint": corpus.fingerprint, "the checksum of the tokenizer": tokenizer}
+
+
+def note_lost_process(info: RunInfo, checkpointer: Checkpointer, line: str) -> str:
+    """Marks a run that another process's loss ends, once the checkpoint that is being written is whole; says how to go
+    on. Runs in the thread that watches."""
+    checkpointer.settle(CHECKPOINT_SECONDS)
+    with contextlib.suppress(StorageError):
+        info.finish("failed", **{LAST_CHECKPOINT: checkpointer.newest})
+    return f"{line}; {how_to_go_on(info.folder)}"
+
+
+def how_to_go_on(workdir: Path) -> str:
+    """Says which checkpoint a run that has failed goes on from."""
+    if steps := saved_steps(workdir / CHECKPOINTS):
+        return f"the last checkpoint is of step {max(steps)}, --workdir={workdir} goes on from it"
+    return "no checkpoint was written yet"
 
 
 def finish(run: Run, trainer: Trainer, stopped_by: signal.Signals | None) -> None:
@@ -177,12 +257,20 @@ def finish(run: Run, trainer: Trainer, stopped_by: signal.Signals | None) -> Non
 
 
 def open_corpus(
-    config: ConfigDict, workdir: Path, kept_tokenizer: Tokenizer | Path | None, saved: dict[str, Any] | None, log: Log
+    config: ConfigDict,
+    workdir: Path | None,
+    kept_tokenizer: Tokenizer | Path | None,
+    saved: dict[str, Any] | None,
+    log: Log,
 ) -> token_cache.Corpus:
-    """The data of a run. saved: the position beside its checkpoint, whose data it must be."""
+    """The data of a run.
+
+    workdir: its folder; None for a process that has none. saved: the position beside its checkpoint, whose data it must
+    be.
+    """
     expected = None if saved is None else saved["data_fingerprint"]
     corpus = token_cache.prepare(config.data, config.model.vocab_size, log, kept_tokenizer, expected)
-    if saved is not None:
+    if saved is not None and workdir is not None:
         finetune.check_same_tokenizer(workdir, corpus.tokenizer)
     batches.check_windows(corpus, config.model.block_size, config.data.targets)
     return corpus
@@ -247,14 +335,16 @@ class DeviceFailure:
     Entered before all that closes files and marks the run, so that these are done when the line is made.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, backend: Backend) -> None:
-        self._config, self._workdir, self._backend = config, workdir, backend
+    def __init__(self, config: ConfigDict, workdir: Path | None, backend: Backend, processes: Processes) -> None:
+        self._config, self._workdir, self._backend, self._processes = config, workdir, backend, processes
         self.trainer: Trainer | None = None  # once there is one
 
     def __enter__(self) -> "DeviceFailure":
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None and self._processes.count > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            self._processes.blame(error)  # an exchange fails first of all where another process is lost
         if error is None or not is_device_error(error):
             return
         step, seconds = (None, None) if self.trainer is None else (self.trainer.step, self.trainer.step_seconds)
@@ -267,14 +357,12 @@ class DeviceFailure:
         A folder that was removed in the meantime is not made again.
         """
         names = {"name": self._config.name, "domain": self._config.domain, "backend": str(self._backend)}
+        if self._workdir is None:
+            return TrainingFailed(text)
         if not self._workdir.is_dir():
             return TrainingFailed(f"{text}; {self._workdir} is gone, and what was saved in it")
         mark_failed(self._workdir, device=self._backend.device, peak_bytes=self._backend.peak_bytes, **names)
-        steps = saved_steps(self._workdir / CHECKPOINTS)
-        line = f"{text}; no checkpoint was written yet"
-        if steps:
-            line = f"{text}; the last checkpoint is of step {max(steps)}, --workdir={self._workdir} goes on from it"
-        return TrainingFailed(line)
+        return TrainingFailed(f"{text}; {how_to_go_on(self._workdir)}")
 
 
 def finish_if_failed(info: RunInfo, checkpointer: Checkpointer, error: type[BaseException] | None, *_: object) -> None:
@@ -307,7 +395,7 @@ def save_config(config: ConfigDict, workdir: Path, log: Log) -> None:
     """Writes config.json, and tells what differs from the config that the run had until now."""
     earlier = read_config(workdir)
     before = json.loads(json.dumps(with_defaults(earlier))) | dict(leaves(earlier)) if earlier else {}
-    saved = json.loads(config.to_json_best_effort())
+    saved = json.loads(config.to_json_best_effort()) | {"distributed": ""}  # of a start, and not of the run
     now = dict(leaves(saved))
     for name in sorted(before.keys() | now.keys()) if before else ():
         if before.get(name) != now.get(name):

@@ -21,10 +21,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt_jax.backend import Backend, describe
+from gpt_jax.backend import ALONE, Backend, describe
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.data import batches, token_cache
 from gpt_jax.data.dialogue import Turn
+from gpt_jax.distributed.processes import Processes
 from gpt_jax.inference.decoder import Decoder
 from gpt_jax.inference.generate import answer
 from gpt_jax.inference.sampling import SamplingOptions
@@ -49,6 +50,7 @@ from gpt_jax.training.steps import Batch, TrainState
 READ_BACK_LAG = 2  # steps whose metrics may still be on their way while the next one is dispatched
 EARLY_LINES = (1, 10)  # steps of a process that have a line of progress: the first, which compiles, and one beyond it
 MOST_SAMPLES = 8  # side by side
+LEAD = READ_BACK_LAG + 2  # steps from the announcement of a stop to the stop: no process is that far ahead
 SAMPLING = 1  # purpose of a random key; dropout needs none, its bits are keyed by seed and step
 
 
@@ -86,6 +88,7 @@ class Run:
     info: RunInfo
     log: Log
     beside: dict[str, Any]
+    processes: Processes = ALONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +111,8 @@ class Trainer:
         config, self.config, self.workdir, self.backend = run.config, run.config, run.workdir, run.backend
         self.corpus, self.checkpointer, self.writer = run.corpus, run.checkpointer, run.writer
         self.info, self.log, self.beside = run.info, run.log, run.beside
+        self.processes, self.placement = run.processes, run.backend.placement
+        self.stop_requested = False
         self.train_step, self.eval_step, self.diagnostics_step, self.nonfinite_places = run.programs
 
         leaves, self.structure = jax.tree.flatten(run.backend.put(start.state))
@@ -135,7 +140,8 @@ class Trainer:
         )
         self.peak_flops = device_peak_flops(run.backend.device["kind"], self._matmul_kind())
 
-        shape = {
+        share = self.placement.share
+        self.shape = shape = {
             "block_size": config.model.block_size,
             "batch_size": config.batch_size,
             "targets": config.data.targets,
@@ -145,9 +151,18 @@ class Trainer:
         if len(self.corpus.train) > 1:
             self.order["weights"] = [round(tokens.weight, 9) for tokens in self.corpus.train]
         self.first_step, self.first_window = self.step, self._windows_seen(position)
-        self.train_batches = batches.windows(self.corpus.train, seed=config.seed, seen=self.first_window, **shape)
+        spread = share.total > 1
+        self.train_batches = batches.windows(
+            self.corpus.train,
+            seed=config.seed,
+            seen=self.first_window,
+            rows=share.rows(config.batch_size, config.accumulate_steps) if spread else None,
+            **shape,
+        )
         self.validation_batches = {
-            tokens.name: batches.evaluation_batches(tokens, batches=config.eval.batches, **shape)
+            tokens.name: batches.evaluation_batches(
+                tokens, batches=config.eval.batches, rows=share.rows(config.batch_size) if spread else None, **shape
+            )
             for tokens in self.corpus.validation
         }
 
@@ -188,10 +203,10 @@ class Trainer:
         with contextlib.closing(loader) as loaded, self.trace:
             while True:
                 # Read once: a signal that comes while this pass does what is due ends the next one, which saves.
-                last, stopping = self.step >= config.num_steps, stop.received is not None
-                self.run_due_actions(last=last, stopping=stopping, asked=stop.take_save_request())
+                last, (stopping, asked) = self.step >= config.num_steps, self.requests(stop)
+                self.run_due_actions(last=last, stopping=stopping, asked=asked)
                 if last or stopping:
-                    return stop.received
+                    return self.stopped_by(stop, stopping)
                 self.stopped_early = why_stop(self.evaluations, config.eval.patience)
                 if self.stopped_early:
                     self.run_due_actions(last=True, stopping=False, asked=False)
@@ -199,15 +214,40 @@ class Trainer:
                 with self.clock.phase("data"):
                     batch = next(loaded)
                 self.profile(batch)
+                batch = self.placement.batch(batch, config.accumulate_steps)
                 self.leaves, device_metrics = self.train_step(self.leaves, batch)
                 jax.tree.map(lambda leaf: leaf.copy_to_host_async(), device_metrics)
                 self.step += 1
                 if self.step == self.first_step + 1:
                     self.note_operations(batch)
                 self.recorded = NOTHING
-                self.tokens_seen += batch["inputs"].size
+                self.tokens_seen += config.batch_size * config.model.block_size
                 self.pending.append((self.step, device_metrics))
                 self.read_back(READ_BACK_LAG)
+
+    def requests(self, stop: StopSignal) -> tuple[bool, bool]:
+        """Whether this pass ends the run before its last step, and whether it saves, because a signal asks for it.
+
+        Of several processes, process 0 announces the step at which all do so.
+        """
+        channel = self.processes.channel
+        if channel is None:
+            return stop.received is not None, stop.take_save_request()
+        if stop.received is not None and not self.stop_requested:
+            self.stop_requested = True
+            channel.request("stop")
+        if stop.take_save_request():
+            channel.request("save")
+        for what in channel.take_requests():
+            channel.announce(what, self.step + LEAD)
+        return channel.is_time_to("stop", self.step), channel.is_time_to("save", self.step)
+
+    def stopped_by(self, stop: StopSignal, stopping: bool) -> signal.Signals | None:
+        """The signal that ended the run, on all processes the same."""
+        if self.processes.count == 1:
+            return stop.received
+        number = self.processes.share(int(stop.received or signal.SIGTERM))
+        return signal.Signals(number) if stopping else None
 
     def run_due_actions(self, *, last: bool, stopping: bool, asked: bool) -> None:
         """Checkpoint, then evaluation, diagnostics and samples, where they are due; and a checkpoint where the
@@ -242,7 +282,7 @@ class Trainer:
             with self.clock.phase("eval"):
                 loss = self.evaluate()
         if loss is not None:
-            if step > 0 and not due["checkpoint"] and self.checkpointer.would_be_best(loss):
+            if step > 0 and not due["checkpoint"] and self.processes.share(self.checkpointer.would_be_best(loss)):
                 with self.clock.phase("checkpoint"):
                     self.save()
             self.checkpointer.mark(step, loss)
@@ -316,7 +356,8 @@ class Trainer:
 
     def report_skipped(self, step: int, values: dict[str, Any]) -> None:
         """Says which step and layer went wrong; raises TrainingFailed after too many in a row."""
-        found = self.nonfinite_places(self.state.params, self.train_batches[step - 1 - self.first_step])
+        params = self.placement.own(self.state.params)
+        found = self.nonfinite_places(params, self.whole_batches[step - 1 - self.first_step])
         places = [place for place, nonfinite in found.items() if nonfinite]
         # Backward, a bad value spreads towards the input: the layer nearest the output is where it began.
         names = ModelConfig.from_config(self.config.model).layer_names
@@ -355,7 +396,8 @@ class Trainer:
 
     def evaluate_on(self, validation_batches: Iterable[Batch]) -> float:
         """Mean loss over batches."""
-        sums = [self.eval_step(self.state.params, batch) for batch in validation_batches]
+        params = self.state.params
+        sums = [self.eval_step(params, self.placement.batch(batch)) for batch in validation_batches]
         total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
         return float(total / count)
 
@@ -368,15 +410,31 @@ class Trainer:
 
     def diagnose(self) -> None:
         """Records the largest attention score and the entropy of each head, on the first validation batch."""
-        first, *_ = self.validation_batches.values()
-        statistics = jax.device_get(self.diagnostics_step(self.state.params, first[0]))
+        params = self.placement.own(self.state.params)
+        self.recorded = dataclasses.replace(self.recorded, parts=self.recorded.parts | {"diagnostics"})
+        if not self.processes.is_first:
+            return
+        statistics = jax.device_get(self.diagnostics_step(params, self.whole_validation_batch))
         values = {
             f"{name}/head_{head}": float(value)
             for name, heads in statistics.items()
             for head, value in enumerate(heads)
         }
         self.writer.write(self.step, "diagnostics", values)
-        self.recorded = dataclasses.replace(self.recorded, parts=self.recorded.parts | {"diagnostics"})
+
+    @functools.cached_property
+    def whole_batches(self) -> Any:
+        """The batches of `train_batches` with the rows of all processes."""
+        if self.placement.share.total == 1:
+            return self.train_batches
+        return batches.windows(self.corpus.train, seed=self.config.seed, seen=self.first_window, **self.shape)
+
+    @functools.cached_property
+    def whole_validation_batch(self) -> Batch:
+        """The first validation batch, with the rows of all processes."""
+        if self.placement.share.total == 1:
+            return next(iter(self.validation_batches.values()))[0]
+        return batches.evaluation_batches(self.corpus.validation[0], batches=1, **self.shape)[0]
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -388,7 +446,11 @@ class Trainer:
         """Answers the config's prompts, to log and file, but those whose answers are there already."""
         config = self.config.sample
         start = time.perf_counter()
-        self.decoder.load(self.state.params)
+        params = self.placement.own(self.state.params)
+        if not self.processes.is_first:
+            self.recorded = dataclasses.replace(self.recorded, samples=len(config.prompts))
+            return
+        self.decoder.load(params)
         seeds = np.random.SeedSequence([self.config.seed, SAMPLING, self.step]).generate_state(len(config.prompts))
         drawn = SamplingOptions.from_config(self.config)
         answers = answer(
@@ -423,10 +485,12 @@ class Trainer:
             "data_fingerprint": self.corpus.fingerprint,
             **self.beside,
         }
-        self.checkpointer.save(self.step, saved_part(self.state, self.config), position)
+        self.checkpointer.save(self.step, self.placement.whole(saved_part(self.state, self.config)), position)
 
     def profile(self, batch: Batch) -> None:
         """Traces the steps that the config names: all of them by JAX's profiler, or the first by Vulkan's clock."""
+        if not self.processes.is_first:
+            return
         first, count = self.config.log.profile_step, self.config.log.profile_steps
         step, folder = self.step + 1, self.workdir / "profile"
         in_window = 0 < first <= step < first + count
