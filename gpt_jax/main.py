@@ -116,7 +116,8 @@ def main(argv: Sequence[str]) -> int:
 
 def what_all_need(config: ConfigDict) -> dict[str, Any]:
     """What must be the same on all processes of a run, by name: the config, and the program and its libraries."""
-    settings = {f"config.{name}": value for name, value in leaves(config) if name not in ("distributed", "devices")}
+    of_host = ("distributed", "devices", "data.cache_dir")
+    settings = {f"config.{name}": value for name, value in leaves(config) if name not in of_host}
     found = {f"the version of {name}": version for name, version in versions().items()}
     return found | {"the checksum of the program": checksum_of_program()} | settings
 

@@ -25,7 +25,7 @@ class Processes:
     """A process among those of its run. Without arguments: the only one.
 
     index, count: among all processes. local_index, local_count: among those of its host. hosts: the name of each
-    process's host. devices: `config.devices`. address: where JAX's own service is, on process 0. name: of the run,
+    process's host, which two of the host_count may share. devices: `config.devices`. address: where JAX's own service is, on process 0. name: of the run,
     unlike any other's. channel: to the others; None: there are none.
 
     As a context manager it ends with the others, or ends them, with the line of its error, where it fails.
@@ -36,6 +36,7 @@ class Processes:
     local_index: int = 0
     local_count: int = 1
     hosts: tuple[str, ...] = ()
+    host_count: int = 1
     devices: str = ""
     address: str = ""
     name: str = ""
@@ -45,10 +46,6 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this is process 0, which alone writes, prints and answers."""
         return self.index == 0
-
-    @property
-    def host_count(self) -> int:
-        return len(set(self.hosts)) or 1
 
     def device(self, available: int) -> int | None:
         """The number of this process's device, of so many that its host has; None: the default one.
@@ -182,6 +179,7 @@ def join(distributed: str, devices: str = "", *, join_seconds: float = JOIN) -> 
         local_index=machines[: place.index].count(mine),
         local_count=machines.count(mine),
         hosts=tuple(each["host"] for each in channel.hellos),
+        host_count=len(set(machines)),
         devices=devices,
         address=f"{place.address.rpartition(':')[0]}:{shared['port']}",
         name=shared["name"],

@@ -110,9 +110,10 @@ def train_and_evaluate(
         if shortage is not None:
             raise failure.ended_by(shortage)
         kept = finetune.tokenizer_to_keep(config, workdir)
-        processes.share({"saved": saved, "kept": text_of_tokenizer(kept)})
+        processes.share(processes.count > 1 and {"saved": saved, "kept": text_of_tokenizer(kept)})
         corpus = open_corpus(config, workdir, kept, saved, log)
-        processes.agree(hashes_of(corpus))
+        if processes.count > 1:
+            processes.agree(hashes_of(corpus))
         stop.check()
         checkpointer = stack.enter_context(
             Checkpointer(

@@ -213,7 +213,8 @@ class Trainer:
                     return None
                 with self.clock.phase("data"):
                     batch = next(loaded)
-                self.profile(batch)
+                if self.processes.is_first:
+                    self.profile(batch)
                 batch = self.placement.batch(batch, config.accumulate_steps)
                 self.leaves, device_metrics = self.train_step(self.leaves, batch)
                 jax.tree.map(lambda leaf: leaf.copy_to_host_async(), device_metrics)
@@ -489,8 +490,6 @@ class Trainer:
 
     def profile(self, batch: Batch) -> None:
         """Traces the steps that the config names: all of them by JAX's profiler, or the first by Vulkan's clock."""
-        if not self.processes.is_first:
-            return
         first, count = self.config.log.profile_step, self.config.log.profile_steps
         step, folder = self.step + 1, self.workdir / "profile"
         in_window = 0 < first <= step < first + count

@@ -1,0 +1,108 @@
+"""Several devices give what one gives with the whole batch: rows, dropout, losses, parameters."""
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import chat
+from gpt_jax.data.batches import evaluation_batches, windows
+from gpt_jax.data.token_cache import Tokens
+from gpt_jax.distributed.mesh import OnMesh
+from gpt_jax.distributed.placement import OneDevice, Share
+from gpt_jax.errors import UserError
+from gpt_jax.model.gpt import init_params, make_model
+from gpt_jax.training.optimizer import make_optimizer
+from gpt_jax.training.programs import make_train_step
+from gpt_jax.training.steps import init_state
+
+
+def tiny() -> ConfigDict:
+    config = chat.get_config()
+    model = {"vocab_size": 48, "block_size": 16, "num_layers": 2, "num_heads": 2, "embed_dim": 16, "dropout_rate": 0.3}
+    config.model.update(**model)
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=2)
+    config.update(num_steps=10, batch_size=8, accumulate_steps=2)
+    return config
+
+
+def make_batch(step: int) -> dict[str, np.ndarray]:
+    """Some texts have targets, others few: a mean of means is another number."""
+    drawn = np.random.default_rng(step).integers(0, 48, (8, 17)).astype(np.int32)
+    targets = np.where(np.arange(16) < np.array([16, 1, 0, 3, 16, 9, 0, 2])[:, None], drawn[:, 1:], -1)
+    return {"inputs": drawn[:, :-1], "targets": targets.astype(np.int32)}
+
+
+def train(placement: OneDevice, put, steps: int = 3) -> tuple[list[float], list[np.ndarray], list[jax.Array]]:
+    """Losses of some steps, the gradient's norms, and the leaves of the last state."""
+    config = tiny()
+    model, optimizer = make_model(config), make_optimizer(config)
+    state = jax.jit(lambda: init_state(init_params(model, 1), optimizer))()
+    structure = jax.tree.structure(state)
+
+    def on_leaves(leaves, batch):
+        new, metrics = make_train_step(config, placement)(jax.tree.unflatten(structure, leaves), batch)
+        return tuple(jax.tree.leaves(new)), metrics
+
+    step = jax.jit(on_leaves, **placement.step_options(state))
+    leaves, losses, norms = tuple(jax.tree.leaves(put(state))), [], []
+    for number in range(steps):
+        leaves, metrics = step(leaves, placement.batch(make_batch(number), 2))
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+    return losses, norms, leaves
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return train(OneDevice(), lambda state: state)
+
+
+@pytest.mark.parametrize("shard", ["replicated", "fsdp"])
+def test_two_devices_of_xla_train_as_one_does(alone, shard):
+    mesh = OnMesh(jax.devices()[:2], shard)
+    losses, norms, leaves = train(mesh, mesh.put)
+    np.testing.assert_allclose(losses, alone[0], rtol=3e-7)
+    np.testing.assert_allclose(norms, alone[1], rtol=3e-6)
+    held = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
+    size = sum(leaf.size for leaf in leaves)
+    assert held < 0.51 * size if shard == "fsdp" else held == size
+    for mine, other in zip(mesh.whole(leaves), alone[2], strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=2e-5)
+    for leaf in mesh.own(leaves):
+        assert leaf.sharding.device_set == {jax.devices()[0]}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("total", [1, 2, 3, 4])
+def test_the_rows_of_all_devices_are_each_part_of_the_batch(parts, total):
+    size = 12 * parts
+    shares = [Share(first, 1, total).rows(size, parts).reshape(parts, -1) for first in range(total)]
+    together = np.concatenate(shares, axis=1)
+    np.testing.assert_array_equal(together, np.arange(size).reshape(parts, -1))
+    if total == 4:  # processes that hold several devices
+        np.testing.assert_array_equal(Share(1, 3, 4).rows(size, parts).reshape(parts, -1), together[:, 12 // 4 :])
+
+
+def test_a_batch_that_does_not_go_into_the_devices_is_said():
+    Share(0, 1, 4).check_batch(16, 2)
+    with pytest.raises(UserError, match=r"batch_size=10 in 2 parts does not go evenly into 4 devices: 8 or 16 does"):
+        Share(0, 1, 4).check_batch(10, 2)
+
+
+def test_a_process_reads_its_rows_of_every_batch():
+    stream = Tokens(np.arange(73, dtype=np.uint16), np.zeros(73, np.uint8))
+    shape = {"block_size": 8, "batch_size": 4}
+    shares = [Share(first, 1, 2) for first in (0, 1)]
+    whole = windows(stream, seed=3, **shape)
+    mine = [windows(stream, seed=3, rows=share.rows(4, 2), **shape) for share in shares]
+    for number in (0, 1, 1000):
+        for share, some in zip(shares, mine, strict=True):
+            np.testing.assert_array_equal(some[number]["inputs"], whole[number]["inputs"][share.rows(4, 2)])
+    whole = evaluation_batches(stream, batches=9, **shape)
+    mine = [evaluation_batches(stream, batches=9, rows=share.rows(4), **shape) for share in shares]
+    assert len(whole) == 3  # of 9 windows: the last has one and is filled up
+    for number in range(3):
+        for name in ("inputs", "targets"):
+            together = np.concatenate([some[number][name] for some in mine])
+            np.testing.assert_array_equal(together, whole[number][name])
