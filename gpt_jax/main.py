@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def what_all_need(config: ConfigDict) -> dict[str, Any]:
-    """What must be the same on all processes of a run, by name: the config, and the program and its libraries."""
+    """Values that must be the same on all processes of a run, by name: the config, the program and its libraries."""
     of_host = ("distributed", "devices", "data.cache_dir")
     settings = {f"config.{name}": value for name, value in leaves(config) if name not in of_host}
     found = {f"the version of {name}": version for name, version in versions().items()}

@@ -25,8 +25,8 @@ class Processes:
     """A process among those of its run. Without arguments: the only one.
 
     index, count: among all processes. local_index, local_count: among those of its host. hosts: the name of each
-    process's host, which two of the host_count may share. devices: `config.devices`. address: where JAX's own service is, on process 0. name: of the run,
-    unlike any other's. channel: to the others; None: there are none.
+    process's host, which two of the `host_count` may share. devices: `config.devices`. address: where JAX's own service
+    is, on process 0. name: of the run, unlike any other's. channel: to the others; None: there are none.
 
     As a context manager it ends with the others, or ends them, with the line of its error, where it fails.
     """

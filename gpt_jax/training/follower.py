@@ -1,4 +1,4 @@
-"""What a process beside process 0 has in the place of a run's folder: it writes nothing, and has nothing to read.
+"""Stands in for a run's folder in a process beside process 0: it writes nothing, and has nothing to read.
 
 All processes run the same loop, in which what is computed together comes in the same order everywhere; process 0 alone
 keeps what comes of it.

@@ -94,7 +94,7 @@ class Recorded:
 
 
 def recorded_to_json(recorded: Recorded) -> dict[str, Any]:
-    """What is recorded, as JSON can hold it."""
+    """Makes it what JSON can hold."""
     return {**dataclasses.asdict(recorded), "parts": sorted(recorded.parts)}
 
 
