@@ -19,6 +19,7 @@ from gpt_jax.config import text_problem
 from gpt_jax.errors import UserError
 from gpt_jax.runs.comparison import compare_runs
 from gpt_jax.runs.find import find_run
+from gpt_jax.runs.folder import REPORT
 from gpt_jax.runs.load import load_run
 from gpt_jax.runs.report import make_report, write_files
 from gpt_jax.storage.files import writing
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     if out is not None and not Path(out).is_dir():
         raise UserError(f"--out={out} is no folder: make it first, or name another")
     if len(runs) == 1:
-        stem, report = Path(out or folders[0]) / "report", make_report(runs[0])
+        stem, report = Path(out or folders[0]) / REPORT, make_report(runs[0])
     else:
         stem, report = Path(out or ".") / "comparison", compare_runs(runs)
     with writing(stem.with_suffix(".html")):

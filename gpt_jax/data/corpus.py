@@ -22,6 +22,7 @@ from gpt_jax.data.dialogue import ASSISTANT, END, TEXT, USER, Context, Dialogue,
 from gpt_jax.data.hugging_face import NO_DATASETS, dataset_name, dataset_rows, load_dataset_or_refuse
 from gpt_jax.data.json_files import is_one_after_another, json_lines, json_values
 from gpt_jax.data.marked_text import MARKER, read_marked
+from gpt_jax.data.names import is_hugging_face
 from gpt_jax.data.plain_text import read_documents
 from gpt_jax.data.reading import Reading
 from gpt_jax.data.rows import read_row, single_rows
@@ -58,7 +59,7 @@ def read_corpus(source: str, reading: Reading | None = None) -> Iterator[Dialogu
     reading = reading or Reading()
     if source == "default":
         return _counted(read_default_corpus(), "dialogue of the default corpus", source, reading)
-    if source.startswith("hf:"):
+    if is_hugging_face(source):
         return _rows(dataset_rows(source), "a dataset", reading)
     return _files(files.find_files(source), Path(source).expanduser().is_dir(), reading)
 
@@ -69,7 +70,7 @@ def check_source(source: str) -> None:
         raise UserError("config.data.source is empty: give a file, a folder, 'default' or 'hf:NAME'")
     if source == "default":
         default_files()
-    elif source.startswith("hf:"):
+    elif is_hugging_face(source):
         dataset_name(source)
         if importlib.util.find_spec("datasets") is None:
             raise UserError(NO_DATASETS.format(source=source))
@@ -115,7 +116,7 @@ def source_fingerprint(source: str) -> str:
     if source == "default":
         quotes, plays = default_files()
         return files.hash_files([quotes, *plays])
-    if source.startswith("hf:"):
+    if is_hugging_face(source):
         name, split, subset = dataset_name(source)
         builder = load_dataset_or_refuse(source, "load_dataset_builder", name, subset)
         return f"{source} {split} {builder.config_id} {builder.hash}"
@@ -130,7 +131,7 @@ def source_fingerprint(source: str) -> str:
 
 def source_size(source: str) -> int:
     """The bytes of a source's files as they lie on disk; 0 where that is not known."""
-    if source == "default" or source.startswith("hf:"):
+    if source == "default" or is_hugging_face(source):
         return 0
     return sum(path.stat().st_size for path in files.find_files(source))
 

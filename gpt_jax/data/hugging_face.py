@@ -5,11 +5,12 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+from gpt_jax.data.names import HUGGING_FACE
 from gpt_jax.errors import UserError
 
 
 def dataset_name(source: str) -> tuple[str, str, str | None]:
-    name, split, subset, *rest = [*source.removeprefix("hf:").split(":"), "", ""]
+    name, split, subset, *rest = [*source.removeprefix(HUGGING_FACE).split(":"), "", ""]
     if not name or any(rest):
         raise UserError(f"data source {source!r}: write hf:NAME, hf:NAME:SPLIT or hf:NAME:SPLIT:SUBSET")
     return name, split or "train", subset or None

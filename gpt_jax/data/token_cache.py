@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from gpt_jax.data import corpus, tokenizer
 from gpt_jax.data.cache_folder import ChecksummedFile, map_array, open_or_build, read_facts, write_facts, writing_cache
 from gpt_jax.data.dialogue import Dialogue, Part
+from gpt_jax.data.names import TOKENIZER_FILE
 from gpt_jax.data.reading import Reading
 from gpt_jax.errors import UserError
 from gpt_jax.log import Log
@@ -48,7 +49,6 @@ _COMPARED = 2**20  # texts compared at a time
 _SPLITS = ("train", "validation")
 _ONCE_IN_HOW = {"skipped": 0, "skipped_first": [], "tools": 0, "context": 0, "unread": {}}  # in older fingerprints
 _ARRAYS = tuple(f"{split}.{kind}" for split in _SPLITS for kind in ("tokens", "assistant", "texts"))
-_TOKENIZER = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,12 +281,12 @@ def _tokenizer_of(request: _Request, root: Path, log: Log) -> Iterator[Tokenizer
     def build(folder: Path) -> None:
         log(f"data: training a tokenizer on {' and '.join(map(repr, request.sources))}")
         texts = _training_texts(request, fraction, log)
-        tokenizer.save(tokenizer.train_tokenizer(texts, request.vocab_size, log), folder / _TOKENIZER)
-        write_facts(folder, FORMAT_VERSION, {}, {_TOKENIZER: crc32_of_file(folder / _TOKENIZER)})
+        tokenizer.save(tokenizer.train_tokenizer(texts, request.vocab_size, log), folder / TOKENIZER_FILE)
+        write_facts(folder, FORMAT_VERSION, {}, {TOKENIZER_FILE: crc32_of_file(folder / TOKENIZER_FILE)})
 
     def opening(folder: Path) -> Tokenizer:
-        read_facts(folder, FORMAT_VERSION, {}, [_TOKENIZER])
-        return tokenizer.load(folder / _TOKENIZER)
+        read_facts(folder, FORMAT_VERSION, {}, [TOKENIZER_FILE])
+        return tokenizer.load(folder / TOKENIZER_FILE)
 
     chosen, was_there = open_or_build(root / key, opening, build, "tokenizer", log)
     try:
@@ -341,7 +341,7 @@ def _tokens(recipe: _Recipe, root: Path, log: Log) -> _Entry:
 def _open(folder: Path) -> _Entry:
     """Raises OSError, ValueError, KeyError or TypeError if the cache is not whole."""
     types = {"dtype": str, "stats": dict.fromkeys(_SPLITS, dict), "taken": list, "notes": list, "source": str}
-    meta = read_facts(folder, FORMAT_VERSION, types, (*_ARRAYS, _TOKENIZER))
+    meta = read_facts(folder, FORMAT_VERSION, types, (*_ARRAYS, TOKENIZER_FILE))
     dtypes = {"tokens": np.dtype(meta["dtype"]), "assistant": np.dtype(np.uint8), "texts": np.dtype(np.uint64)}
     arrays = {}
     for name in _ARRAYS:
@@ -401,9 +401,9 @@ def _write_tokens(folder: Path, recipe: _Recipe, log: Log) -> None:
                 log(f"data: {characters:,} characters tokenised")
     stats = {split: splits[split].stats for split in _SPLITS}
     _check_splits(stats, recipe, reading, sources)
-    tokenizer.save(recipe.tokenizer, folder / _TOKENIZER)
+    tokenizer.save(recipe.tokenizer, folder / TOKENIZER_FILE)
     checksums = {name: output.crc for name, output in outputs.items()}
-    checksums[_TOKENIZER] = crc32_of_file(folder / _TOKENIZER)
+    checksums[TOKENIZER_FILE] = crc32_of_file(folder / TOKENIZER_FILE)
     lines = {"taken": reading.taken(), "notes": reading.notes()}
     facts = {"dtype": dtype.name, "stats": stats, "source": recipe.source, **lines}
     write_facts(folder, FORMAT_VERSION, facts, checksums)

@@ -6,8 +6,9 @@ from typing import Any
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+from gpt_jax.data.names import is_hugging_face
 from gpt_jax.errors import UserError
-from gpt_jax.huggingface.donor import is_huggingface, read_donor
+from gpt_jax.huggingface.donor import read_donor
 from gpt_jax.inference.load_model import load_for_sampling
 from gpt_jax.runs.find import find_run
 from gpt_jax.runs.info import read_info
@@ -39,7 +40,7 @@ def open_model(name: str) -> OpenedModel:
     Raises:
       UserError: there is none, or its files are damaged or do not belong together.
     """
-    if is_huggingface(name):
+    if is_hugging_face(name):
         return _of_transformers(name)
     found = find_run(name)
     config, params, tokenizer, description = load_for_sampling(*found)

@@ -10,9 +10,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gpt_jax.data.dialogue import END, MARKERS
+from gpt_jax.data.names import HUGGING_FACE
 from gpt_jax.errors import UserError
 from gpt_jax.huggingface.gpt2 import TYPES, is_buffer, model_of, notes_of, parameters_of, settings_of
-from gpt_jax.huggingface.tensors import read_tensors
+from gpt_jax.huggingface.tensors import MODEL_CONFIG, read_tensors
 from gpt_jax.huggingface.tokenizer import (
     end_of_text,
     has_other_chat_template,
@@ -25,7 +26,6 @@ from gpt_jax.model.parameters import check_finite, named_leaves
 from gpt_jax.storage.checkpoint_files import CHECKPOINTS
 from gpt_jax.storage.json_file import read_object
 
-PREFIX = "hf:"
 _VOCABULARY_AXIS = {"wte": 0, "head": 1}  # of the parameters that have a row or column a token
 _WANTED = ("*.json", "*.safetensors", "merges.txt", "chat_template.jinja")  # of a model on the hub
 _NO_HUB = (
@@ -48,11 +48,6 @@ class HuggingFaceModel:
     notes: tuple[str, ...]  # lines about what of the folder has no counterpart here
 
 
-def is_huggingface(name: str) -> bool:
-    """Whether `config.init_from` means a model of transformers."""
-    return name.startswith(PREFIX)
-
-
 def read_donor(name: str) -> HuggingFaceModel:
     """Reads a GPT-2 of transformers, with or without biases, a tied or an own head, in one file or several.
 
@@ -63,8 +58,8 @@ def read_donor(name: str) -> HuggingFaceModel:
       UserError: there is no such model, it is no GPT-2, it has an option that ours has not, or a file is damaged.
       StorageError: a file cannot be read.
     """
-    folder = find_folder(name.removeprefix(PREFIX))
-    file = folder / "config.json"
+    folder = find_folder(name.removeprefix(HUGGING_FACE))
+    file = folder / MODEL_CONFIG
     raw = read_object(file, known=None, types=TYPES)
     settings = settings_of(raw, file)
     model = model_of(settings, file)
@@ -134,16 +129,20 @@ def find_folder(name: str) -> Path:
       UserError: there is none.
     """
     if not name:
-        raise UserError(f"{PREFIX} names no model: give {PREFIX}FOLDER, or {PREFIX}NAME of the Hugging Face hub")
+        raise UserError(
+            f"{HUGGING_FACE} names no model: give {HUGGING_FACE}FOLDER, or {HUGGING_FACE}NAME of the Hugging Face hub"
+        )
     folder = Path(name).expanduser()
     if os.path.isdir(folder):
         if (folder / CHECKPOINTS).is_dir():
-            raise UserError(f"{folder} is a run of this program, and no model of transformers: leave out {PREFIX}")
-        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder} is a run of this program, and no model of transformers: leave out {HUGGING_FACE}"
+            )
+        if not (folder / MODEL_CONFIG).is_file():
             raise UserError(f"{folder} is no model of transformers: it has no config.json")
         return folder
     if os.path.exists(folder) or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
-        raise UserError(f"{PREFIX}{name}: there is no folder {folder}")
+        raise UserError(f"{HUGGING_FACE}{name}: there is no folder {folder}")
     return _of_hub(name)
 
 
@@ -151,12 +150,12 @@ def _of_hub(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(_NO_HUB.format(name=f"{PREFIX}{name}")) from None
+        raise UserError(_NO_HUB.format(name=f"{HUGGING_FACE}{name}")) from None
     try:
         return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
     except Exception as error:  # it and what it stands on have a dozen of them
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{PREFIX}{name}: there is no folder {name}, and the Hugging Face hub did not give a model of that name: "
-            f"{cause}"
+            f"{HUGGING_FACE}{name}: there is no folder {name}, and the Hugging Face hub did not give a model of that "
+            f"name: {cause}"
         ) from None

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from gpt_jax.data.names import TOKENIZER_FILE
 from gpt_jax.data.tokenizer import marker_ids
 from gpt_jax.data.tokenizer import save as save_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.huggingface.gpt2 import config_of, tensors_of
 from gpt_jax.huggingface.model_card import Exported, model_card
-from gpt_jax.huggingface.tensors import DTYPES, INDEX, WEIGHTS, write_tensors
-from gpt_jax.huggingface.tokenizer import TOKENIZER, TOKENIZER_CONFIG, tokenizer_config
+from gpt_jax.huggingface.tensors import DTYPES, INDEX, MODEL_CONFIG, WEIGHTS, write_tensors
+from gpt_jax.huggingface.tokenizer import TOKENIZER_CONFIG, tokenizer_config
 from gpt_jax.model.gpt import ModelConfig
 from gpt_jax.storage.files import writing
 
@@ -26,7 +27,7 @@ _PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 class ModelFiles:
     """The names of the files of a model of transformers, by which `in` tells one from what is no such file."""
 
-    _names = ("config.json", "generation_config.json", TOKENIZER, TOKENIZER_CONFIG, README, WEIGHTS, INDEX)
+    _names = (MODEL_CONFIG, "generation_config.json", TOKENIZER_FILE, TOKENIZER_CONFIG, README, WEIGHTS, INDEX)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names or (isinstance(name, str) and _PART.fullmatch(name) is not None)
@@ -71,14 +72,14 @@ def write_model(folder: Path, exported: Exported, *, dtype: str, most: int) -> N
     tensors = {name: _cast(name, tensor, dtype) for name, tensor in tensors_of(exported.params, model).items()}
     write_tensors(folder, tensors, most)
     files = {
-        "config.json": description,
+        MODEL_CONFIG: description,
         "generation_config.json": generation_config(exported.config.sample, model.block_size, (end, user, assistant)),
         TOKENIZER_CONFIG: tokenizer_config(model.block_size),
     }
     for name, content in files.items():
         _write(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    with writing(folder / TOKENIZER):
-        save_tokenizer(exported.tokenizer, folder / TOKENIZER)
+    with writing(folder / TOKENIZER_FILE):
+        save_tokenizer(exported.tokenizer, folder / TOKENIZER_FILE)
     _write(folder / README, model_card(exported, dtype))
 
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from gpt_jax.data.dialogue import ASSISTANT, END, USER
+from gpt_jax.data.names import HUGGING_FACE, is_hugging_face
 from gpt_jax.data.token_cache import sources_of
 from gpt_jax.model.lora import LoraConfig
 from gpt_jax.runs.content import make_facts
@@ -60,11 +61,11 @@ def _front_matter(exported: Exported) -> str:
     }
     config = exported.config
     sources = sources_of(config.data) if exported.trained and "data" in config else ()
-    if datasets := [source.split(":")[1] for source in sources if source.startswith("hf:")]:
+    if datasets := [source.split(":")[1] for source in sources if is_hugging_face(source)]:
         facts["datasets"] = datasets
-    donor = str(config.get("init_from", ""))
-    if donor.startswith("hf:") and donor.count("/") <= 1 and not donor[3:].startswith((".", "/", "~")):
-        facts["base_model"] = donor[3:]
+    donor = _name_on_hub(str(config.get("init_from", "")))
+    if donor and donor.count("/") <= 1:
+        facts["base_model"] = donor
     rows = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in facts.items())
     return f"---\n{rows}---\n"
 
@@ -72,7 +73,13 @@ def _front_matter(exported: Exported) -> str:
 def _without_folder(name: str) -> str:
     """A file, folder or name of the hub without where it lies on this machine."""
     name = one_line(name)
-    return name if name.startswith("hf:") and not name[3:].startswith((".", "/", "~")) else name.rpartition("/")[2]
+    return name if _name_on_hub(name) else name.rpartition("/")[2]
+
+
+def _name_on_hub(name: str) -> str:
+    """The name after 'hf:' of what lies on the hub; empty for all else, and for a folder."""
+    rest = name.removeprefix(HUGGING_FACE) if is_hugging_face(name) else ""
+    return "" if rest.startswith((".", "/", "~")) else rest
 
 
 def _use(block_size: int) -> str:

@@ -18,7 +18,7 @@ from gpt_jax.model.parameters import listing
 from gpt_jax.storage.files import os_error_of, unreadable, writing
 from gpt_jax.storage.json_file import read_object
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MODEL_CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES: Mapping[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _READ = ("F32", "BF16", "F16")  # as the format calls them
 _OTHERS = re.compile(r"(pytorch_model.*\.bin|.*\.pth?|tf_model\.h5|flax_model\.msgpack|.*\.gguf)(\.index\.json)?")

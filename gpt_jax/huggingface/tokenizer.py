@@ -6,11 +6,12 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from gpt_jax.data.dialogue import ASSISTANT, END, MARKERS, USER
+from gpt_jax.data.names import TOKENIZER_FILE
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import unreadable
 from gpt_jax.storage.json_file import read_object
 
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _VOCABULARY, _MERGES, _ADDED = "vocab.json", "merges.txt", "added_tokens.json"  # of GPT-2's first folders
 _SPECIAL = "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"  # where transformers 5 saves what was in tokenizer_config.json
@@ -54,7 +55,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     Raises:
       UserError: it is damaged.
     """
-    file = folder / TOKENIZER
+    file = folder / TOKENIZER_FILE
     if not file.exists():
         return _read_first_kind(folder) if (folder / _VOCABULARY).exists() else None
     try:

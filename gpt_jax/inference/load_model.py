@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from gpt_jax.checkpoint import restore_parameters
 from gpt_jax.config import check_saved
+from gpt_jax.data.names import TOKENIZER_FILE
 from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
@@ -29,7 +30,7 @@ def load_for_sampling(workdir: Path, checkpoint: Path | None = None) -> tuple[Co
         raise UserError(f"{workdir} is no run folder: it has no {CONFIG_FILE}")
     check_saved(saved, file)
     config = ConfigDict(saved)
-    tokenizer = load_tokenizer(workdir / "tokenizer.json")
+    tokenizer = load_tokenizer(workdir / TOKENIZER_FILE)
     vocabulary = tokenizer.get_vocab_size()
     if vocabulary > config.model.vocab_size:
         raise UserError(

@@ -15,6 +15,8 @@ from gpt_jax.storage.files import StorageError
 from gpt_jax.storage.lock import LockedError, lock
 
 LOCK_FILE, LOG_FILE = "run.lock", "log.txt"
+REPORT = "report"  # .md, .json and .html
+PROFILE = "profile"  # the folder of `config.log.profile_step`
 
 
 @contextlib.contextmanager

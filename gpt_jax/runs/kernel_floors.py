@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpt_jax.runs.content import Bars, Figure, ReportBlock, Text, make_table
+from gpt_jax.runs.folder import PROFILE
 from gpt_jax.runs.formats import format_number
 from gpt_jax.runs.info import FORMAT_VERSION
 from gpt_jax.runs.load import RunData, import_extra
@@ -18,7 +19,7 @@ from gpt_jax.storage.json_file import NUMBER, DamagedError, Types, read_object
 if TYPE_CHECKING:
     import pandas as pd
 
-PROFILE_FILE = Path("profile") / "kernels.json"  # in a run's folder
+PROFILE_FILE = Path(PROFILE) / "kernels.json"  # in a run's folder
 _TYPES: Types = {
     "device": str,
     "step": NUMBER,

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from gpt_jax.data.names import TOKENIZER_FILE
 from gpt_jax.errors import UserError
 from gpt_jax.output import print_line
 from gpt_jax.runs.find import FoundRun
-from gpt_jax.runs.folder import LOCK_FILE, LOG_FILE
+from gpt_jax.runs.folder import LOCK_FILE, LOG_FILE, PROFILE, REPORT
 from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE
 from gpt_jax.runs.metrics import METRICS_FILE, SAMPLES_FILE, TENSORBOARD
 from gpt_jax.runs.summary import is_run
@@ -21,7 +22,14 @@ from gpt_jax.storage.lock import LockedError, is_held, lock
 
 _WRITTEN = {  # what a run and the commands that read it write
     *(INFO_FILE, CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, TENSORBOARD, CHECKPOINTS, LOCK_FILE, LOG_FILE),
-    *(TAGS_FILE, BASE, "tokenizer.json", "profile", TRACKER, "report.md", "report.html", "report.json"),
+    *(
+        TAGS_FILE,
+        BASE,
+        TOKENIZER_FILE,
+        PROFILE,
+        TRACKER,
+        *(f"{REPORT}{suffix}" for suffix in (".md", ".html", ".json")),
+    ),
 }
 
 

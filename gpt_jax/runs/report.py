@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpt_jax.runs import markdown, page
 from gpt_jax.runs.content import Report, Section, as_json
+from gpt_jax.runs.folder import REPORT
 from gpt_jax.runs.load import RunData, load_run
 from gpt_jax.runs.sections import SECTIONS
 from gpt_jax.storage.files import replacing
@@ -19,7 +20,7 @@ def write_report(workdir: str | Path) -> Path:
     Raises:
       UserError: there is no run, or a file of it is damaged.
     """
-    return write_files(make_report(load_run(workdir)), Path(workdir) / "report")
+    return write_files(make_report(load_run(workdir)), Path(workdir) / REPORT)
 
 
 def make_report(run: RunData) -> Report:

@@ -12,6 +12,7 @@ import numpy as np
 
 from gpt_jax.config import FIELDS, leaves
 from gpt_jax.data import tokenizer
+from gpt_jax.data.names import TOKENIZER_FILE
 from gpt_jax.errors import UserError
 from gpt_jax.runs import charts, kernel_floors
 from gpt_jax.runs.alerts import alerts_of
@@ -178,7 +179,7 @@ def last_steps(run: RunData) -> list[ReportBlock]:
 
 def tokens(run: RunData) -> list[ReportBlock]:
     """A sentence and the first prompt in the pieces that the model reads."""
-    path = run.workdir / "tokenizer.json"
+    path = run.workdir / TOKENIZER_FILE
     if not path.exists():
         return []
     try:

@@ -12,12 +12,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gpt_jax.config import with_defaults
+from gpt_jax.data.names import HUGGING_FACE, TOKENIZER_FILE, is_hugging_face
 from gpt_jax.errors import UserError
 from gpt_jax.runs.find import find_run
 from gpt_jax.runs.info import CONFIG_FILE, read_config
-
-HUGGING_FACE = "hf:"
-TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def find_donor(name: str, tokenizer: str = "") -> Donor:
     Raises:
       UserError: there is none, or its config cannot be read.
     """
-    if name.startswith(HUGGING_FACE):
+    if is_hugging_face(name):
         return _of_hugging_face(name, tokenizer)
     try:
         found = find_run(name)

@@ -12,12 +12,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+from gpt_jax.data.names import TOKENIZER_FILE
 from gpt_jax.data.token_cache import NEW_TOKENIZER
 from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.runs.info import read_info
 from gpt_jax.storage.checkpoint_files import CHECKPOINTS, saved_steps
-from gpt_jax.training.donor import TOKENIZER_FILE, find_donor
+from gpt_jax.training.donor import find_donor
 
 FROM_DONOR = "from the donor"  # in run.json: where the run's tokenizer is from
 _VOCABULARY_AXIS = {"wte": 0, "head": 1}  # of the parameters that have a row or column a token

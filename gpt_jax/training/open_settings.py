@@ -16,7 +16,7 @@ from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.runs.info import read_config
 from gpt_jax.storage.checkpoint_files import CHECKPOINTS, saved_steps
-from gpt_jax.training.donor import HUGGING_FACE, Donor, find_donor
+from gpt_jax.training.donor import Donor, find_donor
 
 _FREE = ("dropout_rate", "dtype", "remat")  # settings of a model that its parameters go with whatever they are
 _CHOSEN = (*_FREE, "soft_cap", "vocab_size", "block_size")  # settings that may be others than the donor's
@@ -51,11 +51,6 @@ def fill_in(config: ConfigDict, workdir: Path | None) -> ConfigDict:
                 f"config.model.{name} has no value: it comes from the donor, so give --config.init_from=RUN or hf:NAME"
             )
     return filled.lock()
-
-
-def is_huggingface(init_from: str) -> bool:
-    """Whether a donor is a model of Hugging Face."""
-    return isinstance(init_from, str) and init_from.startswith(HUGGING_FACE)
 
 
 def follow_num_steps(config: ConfigDict, workdir: Path, given: Mapping[str, Any]) -> None:

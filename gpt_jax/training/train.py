@@ -20,6 +20,7 @@ from gpt_jax.backend import ALONE, Backend, describe, enter_backend, is_device_e
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.config import leaves, validate, with_defaults
 from gpt_jax.data import batches, token_cache
+from gpt_jax.data.names import TOKENIZER_FILE
 from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.data.tokenizer import save as save_tokenizer
 from gpt_jax.distributed.processes import Processes
@@ -27,7 +28,7 @@ from gpt_jax.log import Log
 from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.model.lora import unused_settings
 from gpt_jax.model.parameters import listing, merge_parameters, named_leaves
-from gpt_jax.runs.folder import open_folder
+from gpt_jax.runs.folder import REPORT, open_folder
 from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, mark_failed, new_run_id, read_config, write_json
 from gpt_jax.runs.metrics import METRICS_FILE, MetricsWriter
 from gpt_jax.runs.report import write_report
@@ -153,8 +154,8 @@ def train_and_evaluate(
                 f"config.{SETTING}: the rest of {config.log.webhook} was not saved: give it again to have alerts posted"
             )
         save_config(config, workdir, log)
-        with writing(workdir / "tokenizer.json"):
-            save_tokenizer(corpus.tokenizer, workdir / "tokenizer.json")
+        with writing(workdir / TOKENIZER_FILE):
+            save_tokenizer(corpus.tokenizer, workdir / TOKENIZER_FILE)
         log(f"parameters\n{parameter_table(state.params, config)}")
         if unused := unused_settings(config):
             log(f"warning: config.{listing(unused)} does nothing: config.lora.rank is 0, so all parameters are trained")
@@ -251,7 +252,7 @@ def finish(run: Run, trainer: Trainer, stopped_by: signal.Signals | None) -> Non
     elif early:
         best = run.checkpointer.best_step()
         run.log(f"step {trainer.step}: {early}" + ("" if best is None else f"; the best checkpoint is of step {best}"))
-    with writing(run.workdir / "report.md"):
+    with writing(run.workdir / f"{REPORT}.md"):
         run.log(f"report: {write_report(run.workdir)}")
     if not stopped_by:
         run.log(f"talk to it: python -m gpt_jax.chat {shlex.quote(str(run.workdir))}")

@@ -35,6 +35,7 @@ from gpt_jax.model.lora import is_adapter
 from gpt_jax.model.parameters import named_leaves
 from gpt_jax.runs.alerts import NON_FINITE, Alert, Alerts
 from gpt_jax.runs.flops import device_peak_flops, model_flops_utilisation
+from gpt_jax.runs.folder import PROFILE
 from gpt_jax.runs.info import RunInfo, host_peak_bytes, write_json
 from gpt_jax.runs.kernel_floors import PROFILE_FILE
 from gpt_jax.runs.metrics import LOSS_OF, MetricsWriter
@@ -491,7 +492,7 @@ class Trainer:
     def profile(self, batch: Batch) -> None:
         """Traces the steps that the config names: all of them by JAX's profiler, or the first by Vulkan's clock."""
         first, count = self.config.log.profile_step, self.config.log.profile_steps
-        step, folder = self.step + 1, self.workdir / "profile"
+        step, folder = self.step + 1, self.workdir / PROFILE
         in_window = 0 < first <= step < first + count
         if self.backend.name == "vulkan":
             if step == first:

@@ -12,9 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gpt_jax.data.dialogue import MARKERS
+from gpt_jax.data.names import is_hugging_face
 from gpt_jax.data.tokenizer import encode, load, save, train_tokenizer
 from gpt_jax.errors import UserError
-from gpt_jax.huggingface.donor import is_huggingface, read_donor, with_markers
+from gpt_jax.huggingface.donor import read_donor, with_markers
 from gpt_jax.huggingface.tokenizer import CHAT_TEMPLATE
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.model.parameters import named_leaves
@@ -68,8 +69,8 @@ def test_the_shape_is_that_of_its_config():
 
 
 def test_a_donor_is_told_by_its_prefix():
-    assert is_huggingface("hf:gpt2")
-    assert not is_huggingface("runs/hf")
+    assert is_hugging_face("hf:gpt2")
+    assert not is_hugging_face("runs/hf")
 
 
 def test_the_first_kind_of_tokenizer_is_read_and_given_the_markers(tmp_path):

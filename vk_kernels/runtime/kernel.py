@@ -15,6 +15,7 @@ from vk_kernels.runtime.vulkan import ffi, vk
 from vk_kernels.spirv.reflect import Reflection, SpecConstant, reflect
 
 SPIRV = Path(__file__).parents[1] / "shaders" / "binaries"
+MANIFEST = "manifest.json"  # there
 
 _REQUIRE_FULL_SUBGROUPS = 0x2  # VK_PIPELINE_SHADER_STAGE_CREATE_..._BIT, which the package knows without its value
 
@@ -27,7 +28,7 @@ Spec = tuple[tuple[str, int | float | bool], ...]
 @functools.cache
 def manifest() -> dict[str, dict[str, Any]]:
     """Binary name -> what the build wrote down about it."""
-    return json.loads((SPIRV / "manifest.json").read_text())["kernels"]
+    return json.loads((SPIRV / MANIFEST).read_text())["kernels"]
 
 
 def reflection_of(name: str, variant: str = "") -> Reflection:

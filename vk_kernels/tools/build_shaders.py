@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from vk_kernels.runtime.features import CAPABILITIES
+from vk_kernels.runtime.kernel import MANIFEST
 from vk_kernels.spirv.reflect import reflect
 from vk_kernels.spirv.spec import Capability, Op
 from vk_kernels.tools.arguments import BAD_INPUT, ArgumentParser, run_tool
@@ -170,7 +171,7 @@ def out_of_date(shaders: Path, spirv: Path) -> dict[str, str]:
 
 def read_manifest(spirv: Path) -> dict[str, dict[str, Any]]:
     """Binary name -> its record; empty where nothing was built yet."""
-    file = spirv / "manifest.json"
+    file = spirv / MANIFEST
     return json.loads(file.read_text())["kernels"] if file.is_file() else {}
 
 
@@ -303,7 +304,7 @@ def build(shaders: Path, spirv: Path, names: list[str] | None = None) -> list[st
         for name in {*kernels, *(file.stem for file in spirv.glob("*.spv"))} - declared:
             kernels.pop(name, None)
             (spirv / f"{name}.spv").unlink(missing_ok=True)
-        (spirv / "manifest.json").write_text(_manifest_text(kernels))
+        (spirv / MANIFEST).write_text(_manifest_text(kernels))
     return [target.name for target, _ in built]
 
 
