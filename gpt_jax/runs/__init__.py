@@ -12,6 +12,7 @@ from gpt_jax.runs.plots import (
     plot_loss,
     plot_validation_gap,
     smooth,
+    smooth_around,
     spikes,
     validation_gap,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "plot_loss",
     "plot_validation_gap",
     "smooth",
+    "smooth_around",
     "spikes",
     "validation_gap",
 ]

@@ -38,6 +38,31 @@ def smooth(series: "pd.Series", half_life: float) -> "pd.Series":
     return finite.ewm(halflife=half_life, ignore_na=True).mean()
 
 
+def smooth_around(series: "pd.Series", half_life: float) -> "pd.Series":
+    """Mean of the values on both sides, in which one counts half as much `half_life` steps away.
+
+    It does not lag behind a loss that falls. Near an end it reaches as far as to that end, on both sides, so that the
+    first and the last value are as they are. Non-finite values are left out.
+    """
+    if half_life == 0:
+        return series
+    values = series.to_numpy(float)
+    known = np.isfinite(values).astype(float)
+    values = np.where(known > 0, values, 0.0)
+    total, weight = values.copy(), known.copy()
+    for away in range(1, min(int(10 * half_life), (len(values) - 1) // 2) + 1):  # 2^-10 and less is left out
+        factor, inner, left, right = (
+            0.5 ** (away / half_life),
+            slice(away, -away),
+            slice(-2 * away),
+            slice(2 * away, None),
+        )
+        total[inner] += factor * (values[left] + values[right])
+        weight[inner] += factor * (known[left] + known[right])
+    means = np.full(len(values), np.nan)
+    return type(series)(np.divide(total, weight, out=means, where=weight > 0), index=series.index, name=series.name)
+
+
 def spikes(df: "pd.DataFrame", threshold: float = SPIKE) -> "pd.DataFrame":
     """Training steps with a gradient norm above `threshold` or not finite, the worst first.
 
@@ -65,9 +90,10 @@ def compare(
     half_life = default_half_life(df) if half_life is None else half_life
     columns = {}
     for label, train in _by_run(df, "train"):
-        loss = smooth(train.set_index("step")["loss"], half_life)
-        column = {f"loss at {step:,}": loss.get(step, np.nan) for step in steps if step <= df["step"].max()}
-        column |= {"last step": train["step"].max(), "last loss": loss.iloc[-1]}
+        loss = train.set_index("step")["loss"]
+        around = smooth_around(loss, half_life)
+        column = {f"loss at {step:,}": around.get(step, np.nan) for step in steps if step <= df["step"].max()}
+        column |= {"last step": train["step"].max(), "last loss": smooth(loss, half_life).iloc[-1]}
         validation = df[(df["run"] == label) & (df["split"] == "validation")]
         validation = validation[np.isfinite(validation["loss"].astype(float))]
         if len(validation):
@@ -106,7 +132,7 @@ def plot_loss(df: "pd.DataFrame", half_life: float | None = None) -> "Figure":
     figure, axes = _figure(1)
     for color, (label, train) in _colored(_by_run(df, "train")):
         axes[0].plot(train["step"], train["loss"], color=color, alpha=0.25, linewidth=0.8)
-        axes[0].plot(train["step"], smooth(train["loss"], half_life), color=color, label=label)
+        axes[0].plot(train["step"], smooth_around(train["loss"], half_life), color=color, label=label)
         validation = df[(df["run"] == label) & (df["split"] == "validation")]
         axes[0].plot(validation["step"], validation["loss"], "o", color=color, markeredgecolor="black")
     axes[0].set(

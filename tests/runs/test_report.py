@@ -281,6 +281,19 @@ def test_smoothing_halves_a_value_in_a_half_life():
     assert plots.smooth(step, half_life=0) is step
 
 
+def test_a_mean_of_both_sides_does_not_lag_behind_a_loss_that_falls():
+    """A trailing one would show a straight line some 29 steps late, half-lives of 20 steps as they are."""
+    pd = pytest.importorskip("pandas")
+    straight = pd.Series(9.0 - np.arange(200) / 100, index=range(1, 201))
+    np.testing.assert_allclose(plots.smooth_around(straight, 20), straight)
+    step = pd.Series([0.0] * 100 + [np.nan] + [1.0] * 100)
+    smoothed = plots.smooth_around(step, 5)
+    assert (smoothed.iloc[0], smoothed.iloc[100], smoothed.iloc[-1]) == (0.0, 0.5, 1.0)
+    np.testing.assert_allclose(smoothed + smoothed[::-1].to_numpy(), 1.0)
+    assert plots.smooth_around(pd.Series([np.inf, 2.0]), 3).tolist()[1] == 2.0
+    assert plots.smooth_around(step, 0) is step
+
+
 def test_a_short_run_is_smoothed_over_a_fiftieth_of_it(tmp_path):
     """Half-lives of 20 steps would show the first loss at the end of a run of 30."""
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
