@@ -74,6 +74,20 @@ def reached(folder: Path, step: int) -> bool:
     return file.exists() and file.read_bytes().count(b'"split": "train"') >= step
 
 
+@contextlib.contextmanager
+def paused(folder: Path, training: subprocess.Popen, arrived: Callable[[], bool]) -> Iterator[None]:
+    """Stops a trainer that has come some way, until what it sent has arrived and what is to happen has happened."""
+    wait_for(lambda: reached(folder, 100), training)
+    training.send_signal(signal.SIGSTOP)
+    wait_for(arrived, training)
+    yield
+    training.send_signal(signal.SIGCONT)
+
+
+def written(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -136,23 +150,29 @@ def mlflow(plain: list[tuple]) -> None:
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     with mlflow_server(port) as process:
+        client = MlflowClient(address)
         folder, training = start("mlflow_killed", "mlflow", MLFLOW_TRACKING_URI=address)
-        wait_for(lambda: reached(folder, 100), training)
-        kill(process)
-        print(f"   server killed at step {losses(folder)[-1][0]}")
+
+        def points_arrive() -> bool:
+            found = client.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'")
+            return any(client.get_metric_history(run.info.run_id, "train/loss") for run in found)
+
+        with paused(folder, training, points_arrive):
+            kill(process)
+            print(f"   server killed at step {losses(folder)[-1][0]}")
         assert finish(folder, training) == plain
     with mlflow_server(port):
         client = MlflowClient(address)
         folder, training = start("mlflow_run_killed", "mlflow", MLFLOW_TRACKING_URI=address)
-        wait_for(lambda: reached(folder, 100), training)
-        training.kill()
-        training.wait()
-        run_id = json.loads((folder / "run.json").read_text())["run_id"]
 
         def status() -> str:
-            [found] = client.search_runs([experiment.experiment_id], f"tags.run_id = '{run_id}'")
-            return found.info.status
+            run_id = json.loads((folder / "run.json").read_text())["run_id"]
+            found = client.search_runs([experiment.experiment_id], f"tags.run_id = '{run_id}'")
+            return found[0].info.status if found else ""
 
+        with paused(folder, training, lambda: status() == "RUNNING"):
+            training.kill()
+        training.wait()
         end = time.monotonic() + 60
         while status() != "FAILED" and time.monotonic() < end:
             time.sleep(0.5)
@@ -184,10 +204,11 @@ def trackio(plain: list[tuple]) -> None:
         assert finish(*start("trackio_away", "trackio", **where)) == plain
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
             assert answer.status == 200
+        before = written(OUT / "trackio_server")
         folder, training = start("trackio_killed", "trackio", **where)
-        wait_for(lambda: reached(folder, 100), training)
-        kill(process)
-        print(f"   server killed at step {losses(folder)[-1][0]}")
+        with paused(folder, training, lambda: written(OUT / "trackio_server") > before):
+            kill(process)
+            print(f"   server killed at step {losses(folder)[-1][0]}")
         assert finish(folder, training) == plain
     code = "import trackio; api = trackio.Api(); print([(r.name, len(r.metrics())) for r in api.runs('gpt_jax')])"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRACKIO_DIR": away["TRACKIO_DIR"]}, check=False)
@@ -199,9 +220,9 @@ def wandb(plain: list[tuple]) -> None:
     [file] = (folder / "tracker" / "wandb").glob("offline-run-*/run-*.wandb")
     print(f"   {file.relative_to(OUT)}: {file.stat().st_size:,} bytes")
     folder, training = start("wandb_killed", "wandb", WANDB_MODE="offline")
-    wait_for(lambda: reached(folder, 100), training)
-    [child] = Path(f"/proc/{training.pid}/task/{training.pid}/children").read_text().split()
-    os.kill(int(child), signal.SIGKILL)
+    with paused(folder, training, lambda: any((folder / "tracker" / "wandb").glob("offline-run-*/run-*.wandb"))):
+        [child] = Path(f"/proc/{training.pid}/task/{training.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
     assert finish(folder, training) == plain
     folder, training = start("wandb_no_key", "wandb", WANDB_API_KEY="", WANDB_MODE="online")
     assert finish(folder, training) == plain

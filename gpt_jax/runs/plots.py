@@ -51,14 +51,9 @@ def smooth_around(series: "pd.Series", half_life: float) -> "pd.Series":
     values = np.where(known > 0, values, 0.0)
     total, weight = values.copy(), known.copy()
     for away in range(1, min(int(10 * half_life), (len(values) - 1) // 2) + 1):  # 2^-10 and less is left out
-        factor, inner, left, right = (
-            0.5 ** (away / half_life),
-            slice(away, -away),
-            slice(-2 * away),
-            slice(2 * away, None),
-        )
-        total[inner] += factor * (values[left] + values[right])
-        weight[inner] += factor * (known[left] + known[right])
+        factor = 0.5 ** (away / half_life)
+        total[away:-away] += factor * (values[: -2 * away] + values[2 * away :])
+        weight[away:-away] += factor * (known[: -2 * away] + known[2 * away :])
     means = np.full(len(values), np.nan)
     return type(series)(np.divide(total, weight, out=means, where=weight > 0), index=series.index, name=series.name)
 
