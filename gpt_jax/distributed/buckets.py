@@ -15,7 +15,7 @@ from vk_kernels.bridge.host_exchange import Packing
 BUCKET_BYTES = 32 << 20
 
 
-class Piece(NamedTuple):
+class ArrayPiece(NamedTuple):
     """The elements from `start` to `stop` of the flat leaf number `leaf`."""
 
     leaf: int
@@ -40,7 +40,7 @@ class Buckets:
         self.dtype, self._structure = jnp.dtype(dtype), jax.tree.structure(tree)
         self._leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
         most = max(1, nbytes // self.dtype.itemsize)
-        self.pieces: list[list[Piece]] = [[]]
+        self.pieces: list[list[ArrayPiece]] = [[]]
         room = most
         for number in order:
             start = 0
@@ -49,7 +49,7 @@ class Buckets:
                     self.pieces.append([])
                     room = most
                 stop = min(leaves[number].size, start + room)
-                self.pieces[-1].append(Piece(number, start, stop))
+                self.pieces[-1].append(ArrayPiece(number, start, stop))
                 room, start = room - (stop - start), stop
 
     @property
@@ -57,7 +57,7 @@ class Buckets:
         """How the buckets are made of the tree's leaves."""
         return [self._packing(bucket) for bucket in self.pieces]
 
-    def _packing(self, pieces: Sequence[Piece]) -> Packing:
+    def _packing(self, pieces: Sequence[ArrayPiece]) -> Packing:
         def pack(*leaves: jax.Array) -> jax.Array:
             flat = (leaf.reshape(-1) for leaf in leaves)
             parts = [leaf[start:stop] for leaf, (_, start, stop) in zip(flat, pieces, strict=True)]

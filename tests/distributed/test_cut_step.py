@@ -13,7 +13,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
 from configs import chat
-from gpt_jax.distributed.buckets import Buckets, Piece
+from gpt_jax.distributed.buckets import ArrayPiece, Buckets
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.training.cut_step import CutStep
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -29,7 +29,11 @@ def test_buckets_are_of_one_size_from_the_last_layer_to_the_first_and_give_the_t
     tree = {"head": np.arange(10.0), "wte": {"a": np.arange(6.0).reshape(2, 3), "b": np.float32(7).reshape(())}}
     tree = jax.tree.map(lambda leaf: leaf.astype(np.float32), tree)
     buckets = Buckets(tree, ("wte", "ln_f", "head"), "float32", 4 * 7)
-    assert buckets.pieces == [[Piece(0, 0, 7)], [Piece(0, 7, 10), Piece(2, 0, 1), Piece(1, 0, 3)], [Piece(1, 3, 6)]]
+    assert buckets.pieces == [
+        [ArrayPiece(0, 0, 7)],
+        [ArrayPiece(0, 7, 10), ArrayPiece(2, 0, 1), ArrayPiece(1, 0, 3)],
+        [ArrayPiece(1, 3, 6)],
+    ]
     leaves = jax.tree.leaves(tree)
     packed = [pack(*map(leaves.__getitem__, inputs)) for inputs, pack in buckets.packings]
     assert [part.shape for part in packed] == [(7,), (7,), (3,)]
