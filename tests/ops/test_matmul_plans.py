@@ -5,7 +5,7 @@ import functools
 
 import pytest
 from run_plan import BF16, F32
-from vulkan_devices import SELECTOR, needs_vulkan
+from vulkan_devices import SELECTOR, needs_vulkan, with_cooperative_matrices
 
 from vk_kernels.errors import FeatureError
 from vk_kernels.ops.matmul.gemm import (
@@ -21,8 +21,6 @@ from vk_kernels.ops.matmul.gemm import (
 )
 from vk_kernels.ops.matmul.planner import plan_matmul_forward
 from vk_kernels.runtime.array_spec import ArraySpec
-from vk_kernels.runtime.features import CooperativeMatrix, Features
-from vk_kernels.runtime.kernel import manifest
 
 pytestmark = [needs_vulkan, pytest.mark.usefixtures("strict_dtypes")]
 
@@ -64,18 +62,6 @@ def test_a_tile_in_stages_takes_rows_of_b_along_n_alone(device):
         assert ("TRANSPOSE_B" in dict(found.spec)) != staged
     with pytest.raises(ValueError, match=r"matmul tile 128x192x128 takes no transposed b"):
         plan_gemm(info, a, b, c, transpose_b=True, scratch=3, tile=tile)
-
-
-def with_cooperative_matrices(info):
-    """A device with all that matmul_coop1 needs."""
-    needed = {
-        feature for record in manifest().values() if record["entry"] == "matmul_coop1" for feature in record["features"]
-    }
-    rows = (CooperativeMatrix(16, 16, 16, "bf16", "bf16", "f32", "f32", "subgroup", 0),)
-    limits = dataclasses.replace(info.limits, subgroup_size_range=(32, 32), shared_memory=48 << 10)
-    return dataclasses.replace(
-        info, kind="discrete", features=Features(info.features.names | needed, rows, ()), limits=limits
-    )
 
 
 @pytest.mark.parametrize(("sizes", "kernel"), [((8, 8), "matmul_lanes"), ((4, 8), "matmul_lanes"), ((4, 4), "matmul")])

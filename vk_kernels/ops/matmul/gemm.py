@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from vk_kernels.errors import FeatureError
+from vk_kernels.ops.matmul.tile_table import Product, choice_for
 from vk_kernels.ops.planning import MAX_GROUPS, THREADS, ceil_divide, dispatch, has_lanes
 from vk_kernels.runtime.dispatch_plan import Dispatch, Plan
 from vk_kernels.runtime.kernel import manifest
@@ -190,6 +191,18 @@ class _Speed(NamedTuple):
 _CPU, _GPU = _Speed(8, 2e-5, 1e10), _Speed(132, 5e-6, 5e12)
 
 
+def choose(info: DeviceInfo, product: Product) -> tuple[Tile, int]:
+    """The tile of a product and its number of slices of k: what the device's table says, else what is estimated."""
+    tiles = tiles_for(info, product)
+    measured = choice_for(info, product)
+    if measured is not None and measured.splits > 0:
+        for tile in tiles:
+            if (tile.m, tile.n, tile.k) == measured[:3]:
+                return tile, measured.splits
+    k_inner = product.transpose_b and not product.transpose_a
+    return choose_tile(tiles, product.m, product.n, product.k, product.batch, k_inner, info.kind == "cpu")
+
+
 @functools.lru_cache(maxsize=4096)
 def choose_tile(
     tiles: tuple[Tile, ...], m: int, n: int, k: int, batch: int = 1, k_inner: bool = False, on_cpu: bool = False
@@ -306,9 +319,8 @@ def plan_gemm(
         return Plan(())
     chosen = _variant_for(info, (a, b, c), batch, variant)
     if tile is None:
-        k_inner = transpose_b and not transpose_a
-        tiles = _tiles_for(info, chosen, a, c, transpose_b)
-        tile, found = choose_tile(tiles, m, n, k, batch, k_inner, info.kind == "cpu")
+        product = Product(chosen, _types(a, c), m, n, k, batch, transpose_a, transpose_b)
+        tile, found = choose(info, product)
         splits = found if splits is None else splits
     elif transpose_b and not tile.transposes_b:
         raise ValueError(f"matmul tile {tile.m}x{tile.n}x{tile.k} takes no transposed b")
@@ -350,11 +362,12 @@ def _variant_for(info: DeviceInfo, matrices: Sequence[Matrix], batch: int, varia
     return "plain"
 
 
-def _tiles_for(info: DeviceInfo, variant: str, a: Matrix, c: Matrix, transpose_b: bool) -> tuple[Tile, ...]:
-    """The tiles of a family that the device can run, and that take B as it is."""
-    tiles = CPU_TILES if info.kind == "cpu" and variant == "plain" else TILES[variant]
-    tiles = (tile for tile in tiles if tile.transposes_b or not transpose_b)
-    return tuple(tile for tile in tiles if _fits(info, *_kernel(variant, tile, a, c), tile))
+def tiles_for(info: DeviceInfo, product: Product) -> tuple[Tile, ...]:
+    """The tiles that make a product on the device."""
+    family, types = product.family, product.types
+    tiles = CPU_TILES if info.kind == "cpu" and family == "plain" else TILES[family]
+    tiles = (tile for tile in tiles if tile.transposes_b or not product.transpose_b)
+    return tuple(tile for tile in tiles if _fits(info, *_kernel(family, types, tile), tile))
 
 
 def plan_epilogue(a: Matrix, c: Matrix, epilogue: Epilogue) -> Plan:
@@ -431,16 +444,15 @@ class _Multiply:
             spec |= _epilogue_spec(epilogue, c.whole(at_once))
         groups = size.batches * size.splits * ceil_divide(size.m, tile.m) * ceil_divide(size.n, tile.n)
         constants = _constants(size, a, b, c, epilogue, groups)
-        kernel, kind = _kernel(self.variant, tile, a, c)
+        kernel, kind = _kernel(self.variant, _types(a, c), tile)
         lanes = tile.lanes or None
         return dispatch(kernel, kind, groups, constants=constants, spec=spec, subgroup_size=lanes, **buffers)
 
 
-def _kernel(variant: str, tile: Tile, a: Matrix, c: Matrix) -> tuple[str, str]:
+def _kernel(family: str, types: str, tile: Tile) -> tuple[str, str]:
     """The name of a kernel and of its variant."""
     plain = "matmul_lanes" if tile.lanes else "matmul"
-    family = plain if variant == "plain" else f"matmul_{variant}"
-    return family, f"{_types(a, c)}_{tile.m}x{tile.n}x{tile.k}"
+    return plain if family == "plain" else f"matmul_{family}", f"{types}_{tile.m}x{tile.n}x{tile.k}"
 
 
 def _fits(info: DeviceInfo, kernel: str, kind: str, tile: Tile) -> bool:
