@@ -2,10 +2,11 @@
 
     python benchmarks/tune_tiles.py [--config configs/chat.py] [--set model.dtype=bfloat16 batch_size=16] [--dry]
 
-Every operation of the step that multiplies matrices is run alone, with each choice of tile and slices of k for each of
-its products (an operation's gradient has two, side by side), as often as takes `--budget` ms, of which the least of
-three counts; the search ends early at `--near` times the roofline (FLOPs over `--rate`). What beats the model's choice
-by over 2 % is then tried in the whole step, since what is faster alone may be slower there, and kept if that is faster
+Every operation of the step that multiplies matrices is run alone, with each choice of tile and slices of k for one of
+its products after the other (an operation's gradient has two, side by side), by turns with what was best so far: a
+device that rested has low clocks, and both sides shall have the same. A turn is as many runs as take `--budget` ms; the
+search ends early at `--near` times the roofline (FLOPs over `--rate`). What beats the model's choice
+by 1 % is then tried in the whole step, since what is faster alone may be slower there, and kept if that is faster
 by 0.2 %, in the file that is named, from which it is taken from then on; `--dry` keeps nothing. Last the step is timed
 by turns, with the table and without.
 """
@@ -16,7 +17,8 @@ import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -27,10 +29,10 @@ import vk_kernels
 from vk_kernels.compiler import op_call
 from vk_kernels.ops.matmul import gemm, tile_table
 from vk_kernels.ops.matmul.tile_table import Choice, Product
-from vk_kernels.runtime.dispatch_plan import Plan, record
+from vk_kernels.runtime.dispatch_plan import Plan, kernel_of, record
 from vk_kernels.runtime.open_devices import open_device
 
-WORTH, STEP_WORTH = 0.98, 0.998  # of the time before, of an operation and of the step: what a choice must beat
+WORTH, STEP_WORTH = 0.99, 0.998  # of the time before, of an operation and of the step: what a choice must beat
 
 
 class Operation:
@@ -51,8 +53,14 @@ class Operation:
             self.planner(*self.arguments, **self.options)
         return asked
 
-    def microseconds(self, device: Any, choices: dict[Product, Choice], budget: float) -> float:
-        """Time of one run, of many behind each other."""
+    def compile(self, device: Any, choices: Iterable[dict[Product, Choice]]) -> None:
+        """Compiles what the plans need, on all cores: a driver takes most of a second for a kernel of a large tile."""
+        dispatches = [dispatch for tried in choices for dispatch in self.plan(tried).dispatches]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda dispatch: kernel_of(device, dispatch), dispatches))
+
+    def runner(self, device: Any, choices: dict[Product, Choice]) -> Callable[[int], float]:
+        """A function that runs the operation so many times, one after the other, and returns the seconds of one."""
         plan = self.plan(choices)
         inputs, outputs = self.arguments[1:]
         if not self.buffers:
@@ -67,9 +75,15 @@ class Operation:
                 recorder.submit().wait()
                 return (time.perf_counter() - begun) / count
 
-        run(1)  # compiles
-        count = max(2, min(200, int(1e-3 * budget / max(run(2), 1e-6))))
-        return 1e6 * min(run(count) for _ in range(3))
+        return run
+
+
+def seconds_by_turns(runners: Sequence[Callable[[int], float]], budget: float) -> list[float]:
+    """The least time of each of the runners, one after the other, five times."""
+    count = max(2, min(500, int(1e-3 * budget / max(min(run(2) for run in runners), 1e-6))))
+    for run in runners:
+        run(count)
+    return [min(times) for times in zip(*([run(count) for run in runners] for _ in range(5)), strict=True)]
 
 
 def operations_of(config: Any, device: Any) -> list[Operation]:
@@ -112,21 +126,23 @@ def candidates(product: Product, most: int, info: Any) -> list[Choice]:
 def tune(operation: Operation, device: Any, options: argparse.Namespace) -> dict[Product, Choice]:
     """The best choices for an operation's products; none where the model's are as good."""
     products = operation.products()
-    flops = sum(2 * p.batch * p.m * p.n * p.k for p in products)
-    floor = 1e6 * flops / options.rate
-    model = operation.microseconds(device, {}, options.budget)
+    tried = {product: candidates(product, options.most, device.info) for product in products}
+    operation.compile(device, [{product: choice} for product in products for choice in tried[product]])
+    floor = sum(2 * p.batch * p.m * p.n * p.k for p in products) / options.rate
+    model = operation.runner(device, {})
     best, chosen = model, {}
-    for choices in itertools.product(*(candidates(product, options.most, device.info) for product in products)):
-        if best < options.near * floor:
+    for product, choice in ((one, choice) for one in products for choice in tried[one]):
+        other = operation.runner(device, chosen | {product: choice})
+        before, after = seconds_by_turns((best, other), options.budget)
+        if after < WORTH * before:
+            best, chosen = other, chosen | {product: choice}
+        if min(before, after) < options.near * floor:
             break
-        tried = dict(zip(products, choices, strict=True))
-        taken = operation.microseconds(device, tried, options.budget)
-        if taken < best:
-            best, chosen = taken, tried
+    before, after = (1e6 * seconds for seconds in seconds_by_turns((model, best), 4 * options.budget))
     label = " + ".join(map(str, products))
     what = ", ".join("x".join(map(str, choice[:3])) + f"/{choice.splits}" for choice in chosen.values())
-    print(f"{label:<88} model {model:8.1f} us  best {best:8.1f}  floor {floor:6.1f}  {what}", flush=True)
-    return chosen if best < WORTH * model else {}
+    print(f"{label:<88} model {before:8.1f} us  best {after:8.1f}  floor {1e6 * floor:6.1f}  {what}", flush=True)
+    return chosen
 
 
 class Step:
