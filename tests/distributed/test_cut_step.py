@@ -84,7 +84,7 @@ def run_alone(**more) -> tuple[list[float], object]:
 
 
 def run_cut(count: int, **more) -> list[tuple[list[dict[str, float]], list[bytes], object]]:
-    """Of each process, its metrics, the bits of its parameters and its state in the end."""
+    """Metrics of each process, the bits of its parameters and its state in the end."""
     name = uuid.uuid4().hex
     state, options = parts()
     jit = functools.partial(vk_kernels.jit, device=SELECTOR)

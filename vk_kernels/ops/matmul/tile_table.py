@@ -52,7 +52,7 @@ _asked: Callable[[Product], Choice | None] | None = None
 
 
 def choice_for(info: "DeviceInfo", product: Product) -> Choice | None:
-    """What the device's table says of a product."""
+    """The choice of the device's table for a product; None: it has none."""
     if _asked is not None:
         return _asked(product)
     return _read(file_of(info)).get(str(product))
