@@ -20,7 +20,7 @@ from gpt_jax.checkpoint import Checkpointer, restore_parameters
 from gpt_jax.cli import parse_flags
 from gpt_jax.data.tokenizer import save, train_tokenizer
 from gpt_jax.errors import UserError
-from gpt_jax.inference import generate, load
+from gpt_jax.inference import generate, load_model
 from gpt_jax.inference.decoder import Decoder
 from gpt_jax.inference.load_model import load_for_sampling
 from gpt_jax.inference.sampling import SamplingOptions
@@ -145,7 +145,7 @@ def test_files_carry_their_version_and_older_ones_without_it_are_read(run):
 def test_a_checkpoint_of_a_diverged_run_answers_nothing(run, monkeypatch):
     params, description = restore_parameters(run)
     diverged = jax.tree.map(lambda x: x * np.nan, params)
-    monkeypatch.setattr(load, "restore_parameters", lambda folder: (diverged, description))
+    monkeypatch.setattr(load_model, "restore_parameters", lambda folder: (diverged, description))
     line = one_line(load_for_sampling, run)
     assert line.startswith(f"{description}: ")
     assert "are NaN or infinite" in line
