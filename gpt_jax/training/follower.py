@@ -12,7 +12,7 @@ class SilentWriter:
 
     def write(self, *_: Any, **__: Any) -> None: ...
 
-    sample = flush = check_in_place = write
+    sample = alert = flush = check_in_place = write
 
 
 class SilentInfo:

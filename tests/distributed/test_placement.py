@@ -19,7 +19,7 @@ from gpt_jax.training.steps import init_state
 
 def tiny() -> ConfigDict:
     config = chat.get_config()
-    model = {"vocab_size": 48, "block_size": 16, "num_layers": 2, "num_heads": 2, "embed_dim": 16, "dropout_rate": 0.3}
+    model = {"vocab_size": 48, "block_size": 16, "num_layers": 1, "num_heads": 2, "embed_dim": 16, "dropout_rate": 0.3}
     config.model.update(**model)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=2)
     config.update(num_steps=10, batch_size=8, accumulate_steps=2)
