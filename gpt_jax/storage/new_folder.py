@@ -76,8 +76,8 @@ def check_target(path: Path, *, replace: bool, ours: Collection[str]) -> None:
         return
     if not path.is_dir():
         raise UserError(f"{path} is no folder: give another name")
-    found = sorted(entry.name for entry in path.iterdir())
-    others = [name for name in found if name not in ours]
+    found = {entry.name: entry.is_file() for entry in sorted(path.iterdir())}
+    others = [name for name, is_file in found.items() if name not in ours or not is_file]
     if others and replace:
         raise UserError(f"{path} holds {others[0]}, which is no file of a model, and is not replaced: move it away")
     if found and not replace:

@@ -168,6 +168,11 @@ def test_a_checkpoint_of_a_run_is_exported_with_its_card(run, tmp_path, capsys):
     (target / "notes.txt").touch()
     with pytest.raises(UserError, match=r"holds notes.txt, which is no file of a model, and is not replaced"):
         export(find_run(str(run)), str(target), dtype="float32", most=10**9, force=True)
+    (target / "notes.txt").unlink()
+    (target / "README.md").unlink()
+    (target / "README.md").mkdir()  # which may hold anything
+    with pytest.raises(UserError, match=r"holds README.md, which is no file of a model, and is not replaced"):
+        export(find_run(str(run)), str(target), dtype="float32", most=10**9, force=True)
 
 
 def test_the_card_says_what_was_trained_on_what():
