@@ -131,13 +131,8 @@ def train_and_evaluate(
         beside = adapters.position_of_adapters(config, state, position, workdir)
         info = RunInfo(
             workdir,
-            name=config.name,
-            domain=config.domain,
-            backend=str(backend),
-            device=backend.device,
-            peak_bytes=backend.peak_bytes,
             spent_seconds=0.0 if position is None else position["elapsed_seconds"],
-            **facts(config, corpus, state, from_donor=kept is not None),
+            **facts(config, backend, corpus, state, from_donor=kept is not None),
             **facts_of_processes(processes, config),
             config_file=config_file,
             **{LAST_CHECKPOINT: resume_step},
@@ -149,16 +144,11 @@ def train_and_evaluate(
         processes.when_lost(functools.partial(note_lost_process, info, checkpointer))
         if position is not None:
             tell_schedule(config, workdir, state, log)
-        if not webhook and is_hidden(config.log.webhook):
-            log(
-                f"config.{SETTING}: the rest of {config.log.webhook} was not saved: give it again to have alerts posted"
-            )
+        tell_unused(config, webhook, log)
         save_config(config, workdir, log)
         with writing(workdir / TOKENIZER_FILE):
             save_tokenizer(corpus.tokenizer, workdir / TOKENIZER_FILE)
         log(f"parameters\n{parameter_table(state.params, config)}")
-        if unused := unused_settings(config):
-            log(f"warning: config.{listing(unused)} does nothing: config.lora.rank is 0, so all parameters are trained")
         lost = lost_work(workdir, resume_step)  # before its records are dropped
         shown = {"settings": settings_of(config), "trackers": trackers}
         writer = stack.enter_context(MetricsWriter(workdir, resume_step, config.log.tensorboard, **shown))
@@ -307,9 +297,24 @@ def initial_state(
     return init_state(params, optimizer, trained_parameters(config)), None
 
 
-def facts(config: ConfigDict, corpus: token_cache.Corpus, state: TrainState, from_donor: bool) -> dict[str, Any]:
-    """The model and the data of a run, for run.json."""
+def tell_unused(config: ConfigDict, webhook: str, log: Log) -> None:
+    """Warns of settings that do nothing. webhook: the address that alerts are posted to, '' where it is not known."""
+    if not webhook and is_hidden(config.log.webhook):
+        log(f"config.{SETTING}: the rest of {config.log.webhook} was not saved: give it again to have alerts posted")
+    if unused := unused_settings(config):
+        log(f"warning: config.{listing(unused)} does nothing: config.lora.rank is 0, so all parameters are trained")
+
+
+def facts(
+    config: ConfigDict, backend: Backend, corpus: token_cache.Corpus, state: TrainState, from_donor: bool
+) -> dict[str, Any]:
+    """The device, the model and the data of a run, for run.json."""
     return {
+        "name": config.name,
+        "domain": config.domain,
+        "backend": str(backend),
+        "device": backend.device,
+        "peak_bytes": backend.peak_bytes,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "trained_parameters": trained_size(state.params, config),
         "vocabulary": corpus.tokenizer.get_vocab_size(),
