@@ -93,6 +93,7 @@ def infrastructure(run: RunData) -> list[ReportBlock]:
         ("backend", info.get("backend")),
         ("device", device and f"{device.get('count')} x {device.get('kind')} ({device.get('platform')})"),
         ("largest use of device memory", format_size(peak_memory(run, "device"))),
+        ("utilisation of the device (MFU), median", _median_mfu(run)),
         ("host", host and f"{host.get('cpu_count')} processors, {format_size(host.get('memory_bytes'))} of memory"),
         ("largest use of host memory", format_size(peak_memory(run, "host"))),
         ("system", host.get("platform")),
@@ -272,7 +273,6 @@ def timing(run: RunData) -> list[ReportBlock]:
 def throughput(run: RunData) -> list[ReportBlock]:
     _, tokens = run.series("train", "tokens_per_second")
     tokens = tokens[1:] if len(tokens) > 1 else tokens  # the first holds the compilation
-    _, mfu = run.series("train", "mfu")
     if not len(tokens):
         return []
     peak = run.info.get("peak_flops")
@@ -281,7 +281,7 @@ def throughput(run: RunData) -> list[ReportBlock]:
         ("tokens a second, median", f"{np.median(tokens):,.0f}"),
         ("tokens a second, lowest and highest", f"{tokens.min():,.0f} to {tokens.max():,.0f}"),
         ("peak of the device", f"{peak / 1e12:,.1f} TFLOP/s" if peak else "not known"),
-        ("model FLOPs utilisation (MFU), median", f"{np.median(mfu):.1%}" if len(mfu) else None),
+        ("model FLOPs utilisation (MFU), median", _median_mfu(run)),
         ("tokens trained on", f"{seen * run.last_step:,}" if seen else None),
     ]
     return make_facts(rows) + charts.throughput(run)
@@ -376,6 +376,11 @@ SECTIONS: dict[str, Callable[[RunData], list[ReportBlock]]] = {
     "Infrastructure": infrastructure,
     "Events": events,
 }
+
+
+def _median_mfu(run: RunData) -> str | None:
+    _, mfu = run.series("train", "mfu")
+    return f"{np.median(mfu):.1%}" if len(mfu) else None
 
 
 def _operations(found: dict[str, Any]) -> str | None:

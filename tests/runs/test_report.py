@@ -120,6 +120,9 @@ def test_peak_and_utilisation(tmp_path):
     assert "- peak of the device: not known" in text_of(sections.throughput(load.load_run(tmp_path)))
     write_json(tmp_path / "run.json", {"peak_flops": 989.4e12})
     text = text_of(sections.throughput(load.load_run(tmp_path)))
+    assert "- utilisation of the device (MFU), median: 25.0%" in text_of(
+        sections.infrastructure(load.load_run(tmp_path))
+    )
     assert "- peak of the device: 989.4 TFLOP/s\n- model FLOPs utilisation (MFU), median: 25.0%" in text
 
 
