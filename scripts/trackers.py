@@ -124,7 +124,8 @@ def kill(process: subprocess.Popen) -> None:
 def mlflow_server(port: int) -> contextlib.AbstractContextManager:
     database = f"sqlite:///{OUT / 'mlflow.db'}"
     options = ["--host=127.0.0.1", f"--port={port}", "--workers=1", f"--backend-store-uri={database}"]
-    return server("mlflow_server", port, ["mlflow", "server", *options, f"--artifacts-destination={OUT / 'artifacts'}"])
+    command = ["mlflow", "server", *options, f"--artifacts-destination={OUT / 'artifacts'}"]
+    return server("mlflow_server", port, command, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
 
 
 def mlflow(plain: list[tuple]) -> None:
