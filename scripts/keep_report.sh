@@ -3,16 +3,18 @@
 # pictures of the page as scripts/audit_page.sh saw it, which must find nothing.
 #
 #   scripts/keep_report.sh RUN NAME
+#   PAGE_ONLY=1 scripts/keep_report.sh RUN NAME     # on a machine without a browser: no pictures
+#   scripts/keep_report.sh - NAME                   # these, for a page that stands there already
 #
 # Where the run was, and with which Python, is left out of its command. Needs what audit_page.sh needs, and Pillow, which
 # comes with matplotlib.
 set -euo pipefail
-[ $# -eq 2 ] || { sed -n '2,8p' "$0"; exit 2; }
+[ $# -eq 2 ] || { sed -n '2,10p' "$0"; exit 2; }
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 folder=docs/reports/$2
 mkdir -p "$folder"
-"$python" - "$1" "$folder" <<'PYTHON'
+[ "$1" = - ] || "$python" - "$1" "$folder" <<'PYTHON'
 import dataclasses
 import shlex
 import sys
@@ -29,11 +31,12 @@ command = shlex.join(["python", *(word for word in words if not word.startswith(
 run = dataclasses.replace(run, info=run.info | {"command": command})
 print(write_files(make_report(run), Path(folder) / "report"))
 PYTHON
-rm "$folder/report.json" # the page has all of it
+rm -f "$folder/report.json" # the page has all of it
 if grep -oE '"?/(home|root|tmp|work)/[^ "<]*' "$folder/report.md"; then
     echo "error: the report has paths of this machine, see above" >&2
     exit 1
 fi
+[ -z "${PAGE_ONLY:-}" ] || exit 0
 pictures=$(mktemp -d)
 trap 'rm -rf "$pictures"' EXIT
 scripts/audit_page.sh "$pictures" "$folder/report.html"
