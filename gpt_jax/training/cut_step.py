@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from gpt_jax.distributed.buckets import BUCKET_BYTES, Buckets
-from gpt_jax.model.gpt import GPT
+from gpt_jax.model.gpt import GPT, make_model
+from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import (
     Batch,
     Leaves,
@@ -27,7 +29,7 @@ from gpt_jax.training.steps import (
     loss_and_gradient,
     target_count,
 )
-from gpt_jax.training.trainable import IsTrained, all_trained, partition
+from gpt_jax.training.trainable import IsTrained, all_trained, partition, trained_parameters
 from vk_kernels.bridge.host_exchange import Packing
 from vk_kernels.bridge.profile import Cost, Profile
 from vk_kernels.runtime.array_spec import ArraySpec
@@ -142,3 +144,18 @@ class CutStep:
         """Forgets all that was compiled."""
         self._gradient.clear_cache()
         self._update.clear_cache()
+
+
+def make_cut_step(
+    config: ConfigDict, state: TrainState, make_exchange: MakeExchange, jit: Callable[..., Any], **options: Any
+) -> CutStep:
+    """The step with what a config says. state: its shapes and dtypes. options: as `CutStep` takes them."""
+    settings = {
+        "model": make_model(config),
+        "optimizer": make_optimizer(config),
+        "schedule": learning_rate_schedule(config),
+        "seed": config.seed,
+        "accumulate_steps": config.accumulate_steps,
+        "is_trained": trained_parameters(config),
+    }
+    return CutStep(state, make_exchange, jit, **settings | options)
