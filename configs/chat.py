@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.devices = ""  # of this host: empty: one | all | the first N | their numbers as "0,1"
     config.distributed = ""  # on several hosts: auto (SLURM, Open MPI) | HOST:PORT,PROCESSES,ID; see docs/scaling.md
     config.shard = "replicated"  # each device holds all parameters | fsdp: a part of them
+    config.exchange_dtype = "float32"  # of gradients between Vulkan devices; bfloat16: half the bytes
     config.matmul_precision = "highest"  # of f32 products on XLA: highest | high | default (TF32 on NVIDIA)
     config.num_steps = 50_000
     config.batch_size = 16  # sequences a step

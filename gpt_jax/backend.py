@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 import vk_kernels
 from gpt_jax.distributed.placement import OneDevice
 from gpt_jax.distributed.processes import Processes, device_numbers
+from gpt_jax.distributed.vulkan_devices import VulkanDevices
 from gpt_jax.errors import UserError
 from gpt_jax.runs.info import device_facts, device_peak_bytes
 from vk_kernels import NoDeviceError, SettingError, VulkanError
@@ -81,12 +82,15 @@ def enter_backend(
         name, reason = _choose()
     if name == "xla":
         return _enter_xla(reason, stack, processes, shard)
-    if processes.count > 1 or processes.devices or shard != "replicated":
+    if shard != "replicated":
         raise UserError(
-            "config.backend=vulkan trains on one device: leave config.devices, distributed and shard as they are"
+            f"config.shard={shard}: Vulkan devices have all parameters each; --config.backend=xla has parts"
         )
     require_devices("cpu")
     try:
+        number = processes.device(len(list_devices())) if processes.count > 1 or processes.devices else None
+        if number is not None:
+            os.environ["VK_KERNELS_DEVICE"] = str(number)  # the device that all of this process means
         device = open_device()
         device.submit_ms = submit_ms
     except VulkanError as error:
@@ -94,8 +98,10 @@ def enter_backend(
     stack.enter_context(
         jax.default_device(jax.local_devices(backend="cpu")[0])
     )  # for what is done once, like initialisation
-    facts = {"platform": "vulkan", "kind": device.info.name, "count": 1}
-    return Backend(name, reason, facts, vk_kernels.jit, vk_kernels.device_put, lambda: device.memory.peak)
+    facts = {"platform": "vulkan", "kind": device.info.name, "count": processes.count}
+    placement = VulkanDevices(processes) if processes.count > 1 else OneDevice()
+    peak_bytes = lambda: device.memory.peak  # noqa: E731
+    return Backend(name, reason, facts, vk_kernels.jit, vk_kernels.device_put, peak_bytes, placement)
 
 
 def _enter_xla(reason: str, stack: contextlib.ExitStack, processes: Processes, shard: str) -> Backend:

@@ -145,6 +145,7 @@ FIELDS: dict[str, Field] = {
     "devices": Field(str, "devices of this host: empty: one; all, the first N, or their numbers as 0,1", default=""),
     "distributed": Field(str, "processes: empty: those of this host; auto, or HOST:PORT,PROCESSES,ID", default=""),
     "shard": _choice("how devices hold parameters and optimizer", SHARDS, default="replicated"),
+    "exchange_dtype": _choice("of gradients between Vulkan devices, added up in float32", DTYPES, default="float32"),
     "matmul_precision": _choice("of f32 products on XLA", PRECISIONS),
     "num_steps": _whole("updates in all"),
     "batch_size": _whole("sequences a step"),

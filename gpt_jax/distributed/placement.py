@@ -70,3 +70,14 @@ class OneDevice:
     def whole(self, tree: Any) -> Any:
         """Arrays that a checkpoint is made of; all processes call it."""
         return tree
+
+    def total(self, sums: np.ndarray) -> np.ndarray:
+        """Sums of what this process's rows gave as those of all processes; all of them call it."""
+        return sums
+
+    def measures(self) -> dict[str, float]:
+        """Metrics of the exchange, by step, since the last call."""
+        return {}
+
+    def check(self, params: Any, step: int) -> None:
+        """Raises UserError, naming the first parameter and the processes, if they do not have the same bits."""

@@ -36,6 +36,7 @@ class Processes:
     local_index: int = 0
     local_count: int = 1
     hosts: tuple[str, ...] = ()
+    machines: tuple[str, ...] = ()  # of each process: the same text for those of one host
     host_count: int = 1
     devices: str = ""
     address: str = ""
@@ -179,6 +180,7 @@ def join(distributed: str, devices: str = "", *, join_seconds: float = JOIN) -> 
         local_index=machines[: place.index].count(mine),
         local_count=machines.count(mine),
         hosts=tuple(each["host"] for each in channel.hellos),
+        machines=tuple(machines),
         host_count=len(set(machines)),
         devices=devices,
         address=f"{place.address.rpartition(':')[0]}:{shared['port']}",

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from gpt_jax.backend import Backend, check_heads, describe, is_device_error
-from gpt_jax.distributed.placement import OneDevice
+from gpt_jax.distributed.placement import OneDevice, Share
+from gpt_jax.distributed.vulkan_devices import VulkanDevices
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import init_params, make_model
+from gpt_jax.training.cut_step import make_cut_step
 from gpt_jax.training.failures import remedies, remedies_of_model, smaller
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import (
@@ -56,9 +58,15 @@ def make_programs(config: ConfigDict, backend: Backend) -> Programs:
     """Nothing is traced before the first call."""
     model = make_model(config)
     state, placement = abstract_state(config), backend.placement
-    step = on_leaves(make_train_step(config, placement), jax.tree.structure(state))
+    if isinstance(placement, VulkanDevices):
+        if config.model.dropout_rate:  # each device would draw the bits of the first rows
+            raise UserError("several Vulkan devices train without dropout only: --config.model.dropout_rate=0")
+        step = make_cut_step(config, state, placement.make_exchange, backend.jit, dtype=config.exchange_dtype)
+    else:
+        step = on_leaves(make_train_step(config, placement), jax.tree.structure(state))
+        step = backend.jit(step, donate_argnums=0, **placement.step_options(state))
     return Programs(
-        train_step=backend.jit(step, donate_argnums=0, **placement.step_options(state)),
+        train_step=step,
         eval_step=backend.jit(functools.partial(eval_step, model=model)),
         diagnostics_step=backend.jit(functools.partial(diagnostics_step, model=model)),
         nonfinite_places=backend.jit(functools.partial(nonfinite_places, model=model)),
@@ -85,7 +93,7 @@ def plan_programs(config: ConfigDict, backend: Backend) -> tuple[Programs, str |
         return programs, None
     check_heads(config.model, backend)
     try:
-        _plan(config, programs)
+        _plan(config, programs, backend.placement.share)
     except (VulkanError, MemoryError, ValueError) as error:
         for program in programs:
             program.clear_cache()  # gives their memory back
@@ -96,16 +104,17 @@ def plan_programs(config: ConfigDict, backend: Backend) -> tuple[Programs, str |
     return programs, None
 
 
-def _plan(config: ConfigDict, programs: Programs) -> None:
+def _plan(config: ConfigDict, programs: Programs, share: Share) -> None:
     """Plans with all memory that a run holds: the state's, and each function's own."""
     state = abstract_state(config)
     leaves = tuple(jax.tree.leaves(state))
     reserved = [open_device().buffer(leaf.size * leaf.dtype.itemsize) for leaf in leaves]
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.model.block_size), jnp.int32)
-    batch = {"inputs": tokens, "targets": tokens}
-    programs.train_step.lower(leaves, batch)
-    programs.eval_step.lower(state.params, batch)
-    programs.diagnostics_step.lower(state.params, batch)
+    own = jax.ShapeDtypeStruct((config.batch_size // share.total, config.model.block_size), jnp.int32)
+    programs.train_step.lower(leaves, {"inputs": own, "targets": own})
+    programs.eval_step.lower(state.params, {"inputs": own, "targets": own})
+    if share.first == 0:  # process 0 alone looks at a whole batch
+        programs.diagnostics_step.lower(state.params, {"inputs": tokens, "targets": tokens})
     del reserved
 
 
@@ -136,7 +145,7 @@ def _is_possible(config: ConfigDict, change: dict[str, Any], backend: Backend) -
     changed.update_from_flattened_dict(change)
     programs = make_programs(changed, backend)
     try:
-        _plan(changed, programs)
+        _plan(changed, programs, backend.placement.share)
     except (VulkanError, ValueError, MemoryError):
         return False
     finally:

@@ -59,6 +59,7 @@ from gpt_jax.training.programs import abstract_state, plan_programs
 from gpt_jax.training.steps import TrainState, init_state
 from gpt_jax.training.trainable import rates_of_parameters, trained_parameters
 from gpt_jax.training.trainer import Run, Start, Trainer
+from vk_kernels import LinkError
 
 CHECKPOINT_SECONDS = 30.0  # that the checkpoint on its way gets when another process is lost
 
@@ -350,7 +351,11 @@ class DeviceFailure:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if error is not None and self._processes.count > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+        if (
+            error is not None
+            and self._processes.count > 1
+            and isinstance(error, jax.errors.JaxRuntimeError | LinkError)
+        ):
             self._processes.blame(error)  # an exchange fails first of all where another process is lost
         if error is None or not is_device_error(error):
             return

@@ -334,7 +334,7 @@ class Trainer:
         }
         if not compiled:  # of such a step nothing follows for the others
             measured["eta_seconds"] = (self.config.num_steps - step) * seconds
-        measured |= in_ms(phases)
+        measured |= in_ms(phases) | self.placement.measures()
         mfu = model_flops_utilisation(self.config.model, tokens_per_second, self.peak_flops, self.adapter_size)
         if mfu is not None:
             measured["mfu"] = mfu
@@ -400,7 +400,7 @@ class Trainer:
         """Mean loss over batches."""
         params = self.state.params
         sums = [self.eval_step(params, self.placement.batch(batch)) for batch in validation_batches]
-        total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+        total, count = self.placement.total(np.sum(jax.device_get(sums), axis=0, dtype=np.float64))
         return float(total / count)
 
     def note_validation(self, loss: float) -> bool:
@@ -487,6 +487,7 @@ class Trainer:
             "data_fingerprint": self.corpus.fingerprint,
             **self.beside,
         }
+        self.placement.check(self.state.params, self.step)
         self.checkpointer.save(self.step, self.placement.whole(saved_part(self.state, self.config)), position)
 
     def profile(self, batch: Batch) -> None:

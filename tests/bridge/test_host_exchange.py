@@ -94,7 +94,8 @@ def test_recordings_serve_for_arrays_in_the_same_memory(devices):
 def test_what_other_hosts_have_is_added_to_the_slice_of_each(devices):
     slices = []
 
-    def between(part: np.ndarray) -> None:
+    def between(part: np.ndarray, longest: int) -> None:
+        assert part.size <= longest < TYPES[-1][0]
         slices.append(part.size)
         part += 100
 

@@ -79,7 +79,8 @@ class _Bucket:
 class HostExchange:
     """Adds up flat arrays over the processes of a host; every process calls it, in the same order.
 
-    between: called with a slice of a sum in host memory, to add to it, in place, what other hosts have.
+    between: called with a slice of a sum in host memory, to add to it, in place, what other hosts have, and with the
+    elements of the longest slice of any process.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class HostExchange:
         links: HostLinks,
         specs: Sequence[ArraySpec],
         packings: Sequence[Packing],
-        between: Callable[[np.ndarray], None] | None = None,
+        between: Callable[[np.ndarray, int], None] | None = None,
         imports: bool | None = None,
     ):
         """specs: of a call's arrays. packings: of what is added up, in the order in which it is ready. imports: whether
@@ -127,7 +128,7 @@ class HostExchange:
     def _share(self, nbytes: int) -> SharedMemory:
         """Memory that process 0 makes, the same on all."""
         if self.links.index:
-            return SharedMemory(self.links.receive_handle(0), nbytes)
+            return SharedMemory.receive(self.links, nbytes)
         shared = SharedMemory.create(nbytes)
         self.links.send_handle(shared.handle)
         return shared
@@ -188,8 +189,9 @@ class HostExchange:
         bucket, sums, own = self._buckets[k], self._sums[k % SLOTS], self.links.index
         self.device.wait(bucket.reduce.last_use)
         sums[own].publish(bucket.nbytes(own))
-        if self.between and bucket.nbytes(own):
-            self.between(sums[own].array[: bucket.nbytes(own)].view(bucket.spec.dtype))
+        if self.between:
+            part = sums[own].array[: bucket.nbytes(own)].view(bucket.spec.dtype)
+            self.between(part, bucket.nbytes(0) // bucket.spec.dtype.itemsize)
         self._meet(k, REDUCED)
         for owner in self._gathered:
             sums[owner].fetch(bucket.nbytes(owner))

@@ -102,13 +102,17 @@ class HostLinks:
         came to another point.
         """
         for other in self.peers:
-            with self._naming(other, doing):
-                message = self._read(self._sockets[other], _TOKEN.size)
-            if len(message) < _TOKEN.size:
-                raise LinkError(self._text(other, "ended", doing))
-            (found,) = _TOKEN.unpack(message)
-            if found != token:
-                raise LinkError(self._text(other, f"came to {found}, and this one to {token}", doing))
+            self.await_from(other, token, doing)
+
+    def await_from(self, other: int, token: int, doing: str = "") -> None:
+        """Returns when one other process has announced this number; otherwise as `await_all`."""
+        with self._naming(other, doing):
+            message = self._read(self._sockets[other], _TOKEN.size)
+        if len(message) < _TOKEN.size:
+            raise LinkError(self._text(other, "ended", doing))
+        (found,) = _TOKEN.unpack(message)
+        if found != token:
+            raise LinkError(self._text(other, f"came to {found}, and this one to {token}", doing))
 
     def send_handle(self, handle: int) -> None:
         """Sends a file descriptor to all others."""

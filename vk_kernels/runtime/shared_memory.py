@@ -10,6 +10,7 @@ import numpy as np
 
 from vk_kernels.errors import FeatureError, OutOfMemoryError, VulkanError
 from vk_kernels.runtime.device import Device
+from vk_kernels.runtime.host_links import HostLinks
 from vk_kernels.runtime.memory import Buffer
 
 PAGE = mmap.PAGESIZE
@@ -48,6 +49,11 @@ class SharedMemory:
                 f"no room for {nbytes:,} bytes of memory that the processes of this host share: {error.strerror}"
             ) from None
         return cls(handle, nbytes)
+
+    @classmethod
+    def receive(cls, links: HostLinks, nbytes: int) -> "SharedMemory":
+        """Memory of `nbytes`, rounded up, that process 0 created and sent the handle of."""
+        return cls(links.receive_handle(0), max(1, -(-nbytes // PAGE)) * PAGE)
 
     def __del__(self):
         os.close(self.handle)
