@@ -112,7 +112,10 @@ class CutStep:
     def __call__(self, leaves: Leaves, batch: Batch) -> tuple[Leaves, Any]:
         read = self._inputs(leaves)
         if self.exchange is None:
-            self.exchange = self.make_exchange(self._gradient.lower(read, batch).device, self.specs, self.packings)
+            gradient = self._gradient.lower(read, batch)
+            if gradient.device.exchange_queue:  # what is exchanged first need not wait for the rest
+                gradient.compile().executable.cut_after([packing.inputs for packing in self.packings])
+            self.exchange = self.make_exchange(gradient.device, self.specs, self.packings)
             self._update.lower(leaves, tuple(self._sums()))  # compiled before the first wait for the others
         return self._update(leaves, tuple(self.exchange(self._gradient(read, batch))))
 

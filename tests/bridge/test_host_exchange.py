@@ -26,8 +26,9 @@ SPECS = [ArraySpec((size,), np.dtype(dtype)) for size, dtype in TYPES]
 
 @pytest.fixture(scope="module")
 def devices():
+    """Three, the second of which exchanges on a queue of its own."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(Device.open(SELECTOR)) for _ in range(3)]
+        yield [stack.enter_context(Device.open(SELECTOR, exchange=number == 1)) for number in range(3)]
 
 
 def exchanges(devices, specs=SPECS, **options) -> list[HostExchange]:

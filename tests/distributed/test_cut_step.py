@@ -20,6 +20,7 @@ from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import init_state, train_step
 from vk_kernels.bridge.host_exchange import HostExchange
 from vk_kernels.runtime.host_links import HostLinks
+from vk_kernels.runtime.open_devices import open_device
 
 SEED, STEPS = 42, 3
 MODEL = ModelConfig(vocab_size=50, block_size=16, num_layers=1, num_heads=2, embed_dim=48, dropout_rate=0.0)
@@ -88,6 +89,10 @@ def run_cut(count: int, **more) -> list[tuple[list[dict[str, float]], list[bytes
     name = uuid.uuid4().hex
     state, options = parts()
     jit = functools.partial(vk_kernels.jit, device=SELECTOR)
+    device = open_device(SELECTOR, exchange=True)
+    if device.exchange_queue is None:  # another module opened it without
+        device.close()
+        device = open_device(SELECTOR, exchange=True)
 
     def run(step: CutStep, index: int):
         step.make_exchange = lambda device, *kinds: HostExchange(device, HostLinks(name, index, count, 100), *kinds)
@@ -102,7 +107,10 @@ def run_cut(count: int, **more) -> list[tuple[list[dict[str, float]], list[bytes
 
     first = CutStep(state, None, jit, bucket_bytes=2**16, **options, **more)
     with ThreadPoolExecutor(count) as threads:  # whose steps share what is compiled
-        return list(threads.map(run, [copy.copy(first) for _ in range(count)], range(count)))
+        found = list(threads.map(run, [copy.copy(first) for _ in range(count)], range(count)))
+    [compiled] = first._gradient._compiled.values()
+    assert len(compiled.executable._cuts) > len(first.packings) // 2  # buckets are ready one after another
+    return found
 
 
 @needs_vulkan

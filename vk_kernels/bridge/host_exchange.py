@@ -9,6 +9,9 @@ An array is cut into as many slices as there are processes, and each process add
 A device moves (n - 1) / n of the bytes out, reads as many to add up, writes 1 / n and gathers (n - 1) / n. Whoever adds
 up does it in f32 and in one order, and all take the sum from where it lies: so it has the same bits on all devices,
 of whatever vendor or speed. While one array is added up, the next is on its way out, and the last one comes back.
+
+A device that was opened with an `exchange_queue` does all this there, each array as soon as it is computed, while its
+other queue computes what comes behind it.
 """
 
 import time
@@ -67,6 +70,8 @@ class _Bucket:
         self.bounds = [min(i * each, spec.nbytes) for i in range(count + 1)]
         self.flat, self.result = device.buffer(spec.nbytes), device.buffer(spec.nbytes)
         self.sources: list[Buffer] = []  # that the commands were recorded for
+        self.ready = 0  # the submission that computes the last of them
+        self.sent = False  # whether `out` was submitted, and not waited for
         self.out: CommandRecorder
         self.reduce: CommandRecorder
         self.gather: CommandRecorder
@@ -98,6 +103,7 @@ class HostExchange:
         Raises OutOfMemoryError where host or device has no room, LinkError for a process that does not come along.
         """
         self.device, self.links, self.between = device, links, between
+        self._queue = device.exchange_queue or device.queue
         self.imports = can_import(device) if imports is None else imports
         self.traffic = Traffic()
         self._packings = packings
@@ -152,7 +158,10 @@ class HostExchange:
                 self._send(k)
             if k > 0:
                 self._return(k - 1)
-        self.device.wait(self._buckets[-1].gather.last_use)
+        end = self._buckets[-1].gather.last_use
+        self._queue.wait(end)
+        if self._queue is not self.device.queue:
+            self.device.queue.follow(self._queue, end)
         self.links.announce(DONE)
         self.traffic.exchanges += 1
         self.traffic.seconds += time.perf_counter() - began
@@ -168,15 +177,17 @@ class HostExchange:
     def _send(self, k: int) -> None:
         """Brings an array into shared memory, and has the device add up its slice once all are there.
 
-        The next array is on its way by then. Its slot is free: that others reduced array k - 2 says that they gathered
-        all up to k - 4, which they had submitted before.
+        The next array is on its way by then, if it is computed. Its slot is free: that others reduced array k - 2 says
+        that they gathered all up to k - 4, which they had submitted before.
         """
         bucket, slot, own = self._buckets[k], k % SLOTS, self.links.index
-        if k == 0:
-            bucket.out.submit()
-        self.device.wait(bucket.out.last_use)
-        if k + 1 < len(self._buckets):
-            self._buckets[k + 1].out.submit()
+        if not bucket.sent:
+            self.device.wait(bucket.ready)
+            self._submit_out(bucket)
+        self._queue.wait(bucket.out.last_use)
+        bucket.sent = False
+        if k + 1 < len(self._buckets) and self._buckets[k + 1].ready <= self.device.completed():
+            self._submit_out(self._buckets[k + 1])
         for other in self.links.peers:
             self._sent[slot][other].publish(bucket.nbytes(other))
         self._meet(k, OUT)
@@ -184,10 +195,14 @@ class HostExchange:
             self._received[slot][other].fetch(bucket.nbytes(own))
         bucket.reduce.submit()
 
+    def _submit_out(self, bucket: _Bucket) -> None:
+        bucket.out.submit(None if self._queue is self.device.queue else (self.device.queue, bucket.ready))
+        bucket.sent = True
+
     def _return(self, k: int) -> None:
         """Brings an array's sum into the device, once all have added up their slices."""
         bucket, sums, own = self._buckets[k], self._sums[k % SLOTS], self.links.index
-        self.device.wait(bucket.reduce.last_use)
+        self._queue.wait(bucket.reduce.last_use)
         sums[own].publish(bucket.nbytes(own))
         if self.between:
             part = sums[own].array[: bucket.nbytes(own)].view(bucket.spec.dtype)
@@ -215,10 +230,11 @@ class HostExchange:
     def _record(self, k: int, sources: list[Buffer]) -> None:
         """Records the commands that move an array; they serve as long as its parts come in the same memory."""
         bucket, slot, own, peers = self._buckets[k], k % SLOTS, self.links.index, self.links.peers
+        bucket.ready = max(source.last_use for source in sources)
         if bucket.sources == sources:
             return
         bucket.sources = sources
-        bucket.out, bucket.reduce, bucket.gather = (self.device.new_recorder(replay=True) for _ in range(3))
+        bucket.out, bucket.reduce, bucket.gather = (CommandRecorder(self._queue, replay=True) for _ in range(3))
         self._packers[k].record(bucket.out, sources, [bucket.flat])
         for other in peers:
             bucket.out.copy(bucket.flat, self._sent[slot][other].buffer, bucket.nbytes(other), bucket.bounds[other])

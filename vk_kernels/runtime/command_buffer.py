@@ -63,6 +63,9 @@ class CommandRecorder:
 
     `replay` allows many submissions, also while earlier ones run. `hazards=False` leaves every barrier to the caller.
     `timestamps` is the number of dispatches to time, which then run one at a time.
+
+    A buffer keeps count of what is submitted to its memory's own queue. Of the commands of another queue it knows
+    nothing: whoever uses one waits before the buffer is used otherwise, or given up.
     """
 
     def __init__(self, queue: Queue, hazards: bool = True, timestamps: int = 0, replay: bool = False):
@@ -79,7 +82,7 @@ class CommandRecorder:
         if timestamps and not device.limits.timestamp_bits:
             raise VulkanError(f"{device.info.name} has no timestamps")
         queue.collect()
-        info = vulkan.struct("VkCommandPoolCreateInfo", queueFamilyIndex=device.queue_family)
+        info = vulkan.struct("VkCommandPoolCreateInfo", queueFamilyIndex=queue.family)
         self._pool = device.create("CommandPool", info)
         allocate = vulkan.struct("VkCommandBufferAllocateInfo", commandPool=self._pool, commandBufferCount=1)
         command = ffi.new("VkCommandBuffer*")
@@ -313,22 +316,30 @@ class CommandRecorder:
         self._ended = True
         self._description = self.describe()
         if self._tracker:
-            for buffer in self._buffers.values():
+            for buffer in self._counting:
                 buffer.track(self._tracker)
 
-    def submit(self) -> Submission:
-        """Hands the commands to the device and returns at once. A second time needs `replay`."""
+    @property
+    def _counting(self) -> list[Buffer]:
+        """The buffers that keep count of its submissions."""
+        return [buffer for buffer in self._buffers.values() if buffer.memory.queue is self.queue]
+
+    def submit(self, after: tuple[Queue, int] | None = None) -> Submission:
+        """Hands the commands to the device and returns at once. A second time needs `replay`.
+
+        after: as of `Queue.submit`.
+        """
         self.end()
         if self._tracker:
             used, freed = (self._tracker,), self._tracker.freed
         elif self._submitted:
             raise VulkanError(f"{self._description}: submitted already; record with replay=True to do so again")
         else:
-            used = self._buffers.values()
+            used = self._counting
             freed = next((buffer.size for buffer in used if buffer.freed), None)
         if freed is not None:
             raise VulkanError(f"{self._description}: a buffer of {freed} bytes was freed before the submission")
-        self.queue.submit(self._command, (self, *used), self._description)
+        self.queue.submit(self._command, (self, *used), self._description, after)
         self._submitted = True
         if not self._tracker:
             self._buffers.clear()  # from here on `last_use` keeps their memory from being given away
@@ -336,7 +347,7 @@ class CommandRecorder:
 
     def _forget_buffers(self) -> None:
         if self._tracker:
-            for buffer in self._buffers.values():
+            for buffer in self._counting:
                 buffer.untrack(self._tracker)
         self._buffers.clear()
 

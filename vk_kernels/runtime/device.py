@@ -26,7 +26,7 @@ from vk_kernels.runtime.instance import Instance, validation_mode
 from vk_kernels.runtime.kernel import Kernel
 from vk_kernels.runtime.logical_device import LogicalDevice
 from vk_kernels.runtime.memory import Buffer, Memory, MemoryStats
-from vk_kernels.runtime.physical_device import DeviceInfo, choose, survey
+from vk_kernels.runtime.physical_device import DeviceInfo, choose, exchange_family, survey
 from vk_kernels.runtime.queue import Queue
 from vk_kernels.runtime.staging import Staging
 from vk_kernels.spirv.reflect import reflect
@@ -47,11 +47,13 @@ class Device(LogicalDevice):
         without: Iterable[str] = (),
         direct: bool = True,
         timeout: float | None = None,
+        exchange: bool = False,
     ) -> "Device":
         """Opens the device that `choose` picks by `selector`, with every feature of ours that it has.
 
         validation: see `validation_mode`. without: extensions to leave alone. direct: map device memory where all of
-        it can be. timeout: seconds that a wait takes at most; None is 120, or half an hour on a CPU device.
+        it can be. timeout: seconds that a wait takes at most; None is 120, or half an hour on a CPU device. exchange:
+        whether it has an `exchange_queue`.
         Raises NoDeviceError, or VulkanError where the driver fails.
         """
         instance = Instance(validation_mode(validation))
@@ -61,13 +63,23 @@ class Device(LogicalDevice):
             _, physical, family = found[info.index]
             if timeout is None:
                 timeout = CPU_TIMEOUT if info.kind == "cpu" else TIMEOUT
-            return cls(instance, info, physical, family, direct, timeout)
+            families = (family, exchange_family(instance.fn, physical, family)) if exchange else (family,)
+            return cls(instance, info, physical, families, direct, timeout)
         except BaseException:
             instance.close()
             raise
 
-    def __init__(self, instance: Instance, info: DeviceInfo, physical: Any, family: int, direct: bool, timeout: float):
-        super().__init__(instance, info, physical, family)
+    def __init__(
+        self,
+        instance: Instance,
+        info: DeviceInfo,
+        physical: Any,
+        families: tuple[int, ...],
+        direct: bool,
+        timeout: float,
+    ):
+        """families: of the queue, and of the exchange queue, if there is to be one, the same or another."""
+        super().__init__(instance, info, physical, tuple(dict.fromkeys(families)))
         self.submit_ms = 0.0  # a program is cut into submissions that take no longer, see `Executable`; 0: it is one
         self.program_lock = threading.RLock()  # held while a program is prepared: its arguments must not be moved
         self._lock = threading.Lock()  # of the two below
@@ -76,7 +88,9 @@ class Device(LogicalDevice):
         self.compilers = ThreadPoolExecutor(thread_name_prefix="compile")  # a driver compiles a kernel on one core
         try:
             self.check_validation(f"opening {self.info.name}")
-            self.queue = Queue(self, timeout)
+            self.queue = Queue(self, timeout, families[0])
+            # For transfers beside the work of the first; what it uses and when is up to who submits to it.
+            self.exchange_queue = Queue(self, timeout, families[1], self.queue) if families[1:] else None
             self.memory = Memory(self.queue, direct)
             self.memory.staging = Staging(self.memory, self.pooled_recorder)
         except BaseException:
@@ -203,6 +217,8 @@ class Device(LogicalDevice):
             self.closed = True
         _open_devices.discard(self)
         try:
+            if self.exchange_queue:
+                self.exchange_queue.wait_idle()
             self.queue.wait_idle()
         except DeviceLostError:
             # The objects of a lost device may and must still be destroyed, once the driver lets go of its work: it
@@ -213,7 +229,8 @@ class Device(LogicalDevice):
             self.fn = vulkan.ClosedFunctions(self.info.name)
             return
         self.memory.close()
-        self.queue.forget_retired()
+        for queue in filter(None, (self.queue, self.exchange_queue)):
+            queue.forget_retired()
         self._destroy()
         try:
             self.check_validation(f"closing {self.info.name}")
@@ -234,7 +251,8 @@ class Device(LogicalDevice):
         self.closed = True
         self.fn = vulkan.ClosedFunctions(self.info.name)
         self._lock = threading.Lock()  # a thread that did not come along may hold it
-        self.queue.disown()
+        for queue in filter(None, (self.queue, self.exchange_queue)):
+            queue.disown()
 
     def __enter__(self) -> "Device":
         return self
@@ -251,12 +269,12 @@ _default: Device | None = None
 _default_lock = threading.Lock()
 
 
-def default_device() -> Device:
+def default_device(exchange: bool = False) -> Device:
     """The device that this process shares, opened on first use as VK_KERNELS_DEVICE says; again after a close."""
     global _default
     with _default_lock:
         if _default is None or _default.closed:
-            _default = Device.open()
+            _default = Device.open(exchange=exchange)
         return _default
 
 

@@ -264,6 +264,20 @@ class Executable:
             self._timed_runs = None
             self._recordings.clear()
 
+    def cut_after(self, groups: Sequence[Sequence[int]]) -> None:
+        """Has each group of outputs done with a submission of its own, as soon as its last command is: their `last_use`
+        tells which. Before the first call."""
+        if self._timed_runs is not None:
+            return  # cut by time anyway
+        number = {("output", j): k for k, group in enumerate(groups) for j in group}
+        last: dict[int, int] = {}
+        for i, command in enumerate(self.program.commands):
+            for place in command.operands:
+                if (place.space, place.index) in number:
+                    last[number[place.space, place.index]] = i
+        ends = {i + 1 for i in last.values()} - {len(self.program.commands)}
+        self._cuts = sorted({0} | ends)
+
     def _check_apart(self, bound: Sequence[Buffer | None]) -> None:
         given = Counter(id(x) for x in bound if x is not None)
         for i in sorted(self._aliased):

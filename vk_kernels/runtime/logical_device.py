@@ -13,11 +13,13 @@ from vk_kernels.runtime.vulkan import ffi
 class LogicalDevice:
     """A VkDevice with every feature of ours that it has enabled. It owns its instance.
 
-    `fn`: the device's functions. `cache_dir`: where the pipelines that its driver compiled are kept.
+    `fn`: the device's functions. `cache_dir`: where the pipelines that its driver compiled are kept. `families`: of its
+    queues, the first of them `queue_family`.
     """
 
-    def __init__(self, instance: Instance, info: DeviceInfo, physical: Any, queue_family: int):
-        self.instance, self.info, self.physical, self.queue_family = instance, info, physical, queue_family
+    def __init__(self, instance: Instance, info: DeviceInfo, physical: Any, families: tuple[int, ...]):
+        self.instance, self.info, self.physical = instance, info, physical
+        self.families, self.queue_family = families, families[0]
         self.features, self.limits = info.features, info.limits
         self.closed = False
         self.cache_dir = _cache_dir(info)
@@ -31,14 +33,15 @@ class LogicalDevice:
         gpu_validation = self.instance.validation == "gpu"
         head, _chain, extensions = enabling(self.instance.fn, self.physical, self.features, gpu_validation)
         priority = ffi.new("float[]", [1.0])
-        queue = vulkan.struct(
-            "VkDeviceQueueCreateInfo", queueFamilyIndex=self.queue_family, queueCount=1, pQueuePriorities=priority
-        )
+        queues = [
+            vulkan.struct("VkDeviceQueueCreateInfo", queueFamilyIndex=family, queueCount=1, pQueuePriorities=priority)
+            for family in self.families
+        ]
         info = vulkan.struct(
             "VkDeviceCreateInfo",
             pNext=head,
-            queueCreateInfoCount=1,
-            pQueueCreateInfos=queue,
+            queueCreateInfoCount=len(queues),
+            pQueueCreateInfos=vulkan.array("VkDeviceQueueCreateInfo", queues),
             enabledExtensionCount=len(extensions),
             ppEnabledExtensionNames=vulkan.strings(extensions),
         )

@@ -305,6 +305,10 @@ class Memory:
         info = vulkan.struct("VkBufferCreateInfo", size=nbytes, usage=usage, pNext=external)
         handle = ffi.new("VkBuffer*")
         device = self._device
+        families = ffi.new("uint32_t[]", device.families)
+        if len(device.families) > 1:
+            info.sharingMode = vk.VK_SHARING_MODE_CONCURRENT
+            info.queueFamilyIndexCount, info.pQueueFamilyIndices = len(device.families), families
         vulkan.check(
             device.fn.vkCreateBuffer(device.handle, info, ffi.NULL, handle), f"creating a buffer of {nbytes} bytes"
         )

@@ -114,6 +114,16 @@ def _compute_queue(fn, physical: Any) -> tuple[int, int]:
     return -1, 0
 
 
+def exchange_family(fn, physical: Any, family: int) -> int:
+    """Another queue family for compute work, which runs beside the first; the first where there is no other."""
+    count = ffi.new("uint32_t*")
+    fn.vkGetPhysicalDeviceQueueFamilyProperties(physical, count, ffi.NULL)
+    families = ffi.new("VkQueueFamilyProperties[]", count[0])
+    fn.vkGetPhysicalDeviceQueueFamilyProperties(physical, count, families)
+    others = [i for i in range(count[0]) if i != family and families[i].queueFlags & vk.VK_QUEUE_COMPUTE_BIT]
+    return others[0] if others else family
+
+
 def choose(devices: Sequence[DeviceInfo], selector: int | str | None = None) -> DeviceInfo:
     """The device that `selector` names: an index, 'gpu', 'cpu', or part of a name (any case).
 

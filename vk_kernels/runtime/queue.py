@@ -18,16 +18,17 @@ _last_use = attrgetter("last_use")
 
 
 class Queue:
-    """The one queue of a logical device. Thread-safe. `timeout`: seconds that a wait takes at most."""
+    """A queue of a logical device. Thread-safe. `timeout`: seconds that a wait takes at most."""
 
-    def __init__(self, device: LogicalDevice, timeout: float):
-        self.device, self.timeout = device, timeout
-        self._lock = threading.Lock()
+    def __init__(self, device: LogicalDevice, timeout: float, family: int, beside: "Queue | None" = None):
+        """beside: another one, made before; of the same family, it is the same queue with a timeline of its own."""
+        self.device, self.timeout, self.family = device, timeout, family
+        self._lock = beside._lock if beside and beside.family == family else threading.Lock()
         self._retired: deque[tuple[int, Callable[[], None]]] = deque()
         self._submitted = self._completed = 0
         self._newest: deque[tuple[int, str]] = deque(maxlen=64)  # (submission, its kernels), for messages
         queue = ffi.new("VkQueue*")
-        device.fn.vkGetDeviceQueue(device.handle, device.queue_family, 0, queue)
+        device.fn.vkGetDeviceQueue(device.handle, family, 0, queue)
         self._queue = queue[0]
         timeline = vulkan.struct("VkSemaphoreTypeCreateInfo", semaphoreType=vk.VK_SEMAPHORE_TYPE_TIMELINE)
         self._timeline = device.create("Semaphore", vulkan.struct("VkSemaphoreCreateInfo", pNext=timeline))
@@ -54,9 +55,37 @@ class Queue:
             pSignalSemaphores=vulkan.array("VkSemaphore", [self._timeline]),
         )
 
-    def submit(self, command: Any, users: Sequence[Any], label: str) -> int:
+    def _after(self, other: "Queue", value: int, commands: int) -> Any:
+        """A VkSubmitInfo as that of `_prepare_submission`, of so many commands, that waits for another queue."""
+        values = vulkan.struct(
+            "VkTimelineSemaphoreSubmitInfo",
+            waitSemaphoreValueCount=1,
+            pWaitSemaphoreValues=ffi.new("uint64_t[]", [value]),
+            signalSemaphoreValueCount=1,
+            pSignalSemaphoreValues=self._signal_value,
+        )
+        return vulkan.struct(
+            "VkSubmitInfo",
+            pNext=values,
+            waitSemaphoreCount=1,
+            pWaitSemaphores=vulkan.array("VkSemaphore", [other._timeline]),
+            pWaitDstStageMask=ffi.new("VkPipelineStageFlags[]", [vk.VK_PIPELINE_STAGE_ALL_COMMANDS_BIT]),
+            commandBufferCount=commands,
+            pCommandBuffers=self._command,
+            signalSemaphoreCount=1,
+            pSignalSemaphores=vulkan.array("VkSemaphore", [self._timeline]),
+        )
+
+    def follow(self, other: "Queue", value: int) -> None:
+        """Has all that is submitted from here on wait for submission `value` of another queue, and see its writes."""
+        self.submit(ffi.NULL, (), "waiting for another queue", (other, value))
+
+    def submit(self, command: Any, users: Sequence[Any], label: str, after: "tuple[Queue, int] | None" = None) -> int:
         """Hands a command buffer to the queue; returns the value that the timeline reaches when it is done, which is
-        the `last_use` of all `users` from here on; where the driver refuses it, theirs is what it was."""
+        the `last_use` of all `users` from here on; where the driver refuses it, theirs is what it was.
+
+        after: another queue and its submission that this one waits for, on the device.
+        """
         with self._lock:
             submit, before = self.device.fn.vkQueueSubmit, list(map(_last_use, users))
             value = self._submitted + 1
@@ -67,7 +96,8 @@ class Queue:
             self._newest.append((value, label))
             for user in users:
                 user.last_use = value
-            result = submit(self._queue, 1, self._submit_info, ffi.NULL)
+            info = self._after(*after, commands=int(command != ffi.NULL)) if after else self._submit_info
+            result = submit(self._queue, 1, info, ffi.NULL)
             if result < 0:
                 self._submitted = value - 1
                 for user, last_use in zip(users, before, strict=True):
