@@ -4,9 +4,12 @@
     python benchmarks/data_parallel.py --case chat-bf16 --devices 0,0        (two processes on one device)
 
 Each device has a process of its own and a batch of the case's size, so that N devices do N times the work in a step.
-ms is the median over the steps, in tens, after a warm-up; exchange is the time of a step from the call of the exchange
-to its end, on process 0, and waiting the part of it spent waiting for the other processes; moved is what the exchange
-moves out of one device and into it. "scaling" is the tokens a second of all over those of one device alone.
+ms is the median over the steps, in tens, after a warm-up. Of process 0: exchange is the time of a step between the end
+of its gradient's computation and the end of the exchange, which overlaps with nothing; waiting is spent waiting for
+other processes, beside computation or not; moved is what the exchange moves out of a device and into it. "scaling" is
+the tokens a second of all over those of one device alone. --no-overlap: all of the exchange comes after the gradient.
+
+Rivals are XLA with its own collectives (NCCL), one process for all devices: xla-replicated and xla-fsdp, beside one.
 
 With --check K the losses of K steps are compared with those of one device that has the whole batch, without dropout.
 """
@@ -26,7 +29,7 @@ from train_step import WARM_UP, case_of
 
 HERE = Path(__file__).resolve().parent
 BATCHES = 8
-ROW = "{:<16} {:<9} {:<9} {:>9} {:>12} {:>8} {:>12} {:>11} {:>10} {:>9}"
+ROW = "{:<16} {:<9} {:<9} {:>9} {:>12} {:>8} {:>12} {:>11} {:>10}"
 
 
 def run_process(options: argparse.Namespace) -> dict[str, Any]:
@@ -44,6 +47,7 @@ def run_process(options: argparse.Namespace) -> dict[str, Any]:
     from vk_kernels.runtime.host_links import HostLinks
     from vk_kernels.runtime.open_devices import open_device
 
+    device = open_device(exchange=options.count > 1 and options.overlap)
     config = case_of(options.case).load()
     if options.check:
         config.model.dropout_rate = 0.0
@@ -101,9 +105,41 @@ def run_process(options: argparse.Namespace) -> dict[str, Any]:
     state = [np.asarray(leaf) for leaf in leaves]
     return found | {
         "bits": hex(hash(b"".join(leaf.tobytes() for leaf in state)) & (2**64 - 1)),
-        "device": open_device().info.name,
-        "memory": open_device().memory.peak,
+        "device": device.info.name + (", memory imported" if traffic and step.exchange.imports else ""),
+        "memory": device.memory.peak,
     }
+
+
+def run_xla(options: argparse.Namespace) -> dict[str, Any]:
+    """The same step through XLA, in this process, on its first `shares` devices."""
+    import jax
+    from program import fresh_leaves, random_batch
+
+    from gpt_jax.distributed.mesh import OnMesh
+    from gpt_jax.training.programs import abstract_state, make_train_step
+    from gpt_jax.training.steps import on_leaves
+
+    config = case_of(options.case).load()
+    config.batch_size *= options.shares
+    mesh = OnMesh(jax.devices()[: options.shares], options.xla)
+    shapes = abstract_state(config)
+    step = on_leaves(make_train_step(config, mesh), jax.tree.structure(shapes))
+    step = jax.jit(step, donate_argnums=0, **mesh.step_options(shapes))
+    state = jax.tree.unflatten(jax.tree.structure(shapes), fresh_leaves(shapes))
+    leaves = tuple(jax.tree.leaves(mesh.put(state)))
+    batches = [random_batch(config, seed) for seed in range(BATCHES)]
+    until = None
+    times = []
+    while until is None or time.perf_counter() < until or len(times) < max(1, options.steps // 10):
+        begin = time.perf_counter()
+        for batch in batches:
+            leaves, metrics = step(leaves, mesh.batch(batch))
+        float(metrics["loss"])
+        if until is None:
+            until = time.perf_counter() + WARM_UP
+        elif time.perf_counter() > until:
+            times.append((time.perf_counter() - begin) / BATCHES)
+    return {"ms": 1e3 * statistics.median(times), "tokens": batches[0]["inputs"].size}
 
 
 def start(options: argparse.Namespace, devices: list[str], **more: Any) -> list[dict[str, Any]]:
@@ -112,7 +148,8 @@ def start(options: argparse.Namespace, devices: list[str], **more: Any) -> list[
     arguments = [
         f"--{name}={settings[name]}" for name in ("case", "steps", "check", "dtype", "name", "count", "shares")
     ]
-    arguments.append(f"--warm={settings['warm']}")
+    arguments += [f"--xla={settings['xla']}"] if settings["xla"] else []
+    arguments += [f"--warm={settings['warm']}", "--overlap" if options.overlap else "--no-overlap"]
     started = [
         subprocess.Popen(
             [sys.executable, __file__, f"--index={index}", *arguments],
@@ -131,16 +168,10 @@ def start(options: argparse.Namespace, devices: list[str], **more: Any) -> list[
 
 
 def compare_speed(options: argparse.Namespace, devices: list[str]) -> None:
-    print(
-        ROW.format(
-            "case", "devices", "wire", "ms", "tokens/s", "scaling", "exchange ms", "waiting ms", "moved MB", "GB/s"
-        )
-    )
+    print(ROW.format("case", "devices", "wire", "ms", "tokens/s", "scaling", "exchange ms", "waiting ms", "moved MB"))
     [alone] = start(options, devices[:1], shares=1, check=0)
     rate = alone["tokens"] / alone["ms"] * 1e3
-    print(
-        ROW.format(options.case, "1", "-", f"{alone['ms']:.2f}", f"{rate:,.0f}", "1.00", "-", "-", "-", "-"), flush=True
-    )
+    print(ROW.format(options.case, "1", "-", f"{alone['ms']:.2f}", f"{rate:,.0f}", "1.00", "-", "-", "-"), flush=True)
     for dtype in options.dtype.split(","):
         warm = 1 + int(1e3 * WARM_UP / alone["ms"])
         found = start(options, devices, shares=1, check=0, dtype=dtype, warm=warm)
@@ -149,13 +180,25 @@ def compare_speed(options: argparse.Namespace, devices: list[str]) -> None:
         print(
             ROW.format(
                 options.case, ",".join(devices), dtype, f"{ms:.2f}", f"{every / ms * 1e3:,.0f}",
-                f"{every / ms * 1e3 / rate:.2f}", f"{1e3 * first['seconds']:.2f}", f"{1e3 * first['waited']:.2f}",
-                f"{first['nbytes'] / 1e6:,.1f}", f"{first['nbytes'] / first['seconds'] / 1e9:.1f}",
+                f"{every / ms * 1e3 / rate:.2f}", f"{1e3 * first['exposed']:.2f}", f"{1e3 * first['waited']:.2f}",
+                f"{first['nbytes'] / 1e6:,.1f}",
             ),
             flush=True,
         )  # fmt: skip
         same = len({each["bits"] for each in found}) == 1
         print(f"  on {', '.join(each['device'] for each in found)}; states bit-equal: {same}", flush=True)
+
+
+def compare_rivals(options: argparse.Namespace, count: int) -> None:
+    [alone] = start(options, [""], shares=1, check=0, xla="replicated")
+    rate = alone["tokens"] / alone["ms"]
+    for rival, shares in (("xla-replicated", 1), *((rival, count) for rival in options.rivals.split(","))):
+        [found] = (
+            [alone] if shares == 1 else start(options, [""], shares=shares, check=0, xla=rival.removeprefix("xla-"))
+        )
+        each = found["tokens"] / found["ms"]
+        row = f"{found['ms']:.2f}", f"{1e3 * each:,.0f}", f"{each / rate:.2f}", "-", "-", "-"
+        print(ROW.format(options.case, shares, rival.removeprefix("xla-")[:9], *row), flush=True)
 
 
 def compare_losses(options: argparse.Namespace, devices: list[str]) -> bool:
@@ -183,17 +226,21 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50, help="0: no times")
     parser.add_argument("--check", type=int, default=0, help="steps whose losses are compared")
     parser.add_argument("--dtype", default="float32,bfloat16", help="of gradients on their way")
-    for name, kind in (("name", str), ("index", int), ("count", int), ("shares", int), ("warm", int)):
+    parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--rivals", default="", help="of xla-replicated,xla-fsdp")
+    for name, kind in (("xla", str), ("name", str), ("index", int), ("count", int), ("shares", int), ("warm", int)):
         parser.add_argument(f"--{name}", type=kind, default=0 if kind is int else "", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.count:
-        print(json.dumps(run_process(options)))
+        print(json.dumps(run_xla(options) if options.xla else run_process(options)))
         return 0
     devices = options.devices.split(",")
     try:
         ok = compare_losses(options, devices) if options.check else True
         if options.steps:
             compare_speed(options, devices)
+        if options.rivals:
+            compare_rivals(options, len(devices))
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,10 +7,10 @@ Each device has a process of its own. Rows, in GB/s (10^9) of one process while 
     memcpy            numpy copies host memory to host memory, on one core
     out; in           a device copies its memory into shared memory; shared memory into its own; imported, and as mapped
                       memory that the host copies
-    exchange          all that an exchange moves out of a device and into it, 2 n - 1 + 1/n ... over its time
-    gloo              the same sums by an all-reduce of JAX's processors, of host memory, bytes of the array over time
+    exchange, moved   all that an exchange moves out of a device and into it, over its time; array: the array's bytes
+    gloo, array       an all-reduce by JAX's collectives of processors, of host memory: the array's bytes over its time
 
-Devices alone: each row once with the first process only, and once with all at the same time.
+All but the last two once with the first process alone, and once with all at the same time.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def run_process(options: argparse.Namespace) -> dict[str, float]:
     from vk_kernels.runtime.open_devices import open_device
     from vk_kernels.runtime.shared_memory import PAGE, SharedMemory, SharedRange, can_import
 
-    device, index, count = open_device(), options.index, options.count
+    device, index, count = open_device(exchange=True), options.index, options.count
     links = HostLinks(options.name, index, count, 600)
     nbytes = int(options.megabytes * 1e6) // PAGE * PAGE
     part = min(nbytes, 64 << 20)
@@ -169,9 +169,10 @@ def main() -> int:
         return 1
     found = [json.loads(out.splitlines()[-1]) for out in said]
     print(f"{options.megabytes:g} MB of {options.dtype}, {len(devices)} processes on devices {options.devices}, GB/s")
+    imports = [each.pop("imports") for each in found]
+    print("shared memory is imported" if all(imports) else "shared memory is not imported by all")
     for name in found[0]:
-        if name != "imports":
-            print(f"{name:<36} " + "  ".join(f"{each[name]:8.2f}" for each in found if name in each))
+        print(f"{name:<36} " + "  ".join(f"{each[name]:8.2f}" for each in found if name in each))
     return 0
 
 

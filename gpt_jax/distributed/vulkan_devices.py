@@ -75,7 +75,7 @@ class VulkanDevices(OneDevice):
         if self._exchange is None:
             return {}
         traffic = self._exchange.traffic
-        now = traffic.exchanges, traffic.seconds, traffic.waited
+        now = traffic.exchanges, traffic.exposed, traffic.waited
         count, seconds, waited = (new - old for new, old in zip(now, self._told, strict=True))
         self._told = now
         if not count:

@@ -40,13 +40,15 @@ OUT, REDUCED, DONE = range(3)  # stages that a process announces, of an array or
 
 @dataclass
 class Traffic:
-    """Counts of all exchanges so far.
+    """Counts of all exchanges so far, in seconds and bytes.
 
-    waited: seconds for other processes. seconds: in all. nbytes: out of this device and into it.
+    seconds: from calls to returns, the computation of the arrays in it. exposed: the part of it after all of them were
+    computed. waited: for other processes. nbytes: out of this device and into it.
     """
 
     exchanges: int = 0
     seconds: float = 0.0
+    exposed: float = 0.0
     waited: float = 0.0
     nbytes: int = 0
 
@@ -150,6 +152,7 @@ class HostExchange:
                 raise ValueError(f"array {i} is {array.type}, announced was {spec}")
         for k, (inputs, _) in enumerate(self._packings):
             self._record(k, [arrays[i].buffer for i in inputs])
+        self._computed, self._last_ready = 0.0, max(bucket.ready for bucket in self._buckets)
         if self._busy:
             self._await(DONE)  # the shared memory is free again
         self._busy = True
@@ -165,6 +168,7 @@ class HostExchange:
         self.links.announce(DONE)
         self.traffic.exchanges += 1
         self.traffic.seconds += time.perf_counter() - began
+        self.traffic.exposed += time.perf_counter() - self._computed
         self.traffic.nbytes += self.nbytes
         return [Array(bucket.result, kind) for bucket, kind in zip(self._buckets, self._types, strict=True)]
 
@@ -181,8 +185,10 @@ class HostExchange:
         that they gathered all up to k - 4, which they had submitted before.
         """
         bucket, slot, own = self._buckets[k], k % SLOTS, self.links.index
+        self.device.wait(bucket.ready)
+        if bucket.ready == self._last_ready and not self._computed:
+            self._computed = time.perf_counter()
         if not bucket.sent:
-            self.device.wait(bucket.ready)
             self._submit_out(bucket)
         self._queue.wait(bucket.out.last_use)
         bucket.sent = False
