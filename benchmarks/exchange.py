@@ -11,6 +11,9 @@ Each device has a process of its own. Rows, in GB/s (10^9) of one process while 
     gloo, array       an all-reduce by JAX's collectives of processors, of host memory: the array's bytes over its time
 
 All but the last two once with the first process alone, and once with all at the same time.
+
+--paper BUS,MEMORY,NETWORK runs nothing: it gives the milliseconds of an exchange that these bandwidths in GB/s, of a
+device's bus each way, of a host's memory and of its network each way, allow, for GPT-2 of 124M and 1.5B parameters.
 """
 
 import argparse
@@ -131,6 +134,23 @@ def gloo_seconds(options: argparse.Namespace, nbytes: int, dtype: Any) -> float:
     return seconds(lambda: add(whole).block_until_ready())
 
 
+def paper_seconds(nbytes: float, devices: int, hosts: int, bandwidths: list[float]) -> list[float]:
+    """The least time of each of bus, memory and network; see docs/scaling.md."""
+    bus, memory, network = (1e9 * each for each in bandwidths)
+    into = 2 * nbytes * (devices - 1) / devices
+    return [max(nbytes, into) / bus, devices * (nbytes + into) / memory, 2 * nbytes * (hosts - 1) / hosts / network]
+
+
+def print_paper(bandwidths: list[float]) -> None:
+    row = "{:<6} {:<9} {:>8} {:>6} {:>8} {:>8} {:>8}"
+    print(row.format("model", "wire", "devices", "hosts", "bus", "memory", "network"))
+    for model, parameters in (("124M", 124_439_808), ("1.5B", 1_557_611_200)):
+        for wire, size in (("float32", 4), ("bfloat16", 2)):
+            for devices, hosts in ((2, 1), (8, 1), (8, 64)):
+                found = paper_seconds(size * parameters, devices, hosts, bandwidths)
+                print(row.format(model, wire, devices, hosts, *(f"{1e3 * each:.0f}" for each in found)))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", default="0,1", help="as VK_KERNELS_DEVICE takes them, one a process")
@@ -139,7 +159,11 @@ def main() -> int:
     parser.add_argument("--gloo", action=argparse.BooleanOptionalAction, default=True)
     for name, kind in (("name", str), ("index", int), ("count", int), ("port", int)):
         parser.add_argument(f"--{name}", type=kind, default=0 if kind is int else "", help=argparse.SUPPRESS)
+    parser.add_argument("--paper", metavar="BUS,MEMORY,NETWORK", help="print what an exchange costs by these, in GB/s")
     options = parser.parse_args()
+    if options.paper:
+        print_paper([float(each) for each in options.paper.split(",")])
+        return 0
     if options.count:
         if options.gloo:
             import jax

@@ -5,7 +5,7 @@ get the sum: 2 (H - 1) / H of the slice's bytes go out of a host, in the slice's
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class BetweenHosts:
         self.count = len(grid)
         self._device = devices[processes.index]
         self._mesh = Mesh(np.array(grid), ("host", "local"))
-        self._sharding = NamedSharding(self._mesh, PartitionSpec("host", "local"))
+        self._sum = jax.jit(sum_over_hosts(self._mesh))
 
     def __call__(self, part: np.ndarray, size: int) -> None:
         """Adds to a slice, in place, the other hosts'. size: elements of the longest slice of any process."""
@@ -43,20 +43,23 @@ class BetweenHosts:
         padded.reshape(-1)[: part.size] = part
         shape = *self._mesh.devices.shape, self.count, each
         own = jax.device_put(padded, self._device)
-        whole = jax.make_array_from_single_device_arrays(shape, self._sharding, [own])
+        sharding = NamedSharding(self._mesh, PartitionSpec("host", "local"))
+        whole = jax.make_array_from_single_device_arrays(shape, sharding, [own])
         total = np.asarray(self._sum(whole).addressable_data(0))
         part[:] = total.reshape(-1)[: part.size]
 
-    @functools.cached_property
-    def _sum(self) -> Any:
-        places = PartitionSpec("host", "local")
 
-        @functools.partial(jax.shard_map, mesh=self._mesh, in_specs=places, out_specs=places)
-        def add_up(x: jax.Array) -> jax.Array:
-            parts = jax.lax.all_to_all(x[0, 0], "host", 0, 0)  # (H, each): every host's part of what this one adds up
-            total = parts[0].astype(jnp.float32)
-            for part in parts[1:]:
-                total = total + part.astype(jnp.float32)
-            return jax.lax.all_gather(total.astype(x.dtype), "host")[None, None]
+def sum_over_hosts(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """The sum over the first axis of a mesh, (H, L), of an array (H, L, H, N), sharded over both; as sharded, the same
+    on all hosts."""
+    places = PartitionSpec("host", "local")
 
-        return jax.jit(add_up)
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=places, out_specs=places)
+    def add_up(x: jax.Array) -> jax.Array:
+        parts = jax.lax.all_to_all(x[0, 0], "host", 0, 0)  # (H, N): every host's part of what this one adds up
+        total = parts[0].astype(jnp.float32)
+        for part in parts[1:]:
+            total = total + part.astype(jnp.float32)
+        return jax.lax.all_gather(total.astype(x.dtype), "host")[None, None]
+
+    return add_up
