@@ -25,14 +25,13 @@ from gpt_jax import BEGAN
 from gpt_jax.cli import require_jax, run_main
 from gpt_jax.config import leaves, validate
 from gpt_jax.config_file import define_config_flag, describe_changes
-from gpt_jax.data.names import is_hugging_face
 from gpt_jax.distributed.launch import end_with_launcher, launch
 from gpt_jax.distributed.processes import join
 from gpt_jax.errors import UserError
 from gpt_jax.runs.find import find_run
 from gpt_jax.runs.info import CONFIG_FILE, read_info, versions
 from gpt_jax.training.history import why_complete
-from gpt_jax.training.open_settings import fill_in, follow_num_steps
+from gpt_jax.training.open_settings import fill_in, follow_num_steps, reads_hugging_face
 
 
 def define_flags() -> None:
@@ -90,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     if flag.using_default_value:
         workdir = Path(flag.config_filename).parent
         follow_num_steps(config, workdir, flag.override_values)
-    if not is_hugging_face(config.init_from):  # which needs jax
+    if not reads_hugging_face(config, workdir):  # which needs jax
         config = fill_in(config, workdir)
         validate(config)
         if flag.using_default_value and (why := why_complete(config, workdir)) is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gpt_jax.config import check, check_names, leaves, with_defaults
+from gpt_jax.data.names import is_hugging_face
 from gpt_jax.data.token_cache import NEW_TOKENIZER
 from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.errors import UserError
@@ -51,6 +52,12 @@ def fill_in(config: ConfigDict, workdir: Path | None) -> ConfigDict:
                 f"config.model.{name} has no value: it comes from the donor, so give --config.init_from=RUN or hf:NAME"
             )
     return filled.lock()
+
+
+def reads_hugging_face(config: ConfigDict, workdir: Path | None) -> bool:
+    """Whether `fill_in` reads a model of Hugging Face: a run that goes on reads no donor."""
+    goes_on = workdir is not None and bool(saved_steps(workdir / CHECKPOINTS))
+    return not goes_on and is_hugging_face(config.init_from)
 
 
 def follow_num_steps(config: ConfigDict, workdir: Path, given: Mapping[str, Any]) -> None:

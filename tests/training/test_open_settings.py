@@ -15,7 +15,7 @@ from gpt_jax.main import config_of_run
 from gpt_jax.runs.info import write_json
 from gpt_jax.training.early_stopping import Evaluation, why_stop
 from gpt_jax.training.history import why_complete
-from gpt_jax.training.open_settings import fill_in, follow_num_steps
+from gpt_jax.training.open_settings import fill_in, follow_num_steps, reads_hugging_face
 
 
 def write_run(folder, steps=(100,), status="interrupted", validation=(), **changes):
@@ -265,6 +265,18 @@ def test_a_config_of_a_run_is_a_config_for_another(tmp_path):
 )
 def test_patience_counts_evaluations_since_the_lowest_loss(losses, patience, expected):
     assert why_stop([Evaluation(step, loss) for step, loss in enumerate(losses)], patience) == expected
+
+
+def test_a_run_that_goes_on_reads_no_donor_so_that_it_is_checked_before_jax(tmp_path):
+    run, config = write_run(tmp_path / "run", init_from="hf:gone", num_steps=100), chat_tiny.get_config()
+    config.init_from = "hf:gone"
+    assert not reads_hugging_face(config, run)
+    config.model.num_layers = None
+    assert fill_in(config, run).model.num_layers == 2
+    assert reads_hugging_face(config, tmp_path / "another")
+    assert reads_hugging_face(config, None)
+    config.init_from = "latest"
+    assert not reads_hugging_face(config, None)
 
 
 def test_a_complete_run_says_how_it_goes_on(tmp_path, monkeypatch):
