@@ -33,10 +33,6 @@ _MOST = 2**26  # bytes of a message
 _TRY_AGAIN = 0.2  # seconds
 
 
-class Lost(RuntimeError):
-    """The run cannot go on without a process; the message is one line that names it."""
-
-
 class Peer:
     """The other end of a connection, and what it said in the hello: index, host, pid."""
 

@@ -18,7 +18,7 @@ from vk_kernels.runtime.features import CooperativeMatrix, DeviceLimits, Feature
 from vk_kernels.runtime.instance import validation_mode
 from vk_kernels.runtime.physical_device import DeviceInfo, choose, list_devices
 
-LIMITS = DeviceLimits(*[0] * 18)
+LIMITS = DeviceLimits(*[0] * 16)
 
 
 def info(index: int, name: str, kind: str, unusable: str = "") -> DeviceInfo:

@@ -197,10 +197,8 @@ class DeviceLimits:
     storage_buffer_alignment: int
     buffer_size: int
     allocation_size: int
-    allocation_count: int
     push_constants: int
     push_descriptors: int
-    non_coherent_atom: int
     host_import_alignment: int
     timestamp_period: float
     timestamp_bits: int
@@ -321,10 +319,8 @@ def query_limits(functions, physical, features: Features, timestamp_bits: int) -
         storage_buffer_alignment=limits.minStorageBufferOffsetAlignment,
         buffer_size=maintenance4.maxBufferSize if maintenance4 else properties11.maxMemoryAllocationSize,
         allocation_size=properties11.maxMemoryAllocationSize,
-        allocation_count=limits.maxMemoryAllocationCount,
         push_constants=limits.maxPushConstantsSize,
         push_descriptors=push.maxPushDescriptors if push else 0,
-        non_coherent_atom=limits.nonCoherentAtomSize,
         host_import_alignment=host.minImportedHostPointerAlignment if host else 0,
         timestamp_period=limits.timestampPeriod,
         timestamp_bits=timestamp_bits,
