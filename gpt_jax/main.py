@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 import vk_kernels
 from gpt_jax import BEGAN
-from gpt_jax.cli import require_jax, run_main
+from gpt_jax.cli import imports_done, require_jax, run_main
 from gpt_jax.config import leaves, validate
 from gpt_jax.config_file import define_config_flag, describe_changes
 from gpt_jax.distributed.launch import end_with_launcher, launch
@@ -101,6 +101,7 @@ def main(argv: Sequence[str]) -> int:
     from gpt_jax.training.failures import TrainingFailed
     from gpt_jax.training.train import train_and_evaluate
 
+    imports_done()
     if (count := processes_to_launch(config)) > 1:
         return launch(count)
     try:

@@ -61,8 +61,11 @@ def test_commands_end_in_a_line_or_none(shell, code, error):
 
 def test_a_failing_file_without_a_name_is_not_taken_for_the_output():
     code = """
+import gc
 from gpt_jax.cli import run_main
+gc.disable()  # as imports leave it
 def main(argv):
+    assert gc.isenabled()
     print("a line")
     raise OSError(5, "Input/output error")
 run_main(main)

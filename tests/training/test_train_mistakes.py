@@ -1,5 +1,6 @@
 """Whole runs that meet damage, bad numbers and mistakes, and what else is started from a run."""
 
+import gc
 import json
 import shutil
 import subprocess
@@ -52,6 +53,7 @@ def test_nonfinite_steps_are_named_and_end_the_run(corpus, tmp_path, monkeypatch
     assert all("update skipped" in event for event in events[1:])
 
     def fail(*_, **__):
+        assert gc.isenabled()  # again, after the imports
         raise failed.value
 
     monkeypatch.setattr("gpt_jax.training.train.train_and_evaluate", fail)
