@@ -145,7 +145,7 @@ def tune(operation: Operation, device: Any, options: argparse.Namespace) -> dict
     return chosen
 
 
-class Step:
+class TrainStep:
     """The train step, planned with choices."""
 
     def __init__(self, config: Any, choices: dict[Product, Choice]) -> None:
@@ -172,10 +172,10 @@ class Step:
 def confirm(config: Any, found: list[dict[Product, Choice]]) -> dict[Product, Choice]:
     """Those of the choices found, an operation at a time, that make the whole step faster."""
     kept: dict[Product, Choice] = {}
-    step = Step(config, kept)
+    step = TrainStep(config, kept)
     least = min(step.milliseconds() for _ in range(4))
     for choices in found:
-        step = Step(config, kept | choices)
+        step = TrainStep(config, kept | choices)
         taken = min(step.milliseconds() for _ in range(3))
         print(f"in the step: {least:.3f} -> {taken:.3f} ms with {' + '.join(map(str, choices))}", flush=True)
         if taken < STEP_WORTH * least:
@@ -185,7 +185,7 @@ def confirm(config: Any, found: list[dict[Product, Choice]]) -> dict[Product, Ch
 
 def by_turns(config: Any, choices: dict[Product, Choice], turns: int) -> None:
     """Prints the step's time with the choices and without."""
-    sides = {"model": Step(config, {}), "table": Step(config, choices)}
+    sides = {"model": TrainStep(config, {}), "table": Step(config, choices)}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(turns):
         for name, step in sides.items():
