@@ -238,6 +238,12 @@ def validate(config: Mapping[str, Any]) -> None:
     values = check_names(config)
     for name, value in values.items():
         check(name, value)
+    _check_pairs(values)
+    _check_adapters(values)
+
+
+def _check_pairs(values: Mapping[str, Any]) -> None:
+    """Raises UserError for two values that contradict each other."""
 
     def require(condition: bool, message: str, *names: str) -> None:
         if not condition:
@@ -284,6 +290,10 @@ def validate(config: Mapping[str, Any]) -> None:
         "lora.rank must not exceed model.embed_dim, the smaller side of the matrices that it adapts",
         *("lora.rank", "model.embed_dim"),
     )
+
+
+def _check_adapters(values: Mapping[str, Any]) -> None:
+    """Raises UserError where adapters have nothing that they could stand beside."""
     if values["lora.rank"] and not values["init_from"]:
         raise UserError(
             f"config.lora.rank is {values['lora.rank']}, and config.init_from is empty: adapters stand beside a model "
