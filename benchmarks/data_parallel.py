@@ -172,7 +172,7 @@ def compare_speed(options: argparse.Namespace, devices: list[str]) -> None:
     [alone] = start(options, devices[:1], shares=1, check=0)
     rate = alone["tokens"] / alone["ms"] * 1e3
     print(ROW.format(options.case, "1", "-", f"{alone['ms']:.2f}", f"{rate:,.0f}", "1.00", "-", "-", "-"), flush=True)
-    for dtype in options.dtype.split(","):
+    for dtype in filter(None, options.dtype.split(",")):
         warm = 1 + int(1e3 * WARM_UP / alone["ms"])
         found = start(options, devices, shares=1, check=0, dtype=dtype, warm=warm)
         first, every = found[0], sum(each["tokens"] for each in found)
@@ -205,7 +205,7 @@ def compare_losses(options: argparse.Namespace, devices: list[str]) -> bool:
     """Whether the processes end with the same bits; prints how far their losses are from one device's."""
     [alone] = start(options, devices[:1], shares=len(devices), steps=0)
     equal = True
-    for dtype in options.dtype.split(","):
+    for dtype in filter(None, options.dtype.split(",")):
         found = start(options, devices, shares=len(devices), steps=0, dtype=dtype)
         pairs = list(zip(found[0]["losses"], alone["losses"], strict=True))
         apart = max(abs(a - b) / abs(b) for a, b in pairs)
