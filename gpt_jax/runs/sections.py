@@ -5,7 +5,7 @@ They work on a run that is going on, was interrupted or failed, or is of another
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ SENTENCE = "The unexamined life isn't worth living, wrote a naïve reader in 202
 SHOWN_ELSEWHERE = {  # facts of run.json that have a place outside the section on model and data
     *("run_id", "name", "domain", "status", "command", "starts", "started", "ended", "elapsed_seconds"),
     *("backend", "versions", "device", "host", "git", "peak_memory_bytes", "peak_flops", "config_file", "operations"),
+    "processes",
 }
 
 
@@ -92,6 +93,7 @@ def infrastructure(run: RunData) -> list[ReportBlock]:
     rows = [
         ("backend", info.get("backend")),
         ("device", device and f"{device.get('count')} x {device.get('kind')} ({device.get('platform')})"),
+        ("processes", _processes(info.get("processes") or {})),
         ("largest use of device memory", format_size(peak_memory(run, "device"))),
         ("utilisation of the device (MFU), median", _median_mfu(run)),
         ("host", host and f"{host.get('cpu_count')} processors, {format_size(host.get('memory_bytes'))} of memory"),
@@ -102,6 +104,14 @@ def infrastructure(run: RunData) -> list[ReportBlock]:
         ("git commit", git.get("commit") and f"{git['commit']}{changed}"),
     ]
     return make_facts(rows)
+
+
+def _processes(processes: Mapping[str, Any]) -> str | None:
+    """The processes of a run that has several, and where they are."""
+    hosts = processes.get("hosts") or []
+    if not processes.get("count"):
+        return None
+    return f"{processes['count']} on {', '.join(hosts)}; parameters {processes.get('shard')}"
 
 
 def configuration(run: RunData) -> list[ReportBlock]:

@@ -139,7 +139,8 @@ class Trainer:
         self.adapter_size = sum(
             leaf.size for name, leaf in named_leaves(start.state.params).items() if is_adapter(name)
         )
-        self.peak_flops = device_peak_flops(run.backend.device["kind"], self._matmul_kind())
+        peak = device_peak_flops(run.backend.device["kind"], self._matmul_kind())
+        self.peak_flops = peak and peak * self.placement.share.total  # of all devices, as the tokens a second are
 
         share = self.placement.share
         self.shape = shape = {
