@@ -94,7 +94,7 @@ class Channel:
         self._gathering: dict[int, dict[int, Any]] = {}  # process 0: number of a gathering -> index -> value
         self._number = 0  # of the gatherings so far
         self._lock = threading.Lock()
-        self._stop = self._save = None  # steps at which all processes stop or save
+        self._steps: dict[str, set[int]] = {"stop": set(), "save": set()}  # at which all processes do so
         self._acknowledged: set[int] = set()
         self._all_acknowledged = threading.Event()
         self._requests: set[str] = set()  # process 0: what the others asked for
@@ -143,19 +143,16 @@ class Channel:
         self.note(what, step)
 
     def note(self, what: str, step: int) -> None:
-        if what == "stop":
-            self._stop = step
-        else:
-            self._save = step
+        """Keeps what was announced beside what was before: each process may have done that already."""
+        with self._lock:
+            self._steps[what].add(step)
 
     def is_time_to(self, what: str, step: int) -> bool:
-        """Whether what was announced is to be done by now."""
-        announced = self._stop if what == "stop" else self._save
-        if announced is None or step < announced:
-            return False
-        if what == "save":
-            self._save = None
-        return True
+        """Whether something was announced for this step or one before, since it was last asked."""
+        with self._lock:
+            due = {announced for announced in self._steps[what] if announced <= step}
+            self._steps[what] -= due
+        return bool(due)
 
     def fail(self, line: str) -> None:
         """Tells all other processes why this one ends, so that they end with the same line."""

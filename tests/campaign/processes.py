@@ -41,7 +41,7 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
 class Table:
-    """What was tried and what came of it, printed as it comes."""
+    """Prints what was tried and what came of it, as it comes."""
 
     def __init__(self) -> None:
         self.failed = 0

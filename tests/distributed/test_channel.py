@@ -87,11 +87,12 @@ def test_a_step_that_is_announced_is_known_to_all_when_that_returns(ended):
     wait_until(lambda: "stop" in first.channel._requests)
     assert first.channel.take_requests() == {"stop"}
     first.channel.announce("stop", 7)
-    first.channel.announce("save", 3)
+    for step in (3, 5):  # a second one before the first is done
+        first.channel.announce("save", step)
     for process in processes:
         told = process.channel
-        assert [told.is_time_to("stop", step) for step in (6, 7, 8)] == [False, True, True]
-        assert [told.is_time_to("save", step) for step in (2, 3, 4)] == [False, True, False]
+        assert [told.is_time_to("stop", step) for step in (6, 7, 8)] == [False, True, False]
+        assert [told.is_time_to("save", step) for step in (2, 3, 4, 5, 6)] == [False, True, False, True, False]
     everywhere(processes, lambda p: p.channel.close())
 
 
