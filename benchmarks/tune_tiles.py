@@ -87,7 +87,7 @@ def seconds_by_turns(runners: Sequence[Callable[[int], float]], budget: float) -
 
 
 def operations_of(config: Any, device: Any) -> list[Operation]:
-    """Those of the train step that multiply matrices, each once."""
+    """The products of the train step, each once."""
     found: dict[Any, Operation] = {}
     look_up = op_call.kernel_op
 
@@ -170,7 +170,7 @@ class TrainStep:
 
 
 def confirm(config: Any, found: list[dict[Product, Choice]]) -> dict[Product, Choice]:
-    """Those of the choices found, an operation at a time, that make the whole step faster."""
+    """The choices found that make the whole step faster, tried an operation at a time."""
     kept: dict[Product, Choice] = {}
     step = TrainStep(config, kept)
     least = min(step.milliseconds() for _ in range(4))
@@ -185,7 +185,7 @@ def confirm(config: Any, found: list[dict[Product, Choice]]) -> dict[Product, Ch
 
 def by_turns(config: Any, choices: dict[Product, Choice], turns: int) -> None:
     """Prints the step's time with the choices and without."""
-    sides = {"model": TrainStep(config, {}), "table": Step(config, choices)}
+    sides = {"model": TrainStep(config, {}), "table": TrainStep(config, choices)}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(turns):
         for name, step in sides.items():

@@ -122,7 +122,7 @@ def _enter_xla(reason: str, stack: contextlib.ExitStack, processes: Processes, s
 
 
 def processes_to_launch(config: ConfigDict) -> int:
-    """How many processes this host needs, one a device; 1: this one is enough, or others are started by hand.
+    """The number of processes that this host needs, one a device; 1: this one is enough, or others are started by hand.
 
     XLA serves all devices from one process; it needs several only where they are to share one, as 0,0 says.
     """

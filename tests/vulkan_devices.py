@@ -1,4 +1,4 @@
-"""Which Vulkan device the tests run on, and the marks of those that need one.
+"""The Vulkan device that the tests run on, and the marks of those that need one.
 
 It is VK_KERNELS_DEVICE where that is set, else the CPU device, which every machine can have.
 """

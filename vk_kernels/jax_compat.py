@@ -49,7 +49,7 @@ def in_other_primitives(equation: JaxprEqn) -> Callable[..., Any]:
 
 
 def scan_operands(params: Mapping[str, Any]) -> tuple[int, int]:
-    """How many of a scan's operands are constants, and how many are carried; the rest are rows."""
+    """The numbers of a scan's operands that are constants, and that are carried; the rest are rows."""
     if "ft_in" in params:  # jax 0.11: trees of constants, what is carried, and rows
         consts, carried, _ = (len(list(part)) for part in params["ft_in"].unpack())
         return consts, carried

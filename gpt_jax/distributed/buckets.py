@@ -54,7 +54,7 @@ class Buckets:
 
     @property
     def packings(self) -> list[Packing]:
-        """How the buckets are made of the tree's leaves."""
+        """The packing of each bucket, from the tree's leaves."""
         return [self._packing(bucket) for bucket in self.pieces]
 
     def _packing(self, pieces: Sequence[ArrayPiece]) -> Packing:

@@ -84,7 +84,7 @@ def write_model(folder: Path, exported: Exported, *, dtype: str, most: int) -> N
 
 
 def generation_config(sample: ConfigDict, block_size: int, ends: tuple[int, int, int]) -> dict[str, Any]:
-    """How `generate` draws: as the run's samples were. The penalties of presence and frequency have no name there.
+    """Settings of `generate`: those of the run's samples, but the penalties of presence and frequency, unknown there.
 
     Args:
       ends: the end of text, and the other markers, which end an answer too.

@@ -212,7 +212,7 @@ def parameters_of(
 
 
 def query_factor(settings: Mapping[str, Any], layer: int, head_dim: int) -> float:
-    """How much larger a layer's attention scores are than those of the model here.
+    """The factor by which a layer's attention scores are larger than those of the model here.
 
     A power of two, and so exact, for heads of 4, 16, 64 or 256 and in layers 0, 1, 3, 7.
     """

@@ -323,7 +323,7 @@ class Decoder:
 
 
 def batch_sizes(slots: int) -> list[int]:
-    """How many of the first slots one program decodes: all, and as few as are in use, by factors of four.
+    """The numbers of first slots that a program decodes: all, and as few as are in use, by factors of four.
 
     Two at least where there are more: a row has the same bits in each of these on Vulkan, where one alone has others.
     """

@@ -68,7 +68,7 @@ class Detokenizer(Protocol):
 
 
 class QueueFull(Exception):
-    """As many requests wait as may."""
+    """Raised where as many requests wait as may."""
 
 
 class EngineFailed(Exception):
@@ -145,12 +145,12 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a slot."""
+        """The number of requests that wait for a slot."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """How many requests have a slot."""
+        """The number of requests that have a slot."""
         return len(self._running)
 
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> Generation:

@@ -31,7 +31,7 @@ OPTION_FIELDS: dict[str, Field] = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How one text is drawn and where it ends. The defaults draw from the model's own distribution.
+    """Settings of how one text is drawn and where it ends. The defaults draw from the model's own distribution.
 
     What each is, and may be, is said once, in `OPTION_FIELDS`. seed: None draws another text each time.
     """

@@ -193,7 +193,7 @@ def _positive(series: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.nda
 
 
 def _trend(name: str, steps: np.ndarray, values: np.ndarray) -> str:
-    """In words what a line shows."""
+    """Says in words what a line shows."""
     if not len(values):
         return ""
     first, last, low, high = map(format_number, (values[0], values[-1], values.min(), values.max()))

@@ -74,7 +74,7 @@ class RequestedTexts:
 
 
 class Format(Protocol):
-    """How one of the two protocols tells texts. choice: of an answer in one piece. delta: of a chunk of a stream."""
+    """Shape of answers in one of the protocols. choice: of an answer in one piece. delta: of a chunk of a stream."""
 
     kind: str  # 'object' of an answer
     chunk_kind: str  # 'object' of a chunk

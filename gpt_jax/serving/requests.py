@@ -184,7 +184,7 @@ class ChatRequest(_Sampling):
 
     @property
     def asked_tokens(self) -> int | None:
-        """How long an answer may be; None: the request does not say."""
+        """The most tokens of an answer; None: the request does not say."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
@@ -210,7 +210,7 @@ class CompletionRequest(_Sampling):
 
 
 class Choices(NamedTuple):
-    """How many texts are answered: of each prompt, and of each text whether and how many log-probabilities are told."""
+    """The number of texts for each prompt, and of log-probabilities for each token."""
 
     count: int
     logprobs: int | None  # None: none; else the number of alternatives

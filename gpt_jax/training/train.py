@@ -433,6 +433,6 @@ def parameter_table(params: Any, config: ConfigDict) -> str:
 
 
 def trained_size(params: Any, config: ConfigDict) -> int:
-    """How many numbers are trained."""
+    """The number of values that are trained."""
     is_trained = trained_parameters(config)
     return sum(leaf.size for name, leaf in named_leaves(params).items() if is_trained(name))

@@ -1,4 +1,4 @@
-"""Which arrays a call gave in donated memory, and which of their objects it may take again: without a device."""
+"""Arrays that a call gave in donated memory, and their objects, which it may take again: without a device."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""How threads and workgroups share reductions, as numbers: needs no device."""
+"""Shares of threads and workgroups in reductions, as numbers: needs no device."""
 
 import math
 from itertools import product

@@ -1,4 +1,4 @@
-"""Which accesses conflict."""
+"""Accesses that conflict."""
 
 import pytest
 

@@ -37,7 +37,7 @@ _counts_lock = threading.Lock()
 
 
 def counts() -> dict[str, int]:
-    """How often custom calls ran each kernel ('name.variant') since the process began."""
+    """Counts of the calls that ran each kernel ('name.variant') since the process began."""
     with _counts_lock:
         return dict(_counts)
 

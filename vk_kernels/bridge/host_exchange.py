@@ -54,7 +54,7 @@ class Traffic:
 
 
 class Packing(NamedTuple):
-    """How one flat array is made of some of those of a call, by their numbers: that is `pack` of them."""
+    """One flat array that is made of some of those of a call: `pack` of those with the numbers `inputs`."""
 
     inputs: tuple[int, ...]
     pack: Callable[..., jax.Array]

@@ -1,4 +1,4 @@
-"""Primitives that are functions of others: what each is made of, in jax.lax.
+"""Decompositions: primitives rewritten in others, as functions of jax.lax.
 
 A decomposition takes an equation and gives a function of its operands, which is traced and inlined in its place; or
 None, where kernels are generated for the primitive as it is. PRNG keys come as the uint32 words that they are made of.
@@ -310,7 +310,7 @@ def _approx_top_k(equation: JaxprEqn) -> Callable[..., Any]:
 
 
 def _reshape(equation: JaxprEqn) -> Callable[..., Any] | None:
-    """With `dimensions`, a transpose before it."""
+    """Reshapes; with `dimensions`, after a transpose."""
     sizes, dimensions = equation.params["new_sizes"], equation.params["dimensions"]
     if dimensions is None:
         return None

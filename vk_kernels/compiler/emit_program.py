@@ -114,7 +114,7 @@ def _plan_kernel_op(step: Step, node: Node, device: "Device") -> PlannedStep:
 
 
 def _copy(copies: Sequence[tuple[BufferSlice, BufferSlice, Value]]) -> list[Command]:
-    """In one kernel: no place that is copied from is one that is copied to."""
+    """Copies in one kernel: no place that is copied from is one that is copied to."""
     sources = {value: source for source, _, value in copies}
     graph = Graph(tuple(sources), {}, [], tuple(value for _, _, value in copies))
     generated = kernels.generate(graph, "copy")

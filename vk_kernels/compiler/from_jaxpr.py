@@ -62,7 +62,7 @@ class Origin(NamedTuple):
         return f" at {self.source}" if self.source else ""
 
     def inner(self, equation: JaxprEqn) -> "Origin":
-        """That of an equation of what was called here. Functions of JAX itself have no line of their own."""
+        """The origin of an equation of what was called here. Functions of JAX itself have no line of their own."""
         own = str(equation.source_info.name_stack)
         scope = f"{self.scope}/{own}" if self.scope and own else self.scope or own
         source = "" if self.pinned else source_info_util.summarize(equation.source_info)

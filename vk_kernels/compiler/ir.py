@@ -152,6 +152,6 @@ def _lines(graph: Graph) -> Iterator[str]:
 
 
 def _parameters(params: Mapping[str, Any]) -> str:
-    """Those that are set, on one line."""
+    """The parameters that are set, on one line."""
     text = ", ".join(f"{key}={value}" for key, value in params.items() if value is not None).replace("\n", " ")
     return f"[{text if len(text) <= 100 else text[:97] + '...'}]" if text else ""

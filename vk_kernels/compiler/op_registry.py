@@ -32,7 +32,7 @@ Flops = Callable[[Node], int | tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ForwardBackward:
-    """How a backward op and its forward op become one, where the backward waits for nothing that the forward gives.
+    """Merges a backward op and its forward op into one, where the backward waits for nothing that the forward gives.
 
     forward: the forward op. results: the numbers of those of its results that the backward takes, after the forward's
     operands and before its own. fused: the op in the place of both, with the operands of both and the results of both.

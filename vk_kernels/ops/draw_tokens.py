@@ -33,7 +33,7 @@ _NEIGHBOURS = 32  # tokens whose bits come from as many blocks
 
 
 class Controls(NamedTuple):
-    """How each row is drawn: arrays (B,), in the order in which they act, so that no value of one compiles anew.
+    """Settings of each row's draw: arrays (B,), in the order in which they act, so that no value of one compiles anew.
 
     repetition_penalty: f32; divides positive logits and multiplies negative ones of tokens seen; 1: none.
     presence_penalty: f32, taken off the logits of tokens generated; 0: none.

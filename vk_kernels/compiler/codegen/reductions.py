@@ -54,7 +54,7 @@ def accumulator_dtype(node: Node) -> np.dtype:
 
 
 class Reducer:
-    """How a reduction combines: accumulators of one or two ids."""
+    """Combines what a reduction reduces: accumulators of one or two ids."""
 
     def __init__(self, scalars: Scalars, node: Node):
         self._s, self._m, self._node = scalars, scalars.m, node

@@ -156,7 +156,7 @@ class Scalars:
     # Conversions.
 
     def convert(self, x: Id, source: np.dtype, target: np.dtype) -> Id:
-        """As XLA: floats to integers saturate, and NaN becomes 0."""
+        """Converts as XLA does: floats to integers saturate, and NaN becomes 0."""
         m = self.m
         match kind(source), kind(target):
             case "bool", "bool":
@@ -453,8 +453,11 @@ def _clamp(s, args, dtypes, out, params):
 
 
 def _reduce_precision(s, args, dtypes, out, params):
-    """As XLA, by the bits in the dtype's own width: the mantissa goes to the nearest even one; then what is under the
-    smallest normal number of so many exponent bits is 0, and what is over the largest is infinite. NaN stays."""
+    """Rounds as XLA does, by the bits in the dtype's own width: the mantissa goes to the nearest even one.
+
+    Then what is under the smallest normal number of so many exponent bits is 0, and what is over the largest is
+    infinite. NaN stays.
+    """
     m, (own_exponent, own_mantissa) = s.m, _LAYOUTS[out.name]
     exponent, mantissa = min(params["exponent_bits"], own_exponent), min(params["mantissa_bits"], own_mantissa)
     if (exponent, mantissa) == (own_exponent, own_mantissa):

@@ -36,8 +36,8 @@ _CACHED_BYTES = 32 << 20
 _CHUNK_STEP = 128  # rows: whole tiles of the matrix products
 _PADDING = 8  # elements: what the kernels read at a time
 
-# Columns of a whole tile of cooperative matrices: they take twice the time where tiles stick out. Not where it adds
-# more than a part in _MOST_PADDED.
+# Columns of a whole tile of cooperative matrices. A partial tile costs twice: columns are padded to whole tiles, unless
+# that adds more than 1 / _MOST_PADDED of them.
 _TILE_COLUMNS, _MOST_PADDED = 256, 32
 
 

@@ -64,7 +64,7 @@ def _reductions(
 
 
 def _sum(name: str, x: Any, axes: tuple[int, ...]) -> Any:
-    """In the dtype itself: jnp.sum takes wider ones for short integers."""
+    """Sums in the dtype itself: jnp.sum takes wider ones for short integers."""
     return jax.extend.core.primitives.reduce_sum_p.bind(x, axes=axes, out_sharding=None)
 
 

@@ -52,12 +52,12 @@ class Difference:
 
     @functools.cached_property
     def truth(self) -> np.ndarray:
-        """In float64."""
+        """The result in float64."""
         return self._in_float64(lambda x: x)
 
     @functools.cached_property
     def truth_of_zeros(self) -> np.ndarray:
-        """In float64, with zeros for subnormal operands."""
+        """The result in float64, with zeros for subnormal operands."""
         return self._in_float64(lambda x: np.where(_subnormal(x, x.dtype), x * 0, x).astype(x.dtype))
 
     def _in_float64(self, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -10,7 +10,7 @@ BEGIN, END = "<!-- primitives -->", "<!-- /primitives -->"
 
 
 def table() -> str:
-    """In Markdown. The numbers are of the full set of cases, all of which pass, or a test fails."""
+    """Markdown table of primitives. The numbers are of the full set of cases, all of which pass, or a test fails."""
     counts = Counter({name: len(cases(name, full=True)) for name in names()})
     lines = [
         f"`vk_kernels.jit` has {len(counts)} primitives of JAX, each compared with XLA ({counts.total():,} cases over",
