@@ -5,15 +5,17 @@ import struct
 import time
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from vk_kernels.bridge.jit import device_put, jit
 from vk_kernels.bridge.profile import layer_of, phase_of
 from vk_kernels.ops.attention.planner import forward_flops
+from vk_kernels.ops.matmul.api import matmul
+from vk_kernels.ops.planning import copy_dispatch
 from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.command_buffer import CommandRecorder
 from vk_kernels.runtime.device import Device
+from vk_kernels.runtime.dispatch_plan import Plan, record
 from vk_kernels.runtime.program import Command
 
 _WARM = 2.0  # seconds: after a rest a GPU's clocks are low for that long
@@ -81,14 +83,10 @@ def ceiling_rates(device: Device, dtype: str, repeats: int = 20) -> tuple[float,
 
 def copy_rate(device: Device, repeats: int, warm: float = 0.1) -> float:
     """Bytes a second of a large copy, read and written ones."""
-    # One element a thread, and workgroups along x alone: no more than 65,535 of them.
-    workgroup = min(1024, device.limits.workgroup_invocations)
-    groups = 4096 if device.info.kind == "cpu" else 65535
-    array = ArraySpec((workgroup * groups,), np.dtype(np.float32))
-    kernel = device.kernel("copy", "f32", {"WORKGROUP": workgroup})
-    source, target = device.upload(random_array(array, 1)), device.buffer(array.nbytes)
+    array = ArraySpec((1 << (22 if device.info.kind == "cpu" else 26),), np.dtype(np.float32))  # more than caches hold
+    buffers = [device.upload(random_array(array, 1)), device.buffer(array.nbytes)]
     recorder = device.new_recorder(timestamps=1, replay=True)
-    recorder.dispatch(kernel, [source, target], np.uint32(array.size).tobytes(), (groups, 1, 1))
+    record(recorder, Plan((copy_dispatch(array, 0, 1),)), buffers)
     recorder.end()
     seconds = replay_seconds(recorder, repeats, warm)
     recorder.close()
@@ -97,14 +95,19 @@ def copy_rate(device: Device, repeats: int, warm: float = 0.1) -> float:
 
 def product_rate(device: Device, dtype: str, repeats: int, warm: float = 0.1) -> float:
     """FLOPs a second of a large product."""
-    n = 256 if device.info.kind == "cpu" else 4096
-    index = str(device.info.index)
-    product = jit(jnp.matmul, device=index)
-    operands = [device_put(random_array(ArraySpec((n, n), np.dtype(dtype)), 1), index) for _ in range(2)]
+    product, operands = large_product(device, dtype)
     times, start = [], time.perf_counter()
     while len(times) < repeats or time.perf_counter() < start + warm:
         times.append(product.profile(*operands).seconds)
-    return 2 * n**3 / statistics.median(times[-repeats:])
+    return 2 * operands[0].shape[0] ** 3 / statistics.median(times[-repeats:])
+
+
+def large_product(device: Device, dtype: str) -> tuple[Any, list[Any]]:
+    """A product by the kernels of products, and its square matrices; of `x @ w` it would be a generated kernel's."""
+    n = 256 if device.info.kind == "cpu" else 4096
+    index = str(device.info.index)
+    operands = [device_put(random_array(ArraySpec((n, n), np.dtype(dtype)), 1), index) for _ in range(2)]
+    return jit(matmul, device=index), operands
 
 
 def random_array(array: ArraySpec, largest: int) -> np.ndarray:
