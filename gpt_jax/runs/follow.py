@@ -1,6 +1,5 @@
 """A run as it goes on: its metrics and samples, each line read once, and what follows from them. Nothing is written."""
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from gpt_jax.runs.alerts import Alert, Alerts
 from gpt_jax.runs.info import read_config
 from gpt_jax.runs.metrics import METRICS_FILE, SAMPLES_FILE
 from gpt_jax.runs.status import RUNNING, read_status
+from gpt_jax.storage.json_file import parse_json
 
 _ETA_STEPS = 500  # the last steps that tell how long one takes
 COMPILING = 2  # first steps after a start, which do not
@@ -43,7 +43,7 @@ class LineFile:
 def _objects(text: bytes) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             record["step"] = int(record["step"])
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
             continue  # `report` tells of damage

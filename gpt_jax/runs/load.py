@@ -92,13 +92,22 @@ def load_run(workdir: str | Path) -> RunData:
     status, info = read_status(workdir)
     return RunData(
         workdir=workdir,
-        info=info | {"status": status} if status == CRASHED else info,
-        config=read_config(workdir),
+        info=_without_nulls(info) | ({"status": status} if status == CRASHED else {}),
+        config=_without_nulls(read_config(workdir)),
         tables=tables,
         events=events,
         samples=_read_samples(workdir / SAMPLES_FILE),
         checkpoints=_list_checkpoints(workdir / "checkpoints"),
     )
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what is null: it is as good as absent."""
+    return {
+        name: _without_nulls(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def forward_order(layers: Iterable[str]) -> list[str]:

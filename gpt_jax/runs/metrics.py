@@ -28,6 +28,7 @@ from typing import Any, Protocol, TextIO
 
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import StorageError, replacing, writing
+from gpt_jax.storage.json_file import parse_json
 
 METRICS_FILE, SAMPLES_FILE, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
 
@@ -174,7 +175,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if damaged is not None:
                 raise UserError(f"{path}: line {damaged} is no JSON object; remove the line")
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 record["step"] = int(record["step"])
                 if not 0 <= record["step"] < 2**63:
                     raise ValueError

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from gpt_jax.runs.metrics import METRICS_FILE
 from gpt_jax.runs.status import read_status
 from gpt_jax.runs.tags import read_tags
 from gpt_jax.storage.checkpoint_files import CHECKPOINTS, best_step, read_losses
+from gpt_jax.storage.json_file import parse_json
 
 DAMAGED = "damaged"  # the status of a run whose files cannot be read
 _ENDS = (2**16, 2**22, 2**62)  # bytes at the end of the metrics in which the last step is looked for
@@ -112,14 +112,14 @@ def _last_step(lines: list[bytes]) -> dict[str, Any]:
         if found and b"tokens_per_second" not in line:
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if record["split"] != "train":
                 continue
             if not found:
                 found = {"step": int(record["step"]), "loss": _number(record["loss"])}
             if "tokens_per_second" in record:
                 return {**found, "tokens_per_second": _number(record["tokens_per_second"])}
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
             continue
     return found
 

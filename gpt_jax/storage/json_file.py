@@ -18,6 +18,24 @@ NUMBER = (int, float)
 Types = Mapping[str, Any]  # of fields: a type, several, or the Types of an object
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value that a JSON text is of; a whole number of over 63 bits is a float, so that NumPy takes all of them.
+
+    Raises:
+      ValueError: it is no JSON, or not UTF-8.
+      RecursionError: it is nested too deep.
+    """
+    return _DECODER.decode(text if isinstance(text, str) else text.decode())
+
+
+def _whole_number(text: str) -> int | float:
+    number = float(text)
+    return int(text) if abs(number) < 2**63 else number
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole_number)
+
+
 class DamagedError(UserError):
     """A file that is missing, cut short or not what it should be."""
 
@@ -39,7 +57,7 @@ def read_object(path: Path, known: int | None, types: Types | None = None) -> di
       NewerError: its version is above `known`.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except OSError as error:
         if not is_absent(error):
             raise unreadable(path, error) from error

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import math
 import os
 import subprocess
@@ -12,11 +13,13 @@ from synthetic_run import CONFIG, SPIKE_LAYER, SPIKE_STEP, loss_at, write_run
 
 from gpt_jax import report as report_command
 from gpt_jax.errors import UserError
-from gpt_jax.runs import load, markdown, plots, report, sections
+from gpt_jax.runs import comparison, load, markdown, plots, report, sections
 from gpt_jax.runs.analysis import text_statistics
 from gpt_jax.runs.content import NO_DATA, Table
+from gpt_jax.runs.follow import FollowedRun
 from gpt_jax.runs.info import write_json
 from gpt_jax.runs.metrics import MetricsWriter
+from gpt_jax.runs.summary import summarise
 
 ROOT = Path(__file__).parents[2]
 
@@ -216,6 +219,23 @@ def test_what_is_no_run(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"step": 7, "prompt": "a", "tokens": 3, "seconds": 1}\n')
     with pytest.raises(UserError, match="step 7: text is no text: None; remove the line"):
         load.load_run(tmp_path)
+
+
+def test_numbers_that_no_float_holds_and_settings_that_are_null_are_reported(workdir, tmp_path):
+    """And listed, and watched."""
+    config = {**CONFIG, "batch_size": None, "model": {"block_size": None}, "optimizer": None}
+    write_json(tmp_path / "config.json", config)
+    write_json(tmp_path / "run.json", {"peak_flops": 10**400, "starts": None, "versions": None})
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()[:200]
+    huge = {"step": 999, "split": "train", "loss": 10**400, "grad_norm/wte": 10**30, "tokens_per_second": 10**400}
+    lines += [json.dumps(huge | {"start_seconds": 10**30})]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "- steps: 999 of 600" in report.write_report(tmp_path).with_suffix(".md").read_text()
+    comparison.compare_runs([load.load_run(tmp_path), load.load_run(workdir)])
+    assert summarise(tmp_path).step == 999
+    followed = FollowedRun(tmp_path)
+    followed.read()
+    assert followed.step == 999
 
 
 def test_absent_values_and_nonfinite_ones(tmp_path):
