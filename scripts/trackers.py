@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -211,8 +212,11 @@ def trackio(plain: list[tuple]) -> None:
             kill(process)
             print(f"   server killed at step {losses(folder)[-1][0]}")
         assert finish(folder, training) == plain
-    code = "import trackio; api = trackio.Api(); print([(r.name, len(r.metrics())) for r in api.runs('gpt_jax')])"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRACKIO_DIR": away["TRACKIO_DIR"]}, check=False)
+    rows = "select run_name, count(*), max(step) from metrics group by run_name"
+    with sqlite3.connect(OUT / "trackio_server" / "gpt_jax.db") as database:
+        whole, cut = sorted(database.execute(rows).fetchall())
+    print(f"   on the server: {whole}, and of the run that it was killed in {cut}")
+    assert whole[2] == STEPS > cut[2]
 
 
 def wandb(plain: list[tuple]) -> None:
