@@ -43,7 +43,7 @@ def seconds(act: Callable[[], Any]) -> float:
 
 
 def run_process(options: argparse.Namespace) -> dict[str, float]:
-    """What one process measures."""
+    """Measures, in one of the processes."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")

@@ -38,7 +38,7 @@ class VulkanDevices(OneDevice):
         return self._links
 
     def make_exchange(self, device: Device, specs: Sequence[ArraySpec], packings: Sequence[Packing]) -> HostExchange:
-        """What adds up the gradients of all processes; all of them call it."""
+        """Makes the sum of gradients over all processes; all of them call it."""
         between = None
         if self._processes.host_count > 1:
             from gpt_jax.distributed.between_hosts import BetweenHosts  # here: runs on one host need no collectives

@@ -75,7 +75,7 @@ class VAE(nn.Module):
 
 
 class Normalized(nn.Module):
-    """With group norm, pooling, and a mean over places."""
+    """A model with group norm, pooling, and a mean over places."""
 
     @nn.compact
     def __call__(self, batch, rng):

@@ -58,6 +58,7 @@ def alone():
     return train(OneDevice(), lambda state: state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["replicated", "fsdp"])
 def test_two_devices_of_xla_train_as_one_does(alone, shard):
     mesh = OnMesh(jax.devices()[:2], shard)

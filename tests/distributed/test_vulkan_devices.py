@@ -16,7 +16,7 @@ from gpt_jax.errors import UserError
 
 
 class Gathering:
-    """As `channel.Channel`, of threads."""
+    """A `channel.Channel` of threads."""
 
     def __init__(self) -> None:
         self.hellos = [{"index": i, "pid": 10 + i, "host": "here"} for i in range(2)]

@@ -25,6 +25,7 @@ class Listening(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_is_told_in_log_metrics_report_and_webhook_and_no_file_has_its_url(
     corpus, tmp_path, monkeypatch
 ):
