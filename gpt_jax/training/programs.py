@@ -60,7 +60,10 @@ def make_programs(config: ConfigDict, backend: Backend) -> Programs:
     state, placement = abstract_state(config), backend.placement
     if isinstance(placement, VulkanDevices):
         if config.model.dropout_rate:  # each device would draw the bits of the first rows
-            raise UserError("several Vulkan devices train without dropout only: --config.model.dropout_rate=0")
+            raise UserError(
+                f"config.model.dropout_rate={config.model.dropout_rate}: several Vulkan devices train without dropout "
+                "only: --config.model.dropout_rate=0, or --config.backend=xla, or one device"
+            )
         step = make_cut_step(config, state, placement.make_exchange, backend.jit, dtype=config.exchange_dtype)
     else:
         step = on_leaves(make_train_step(config, placement), jax.tree.structure(state))
