@@ -70,12 +70,10 @@ def worst_steps(run: RunData, count: int = 5) -> list[tuple[int, float, str, flo
 
 def phases(run: RunData) -> Iterable[tuple[str, np.ndarray, float]]:
     """Name, milliseconds of each measurement and seconds in all, of what the run spent its time on."""
-    logged, step_ms = run.series("train", "step_ms")
-    data_steps, data_ms = run.series("train", "data_ms")
-    if len(step_ms):
-        yield "step", step_ms, float(step_ms @ np.diff(logged, prepend=0)) / 1e3
-    if len(data_ms):
-        yield "data wait", data_ms, float(data_ms @ np.diff(data_steps, prepend=0)) / 1e3
+    for name, metric in (("step", "step_ms"), ("data wait", "data_ms"), ("exchange", "exchange_ms")):
+        logged, milliseconds = run.series("train", metric)
+        if len(milliseconds):
+            yield name, milliseconds, float(milliseconds @ np.diff(logged, prepend=0)) / 1e3
     _, validation = run.series("validation", "seconds")
     sampling = np.array([sample["seconds"] for sample in run.samples])
     _, saving = run.series("train", "checkpoint_ms")

@@ -5,7 +5,8 @@
 - train, every step: loss, grad_norm, grad_norm/LAYER, param_norm, update_norm, learning_rate, finite. At logging steps
   also step_ms and data_ms (wall time a step; the data wait is part of it), tokens_per_second, mfu, eta_seconds
   (but where a step compiled), host_peak_bytes and device_peak_bytes (the most memory so far), and PHASE_ms: the whole
-  time spent in another phase (eval, sample, checkpoint, ...) since the logging step before.
+  time spent in another phase (eval, sample, checkpoint, ...) since the logging step before. Of several Vulkan devices
+  exchange_ms (a step's exchange after its gradient), exchange_wait_ms (for other processes) and exchange_bytes.
 - validation: loss, best, seconds; of several sources also "loss of SOURCE", of which loss is the mean by weight.
 - diagnostics: attention_max/LAYER/HEAD and attention_entropy/LAYER/HEAD (nats).
 - event: text; an alert that follows from no metric has its rule too. A start ("started", "resumed from STEP") has

@@ -273,7 +273,7 @@ def timing(run: RunData) -> list[ReportBlock]:
     if not rows:
         return []
     first_step, step_ms = run.series("train", "step_ms")
-    note = "The data wait is part of the step. Steps and data wait are means over a logging interval."
+    note = "Data wait and exchange are part of the step. All three are means over a logging interval."
     if len(first_step) and first_step[0] == 1:
         note = f"The first step, compilation included, took {format_number(step_ms[0])} ms. {note}"
     columns = ("phase", "measured", "median, ms", "p90", "max", "in all")
