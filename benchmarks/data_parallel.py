@@ -119,6 +119,10 @@ def run_xla(options: argparse.Namespace) -> dict[str, Any]:
     from gpt_jax.training.programs import abstract_state, make_train_step
     from gpt_jax.training.steps import on_leaves
 
+    if len(jax.devices()) < options.shares:
+        sys.exit(
+            f"XLA has {len(jax.devices())} devices of platform {jax.default_backend()}, {options.shares} are needed"
+        )
     config = case_of(options.case).load()
     config.batch_size *= options.shares
     mesh = OnMesh(jax.devices()[: options.shares], options.xla)
