@@ -69,7 +69,7 @@ LONGEST = (
         "test_optimizer",
     ),
     *("test_model", "test_train_early", "test_checkpoint_damage", "test_corpus", "test_sample", "test_notebooks"),
-    *("test_checkpoint", "test_cached", "test_decoding_ops", "test_lora_run", "test_open_settings"),
+    *("test_checkpoint", "test_cached", "test_decoding_ops", "test_lora_run", "test_open_settings", "test_cut_step"),
 )
 
 
