@@ -6,10 +6,13 @@ module says once, in a `KernelOp`; no pass names an op.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vk_kernels.compiler.ir import Node
 from vk_kernels.runtime.dispatch_plan import Plan
+
+if TYPE_CHECKING:
+    from vk_kernels.runtime.physical_device import DeviceInfo
 
 # plan(info, inputs, outputs, *, variant=None, **parameters)
 Planner = Callable[..., Plan]
@@ -24,6 +27,10 @@ Rematerialize = Callable[..., Sequence[Any]]
 
 # epilogue(producer, consumer): both as they are to be, with the same outputs in the same order; None: as they are.
 EpilogueRule = Callable[[Node, Node], tuple[Node, Node] | None]
+
+# split(info, nodes): of all nodes of the op in a graph, those that had better be several, of which each is run when its
+# own results are needed, and the nodes that they are then.
+SplitRule = Callable[["DeviceInfo", Sequence[Node]], Mapping[Node, Sequence[Node]]]
 
 # flops(node): the useful floating-point operations, 2 for each multiplication of a product; of each result, where some
 # may be left out because nobody reads them.
@@ -51,6 +58,7 @@ class KernelOp:
     batch_axes: for vmap; None: the elements run in turn.
     rematerialize: for results that are computed again instead of kept; None: they are kept.
     epilogues: by the op that reads its only result, what it takes over from that.
+    split: what becomes several nodes on a device; None: nothing.
     forward_backward: of a backward op, how it and its forward op become one.
     flops: None: one for each element of the results.
     shapeless: parameters, numbers, that change neither shapes nor dtypes.
@@ -60,6 +68,7 @@ class KernelOp:
     batch_axes: BatchAxes | None = None
     rematerialize: Rematerialize | None = None
     epilogues: Mapping[str, EpilogueRule] = field(default_factory=dict)
+    split: SplitRule | None = None
     forward_backward: ForwardBackward | None = None
     flops: Flops | None = None
     shapeless: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.compiler.passes.fuse_epilogue import with_operands
 from vk_kernels.ops.dropout import drawing_of
+from vk_kernels.ops.matmul.gradient_parts import split_gradients
 from vk_kernels.ops.matmul.planner import plan_matmul_backward, plan_matmul_forward, product_flops
 from vk_kernels.ops.matmul.reference import (
     matmul_backward_reference,
@@ -32,6 +33,7 @@ _matmul_backward = make_primitive(
     KernelOp(
         plan_matmul_backward,
         epilogues={"matmul_backward": _slope_into_product},
+        split=split_gradients,
         flops=lambda node: (product_flops(node), product_flops(node), 0)[: len(node.outputs)],  # of dx, dw, dbias
         shapeless=("site",),
     ),

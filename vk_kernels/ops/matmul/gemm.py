@@ -300,6 +300,7 @@ def plan_gemm(
     variant: str | None = None,
     tile: Tile | None = None,
     splits: int | None = None,
+    beside: int = 1,
 ) -> Plan:
     """C = epilogue(op(A) op(B)), op being the transpose where asked; accumulated in f32.
 
@@ -309,6 +310,7 @@ def plan_gemm(
       scratch: index of the first operand that the plan may use for scratch: len(inputs) + len(outputs), and the
         scratch of the plans before it. The plan's own `scratch` lists what it needs from there.
       variant, tile, splits: demand a family of kernels, a tile of it, a number of slices of k.
+      beside: products of this size that run side by side, this one among them.
 
     Raises:
       ValueError: shapes, dtypes or demands that do not fit; FeatureError: the device lacks `variant`.
@@ -319,7 +321,7 @@ def plan_gemm(
         return Plan(())
     chosen = _variant_for(info, (a, b, c), batch, variant)
     if tile is None:
-        product = Product(chosen, _types(a, c), m, n, k, batch, transpose_a, transpose_b)
+        product = Product(chosen, _types(a, c), m, n, k, batch * beside, transpose_a, transpose_b)
         tile, found = choose(info, product)
         splits = found if splits is None else splits
     elif transpose_b and not tile.transposes_b:
