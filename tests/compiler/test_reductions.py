@@ -1,5 +1,7 @@
 """Generated kernels that combine elements, against XLA: reductions, products, sorts, and whole small functions."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ from run_graph import (
 from vulkan_devices import needs_vulkan
 
 from vk_kernels.compiler.codegen.kernels import generate
+from vk_kernels.compiler.from_jaxpr import make_graph
 from vk_kernels.compiler.ir import Graph, Node, Value
 
 pytestmark = needs_vulkan
@@ -283,6 +286,14 @@ def test_an_output_in_the_memory_of_an_input(device, size, groups):
         recorder.submit().wait()
     np.testing.assert_allclose(buffers[0].read(F32, (size,)), x * y + 1, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(buffers[1].read(F32, (size,)), np.exp(y), rtol=1e-5)
+
+
+def test_a_thread_has_four_elements_of_a_large_array_however_many_arrays_stand_side_by_side():
+    large, small = jax.ShapeDtypeStruct((1 << 20,), jnp.bfloat16), jax.ShapeDtypeStruct((1 << 10,), jnp.bfloat16)
+    graph = make_graph(jax.make_jaxpr(lambda *xs: [lax.tanh(x * x + 1) * x for x in xs])(*[large] * 20, small))
+    assert len(graph.nodes) > 64  # more than are repeated for all of them alike
+    (kernel,) = generate(graph).kernels
+    assert math.prod(kernel.groups) == 20 * (1 << 20) // (4 * 256) + (1 << 10) // 256
 
 
 @pytest.mark.parametrize("shape", [(8192,), (9001,), (131, 77), (5, 1, 20011)], ids=str)

@@ -1,7 +1,7 @@
 """One kernel: the sections that write a stage's outputs, and their code."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,11 +131,13 @@ def lay_out(
                 sections.append(_split_reductions(geometry, together, reduced, workspace))
             else:
                 by_key.setdefault(alike, []).extend(together)
-    at_once = _elements_at_once(graph, stage)
+    at_once = _elements_at_once(graph.nodes, stage.outputs)
     for key, outputs in by_key.items():
         match key:
             case MapKey():
-                sections += [MapSection(together, at_once) for together in apart(outputs)]
+                for together in apart(outputs):
+                    nodes = _makers(together, heroes.producers, bindings.memory.keys())
+                    sections.append(MapSection(together, max(at_once, _elements_at_once(nodes, together))))
             case RankKey(node):
                 sections.append(RankSection(node, {node.outputs.index(value): buffer for value, buffer in outputs}))
             case ReduceKey(geometry):
@@ -160,11 +162,24 @@ def _reductions(geometry: Geometry, together: Sequence[Output], heroes: Heroes, 
     return ReduceSection(geometry, heroes.levels([value for value, _ in together]), kept, whole, workspace)
 
 
-def _elements_at_once(graph: Graph, stage: Stage) -> int:
-    """Elements that a thread makes where it makes one after another."""
-    many = sum(size_of(value) for value, _ in stage.outputs) >= _MANY
-    short = len(graph.nodes) <= _SHORT and not any(node.op in _LONG_CODE for node in graph.nodes)
+def _elements_at_once(nodes: Collection[Node], outputs: Sequence[Output]) -> int:
+    """Elements that a thread makes where it makes one after another, of a kernel or of a section that has so much."""
+    many = sum(size_of(value) for value, _ in outputs) >= _MANY
+    short = len(nodes) <= _SHORT and not any(node.op in _LONG_CODE for node in nodes)
     return AT_ONCE if many and short else 1
+
+
+def _makers(outputs: Sequence[Output], producers: Mapping[Value, Node], loaded: Container[Operand]) -> set[Node]:
+    """The nodes that compute some outputs from what is loaded."""
+    found: set[Node] = set()
+    stack: list[Operand] = [value for value, _ in outputs]
+    while stack:
+        x = stack.pop()
+        maker = None if x in loaded else producers.get(x)
+        if maker is not None and maker not in found:
+            found.add(maker)
+            stack += maker.inputs
+    return found
 
 
 def _may_share(emitter: Emitter, sections: Sequence[KernelSection], bindings: Bindings) -> set[tuple[int, int]]:
