@@ -42,13 +42,13 @@ def split_gradients(info: "DeviceInfo", nodes: Sequence[Node]) -> Mapping[Node, 
 
 
 def _whole_waves(group: Sequence[Node]) -> list[Node]:
-    """The first of a group that fill a device whole times, or all where they do not fill it once.
+    """The last of a group that fill a device whole times, or all where they do not fill it once.
 
-    The others, the last, are soon needed anyway, and what they read need not be kept.
+    What the others read, the first, would have to be kept for longest.
     """
-    counts = list(itertools.accumulate(_tiles(node) for node in group))
+    counts = list(itertools.accumulate(_tiles(node) for node in reversed(group)))
     most = counts[-1] // _WAVE * _WAVE or counts[-1]
-    return [node for node, count in zip(group, counts, strict=True) if count <= most]
+    return [node for node, count in zip(reversed(group), counts, strict=True) if count <= most][::-1]
 
 
 def _tiles(node: Node) -> int:
