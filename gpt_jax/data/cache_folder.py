@@ -102,7 +102,7 @@ def read_facts(folder: Path, version: int, types: dict[str, Any], files: Iterabl
     if meta["checksum"] != _checksum(meta):
         raise ValueError(f"{_FACTS} fails its checksum")
     files = list(files)
-    with ThreadPoolExecutor(len(files)) as pool:  # zlib lets go of the interpreter
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:  # zlib lets go of the interpreter
         for name, crc in zip(files, pool.map(lambda name: crc32_of_file(folder / name), files), strict=True):
             if meta["checksums"][name] != crc:
                 raise ValueError(f"{name} fails its checksum")

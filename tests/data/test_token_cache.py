@@ -87,6 +87,15 @@ def test_a_flipped_bit_in_the_cache_is_noticed_and_built_again(chats, name):
     assert path.read_bytes() == whole
 
 
+def test_a_cache_is_verified_by_no_more_threads_than_processors(chats, monkeypatch):
+    """A thread takes 8 MB of what a process may allocate."""
+    asked, pool = [], cache_folder.ThreadPoolExecutor
+    monkeypatch.setattr(cache_folder, "ThreadPoolExecutor", lambda count: asked.append(count) or pool(count))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    prepare(chats)
+    assert set(asked) == {1, 2}  # of a tokenizer's folder, and of one of tokens
+
+
 def test_changed_facts_of_the_cache_are_noticed(chats):
     path = folder_of(prepare(chats)) / "stats.json"
     whole = path.read_text()
