@@ -4,11 +4,11 @@ A kernel op is a primitive for the compiler. What it computes, by which kernels 
 module says once, in a `KernelOp`; no pass names an op.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vk_kernels.compiler.ir import Node
+from vk_kernels.compiler.ir import Node, Operand
 from vk_kernels.runtime.dispatch_plan import Plan
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ Rematerialize = Callable[..., Sequence[Any]]
 # epilogue(producer, consumer): both as they are to be, with the same outputs in the same order; None: as they are.
 EpilogueRule = Callable[[Node, Node], tuple[Node, Node] | None]
 
-# split(info, nodes): of all nodes of the op in a graph, those that had better be several, of which each is run when its
-# own results are needed, and the nodes that they are then.
-SplitRule = Callable[["DeviceInfo", Sequence[Node]], Mapping[Node, Sequence[Node]]]
+# split(info, nodes, read): of all nodes of the op in a graph, those that had better be several, of which each is run
+# when its own results are needed, and the nodes that they are then. read: the values that somebody reads.
+SplitRule = Callable[["DeviceInfo", Sequence[Node], Collection[Operand]], Mapping[Node, Sequence[Node]]]
 
 # flops(node): the useful floating-point operations, 2 for each multiplication of a product; of each result, where some
 # may be left out because nobody reads them.

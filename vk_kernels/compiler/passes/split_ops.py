@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 
 def split_ops(graph: Graph, info: "DeviceInfo") -> Graph:
-    """The graph with every node split that had better be."""
+    """The graph with every node split that had better be, without parts that nobody reads."""
     by_op: dict[str, list[Node]] = {}
+    read = {*graph.outputs, *(x for node in graph.nodes for x in node.inputs)}
     for node in graph.nodes:
         if node.call and kernel_op(node.op).split:
             by_op.setdefault(node.op, []).append(node)
-    parts = {node: some for op, nodes in by_op.items() for node, some in kernel_op(op).split(info, nodes).items()}
-    return replace(graph, nodes=[part for node in graph.nodes for part in parts.get(node, (node,))])
+    parts = {node: some for op, nodes in by_op.items() for node, some in kernel_op(op).split(info, nodes, read).items()}
+    nodes = []
+    for node in graph.nodes:
+        nodes += [part for part in parts[node] if not read.isdisjoint(part.outputs)] if node in parts else [node]
+    return replace(graph, nodes=nodes)

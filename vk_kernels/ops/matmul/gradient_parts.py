@@ -6,10 +6,10 @@ takes few tiles is cut along k to fill it, and its partial sums are added up; be
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from vk_kernels.compiler.ir import Node
+from vk_kernels.compiler.ir import Node, Operand
 from vk_kernels.compiler.op_call import decode_call, with_op, with_parameters
 from vk_kernels.compiler.op_registry import KernelOp, register_op
 from vk_kernels.ops.matmul.gemm import BF16, Epilogue, choose_variant, matrix, plan_gemm
@@ -27,11 +27,13 @@ _MOST_TILES = 132  # of one product: more fill a device by themselves
 _WAVE = 264  # tiles that a device makes at a time
 
 
-def split_gradients(info: "DeviceInfo", nodes: Sequence[Node]) -> Mapping[Node, Sequence[Node]]:
+def split_gradients(
+    info: "DeviceInfo", nodes: Sequence[Node], read: Collection[Operand]
+) -> Mapping[Node, Sequence[Node]]:
     """Gradients of several products of as many rows, which together fill the device better than one by one."""
     groups: dict[int, list[Node]] = {}
     for node in nodes:
-        if _suits(info, node):
+        if node.outputs[1] in read and _suits(info, node):
             groups.setdefault(node.inputs[0].shape[0], []).append(node)
     found = {}
     for group in map(_whole_waves, groups.values()):
