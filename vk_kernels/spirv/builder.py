@@ -208,9 +208,6 @@ class Module:
         """The float of these bits, hidden where a compiler could do algebra with it."""
         return self._uncertain(self._real(word))
 
-    def type_of(self, value: Id) -> Id:
-        return self._types[value]
-
     # Memory of the generator: what was computed in blocks that dominate the current one.
 
     def recall(self, key: Any) -> Any:
