@@ -32,7 +32,7 @@ def is_one_after_another(path: Path) -> bool:
         _, end = json.JSONDecoder().raw_decode(f"{line}\n{more.decode(errors='replace')}")
     except (ValueError, RecursionError):
         return False  # a line that is no JSON, to be named
-    return end > len(line) or line[end:].lstrip(" \t,").startswith(("{", "["))
+    return end > len(line) or line[end:].lstrip(" \t\r,").startswith(("{", "["))
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
