@@ -106,6 +106,9 @@ def run_cut(count: int, **more) -> list[tuple[list[dict[str, float]], list[bytes
         return found, [leaf.tobytes() for leaf in jax.tree.leaves(host)], host
 
     first = CutStep(state, None, jit, bucket_bytes=2**16, **options, **more)
+    batch = {key: x[: 4 // count] for key, x in make_batch(0).items()}
+    for lowered in first.lower(tuple(jax.tree.leaves(state)), batch):  # once, and not by each of the threads
+        lowered.compile()
     with ThreadPoolExecutor(count) as threads:  # whose steps share what is compiled
         found = list(threads.map(run, [copy.copy(first) for _ in range(count)], range(count)))
     [compiled] = first._gradient._compiled.values()

@@ -150,7 +150,7 @@ def test_a_folder_that_was_removed_meanwhile_is_not_made_again(corpus, tmp_path)
     """A device that fails then still costs one line."""
     run = tmp_path / "run"
     named = types.SimpleNamespace(device={"platform": "cpu", "kind": "cpu", "count": 1}, peak_bytes=lambda: None)
-    failed = DeviceFailure(configuration(corpus), run, named).ended_by("the device was lost")
+    failed = DeviceFailure(configuration(corpus), run, named, backend.ALONE).ended_by("the device was lost")
     assert str(failed) == f"the device was lost; {run} is gone, and what was saved in it"
     assert not run.exists()
 
@@ -209,7 +209,7 @@ def test_what_else_kernels_or_device_cannot_do_is_said_before_any_work(vulkan, c
 )
 @needs_vulkan
 def test_what_is_named_as_enough_is_the_least_change_that_is(error, possible, way_out, vulkan, corpus, monkeypatch):
-    def plan(config, _):
+    def plan(config, *_):
         if not possible(config):
             raise error
 
