@@ -78,4 +78,6 @@ class OnMesh(OneDevice):
         return jax.tree.map(lambda leaf: np.asarray(self._gathered(leaf).addressable_data(0)), tree)
 
     def _gathered(self, leaf: jax.Array) -> jax.Array:
-        return leaf if leaf.is_fully_replicated else self._replicate(leaf)
+        # One after another: of many gathers under way at once the devices of a processor can wait for each other until
+        # XLA aborts the process, since each holds a thread.
+        return leaf if leaf.is_fully_replicated else jax.block_until_ready(self._replicate(leaf))
