@@ -90,7 +90,7 @@ def run_cut(count: int, **more) -> list[tuple[list[dict[str, float]], list[bytes
     state, options = parts()
     jit = functools.partial(vk_kernels.jit, device=SELECTOR)
     device = open_device(SELECTOR, exchange=True)
-    if device.exchange_queue is None:  # another module opened it without
+    while device.exchange_queue is None:  # other modules opened it without, as the default device too
         device.close()
         device = open_device(SELECTOR, exchange=True)
 
