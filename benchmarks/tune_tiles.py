@@ -113,11 +113,10 @@ def candidates(product: Product, most: int, info: Any) -> list[Choice]:
     """The choices that the model thinks best, best first."""
     tiles = gemm.tiles_for(info, product)
     slices = [splits for splits in (1, 2, 3, 4, 6, 8, 12, 16) if splits == 1 or product.k // splits >= 128]
-    k_inner = product.transpose_b and not product.transpose_a
     speed = gemm._CPU if info.kind == "cpu" else gemm._GPU
 
     def estimate(choice: tuple[gemm.Tile, int]) -> float:
-        return gemm._estimate(*choice, product.m, product.n, product.k, product.batch, k_inner, speed)
+        return gemm._estimate(*choice, product.m, product.n, product.k, product.batch, product.k_inner, speed)
 
     ranked = sorted(itertools.product(tiles, slices), key=estimate)
     return [Choice(tile.m, tile.n, tile.k, splits) for tile, splits in ranked[:most]]

@@ -61,8 +61,7 @@ class VulkanDevices(OneDevice):
             links.announce(0)
         else:
             shared = SharedMemory.receive(links, nbytes)
-            if links.index:
-                links.await_from(0, 0, "sharing the state")
+            links.await_from(0, 0, "sharing the state")
         ends = np.cumsum([leaf.nbytes for leaf in leaves])
         parts = [shared.array[end - leaf.nbytes : end] for leaf, end in zip(leaves, ends, strict=True)]
         copies = [part.copy().view(leaf.dtype).reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]

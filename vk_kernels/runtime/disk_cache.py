@@ -32,10 +32,15 @@ def save(file: Path, data: bytes) -> None:
     """Puts a file there, or in the place of another one. Where that cannot be it is a warning: the next process makes
     the data again."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # gone also if the disk is full
-            whole = Path(folder) / "whole"
-            whole.write_bytes(hashlib.sha256(data).digest() + data)
-            os.replace(whole, file)
+        replace(file, hashlib.sha256(data).digest() + data)
     except OSError as error:
         warnings.warn(f"compiled kernels are not cached: {error}", stacklevel=3)
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Writes a file of the cache, or another one in its place, that is whole or not there. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # gone also if the disk is full
+        whole = Path(folder) / "whole"
+        whole.write_bytes(content)
+        os.replace(whole, file)

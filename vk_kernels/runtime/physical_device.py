@@ -104,24 +104,23 @@ def _describe(fn, index: int, physical: Any, properties: Any, without: frozenset
 
 def _compute_queue(fn, physical: Any) -> tuple[int, int]:
     """(index, timestamp bits) of the first queue family for compute; -1 where there is none."""
-    count = ffi.new("uint32_t*")
-    fn.vkGetPhysicalDeviceQueueFamilyProperties(physical, count, ffi.NULL)
-    families = ffi.new("VkQueueFamilyProperties[]", count[0])
-    fn.vkGetPhysicalDeviceQueueFamilyProperties(physical, count, families)
-    for i in range(count[0]):
-        if families[i].queueFlags & vk.VK_QUEUE_COMPUTE_BIT:
-            return i, families[i].timestampValidBits
-    return -1, 0
+    return next(iter(_compute_families(fn, physical)), (-1, 0))
 
 
 def exchange_family(fn, physical: Any, family: int) -> int:
     """Another queue family for compute work, which runs beside the first; the first where there is no other."""
+    return next((i for i, _ in _compute_families(fn, physical) if i != family), family)
+
+
+def _compute_families(fn, physical: Any) -> list[tuple[int, int]]:
+    """(index, timestamp bits) of each queue family for compute."""
     count = ffi.new("uint32_t*")
     fn.vkGetPhysicalDeviceQueueFamilyProperties(physical, count, ffi.NULL)
     families = ffi.new("VkQueueFamilyProperties[]", count[0])
     fn.vkGetPhysicalDeviceQueueFamilyProperties(physical, count, families)
-    others = [i for i in range(count[0]) if i != family and families[i].queueFlags & vk.VK_QUEUE_COMPUTE_BIT]
-    return others[0] if others else family
+    return [
+        (i, families[i].timestampValidBits) for i in range(count[0]) if families[i].queueFlags & vk.VK_QUEUE_COMPUTE_BIT
+    ]
 
 
 def choose(devices: Sequence[DeviceInfo], selector: int | str | None = None) -> DeviceInfo:

@@ -199,8 +199,7 @@ def choose(info: DeviceInfo, product: Product) -> tuple[Tile, int]:
         for tile in tiles:
             if (tile.m, tile.n, tile.k) == measured[:3]:
                 return tile, measured.splits
-    k_inner = product.transpose_b and not product.transpose_a
-    return choose_tile(tiles, product.m, product.n, product.k, product.batch, k_inner, info.kind == "cpu")
+    return choose_tile(tiles, product.m, product.n, product.k, product.batch, product.k_inner, info.kind == "cpu")
 
 
 @functools.lru_cache(maxsize=4096)

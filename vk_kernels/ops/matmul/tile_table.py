@@ -7,8 +7,6 @@ order in which a product's sums are added depends on the choice: with another ta
 import contextlib
 import functools
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,6 +29,11 @@ class Product(NamedTuple):
     batch: int
     transpose_a: bool
     transpose_b: bool
+
+    @property
+    def k_inner(self) -> bool:
+        """Whether the rows of both operands run along k."""
+        return self.transpose_b and not self.transpose_a
 
     def __str__(self) -> str:
         """The key in a table: family, types, sizes, and how A and B lie (n: as they are, t: transposed)."""
@@ -79,11 +82,7 @@ def keep(info: "DeviceInfo", choices: Mapping[Product, Choice]) -> Path:
     file = file_of(info)
     products = {str(product): list(choice) for product, choice in {**_read(file), **choices}.items()}
     table = {"device": info.name, "driver": info.driver, "products": products}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        whole = Path(folder) / "whole"
-        whole.write_text(json.dumps(table, indent=1))
-        os.replace(whole, file)
+    disk_cache.replace(file, json.dumps(table, indent=1).encode())
     _read.cache_clear()
     return file
 
