@@ -51,6 +51,6 @@ for shown, kept in (("report_1280_light", "wide"), ("report_390_dark", "narrow")
     picture = Image.open(pictures / f"{shown}.png").convert("RGB")
     width = min(picture.width, 720)
     small = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
-    small.quantize(256, Image.Quantize.MEDIANCUT).save(folder / f"{kept}.png", optimize=True)
+    small.quantize(256, Image.Quantize.FASTOCTREE).save(folder / f"{kept}.png", optimize=True)
 PYTHON
 du -b "$folder"/*

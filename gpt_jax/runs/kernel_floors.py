@@ -6,6 +6,7 @@ the rate of a large product, both measured on the device when the profile was ma
 
 import collections
 import math
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -111,9 +112,14 @@ def section(run: RunData) -> list[ReportBlock]:
     copied, multiplied = _rate(profile["bytes_per_second"] / 1e9), _rate(profile["flops_per_second"] / 1e12)
     about = (
         f"Step {profile['step']:,} on {profile['device']}, one dispatch at a time: {1e3 * whole:.3f} ms, of which the "
-        f"floor is {1e3 * floor:.3f}. A copy runs at {copied} GB/s there, a product at {multiplied} TFLOP/s."
+        f"floor is {1e3 * floor:.3f}{_overlapping(run)}. A copy runs at {copied} GB/s there, a product at {multiplied} TFLOP/s."
     )
     return [Figure("Each kernel beside its floor", about, chart, table), *_by(profile, "phase"), *_by(profile, "layer")]
+
+
+def _overlapping(run: RunData) -> str:
+    _, step_ms = run.series("train", "step_ms")
+    return f"; as the run does it, side by side, a step takes {statistics.median(step_ms):.3f}" if len(step_ms) else ""
 
 
 def times_table(profile: dict[str, Any]) -> "pd.DataFrame":
