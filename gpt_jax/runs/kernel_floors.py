@@ -112,7 +112,8 @@ def section(run: RunData) -> list[ReportBlock]:
     copied, multiplied = _rate(profile["bytes_per_second"] / 1e9), _rate(profile["flops_per_second"] / 1e12)
     about = (
         f"Step {profile['step']:,} on {profile['device']}, one dispatch at a time: {1e3 * whole:.3f} ms, of which the "
-        f"floor is {1e3 * floor:.3f}{_overlapping(run)}. A copy runs at {copied} GB/s there, a product at {multiplied} TFLOP/s."
+        f"floor is {1e3 * floor:.3f}{_overlapping(run)}. A copy runs at {copied} GB/s there, a product at {multiplied} "
+        "TFLOP/s."
     )
     return [Figure("Each kernel beside its floor", about, chart, table), *_by(profile, "phase"), *_by(profile, "layer")]
 

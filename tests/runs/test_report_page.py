@@ -230,7 +230,7 @@ def test_kernels_stand_beside_their_floors(tmp_path):
     (tmp_path / "profile").mkdir()
     write_json(tmp_path / kernel_floors.PROFILE_FILE, PROFILE)
     figure, phases, layers = kernel_floors.section(load.load_run(tmp_path))
-    assert "one dispatch at a time: 10.000 ms, of which the floor is 5.500; as the run does it, " in figure.about
+    assert "one dispatch at a time: 10.000 ms, of which the floor is 5.500; as the run does it, " in figure.description
     assert figure.chart.categories == ("matmul", "add")
     assert figure.chart.series == (("time", [8.0, 2.0]), ("floor", [4.0, 1.5]))
     assert figure.table.rows == (
