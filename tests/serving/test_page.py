@@ -40,7 +40,7 @@ def open_page(browser):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: None if request.url.startswith(stub.url) else problems.append(request.url))
         page.goto(stub.url)
-        page.wait_for_function("document.title === 'tiny'")
+        sync_api.expect(page).to_have_title("tiny")
         return page
 
     yield open_at
@@ -194,7 +194,7 @@ def test_a_key_is_asked_for(browser):
         assert page.evaluate("document.activeElement.id") == "key"
         page.keyboard.type("right")
         page.keyboard.press("Tab")
-        page.wait_for_function("document.title === 'tiny'")
+        sync_api.expect(page).to_have_title("tiny")
         page.locator("#text").fill("a question")
         page.keyboard.press("Enter")
         assert last_answer(page) == "yes"
