@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,12 @@ def layer_of(scope: str) -> str:
 def _slice(name: str, start: int, duration: int) -> dict[str, Any]:
     """An event from nanoseconds, in us as the format has them.
 
-    Perfetto cuts each number to whole nanoseconds, and drops a slice that ends after the one around it: a quarter more
-    is cut off again.
+    Perfetto cuts each number to whole nanoseconds, and drops a slice that ends after the one around it.
     """
-    return {"name": name, "ph": "X", "ts": (start + 0.25) / 1e3, "dur": (duration + 0.25) / 1e3, "pid": 0, "tid": 0}
+    return {"name": name, "ph": "X", "ts": _microseconds(start), "dur": _microseconds(duration), "pid": 0, "tid": 0}
+
+
+def _microseconds(nanoseconds: int) -> float:
+    """The least number that is cut to so many whole nanoseconds and not to one less."""
+    found = nanoseconds / 1e3
+    return found if int(found * 1e3) == nanoseconds else math.nextafter(found, math.inf)
