@@ -47,7 +47,9 @@ def run_process(options: argparse.Namespace) -> dict[str, Any]:
     from vk_kernels.runtime.host_links import HostLinks
     from vk_kernels.runtime.open_devices import open_device
 
-    device = open_device(exchange=options.count > 1 and options.overlap)
+    device = open_device()
+    if not options.overlap:
+        device.exchange_queue = device.queue
     config = case_of(options.case).load()
     if options.check:
         config.model.dropout_rate = 0.0

@@ -57,7 +57,7 @@ def run_process(options: argparse.Namespace) -> dict[str, float]:
     from vk_kernels.runtime.open_devices import open_device
     from vk_kernels.runtime.shared_memory import PAGE, SharedMemory, SharedRange, can_import
 
-    device, index, count = open_device(exchange=True), options.index, options.count
+    device, index, count = open_device(), options.index, options.count
     links = HostLinks(options.name, index, count, 600)
     nbytes = int(options.megabytes * 1e6) // PAGE * PAGE
     part = min(nbytes, 64 << 20)

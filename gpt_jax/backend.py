@@ -91,7 +91,7 @@ def enter_backend(
         number = processes.device(len(list_devices())) if processes.count > 1 or processes.devices else None
         if number is not None:
             os.environ["VK_KERNELS_DEVICE"] = str(number)  # the device that all of this process means
-        device = open_device(exchange=processes.count > 1)
+        device = open_device()
         device.submit_ms = submit_ms
     except VulkanError as error:
         raise UserError(f"config.backend=vulkan: {error}") from None

@@ -113,9 +113,10 @@ class CutStep:
         read = self._inputs(leaves)
         if self.exchange is None:
             gradient = self._gradient.lower(read, batch)
-            if gradient.device.exchange_queue:  # what is exchanged first need not wait for the rest
+            device = gradient.device
+            if device.exchange_queue is not device.queue:  # what is exchanged first need not wait for the rest
                 gradient.compile().executable.cut_after([packing.inputs for packing in self.packings])
-            self.exchange = self.make_exchange(gradient.device, self.specs, self.packings)
+            self.exchange = self.make_exchange(device, self.specs, self.packings)
             self._update.lower(leaves, tuple(self._sums()))  # compiled before the first wait for the others
         return self._update(leaves, tuple(self.exchange(self._gradient(read, batch))))
 

@@ -24,7 +24,7 @@ from vk_kernels.bridge.use import target_of
 from vk_kernels.compiler.op_call import CallSite, decode_call, encode_call, make_plan
 from vk_kernels.compiler.op_registry import KernelOp
 from vk_kernels.errors import BufferSizeError, NoDeviceError
-from vk_kernels.runtime import device, open_devices
+from vk_kernels.runtime import open_devices
 from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.dispatch_plan import Dispatch, Plan
 from vk_kernels.runtime.open_devices import open_device
@@ -381,7 +381,6 @@ def test_no_gpu_says_what_to_do(monkeypatch):
         pytest.skip("a GPU is here")
     monkeypatch.delenv("VK_KERNELS_DEVICE", raising=False)
     monkeypatch.setattr(open_devices, "_devices", {})  # of a process that has none open
-    monkeypatch.setattr(device, "_default", None)
     with pytest.raises(NoDeviceError, match="VK_KERNELS_DEVICE=cpu"), vk_kernels.use("vulkan"):
         pass
 

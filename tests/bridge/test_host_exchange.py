@@ -26,9 +26,11 @@ SPECS = [ArraySpec((size,), np.dtype(dtype)) for size, dtype in TYPES]
 
 @pytest.fixture(scope="module")
 def devices():
-    """Three, the second of which exchanges on a queue of its own."""
+    """Three, the first of which exchanges on the queue that it computes on."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(Device.open(SELECTOR, exchange=number == 1)) for number in range(3)]
+        opened = [stack.enter_context(Device.open(SELECTOR)) for _ in range(3)]
+        opened[0].exchange_queue = opened[0].queue
+        yield opened
 
 
 def exchanges(devices, specs=SPECS, **options) -> list[HostExchange]:

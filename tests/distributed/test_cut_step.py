@@ -20,7 +20,6 @@ from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import init_state, train_step
 from vk_kernels.bridge.host_exchange import HostExchange
 from vk_kernels.runtime.host_links import HostLinks
-from vk_kernels.runtime.open_devices import open_device
 
 SEED, STEPS = 42, 3
 MODEL = ModelConfig(vocab_size=50, block_size=16, num_layers=1, num_heads=2, embed_dim=48, dropout_rate=0.0)
@@ -89,10 +88,6 @@ def run_cut(count: int, **more) -> list[tuple[list[dict[str, float]], list[bytes
     name = uuid.uuid4().hex
     state, options = parts()
     jit = functools.partial(vk_kernels.jit, device=SELECTOR)
-    device = open_device(SELECTOR, exchange=True)
-    while device.exchange_queue is None:  # other modules opened it without, as the default device too
-        device.close()
-        device = open_device(SELECTOR, exchange=True)
 
     def run(step: CutStep, index: int):
         step.make_exchange = lambda device, *kinds: HostExchange(device, HostLinks(name, index, count, 100), *kinds)

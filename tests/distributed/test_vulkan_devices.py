@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from vulkan_devices import needs_vulkan
+from vulkan_devices import SELECTOR, needs_vulkan
 
 from gpt_jax.distributed.processes import Processes
 from gpt_jax.distributed.vulkan_devices import VulkanDevices
@@ -62,7 +62,7 @@ def test_sums_are_of_all_processes(both):
 
 @needs_vulkan
 def test_a_bit_that_differs_is_found_and_named_before_it_is_saved(both, monkeypatch):
-    monkeypatch.setenv("VK_KERNELS_DEVICE", "cpu")
+    monkeypatch.setenv("VK_KERNELS_DEVICE", SELECTOR)
     params = {"h_0": {"w": np.linspace(0, 1, 100, dtype=np.float32)}, "wte": np.ones(3, np.float32)}
     both(lambda devices, _: devices.check(params, 3))
     other = jax.tree.map(np.copy, params)

@@ -13,7 +13,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 from vk_kernels.errors import DeviceLostError, NoDeviceError, SettingError, VulkanError
 from vk_kernels.runtime import device as device_module
 from vk_kernels.runtime import vulkan
-from vk_kernels.runtime.device import Device, default_device
+from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.features import CooperativeMatrix, DeviceLimits, Features, _cooperative_matrices2
 from vk_kernels.runtime.instance import validation_mode
 from vk_kernels.runtime.physical_device import DeviceInfo, choose, list_devices
@@ -173,18 +173,6 @@ def test_a_lost_device_is_destroyed_when_its_driver_has_let_go_of_the_work(monke
     device.close()
     assert waited == [0]
     assert not device._made
-
-
-@needs_vulkan
-def test_the_default_device_is_shared_and_opened_again_after_a_close(monkeypatch):
-    monkeypatch.setenv("VK_KERNELS_DEVICE", SELECTOR)
-    first = default_device()
-    assert default_device() is first
-    first.close()
-    second = default_device()
-    assert second is not first
-    assert second.buffer(4).size == 4
-    second.close()
 
 
 @needs_vulkan

@@ -10,7 +10,6 @@ import pytest
 from vulkan_devices import SELECTOR, needs_vulkan
 from whole_run import configuration
 
-import vk_kernels.runtime.device
 from gpt_jax import backend
 from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
@@ -20,6 +19,7 @@ from gpt_jax.training.train import DeviceFailure, train_and_evaluate
 from gpt_jax.training.trainer import Trainer
 from vk_kernels.bridge import jit
 from vk_kernels.errors import BufferSizeError, DeviceLostError, FeatureError, OutOfMemoryError
+from vk_kernels.runtime import physical_device
 from vk_kernels.runtime.memory import Memory
 from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.runtime.queue import Queue
@@ -63,8 +63,7 @@ def vulkan(monkeypatch):
     open_device().close()
     yield [*SHORT, "--config.backend=vulkan"]
     monkeypatch.undo()
-    if vk_kernels.runtime.device._default is not None:
-        vk_kernels.runtime.device._default.close()
+    open_device(SELECTOR).close()
 
 
 @needs_vulkan
@@ -125,13 +124,13 @@ def test_a_device_that_fills_up_later_ends_the_run(vulkan, corpus, tmp_path, mon
 
 @needs_vulkan
 def test_what_is_too_large_for_a_buffer_is_answered_with_values_that_were_tried(vulkan, corpus, monkeypatch, tmp_path):
-    query = vk_kernels.runtime.physical_device.query_limits
+    query = physical_device.query_limits
 
     def narrow(*args):
         found = query(*args)
         return type(found)(**{**vars(found), "storage_buffer_range": 60_000})
 
-    monkeypatch.setattr(vk_kernels.runtime.physical_device, "query_limits", narrow)
+    monkeypatch.setattr(physical_device, "query_limits", narrow)
     config = configuration(corpus, *vulkan)
     with pytest.raises(TrainingFailed, match=r"takes at most 60,000|a buffer there at most 60,000") as failed:
         train_and_evaluate(config, tmp_path)

@@ -24,7 +24,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.training.programs import abstract_state
 from gpt_jax.training.train import train_and_evaluate
-from vk_kernels.runtime import device, open_devices
+from vk_kernels.runtime import open_devices
 
 TINY = [
     *("--config.num_steps=2", "--config.model.num_layers=1", "--config.model.embed_dim=16"),
@@ -167,8 +167,7 @@ def test_variables_for_other_programs_change_no_dtype_and_no_random_bits():
 def test_a_variable_that_means_nothing_is_no_reason_for_another_backend(name, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setenv("VK_KERNELS_VALIDATION", "nonsense")
-    monkeypatch.setattr(device, "_default", None)  # another test's is open, and was asked for before
-    monkeypatch.setattr(open_devices, "_devices", {})
+    monkeypatch.setattr(open_devices, "_devices", {})  # another test's is open, and was asked for before
     with (
         contextlib.ExitStack() as stack,
         pytest.raises(UserError, match=rf"^config.backend={name}: .*VK_KERNELS_VALIDATION.*'nonsense'$"),

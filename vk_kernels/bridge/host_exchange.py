@@ -10,8 +10,8 @@ A device moves (n - 1) / n of the bytes out, reads as many to add up, writes 1 /
 up does it in f32 and in one order, and all take the sum from where it lies: so it has the same bits on all devices,
 of whatever vendor or speed. While one array is added up, the next is on its way out, and the last one comes back.
 
-A device that was opened with an `exchange_queue` does all this there, each array as soon as it is computed, while its
-other queue computes what comes behind it.
+A device does all this on its `exchange_queue`, each array as soon as it is computed, while its other queue computes
+what comes behind it.
 """
 
 import time
@@ -105,7 +105,7 @@ class HostExchange:
         Raises OutOfMemoryError where host or device has no room, LinkError for a process that does not come along.
         """
         self.device, self.links, self.between = device, links, between
-        self._queue = device.exchange_queue or device.queue
+        self._queue = device.exchange_queue
         self.imports = can_import(device) if imports is None else imports
         self.traffic = Traffic()
         self._packings = packings

@@ -47,13 +47,11 @@ class Device(LogicalDevice):
         without: Iterable[str] = (),
         direct: bool = True,
         timeout: float | None = None,
-        exchange: bool = False,
     ) -> "Device":
         """Opens the device that `choose` picks by `selector`, with every feature of ours that it has.
 
         validation: see `validation_mode`. without: extensions to leave alone. direct: map device memory where all of
-        it can be. timeout: seconds that a wait takes at most; None is 120, or half an hour on a CPU device. exchange:
-        whether it has an `exchange_queue`.
+        it can be. timeout: seconds that a wait takes at most; None is 120, or half an hour on a CPU device.
         Raises NoDeviceError, or VulkanError where the driver fails.
         """
         instance = Instance(validation_mode(validation))
@@ -63,7 +61,7 @@ class Device(LogicalDevice):
             _, physical, family = found[info.index]
             if timeout is None:
                 timeout = CPU_TIMEOUT if info.kind == "cpu" else TIMEOUT
-            families = (family, exchange_family(instance.fn, physical, family)) if exchange else (family,)
+            families = family, exchange_family(instance.fn, physical, family)
             return cls(instance, info, physical, families, direct, timeout)
         except BaseException:
             instance.close()
@@ -74,11 +72,11 @@ class Device(LogicalDevice):
         instance: Instance,
         info: DeviceInfo,
         physical: Any,
-        families: tuple[int, ...],
+        families: tuple[int, int],
         direct: bool,
         timeout: float,
     ):
-        """families: of the queue, and of the exchange queue, if there is to be one, the same or another."""
+        """families: of the queue and of the exchange queue, the same or another."""
         super().__init__(instance, info, physical, tuple(dict.fromkeys(families)))
         self.submit_ms = 0.0  # a program is cut into submissions that take no longer, see `Executable`; 0: it is one
         self.program_lock = threading.RLock()  # held while a program is prepared: its arguments must not be moved
@@ -90,7 +88,7 @@ class Device(LogicalDevice):
             self.check_validation(f"opening {self.info.name}")
             self.queue = Queue(self, timeout, families[0])
             # For transfers beside the work of the first; what it uses and when is up to who submits to it.
-            self.exchange_queue = Queue(self, timeout, families[1], self.queue) if families[1:] else None
+            self.exchange_queue = Queue(self, timeout, families[1], self.queue)
             self.memory = Memory(self.queue, direct)
             self.memory.staging = Staging(self.memory, self.pooled_recorder)
         except BaseException:
@@ -217,8 +215,7 @@ class Device(LogicalDevice):
             self.closed = True
         _open_devices.discard(self)
         try:
-            if self.exchange_queue:
-                self.exchange_queue.wait_idle()
+            self.exchange_queue.wait_idle()
             self.queue.wait_idle()
         except DeviceLostError:
             # The objects of a lost device may and must still be destroyed, once the driver lets go of its work: it
@@ -229,7 +226,7 @@ class Device(LogicalDevice):
             self.fn = vulkan.ClosedFunctions(self.info.name)
             return
         self.memory.close()
-        for queue in filter(None, (self.queue, self.exchange_queue)):
+        for queue in (self.queue, self.exchange_queue):
             queue.forget_retired()
         self._destroy()
         try:
@@ -251,7 +248,7 @@ class Device(LogicalDevice):
         self.closed = True
         self.fn = vulkan.ClosedFunctions(self.info.name)
         self._lock = threading.Lock()  # a thread that did not come along may hold it
-        for queue in filter(None, (self.queue, self.exchange_queue)):
+        for queue in (self.queue, self.exchange_queue):
             queue.disown()
 
     def __enter__(self) -> "Device":
@@ -265,17 +262,6 @@ class Device(LogicalDevice):
 
 
 _open_devices: set[Device] = set()
-_default: Device | None = None
-_default_lock = threading.Lock()
-
-
-def default_device(exchange: bool = False) -> Device:
-    """The device that this process shares, opened on first use as VK_KERNELS_DEVICE says; again after a close."""
-    global _default
-    with _default_lock:
-        if _default is None or _default.closed:
-            _default = Device.open(exchange=exchange)
-        return _default
 
 
 @atexit.register
