@@ -2,7 +2,7 @@
 
 import pytest
 
-from vk_kernels.runtime.hazards import PendingAccesses
+from vk_kernels.runtime.hazards import PendingAccesses, waiting_first
 
 A, B, ACROSS, ELSEWHERE = ("m", 0, 8), ("m", 8, 16), ("m", 4, 12), ("n", 0, 16)
 NOTHING = ((), (), ())
@@ -33,3 +33,10 @@ def test_accesses_that_conflict_are_found(before, after, expected):
     assert pending.conflict(*after) == expected
     pending.clear()
     assert not pending.conflict(*after)
+
+
+def test_of_a_stage_those_commands_come_first_that_wait_for_the_stage_before():
+    x, y, z = (("arena", 16 * i, 16 * i + 16) for i in range(3))
+    alone, reader = ([], [y], []), ([x], [z], [])
+    assert waiting_first([[([], [x], [])], [alone, reader, reader]]) == [[0], [1, 2, 0]]
+    assert waiting_first([[([], [x], [])], [alone], [reader]]) == [[0], [0], [0]]  # a stage that waits for nothing

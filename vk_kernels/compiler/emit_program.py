@@ -24,7 +24,8 @@ from vk_kernels.compiler.op_call import describe_call, make_plan
 from vk_kernels.compiler.partition import Partition, Step
 from vk_kernels.errors import FeatureError
 from vk_kernels.runtime.dispatch_plan import kernel_of
-from vk_kernels.runtime.program import BufferSlice, Command, Program
+from vk_kernels.runtime.hazards import Accesses, waiting_first
+from vk_kernels.runtime.program import BufferSlice, Command, Program, command_accesses
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.device import Device
@@ -67,7 +68,7 @@ def _commands(
     planned: Sequence[PlannedStep], stages: Sequence[Sequence[int]], slices: Mapping[Hashable, BufferSlice]
 ) -> list[Command]:
     """All dispatches, stage after stage."""
-    ordered = []
+    by_stage: dict[int, list[tuple[Command, Accesses]]] = {}
     for index, (step, own_stages) in enumerate(zip(planned, stages, strict=True)):
         memory = memory_of(index, step)
         flops = step_flops(step.step, {memory[i] for dispatch in step.dispatches for i in dispatch.operands})
@@ -82,8 +83,11 @@ def _commands(
                 0 if number else flops,
                 dispatch.disjoint_writes,
             )
-            ordered.append((stage, command))
-    return [command for _, command in sorted(ordered, key=lambda item: item[0])]
+            accesses = command_accesses(command.operands, dispatch.writes, command.disjoint_writes)
+            by_stage.setdefault(stage, []).append((command, accesses))
+    found = [by_stage[stage] for stage in sorted(by_stage)]
+    orders = waiting_first([accesses for _, accesses in commands] for commands in found)
+    return [commands[i][0] for commands, order in zip(found, orders, strict=True) for i in order]
 
 
 def _plan(step: Step, device: "Device") -> PlannedStep:

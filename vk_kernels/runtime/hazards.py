@@ -9,6 +9,8 @@ from collections.abc import Hashable, Iterable, Sequence
 
 # (which memory, first byte, the byte after the last)
 Range = tuple[Hashable, int, int]
+# What a command reads, what it writes alone, and what disjointly
+Accesses = tuple[Sequence[Range], Sequence[Range], Sequence[Range]]
 
 
 class _Spans:
@@ -61,3 +63,19 @@ class PendingAccesses:
         """Forgets all: there is a barrier."""
         for spans in (self._read, self._written, self._written_disjointly):
             spans.clear()
+
+
+def waiting_first(stages: Iterable[Sequence[Accesses]]) -> list[list[int]]:
+    """The order of the commands of each stage in which those come first that a barrier must come before.
+
+    A command before the barrier would run in the stage before, where a long one may be what all the others wait for.
+    """
+    pending, orders = PendingAccesses(), []
+    for commands in stages:
+        waits = [pending.conflict(*accesses) for accesses in commands]
+        orders.append(sorted(range(len(commands)), key=lambda i: not waits[i]))
+        if any(waits):
+            pending.clear()
+        for accesses in commands:
+            pending.add(*accesses)
+    return orders

@@ -11,7 +11,7 @@ import numpy as np
 
 from vk_kernels.runtime import dispatch_plan
 from vk_kernels.runtime.array_spec import ArraySpec
-from vk_kernels.runtime.hazards import PendingAccesses, Range
+from vk_kernels.runtime.hazards import Accesses, PendingAccesses, Range
 
 
 class BufferSlice(NamedTuple):
@@ -77,17 +77,22 @@ def find_barriers(
     """
     found, pending = [], PendingAccesses()
     for places, writes, own in zip(operands, writable, disjoint_writes or [()] * len(operands), strict=True):
-        ranges = list(map(_range, places))
-        numbers = range(len(ranges))
-        # A kernel may read what it writes, but not what others write beside it.
-        reads = [ranges[i] for i in numbers if i not in own]
-        alone = [ranges[i] for i in numbers if writes[i] and i not in own]
-        disjoint = [ranges[i] for i in own]
-        found.append(pending.conflict(reads, alone, disjoint))
+        accesses = command_accesses(places, writes, own)
+        found.append(pending.conflict(*accesses))
         if found[-1]:
             pending.clear()
-        pending.add(reads, alone, disjoint)
+        pending.add(*accesses)
     return found
+
+
+def command_accesses(
+    operands: Sequence[BufferSlice], writable: Sequence[bool], disjoint_writes: Sequence[int]
+) -> Accesses:
+    """What a command does to memory; it may read what it writes, but not what others write beside it."""
+    ranges = list(map(_range, operands))
+    numbers = [i for i in range(len(ranges)) if i not in disjoint_writes]
+    reads, alone = [ranges[i] for i in numbers], [ranges[i] for i in numbers if writable[i]]
+    return reads, alone, [ranges[i] for i in disjoint_writes]
 
 
 def _range(place: BufferSlice) -> Range:
