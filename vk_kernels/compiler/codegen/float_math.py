@@ -246,9 +246,13 @@ class FloatMath:
         n = m.op(Op.F_TO_S, power)
         half = m.op(Op.SHIFT_RIGHT_ARITHMETIC, n, m.constant(1), type=m.u32)
         for part in (half, m.op(Op.I_SUB, n, half)):
-            exponent = m.op(Op.I_ADD, part, m.constant(127))
-            x = self._mul(x, m.from_bits(m.op(Op.SHIFT_LEFT, exponent, m.constant(23))))
+            x = self._mul(x, self._power_of_two(part))
         return x
+
+    def _power_of_two(self, n: Id) -> Id:
+        """2^n, for an integer n of -126 to 127."""
+        m = self._m
+        return m.from_bits(m.op(Op.SHIFT_LEFT, m.op(Op.I_ADD, n, m.constant(127)), m.constant(23)))
 
     def _clamped(self, x: Id, low: float, high: float) -> Id:
         """NaN stays NaN."""
@@ -261,11 +265,13 @@ class FloatMath:
         return self._add(self._fma(self._mul(r, r), self._polynomial(r, _EXP), r), self._c(1))
 
     def exp(self, x: Id) -> Id:
-        x = self._clamped(x, -104, 89)
-        n = self.round_even(self._mul(x, self._c(_LOG2E)))
-        r = self._fma(n, self._c(-_LN2_HIGH), x)
-        r = self._fma(n, self._c(-_LN2_LOW), r)
+        n, r = self._reduced(self._clamped(x, -104, 89))
         return self._scale(self._exp_reduced(r), n)
+
+    def _reduced(self, x: Id) -> tuple[Id, Id]:
+        """(n, r): x = n ln(2) + r, with an integer n and |r| <= ln(2) / 2."""
+        n = self.round_even(self._mul(x, self._c(_LOG2E)))
+        return n, self._fma(n, self._c(-_LN2_LOW), self._fma(n, self._c(-_LN2_HIGH), x))
 
     def exp2(self, x: Id) -> Id:
         x = self._clamped(x, -151, 129)
@@ -366,11 +372,15 @@ class FloatMath:
     # Hyperbolic functions and what is made of exponentials.
 
     def tanh(self, x: Id) -> Id:
+        m = self._m
         size, z = self.abs(x), self._mul(x, x)
         near = self._fma(self._mul(self._polynomial(z, _TANH), z), size, size)
-        e = self.exp(self._add(size, size))
-        far = self._sub(self._c(1), self.div(self._c(2), self._add(e, self._c(1))))
-        return self._with_sign(self._m.select(self._less(size, self._c(0.625)), near, far), x)
+        # 1 from 9.01 on, so that e^2x is a normal number, and e^2x + 1 one that every driver divides by.
+        double = self._add(size, size)
+        n, r = self._reduced(self._or_nan(m.select(self._less(double, self._c(20)), double, self._c(20)), double))
+        e = self._mul(self._exp_reduced(r), self._power_of_two(m.op(Op.F_TO_S, n)))
+        far = self._sub(self._c(1), m.op(Op.F_DIV, self._c(2), self._add(e, self._c(1))))
+        return self._with_sign(m.select(self._less(size, self._c(0.625)), near, far), x)
 
     def logistic(self, x: Id) -> Id:
         return self.div(self._c(1), self._add(self._c(1), self.exp(self.neg(x))))
