@@ -84,13 +84,18 @@ def answers_of(model) -> dict[str, np.ndarray]:
 def import_models(root: Path, names: list[str]) -> None:
     """Reads transformers' models on both backends, then makes and exports models of ours."""
     from gpt_jax.huggingface.donor import read_donor
+    from vk_kernels import BufferSizeError
 
     for name in names:
         folder = root / "models" / name
         donor, expected = read_donor(f"hf:{folder}"), np.load(folder / "answers.npz")
         print(donor.description)
         for backend in ("xla", "vulkan"):
-            found = our_answers(donor.params, dict(donor.model), expected["texts"], backend)
+            try:
+                found = our_answers(donor.params, dict(donor.model), expected["texts"], backend)
+            except BufferSizeError as error:  # the embedding of 124M is larger than a buffer of a software device
+                print(f"import {name}, {backend}: NOT compared: {error}")
+                continue
             compare(f"import {name}, {backend}", found, expected)
     for name, (model, dtype, most) in RUNS.items():
         export_run(root / "exports" / name, model, dtype, most)
