@@ -5,8 +5,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from sources import ROOT, python_files, read_source
 
 # Rooms from the top to the bottom: a module imports from its own room and from those below.
 LIBRARY = ("tools", "ops", "bridge", "compiler", "runtime", "spirv", "errors")
@@ -26,23 +25,19 @@ TRAINER = (
 
 
 def modules() -> dict[str, Path]:
-    files = [file for package in ("vk_kernels", "gpt_jax") for file in (ROOT / package).rglob("*.py")]
+    files = python_files("vk_kernels", "gpt_jax")
     return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
 def imports_of(file: Path, known: dict[str, Path]) -> set[str]:
     """The modules of ours that a file imports, in functions and for annotations too."""
     found = set()
-    nodes: list[ast.AST] = [ast.parse(file.read_text())]
-    while nodes:
-        node = nodes.pop()
+    for node in read_source(file).imports:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in known else str(node.module) for name in names}
-        else:
-            nodes += ast.iter_child_nodes(node)
     return found & set(known)
 
 

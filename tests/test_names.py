@@ -1,10 +1,8 @@
 """A name means one thing: no class, and no module of a package, is called as another is."""
 
-import ast
 from collections import defaultdict
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from sources import ROOT, python_files, read_source
 
 # One meaning in two places, or a meaning that its place makes plain.
 CLASSES = {
@@ -24,26 +22,10 @@ MODULES = {
 }
 
 
-def definitions(file: Path) -> set[str]:
-    """The classes and the type aliases of a module."""
-    found = set()
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.Assign):
-            names = {name.id for name in node.targets if isinstance(name, ast.Name)}
-            found |= {name for name in names if name[:1].isupper() and not name.isupper()}
-    return found
-
-
-def files(*packages: str) -> list[Path]:
-    return [file for package in packages for file in sorted((ROOT / package).rglob("*.py"))]
-
-
 def test_no_class_is_called_as_another():
     found = defaultdict(list)
-    for file in files("vk_kernels", "gpt_jax", "benchmarks"):
-        for name in definitions(file):
+    for file in python_files("vk_kernels", "gpt_jax", "benchmarks"):
+        for name in read_source(file).classes:
             found[name].append(str(file.relative_to(ROOT)))
     twice = {name: where for name, where in found.items() if len(where) > 1}
     assert {name: where for name, where in twice.items() if name not in CLASSES} == {}
@@ -54,7 +36,7 @@ def test_no_module_of_a_package_is_called_as_another():
     twice = {}
     for package in ("vk_kernels", "gpt_jax"):
         found = defaultdict(list)
-        for file in files(package):
+        for file in python_files(package):
             if file.name != "__init__.py":
                 found[file.stem].append(str(file.relative_to(ROOT)))
         twice |= {name: where for name, where in found.items() if len(where) > 1}
