@@ -20,10 +20,10 @@ def write_untrained_run(folder: Path, steps: int = 2, **changes) -> Path:
     folder.mkdir(parents=True)
     write_json(folder / CONFIG_FILE, config.to_dict())
     save(train_tokenizer(["a question and an answer, another question"] * 3, 270), folder / "tokenizer.json")
-    model = GPT(ModelConfig.from_config(config.model))
+    model, init = GPT(ModelConfig.from_config(config.model)), jax.jit(init_params, static_argnums=0)
     with Checkpointer(folder / CHECKPOINTS, keep_last=steps, keep_every=None) as checkpointer:
         for step in range(1, steps + 1):
-            params = jax.jit(init_params, static_argnums=(0, 1))(model, step)
+            params = init(model, step)
             checkpointer.save(step, {"params": params}, {}, validation_loss=float(step))
     return folder
 

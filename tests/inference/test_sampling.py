@@ -221,9 +221,10 @@ def test_a_token_depends_on_its_text_alone_and_no_value_compiles_anew():
 def test_tokens_are_counted_as_they_come():
     texts = Texts(*(np.int32([9, 9]) for _ in range(3)), seen=seen_in_prompts([[1, 1, 2], []], 4))
     controls, seeds = make_controls([SamplingOptions(temperature=0)] * 2), np.zeros(2, np.uint32)
+    step = jax.jit(draw_next)
     for tokens in ([1, 3], [1, 3], [0, 2]):
         logits = np.eye(4, dtype=np.float32)[tokens]
-        drawn, texts = draw_next(logits, texts, np.zeros((2, 0), np.int32), seeds, controls)
+        drawn, texts = step(logits, texts, np.zeros((2, 0), np.int32), seeds, controls)
         assert drawn.tokens.tolist() == texts.tokens.tolist() == tokens
     counted = [[GENERATED, IN_PROMPT + 2 * GENERATED, IN_PROMPT, 0], [0, 0, GENERATED, 2 * GENERATED]]
     assert texts.seen.tolist() == counted

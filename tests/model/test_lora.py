@@ -52,6 +52,12 @@ def losses(params, config: ModelConfig):
 
 
 @functools.cache
+def losses_of(backend: str, config: ModelConfig):
+    """`losses` of parameters, compiled once for all tests."""
+    return jit(backend, lambda params: losses(params, config))
+
+
+@functools.cache
 def parameters(config: ModelConfig):
     """Random numbers of the model's shapes; B of adapters is zero, as at first."""
     shapes = jax.eval_shape(lambda: init_params(GPT(config), 0))
@@ -115,8 +121,8 @@ def test_the_first_step_is_the_donors(backend, dtype):
     """The same bits in f32; in bfloat16 GELU may read what is rounded once more than where there is no adapter."""
     plain = dataclasses.replace(BASE, dtype=dtype)
     params = parameters(with_lora())
-    expected = jit(backend, lambda p: losses(p, plain))(merge_adapters(params, 1.0))
-    found = jit(backend, lambda p: losses(p, with_lora(plain)))(params)
+    expected = losses_of(backend, plain)(merge_adapters(params, 1.0))
+    found = losses_of(backend, with_lora(plain))(params)
     if dtype == "float32":
         np.testing.assert_array_equal(found, expected)
     else:
@@ -158,8 +164,8 @@ def test_merged_is_unmerged_within_rounding(backend, remat):
     params = trained(parameters(with_lora()))
     merged = merge_adapters(params, LORA.scale)
     assert not any(map(is_adapter, named_leaves(merged)))
-    found = jit(backend, lambda p: losses(p, config))(params)
-    plain = jit(backend, lambda p: losses(p, BASE))
+    found = losses_of(backend, config)(params)
+    plain = losses_of(backend, BASE)
     expected, base = np.asarray(plain(merged)), np.asarray(plain(merge_adapters(params, 0.0)))
     assert np.abs(expected - base).max() > 0.01
     np.testing.assert_allclose(found, expected, rtol=2e-5)
