@@ -4,6 +4,7 @@ import atexit
 import importlib.metadata
 import os
 import shutil
+import sys
 import tempfile
 
 # Before jax is imported: the processor only, in two pieces, so that code which assumes one device shows.
@@ -23,3 +24,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.mkdtemp(prefix="compiled-")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+# Python's bytecode is kept too, whatever PYTHONDONTWRITEBYTECODE says: without it each worker takes ten seconds to
+# compile hypothesis and the tests, with pytest's assertions, and each command a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False

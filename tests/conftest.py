@@ -3,10 +3,10 @@
 import compilers  # noqa: F401 first of all: it sets variables that jax and lavapipe read
 
 # isort: split
+import gc
 import os
 from collections.abc import Iterator
 
-import jax
 import pytest
 from vulkan_devices import SELECTOR, layer_skip_reason, skip_reason
 
@@ -15,7 +15,7 @@ from vk_kernels.runtime import device
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.instance import layer_installed
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.disable()  # until all is imported: a quarter of the time goes by looking for garbage that there is not
 
 
 def _validate() -> bool:
@@ -44,6 +44,25 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """VK_KERNELS_REQUIRE=1, as in CI: no driver or no validation layer ends the tests, which would be skipped else."""
     if os.environ.get("VK_KERNELS_REQUIRE") and layer_skip_reason():
         raise pytest.UsageError(f"VK_KERNELS_REQUIRE is set: {layer_skip_reason()}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Workers begin with one stretch of the tests each, where not told otherwise: a module's fixtures are made once."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
+
+
+def pytest_collection() -> None:
+    """JAX is for what collects tests: xdist's own process only hands them out, and is spared the import."""
+    import jax
+
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a million objects that stay, in which no collection looks for garbage again
+    gc.enable()
 
 
 # Files that take long: scripts/test.sh hands out files in this order, and one that began last would run alone.
@@ -110,5 +129,7 @@ def no_validation_messages():
 @pytest.fixture
 def strict_dtypes():
     """No implicit promotion between dtypes. Not for tests that call optax, which promotes."""
+    import jax
+
     with jax.numpy_dtype_promotion("strict"):
         yield
