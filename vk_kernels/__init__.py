@@ -62,6 +62,8 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "jit":
+        importlib.import_module("vk_kernels.ops")  # registers the kernels that it takes for what functions compute
     module, _, attribute = _LAZY[name].partition(":")
     found = importlib.import_module(module)
     return getattr(found, attribute) if attribute else found

@@ -32,6 +32,11 @@ EpilogueRule = Callable[[Node, Node], tuple[Node, Node] | None]
 # when its own results are needed, and the nodes that they are then. read: the values that somebody reads.
 SplitRule = Callable[["DeviceInfo", Sequence[Node], Collection[Operand]], Mapping[Node, Sequence[Node]]]
 
+# select(info, node, makers, single): the nodes that do what a node of a JAX primitive does; None: it is generated.
+# makers: the node that gives each value. single: the only reader of each value that has one and is no output; the nodes
+# may give that one's results instead.
+Selection = Callable[["DeviceInfo", Node, Mapping[Any, Node], Mapping[Any, Node]], Sequence[Node] | None]
+
 # flops(node): the useful floating-point operations, 2 for each multiplication of a product; of each result, where some
 # may be left out because nobody reads them.
 Flops = Callable[[Node], int | tuple[int, ...]]
@@ -75,11 +80,22 @@ class KernelOp:
 
 
 _ops: dict[str, KernelOp] = {}
+_selections: dict[str, Selection] = {}
 
 
 def register_op(name: str, op: KernelOp) -> None:
     """Makes `name` the kernel op `op`."""
     _ops[name] = op
+
+
+def register_selection(primitive: str, select: Selection) -> None:
+    """Has `select` say which of a JAX primitive's nodes kernel ops take over."""
+    _selections[primitive] = select
+
+
+def selection_of(primitive: str) -> Selection | None:
+    """The function that says which of a primitive's nodes kernel ops take over; None: they take over none."""
+    return _selections.get(primitive)
 
 
 def kernel_op(name: str) -> KernelOp | None:

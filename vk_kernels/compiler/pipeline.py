@@ -12,6 +12,7 @@ from vk_kernels.compiler.partition import MOST_REDUCTIONS, partition
 from vk_kernels.compiler.passes.fuse_epilogue import fuse_epilogues
 from vk_kernels.compiler.passes.fuse_forward_backward import fuse_forward_backward
 from vk_kernels.compiler.passes.rematerialize import rematerialize
+from vk_kernels.compiler.passes.select_kernels import select_kernels
 from vk_kernels.compiler.passes.simplify import simplify
 from vk_kernels.compiler.passes.split_ops import split_ops
 from vk_kernels.compiler.roots import MOST_BUFFERS
@@ -42,5 +43,6 @@ def compile_graph(graph: Graph, device: "Device", donated: Sequence[bool]) -> Pr
     buffers = min(MOST_BUFFERS, device.limits.storage_buffers)
     # lavapipe takes minutes to compile a kernel with 32 reductions.
     reductions = 4 if device.info.kind == "cpu" else MOST_REDUCTIONS
+    graph = select_kernels(graph, device.info)  # primitives of which kernels ship: these, where they are faster
     graph = split_ops(graph, device.info)  # results that are needed at other times are made by ops of their own
     return make_program(partition(graph, buffers, reductions), device, donated)

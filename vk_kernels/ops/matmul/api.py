@@ -4,9 +4,10 @@ import jax.numpy as jnp
 
 from vk_kernels.bridge.differentiable import make_differentiable
 from vk_kernels.bridge.primitive import make_primitive
-from vk_kernels.compiler.op_registry import KernelOp
+from vk_kernels.compiler.op_registry import KernelOp, register_selection
 from vk_kernels.compiler.passes.fuse_epilogue import with_operands
 from vk_kernels.ops.dropout import drawing_of
+from vk_kernels.ops.matmul.dot_general import select_product
 from vk_kernels.ops.matmul.gradient_parts import split_gradients
 from vk_kernels.ops.matmul.planner import plan_matmul_backward, plan_matmul_forward, product_flops
 from vk_kernels.ops.matmul.reference import (
@@ -16,6 +17,8 @@ from vk_kernels.ops.matmul.reference import (
     matmul_rule,
 )
 from vk_kernels.ops.public import as_rows, check_arrays, present, public
+
+register_selection("dot_general", select_product)
 
 
 def _slope_into_product(before, after):

@@ -1,0 +1,236 @@
+"""Products of a user's own function (`x @ w`, `einsum`, their gradients) by the kernels of `gemm`.
+
+The axes of an operand are of three kinds: b, the batch, of both operands and the result; k, which products are added up
+along; f, free, of one operand and the result. Those of a kind that lie side by side are one, and then a word says how
+the operand lies, as a matrix or a batch of them: `fk`, `kf`, `bfk`, `bkf`, `fbk` or `kbf`. What lies otherwise is
+brought into order first, by a generated kernel that reads it once.
+
+The result is (b, f of the left, f of the right). Where its only reader exchanges the latter two, as in the gradient of
+x @ w, the product is made the other way round.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from vk_kernels.compiler.ir import Node, Operand, Value
+from vk_kernels.compiler.op_call import CallSite, encode_call
+from vk_kernels.compiler.op_registry import KernelOp, register_op
+from vk_kernels.ops.matmul.few_rows import FewRows, plan_few_rows
+from vk_kernels.ops.matmul.gemm import BF16, F32, Matrix, matrix, plan_gemm
+from vk_kernels.ops.planning import planner
+from vk_kernels.runtime.array_spec import ArraySpec
+from vk_kernels.runtime.dispatch_plan import Plan
+from vk_kernels.runtime.kernel import manifest
+
+if TYPE_CHECKING:
+    from vk_kernels.runtime.physical_device import DeviceInfo
+
+# Multiplications from which on a product is worth a dispatch of its own. A smaller one takes no longer than that, and
+# in a generated kernel the elementwise work on its operands and products beside it are part of the same dispatch.
+LEAST_MULTIPLICATIONS = 1 << 18
+
+_LEAST_OF_BATCH = 16 * 16  # elements of each matrix of a batch: of smaller ones most of a tile would be empty
+
+_OP = "matrix_product"
+
+
+class _Axis(NamedTuple):
+    """An axis of more than one element. number: its place among the operand's or the result's axes of its kind."""
+
+    kind: str
+    number: int
+    size: int
+
+
+class _Side(NamedTuple):
+    """An operand: a value, its axes (also those of one element) and its word, '' where it has none."""
+
+    value: Operand
+    axes: tuple[_Axis, ...]
+
+    @property
+    def word(self) -> str:
+        kinds, last = "", None
+        for axis in self.axes:
+            if axis.size > 1:
+                kinds += axis.kind if last is None or axis.kind != last.kind or axis.number < last.number else ""
+                last = axis
+        if len(set(kinds)) < len(kinds) or (kinds.endswith("b") and kinds != "b"):
+            return ""
+        if "f" not in kinds:
+            kinds = kinds.replace("k", "fk") if "k" in kinds else f"{kinds}f"
+        return kinds if "k" in kinds else kinds.replace("f", "kf")
+
+    def size(self, kind: str) -> int:
+        return math.prod(axis.size for axis in self.axes if axis.kind == kind)
+
+    def transposed(self, permutation: Sequence[int], of: Operand) -> "_Side":
+        """The array that this one is the transpose of."""
+        axes = dict(zip(permutation, self.axes, strict=True))
+        return _Side(of, tuple(axes[i] for i in range(len(axes))))
+
+
+def select_product(
+    info: "DeviceInfo", node: Node, makers: Mapping[Value, Node], single: Mapping[Value, Node]
+) -> list[Node] | None:
+    """The nodes of a dot_general, its only reader among them where that is made with it; None: it is generated."""
+    if not _suits(info, node):
+        return None
+    left, right = min(_readings(node, makers), key=_bytes_to_order)
+    if left.size("b") > 1 and left.size("f") * right.size("f") < _LEAST_OF_BATCH:
+        return None
+    result = node.outputs[0]
+    reader = single.get(result)
+    if reader is not None and reader.op == "transpose" and _exchanges(reader.params["permutation"], left, right):
+        left, right, result = right, left, reader.outputs[0]
+    elif right.size("f") == 1:  # the same array, and one row is made faster than one column
+        left, right = right, left
+    nodes: list[Node] = []
+    left, right = (_ordered(side, kinds, node, nodes) for side, kinds in ((left, "bfk"), (right, "bkf")))
+    operands = [_reshaped(side.value, [side.size(kind) for kind in side.word], node, nodes) for side in (left, right)]
+    batch = (left.size("b"),) if "b" in left.word else ()
+    shape = (*batch, left.size("f"), right.size("f"))
+    made = result if result.shape == shape else Value(shape, result.dtype)
+    params = {"left": left.word, "right": right.word}
+    call = encode_call(_OP, params, CallSite()).encode()
+    product = Node(_OP, tuple(operands), (made,), params, node.source, node.scope, call)
+    nodes += [product] if made is result else [product, _reshape(made, result, node)]
+    return nodes if _runs(info, product) else None
+
+
+def _suits(info: "DeviceInfo", node: Node) -> bool:
+    """Whether there are kernels for operands of these types, and the product is worth one."""
+    (x, y), out = node.inputs, node.outputs[0]
+    if not isinstance(x, Value) or not isinstance(y, Value):
+        return False
+    if x.dtype != y.dtype or x.dtype not in (F32, BF16) or out.dtype not in (F32, x.dtype):
+        return False
+    axes = node.params["dimension_numbers"][0][0]
+    multiplications = out.size * math.prod(x.shape[axis] for axis in axes)
+    # What a generated kernel makes as it goes, like a matrix of ones and zeros, is stored here.
+    most = info.limits.storage_buffer_range
+    return multiplications >= LEAST_MULTIPLICATIONS and max(x.nbytes, y.nbytes, out.nbytes) <= most
+
+
+def _readings(node: Node, makers: Mapping[Value, Node]) -> Iterator[tuple[_Side, _Side]]:
+    """The operands as they may be read: their axes along k in the order of either of them, and before transposes."""
+    contracted, batch = node.params["dimension_numbers"]
+    for order in dict.fromkeys(tuple(sorted(range(len(axes)), key=axes.__getitem__)) for axes in contracted):
+        sides = []
+        for x, along, shared in zip(node.inputs, contracted, batch, strict=True):
+            free = iter(range(len(x.shape)))
+            axes = []
+            for i, size in enumerate(x.shape):
+                if i in along:
+                    axes.append(_Axis("k", order.index(along.index(i)), size))
+                elif i in shared:
+                    axes.append(_Axis("b", shared.index(i), size))
+                else:
+                    axes.append(_Axis("f", next(free), size))
+            sides.append(_best_source(_Side(x, tuple(axes)), makers))
+        yield sides[0], sides[1]
+
+
+def _best_source(side: _Side, makers: Mapping[Value, Node]) -> _Side:
+    """The first of an operand and the arrays that it is transposed from that has a word; if none has, the first."""
+    sources = [side]
+    while (maker := makers.get(sources[-1].value)) is not None and maker.op == "transpose":
+        sources.append(sources[-1].transposed(maker.params["permutation"], maker.inputs[0]))
+    return next((source for source in reversed(sources) if source.word), sources[-1])
+
+
+def _bytes_to_order(sides: tuple[_Side, _Side]) -> int:
+    return sum(0 if side.word else side.value.nbytes for side in sides)
+
+
+def _exchanges(permutation: Sequence[int], left: _Side, right: _Side) -> bool:
+    """Whether a transpose of the result only has the free axes of the right operand before those of the left one."""
+    batch = sorted(axis for axis in left.axes if axis.kind == "b")
+    frees = [sorted(axis for axis in side.axes if axis.kind == "f") for side in (left, right)]
+    axes = [*batch, *frees[0], *frees[1]]
+    numbers = [number for number in permutation if axes[number].size > 1]
+    first, second = len(batch), len(batch) + len(frees[0])
+    exchanged = (*range(first), *range(second, len(axes)), *range(first, second))
+    return numbers == [number for number in exchanged if axes[number].size > 1]
+
+
+def _ordered(side: _Side, kinds: str, node: Node, nodes: list[Node]) -> _Side:
+    """An operand that has a word; adds the transpose that it takes."""
+    if side.word:
+        return side
+    order = sorted(range(len(side.axes)), key=lambda i: (kinds.index(side.axes[i].kind), side.axes[i].number))
+    axes = tuple(side.axes[i] for i in order)
+    value = Value(tuple(axis.size for axis in axes), side.value.dtype)
+    params = {"permutation": tuple(order)}
+    nodes.append(Node("transpose", (side.value,), (value,), params, node.source, node.scope))
+    return _Side(value, axes)
+
+
+def _reshaped(x: Operand, shape: Sequence[int], node: Node, nodes: list[Node]) -> Operand:
+    if x.shape == tuple(shape):
+        return x
+    value = Value(tuple(shape), x.dtype)
+    nodes.append(_reshape(x, value, node))
+    return value
+
+
+def _reshape(x: Operand, result: Value, node: Node) -> Node:
+    return Node("reshape", (x,), (result,), {"new_sizes": result.shape, "dimensions": None}, node.source, node.scope)
+
+
+def _runs(info: "DeviceInfo", node: Node) -> bool:
+    """Whether a device has what the kernels of a product take."""
+    plan = plan_product(info, [x.spec for x in node.inputs], [x.spec for x in node.outputs], **node.params)
+    names = (f"{dispatch.kernel}.{dispatch.variant}" for dispatch in plan.dispatches)
+    has_features = all(set(manifest()[name]["features"]) <= info.features.names for name in names)
+    return has_features and max(plan.scratch, default=0) <= info.limits.storage_buffer_range
+
+
+@planner
+def plan_product(
+    info: "DeviceInfo",
+    inputs: Sequence[ArraySpec],
+    outputs: Sequence[ArraySpec],
+    *,
+    left: str,
+    right: str,
+    variant: str | None = None,
+) -> Plan:
+    """inputs: the operands, which lie as the words `left` and `right` say; outputs: (b, f of the left, f of the right).
+
+    variant: of `plan_gemm`, which also says what is raised.
+    """
+    x, y = inputs
+    *batch, rows, columns = outputs[0].shape
+    if not batch and (left, right) == ("fk", "fk") and outputs[0].dtype == x.dtype and variant in (None, "plain"):
+        plan = plan_few_rows(info, x, y, FewRows(0, 1, 2, None, None, None, False))
+        if plan is not None:
+            return plan
+    return plan_gemm(
+        info,
+        _matrix(0, x, left),
+        _matrix(1, y, right),
+        matrix(2, outputs[0].dtype, rows, columns),
+        transpose_a=left.endswith("f"),
+        transpose_b=right.endswith("k"),
+        batch=math.prod(batch),
+        scratch=3,
+        variant=variant,
+    )
+
+
+def _matrix(operand: int, array: ArraySpec, word: str) -> Matrix:
+    """An operand as the matrices of its last axis and of the other one that is no batch."""
+    strides = {kind: math.prod(array.shape[i + 1 :]) for i, kind in enumerate(word)}
+    sizes = dict(zip(word, array.shape, strict=True))
+    *_, rows, columns = (kind for kind in word if kind != "b")
+    stride, batch_stride = strides[rows], strides.get("b", 0)
+    return Matrix(operand, array.dtype, sizes[rows], sizes[columns], stride, batch_stride=batch_stride)
+
+
+def _flops(node: Node) -> int:
+    return 2 * node.outputs[0].size * node.inputs[0].shape[node.params["left"].index("k")]
+
+
+register_op(_OP, KernelOp(plan_product, flops=_flops))
