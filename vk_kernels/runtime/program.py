@@ -88,7 +88,7 @@ def find_barriers(
 def command_accesses(
     operands: Sequence[BufferSlice], writable: Sequence[bool], disjoint_writes: Sequence[int]
 ) -> Accesses:
-    """What a command does to memory; it may read what it writes, but not what others write beside it."""
+    """A command's accesses to memory; it may read what it writes, but not what others write beside it."""
     ranges = list(map(_range, operands))
     numbers = [i for i in range(len(ranges)) if i not in disjoint_writes]
     reads, alone = [ranges[i] for i in numbers], [ranges[i] for i in numbers if writable[i]]
