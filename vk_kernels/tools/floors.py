@@ -103,7 +103,7 @@ def product_rate(device: Device, dtype: str, repeats: int, warm: float = 0.1) ->
 
 
 def large_product(device: Device, dtype: str) -> tuple[Any, list[Any]]:
-    """A product by the kernels of products, and its square matrices; of `x @ w` it would be a generated kernel's."""
+    """A product by the kernels of products, and its square matrices."""
     n = 256 if device.info.kind == "cpu" else 4096
     index = str(device.info.index)
     operands = [device_put(random_array(ArraySpec((n, n), np.dtype(dtype)), 1), index) for _ in range(2)]
