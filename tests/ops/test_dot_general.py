@@ -51,6 +51,12 @@ LAYOUTS = {
     "mbk,kbn->bmn": ((41, 3, 50), (50, 3, 45), []),  # the batch between
     "bk,bkn->bn": ((3, 300), (3, 300, 310), []),
     "btd,bsd->bts one": ((1, 65, 70), (1, 67, 70), []),
+    "bmk,bkn->mbn": ((3, 41, 50), (3, 50, 45), []),
+    "bmk,bkn->nbm": ((3, 41, 50), (3, 50, 45), []),
+    "td,edf->etf": ((41, 50), (3, 50, 45), []),  # a batch of one operand alone
+    "td,edf->tef": ((41, 50), (3, 50, 45), []),
+    "edt,df->etf": ((3, 50, 41), (50, 45), []),
+    "td,dfe->tfe": ((41, 50), (50, 45, 3), []),
     "bthd,bshd->bhts": ((2, 41, 3, 30), (2, 45, 3, 30), ["transpose"]),
     "mkb,knb->bmn": ((41, 50, 3), (50, 45, 3), ["transpose"]),
 }
@@ -119,7 +125,7 @@ def test_gradients_and_second_derivatives_are_products_too():
 
 @pytest.mark.parametrize(
     ("axes", "beside"),
-    [((0, 0), 0), ((0, None), 0), ((1, 0), 0), ((2, 2), 1), ((None, 0), 2)],  # of matrices of w, their result's too
+    [((0, 0), 0), ((0, None), 0), ((None, 0), 0), ((1, 0), 0), ((2, 2), 1)],
 )
 def test_under_vmap(axes, beside):
     x, w = normal(41, 50), normal(50, 45, seed=1)

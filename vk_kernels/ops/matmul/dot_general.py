@@ -3,10 +3,11 @@
 The axes of an operand are of three kinds: b, the batch, of both operands and the result; k, which products are added up
 along; f, free, of one operand and the result. Those of a kind that lie side by side are one, and then a word says how
 the operand lies, as a matrix or a batch of them: `fk`, `kf`, `bfk`, `bkf`, `fbk` or `kbf`. What lies otherwise is
-brought into order first, by a generated kernel that reads it once.
+brought into order first, by a generated kernel that reads it once; but free axes before those along k may be a batch
+of this operand alone, as of many w for one x.
 
-The result is (b, f of the left, f of the right). Where its only reader exchanges the latter two, as in the gradient of
-x @ w, the product is made the other way round.
+The result is (b, f of the left, f of the right). Where its only reader transposes it, the product is made as that has
+it: the other way round in the gradient of x @ w, or with the batch between, `fbf`.
 """
 
 import math
@@ -17,7 +18,7 @@ from vk_kernels.compiler.ir import Node, Operand, Value
 from vk_kernels.compiler.op_call import CallSite, encode_call
 from vk_kernels.compiler.op_registry import KernelOp, register_op
 from vk_kernels.ops.matmul.few_rows import FewRows, plan_few_rows
-from vk_kernels.ops.matmul.gemm import BF16, F32, Matrix, matrix, plan_gemm
+from vk_kernels.ops.matmul.gemm import BF16, F32, Matrix, plan_gemm
 from vk_kernels.ops.planning import planner
 from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.dispatch_plan import Plan
@@ -65,6 +66,14 @@ class _Side(NamedTuple):
     def size(self, kind: str) -> int:
         return math.prod(axis.size for axis in self.axes if axis.kind == kind)
 
+    def with_own_batch(self) -> "_Side | None":
+        """The operand with its free axes before those along k as a batch; None where that gives it no word."""
+        first = next((i for i, axis in enumerate(self.axes) if axis.kind == "k" and axis.size > 1), 0)
+        before = (axis._replace(kind="b") if axis.kind == "f" else axis for axis in self.axes[:first])
+        side = _Side(self.value, (*before, *self.axes[first:]))
+        kinds = [axis.kind for axis in sorted(side.axes, key=lambda axis: axis.number) if axis.kind != "k"]
+        return side if side.word and kinds == sorted(kinds) else None  # the result has the batch first, too
+
     def transposed(self, permutation: Sequence[int], of: Operand) -> "_Side":
         """The array that this one is the transpose of."""
         axes = dict(zip(permutation, self.axes, strict=True))
@@ -77,22 +86,20 @@ def select_product(
     """The nodes of a dot_general, its only reader among them where that is made with it; None: it is generated."""
     if not _suits(info, node):
         return None
-    left, right = min(_readings(node, makers), key=_bytes_to_order)
-    if left.size("b") > 1 and left.size("f") * right.size("f") < _LEAST_OF_BATCH:
+    left, right, order = _with_own_batch(*min(_readings(node, makers), key=_bytes_to_order))
+    batch = max(left.size("b"), right.size("b"))
+    if batch > 1 and left.size("f") * right.size("f") < _LEAST_OF_BATCH:
         return None
-    result = node.outputs[0]
-    reader = single.get(result)
-    if reader is not None and reader.op == "transpose" and _exchanges(reader.params["permutation"], left, right):
-        left, right, result = right, left, reader.outputs[0]
-    elif right.size("f") == 1:  # the same array, and one row is made faster than one column
+    result, order = _result(node, single, left, right, order)
+    if order in ("brl", "rbl") or (order == "blr" and right.size("f") == 1):  # one row is made faster than one column
         left, right = right, left
     nodes: list[Node] = []
     left, right = (_ordered(side, kinds, node, nodes) for side, kinds in ((left, "bfk"), (right, "bkf")))
     operands = [_reshaped(side.value, [side.size(kind) for kind in side.word], node, nodes) for side in (left, right)]
-    batch = (left.size("b"),) if "b" in left.word else ()
-    shape = (*batch, left.size("f"), right.size("f"))
+    rows, columns = left.size("f"), right.size("f")
+    shape = (rows, batch, columns) if order[1] == "b" else (*((batch,) if batch > 1 else ()), rows, columns)
     made = result if result.shape == shape else Value(shape, result.dtype)
-    params = {"left": left.word, "right": right.word}
+    params = {"left": left.word, "right": right.word, "result": "fbf" if order[1] == "b" else "bff"[-len(shape) :]}
     call = encode_call(_OP, params, CallSite()).encode()
     product = Node(_OP, tuple(operands), (made,), params, node.source, node.scope, call)
     nodes += [product] if made is result else [product, _reshape(made, result, node)]
@@ -144,15 +151,40 @@ def _bytes_to_order(sides: tuple[_Side, _Side]) -> int:
     return sum(0 if side.word else side.value.nbytes for side in sides)
 
 
-def _exchanges(permutation: Sequence[int], left: _Side, right: _Side) -> bool:
-    """Whether a transpose of the result only has the free axes of the right operand before those of the left one."""
-    batch = sorted(axis for axis in left.axes if axis.kind == "b")
-    frees = [sorted(axis for axis in side.axes if axis.kind == "f") for side in (left, right)]
-    axes = [*batch, *frees[0], *frees[1]]
-    numbers = [number for number in permutation if axes[number].size > 1]
-    first, second = len(batch), len(batch) + len(frees[0])
-    exchanged = (*range(first), *range(second, len(axes)), *range(first, second))
-    return numbers == [number for number in exchanged if axes[number].size > 1]
+def _with_own_batch(left: _Side, right: _Side) -> tuple[_Side, _Side, str]:
+    """The operands, and the order of the result's axes: the batch b, and the free ones l of the left and r."""
+    if left.size("b") == 1 and bool(left.word) != bool(right.word):
+        if not left.word and (found := left.with_own_batch()):
+            return found, right, "blr"
+        if not right.word and (found := right.with_own_batch()):
+            return left, found, "lbr"
+    return left, right, "blr"
+
+
+def _result(node: Node, single: Mapping[Value, Node], left: _Side, right: _Side, order: str) -> tuple[Value, str]:
+    """The value that the product gives, its only reader's where that is made as easily, and the order of its axes."""
+    result = node.outputs[0]
+    reader = single.get(result)
+    if reader is not None and reader.op == "transpose":
+        found = _order_of_result(reader.params["permutation"], left, right, order)
+        if found is not None:
+            return reader.outputs[0], found
+    return result, order
+
+
+def _order_of_result(permutation: Sequence[int], left: _Side, right: _Side, order: str) -> str | None:
+    """The order of the axes of a transpose of the result, whose own is `order`; None: no product is made like that."""
+    shared = max(left, right, key=lambda side: side.size("b"))
+    groups = {
+        letter: sorted((letter, axis) for axis in side.axes if axis.kind == kind)
+        for letter, side, kind in (("b", shared, "b"), ("l", left, "f"), ("r", right, "f"))
+    }
+    axes = [axis for letter in order for axis in groups[letter]]
+    found = [axes[i] for i in permutation if axes[i][1].size > 1]
+    for possible in ("blr", "brl", "lbr", "rbl"):
+        if found == [axis for letter in possible for axis in groups[letter] if axis[1].size > 1]:
+            return possible
+    return None
 
 
 def _ordered(side: _Side, kinds: str, node: Node, nodes: list[Node]) -> _Side:
@@ -195,15 +227,15 @@ def plan_product(
     *,
     left: str,
     right: str,
+    result: str,
     variant: str | None = None,
 ) -> Plan:
-    """inputs: the operands, which lie as the words `left` and `right` say; outputs: (b, f of the left, f of the right).
+    """inputs: the operands; outputs: their product. All lie as the words `left`, `right` and `result` say.
 
     variant: of `plan_gemm`, which also says what is raised.
     """
     x, y = inputs
-    *batch, rows, columns = outputs[0].shape
-    if not batch and (left, right) == ("fk", "fk") and outputs[0].dtype == x.dtype and variant in (None, "plain"):
+    if (left, right, result) == ("fk", "fk", "ff") and outputs[0].dtype == x.dtype and variant in (None, "plain"):
         plan = plan_few_rows(info, x, y, FewRows(0, 1, 2, None, None, None, False))
         if plan is not None:
             return plan
@@ -211,22 +243,22 @@ def plan_product(
         info,
         _matrix(0, x, left),
         _matrix(1, y, right),
-        matrix(2, outputs[0].dtype, rows, columns),
+        _matrix(2, outputs[0], result),
         transpose_a=left.endswith("f"),
         transpose_b=right.endswith("k"),
-        batch=math.prod(batch),
+        batch=outputs[0].shape[result.index("b")] if "b" in result else 1,
         scratch=3,
         variant=variant,
     )
 
 
 def _matrix(operand: int, array: ArraySpec, word: str) -> Matrix:
-    """An operand as the matrices of its last axis and of the other one that is no batch."""
-    strides = {kind: math.prod(array.shape[i + 1 :]) for i, kind in enumerate(word)}
-    sizes = dict(zip(word, array.shape, strict=True))
-    *_, rows, columns = (kind for kind in word if kind != "b")
-    stride, batch_stride = strides[rows], strides.get("b", 0)
-    return Matrix(operand, array.dtype, sizes[rows], sizes[columns], stride, batch_stride=batch_stride)
+    """An array as the matrices of its last axis and of the other one that is no batch; without a batch, one for all."""
+    strides = [math.prod(array.shape[i + 1 :]) for i in range(len(word))]
+    rows, columns = (i for i, kind in enumerate(word) if kind != "b")
+    batch_stride = strides[word.index("b")] if "b" in word else 0
+    sizes = array.shape[rows], array.shape[columns]
+    return Matrix(operand, array.dtype, *sizes, strides[rows], batch_stride=batch_stride)
 
 
 def _flops(node: Node) -> int:
