@@ -3,8 +3,8 @@
     python benchmarks/start.py [--config configs/chat.py] [--set model.dtype=bfloat16] [--trees FOLDER ...] [--turns 3]
     python benchmarks/start.py --cold      the starts that fill the caches too, the first one's with none
 
-Each start is `python -m gpt_jax.main --config.backend=vulkan` in a process of its own, which ends when the metrics of
-step 1 are known. Its parts are taken around the functions that train.py calls, one after another: the times between
+Each start is `python -m gpt_jax.main ... --config.backend=vulkan` in a process of its own, which ends when the metrics
+of step 1 are known. Its parts are taken around the functions that train.py calls, one after another: the times between
 them count for the part that follows, and what a thread does beside them counts where it is waited for. Seconds are of
 the wall; those of the processor, threads included, are beside them. All trees share a folder of caches (kernels, the
 driver's, Python's bytecode, the corpus), which an untimed start of each fills.

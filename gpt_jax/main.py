@@ -34,11 +34,11 @@ from gpt_jax.training.history import why_complete
 from gpt_jax.training.open_settings import fill_in, follow_num_steps, reads_hugging_face
 
 
-def define_flags() -> None:
-    define_config_flag(default=config_of_run)
-    flags.DEFINE_string(
-        "workdir", None, "Run folder; one that exists goes on where it stopped. Default: a new one in runs/."
-    )
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS, arguments: Sequence[str] | None = None) -> None:
+    """Defines `--config` and `--workdir`. arguments: the command line; None: that of this process."""
+    define_config_flag(flag_values, arguments, default=config_of_run)
+    text = "Run folder; one that exists goes on where it stopped. Default: a new one in runs/."
+    flags.DEFINE_string("workdir", None, text, flag_values=flag_values)
 
 
 def config_of_run(arguments: Sequence[str]) -> Path | None:

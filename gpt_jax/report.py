@@ -25,8 +25,9 @@ from gpt_jax.runs.report import make_report, write_files
 from gpt_jax.storage.files import writing
 
 
-def define_flags() -> None:
-    flags.DEFINE_string("out", None, "Folder to write to. Default: the run's own; of several runs the current one.")
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    text = "Folder to write to. Default: the run's own; of several runs the current one."
+    flags.DEFINE_string("out", None, text, flag_values=flag_values)
 
 
 def main(argv: Sequence[str]) -> None:
