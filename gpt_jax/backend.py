@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 import vk_kernels
 from gpt_jax.distributed.placement import OneDevice
-from gpt_jax.distributed.processes import Processes, device_numbers
+from gpt_jax.distributed.processes import ALONE, Processes, device_numbers
 from gpt_jax.distributed.vulkan_devices import VulkanDevices
 from gpt_jax.errors import UserError
 from gpt_jax.runs.info import device_facts, device_peak_bytes
@@ -21,8 +21,6 @@ from vk_kernels.ops.attention.planner import MAX_HEAD_DIM
 from vk_kernels.runtime.instance import validation_mode
 from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.runtime.physical_device import choose, list_devices
-
-ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def _enter_xla(reason: str, stack: contextlib.ExitStack, processes: Processes, s
     if processes.count == 1 and processes.devices:
         numbers = processes.device_numbers(len(devices))
         devices = [devices[number] for number in dict.fromkeys(numbers)]
-    mesh = OnMesh(devices, shard)
+    mesh = OnMesh(devices, shard, processes)
     stack.enter_context(jax.default_device(next(each for each in devices if each.process_index == jax.process_index())))
     facts = facts | {"count": len(devices)}
     return Backend("xla", reason, facts, jax.jit, mesh.put, device_peak_bytes, mesh)

@@ -13,17 +13,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gpt_jax.distributed.fingerprints import agree_on_bits, fingerprints
 from gpt_jax.distributed.placement import OneDevice, Share
+from gpt_jax.distributed.processes import ALONE, Processes
 
 _AXIS = "devices"
+_fingerprints = jax.jit(fingerprints)
 
 
 class OnMesh(OneDevice):
-    """A `OneDevice` of many devices. shard: `config.shard`."""
+    """A `OneDevice` of many devices. shard: `config.shard`. processes: that have them."""
 
-    def __init__(self, devices: Sequence[jax.Device], shard: str) -> None:
+    def __init__(self, devices: Sequence[jax.Device], shard: str, processes: Processes = ALONE) -> None:
         devices = sorted(devices, key=lambda device: (device.process_index, device.id))
         mine = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+        self._processes = processes
         self.share = Share(mine[0], len(mine), len(devices))
         self._mesh = Mesh(np.array(devices), (_AXIS,))
         self._is_split = shard == "fsdp"
@@ -76,6 +80,12 @@ class OnMesh(OneDevice):
     def whole(self, tree: Any) -> Any:
         # One leaf after another, so that no device holds all of a state that is split.
         return jax.tree.map(lambda leaf: np.asarray(self._gathered(leaf).addressable_data(0)), tree)
+
+    def check(self, params: Any, step: int) -> None:
+        if self._processes.count > 1:  # of what is split, each process has another part
+            own = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(params) if leaf.is_fully_replicated]
+            named = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf.addressable_data(0) for p, leaf in own}
+            agree_on_bits(self._processes, _fingerprints(named), step)
 
     def _gathered(self, leaf: jax.Array) -> jax.Array:
         # One after another: of many gathers under way at once the devices of a processor can wait for each other until

@@ -150,6 +150,9 @@ class Processes:
             sys.modules["jax"].distributed.shutdown()  # all are here, so none waits for long
 
 
+ALONE = Processes()
+
+
 def device_numbers(devices: str, available: int) -> tuple[int, ...]:
     """The devices that `config.devices` names. Raises UserError if it names none that are there."""
     try:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from gpt_jax.distributed.fingerprints import agree_on_bits, fingerprints
 from gpt_jax.distributed.placement import OneDevice, Share
 from gpt_jax.distributed.processes import Processes
 from vk_kernels.bridge.host_exchange import HostExchange, Packing
@@ -86,18 +86,7 @@ class VulkanDevices(OneDevice):
         }
 
     def check(self, params: Any, step: int) -> None:
-        sums = jax.tree.leaves_with_path(jax.device_get(_fingerprints(params)))
-        names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in sums)
-        found = {f"{name} after step {step}": int(value) for name, (_, value) in zip(names, sums, strict=True)}
-        self._processes.agree(found)
+        agree_on_bits(self._processes, _fingerprints(params), step)
 
 
-@jit
-def _fingerprints(params: Any) -> Any:
-    """A sum of the bits of each array, by their places, so that any bit that differs shows: uint32 () each."""
-
-    def fingerprint(leaf: jax.Array) -> jax.Array:
-        words = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).reshape(-1)
-        return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
-
-    return jax.tree.map(fingerprint, params)
+_fingerprints = jit(fingerprints)

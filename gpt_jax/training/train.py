@@ -16,14 +16,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from gpt_jax.backend import ALONE, Backend, describe, enter_backend, is_device_error
+from gpt_jax.backend import Backend, describe, enter_backend, is_device_error
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.config import leaves, validate, with_defaults
 from gpt_jax.data import batches, token_cache
 from gpt_jax.data.names import TOKENIZER_FILE
 from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.data.tokenizer import save as save_tokenizer
-from gpt_jax.distributed.processes import Processes
+from gpt_jax.distributed.processes import ALONE, Processes
 from gpt_jax.log import Log
 from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.model.lora import unused_settings

@@ -21,11 +21,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt_jax.backend import ALONE, Backend, describe
+from gpt_jax.backend import Backend, describe
 from gpt_jax.checkpoint import Checkpointer
 from gpt_jax.data import batches, token_cache
 from gpt_jax.data.dialogue import Turn
-from gpt_jax.distributed.processes import Processes
+from gpt_jax.distributed.processes import ALONE, Processes
 from gpt_jax.inference.decoder import Decoder
 from gpt_jax.inference.generate import answer
 from gpt_jax.inference.sampling import SamplingOptions

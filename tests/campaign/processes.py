@@ -1,241 +1,275 @@
 """Several processes of one run: the losses of one device, and what becomes of them when one is lost.
 
-    PYTHONPATH=tests:. python tests/campaign/processes.py FOLDER [--steps 100] [--moments 30] [--only PART]
+    PYTHONPATH=tests:. python tests/campaign/processes.py FOLDER [--steps 100] [--moments 30]
+        [--only losses|hosts|faults] [--backend xla|vulkan]
 
-PART `losses`: a run of XLA:CPU in 1, 2 and 4 processes, and on 8 devices of one, replicated and split, has the same
-losses; one of 4 goes on with 2, then with 1. `hosts`: the same with each process in a network of its own (root on
-Linux). `faults`: a run of two processes, of which one is killed, stopped or cut off at random moments, and begun again
-each time, until it is complete.
+losses: a run in 1, 2 and 4 processes, each with a device of its own, has the same losses, and the same parameters bit
+for bit in all processes; one of 4 goes on with 2, then with 1. XLA also on 8 devices of one process, replicated and
+split. hosts: the same with two processes on two hosts, which are networks with an address each (root on Linux makes
+them). faults: a process is killed, stopped or cut off at random moments, the start among them; the others end in time,
+each with one line that names it; the run is begun again each time, until it is complete and as one without a fault.
+
+VK_KERNELS_DEVICE=cpu for the Vulkan device of a machine without a GPU.
 """
 
 import argparse
-import contextlib
+import functools
+import itertools
 import json
 import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from tiny_run import write_chats
+import jax
+from hosts import HOSTS, set_cable, two_hosts
+from tiny_run import write_chats, written
+from zygote import LIMIT, Ended, Process
 
-from gpt_jax.distributed.channel import SILENCE
+from gpt_jax.distributed.channel import JOIN, SILENCE
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 from pathlib import Path
 from tiny_run import tiny
 def get_config():
     return tiny(Path({corpus!r}), batch_size=8, num_steps={steps}, optimizer__decay_steps={steps},
-                data__targets="assistant", eval__every=20, sample__every=0, checkpoint__every=10,
+                data__targets="assistant", eval__every=20, sample__every=0, checkpoint__every={every},
                 log__diagnostics_every=0, log__every=1)
 """
-ENDS = SILENCE + 15  # seconds in which the others must have ended, the last checkpoint whole
-STARTS = 600  # seconds that a start may take on a busy machine
-HOSTS = ("gpt-jax-a", "gpt-jax-b")
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
+ROUNDING = 1e-5  # how far losses of another number of devices may be apart, relative
+AT_ONCE = 5.0  # seconds in which the others end when one was killed, on a busy machine
+CHECKPOINT = 10.0  # seconds that the checkpoint on its way may take beside
+BACKENDS = ("xla", "vulkan")
+FIRST_PORT = 4711
+EVERY = 10  # steps between checkpoints
+Enter = Callable[[], None]  # takes a process to its host
 
 
 class Table:
     """Prints what was tried and what came of it, as it comes."""
 
     def __init__(self) -> None:
-        self.failed = 0
+        self.rows = self.failed = 0
 
     def add(self, name: str, good: bool, found: str) -> None:
+        self.rows += 1
         self.failed += not good
-        print(f"{'ok    ' if good else 'FAILED'} {name:<44} {found}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {'ok    ' if good else 'FAILED'} {name:<54} {found}", flush=True)
 
 
-def command(folder: Path, name: str, *flags: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "gpt_jax.main", f"--config={folder / 'processes_config.py'}"),
-        *(f"--workdir={folder / name}", *flags),
-    ]
+class Runs:
+    """Runs of the tiny config, in a folder, by name."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        corpus = write_chats(folder / "chats.jsonl")
+        self.folder, self.config = folder, folder / "processes_config.py"
+        self.config.write_text(CONFIG.format(corpus=str(corpus), steps=steps, every=EVERY))
+        self._ports = itertools.count(FIRST_PORT)
+
+    def start(self, name: str, *flags: str, enter: Enter = lambda: None, fake: int = 1) -> Process:
+        """A process of a run. fake: devices that XLA has of the processor."""
+
+        def prepare() -> None:
+            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={fake}"
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_compilation_cache_dir", str(self.folder / "compiled"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+            enter()
+
+        arguments = f"--config={self.config}", f"--workdir={self.folder / name}", *flags
+        return Process("gpt_jax.main", arguments, prepare=prepare)
+
+    def start_all(self, name: str, count: int, *flags: str, hosts: Sequence[Enter] = ()) -> list[Process]:
+        """All processes of a run: of one host, which share its device, or one on each of some hosts."""
+        address = next(iter(HOSTS.values())) if hosts else "127.0.0.1"
+        place = f"--config.distributed={address}:{next(self._ports)},{count}"
+        shared = () if hosts else (f"--config.devices={','.join('0' * count)}",)
+        enters = hosts or [lambda: None] * count
+        return [self.start(name, *flags, *shared, f"{place},{i}", enter=enter) for i, enter in enumerate(enters)]
+
+    def losses(self, name: str) -> dict[tuple[str, int], float]:
+        """All losses by split and step."""
+        lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        return {(line["split"], line["step"]): line["loss"] for line in lines if "loss" in line}
+
+    def steps_done(self, name: str) -> int:
+        try:
+            lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+            return max((json.loads(line)["step"] for line in lines), default=0)
+        except (OSError, ValueError):  # a line that is being written
+            return 0
 
 
-def environment(folder: Path, fake: int = 0) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={fake}" if fake else ""
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def ends(processes: Sequence[Process], limit: float = LIMIT) -> list[Ended]:
+    until = time.monotonic() + limit
+    return [process.wait(until - time.monotonic()) for process in processes]
 
 
-def start(folder: Path, name: str, *flags: str, fake: int = 0, host: str | None = None) -> subprocess.Popen[str]:
-    inside = ["ip", "netns", "exec", host] if host else []
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*inside, *command(folder, name, *flags)], env=environment(folder, fake), cwd=ROOT, **pipes)
+def is_whole(ended: Sequence[Ended]) -> bool:
+    return not any(each.problem(0) for each in ended)
 
 
-def finish(process: subprocess.Popen[str], seconds: float = STARTS) -> tuple[int, str]:
-    """Exit code and the error lines of ours, which are to be one at most."""
-    try:
-        _, said = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return -1, f"did not end in {seconds:.0f} s"
-    return process.returncode, "; ".join(line for line in said.splitlines() if line.startswith("error:"))
+def said(ended: Sequence[Ended]) -> str:
+    return "; ".join(dict.fromkeys(line for each in ended for line in [each.problem(0), *each.errors] if line))
 
 
-def losses(folder: Path, name: str) -> dict[tuple[str, int], float]:
-    """All losses by split and step."""
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    return {(line["split"], line["step"]): line["loss"] for line in lines if "loss" in line}
-
-
-def compare(table: Table, what: str, one: dict, other: dict, exact: bool = False) -> None:
-    if one.keys() != other.keys():
-        table.add(what, False, f"{len(one)} losses and {len(other)}")
+def compare(table: Table, runs: Runs, what: str, one: str, other: str) -> None:
+    """Adds how far the losses of two runs are apart."""
+    expected, found = runs.losses(one), runs.losses(other)
+    if expected.keys() != found.keys():
+        table.add(what, False, f"{len(expected)} losses and {len(found)}")
         return
-    worst = max(abs(one[key] - other[key]) / abs(one[key]) for key in one)
-    table.add(what, worst == 0 if exact else worst < 1e-5, f"{len(one)} losses, apart by {worst:.1e} at most")
+    apart = max(abs(found[key] - loss) / abs(loss) for key, loss in expected.items())
+    table.add(what, apart < ROUNDING, f"{len(expected)} losses, apart by {apart:.1e} at most, relative")
 
 
-def show_losses(folder: Path, table: Table, steps: int) -> None:
-    runs = {"one": ((), 0), "two": (("--config.devices=0,0",), 0), "four": (("--config.devices=0,0,0,0",), 0)}
-    runs |= {shard: (("--config.devices=all", f"--config.shard={shard}"), 8) for shard in ("replicated", "fsdp")}
-    for name, (flags, fake) in runs.items():
-        code, said = finish(start(folder, name, *flags, fake=fake))
-        if code:
-            table.add(f"{name}: trains", False, f"exit code {code} {said}")
+def show_losses(table: Table, runs: Runs, backend: str, steps: int) -> None:
+    asked, one = f"--config.backend={backend}", f"{backend}-1"
+    ended = [runs.start(one, asked).wait()]
+    table.add(f"{backend}: 1 process", is_whole(ended), said(ended))
+    for count in (2, 4):
+        name = f"{backend}-{count}"
+        ended = ends(runs.start_all(name, count, asked))
+        equal = f"parameters bit-equal at {steps // EVERY} checkpoints"  # else `placement.check` had ended the run
+        table.add(f"{backend}: {count} processes", is_whole(ended), said(ended) or equal)
+        compare(table, runs, f"{backend}: {count} processes against 1 device", one, name)
+    for shard in ("replicated", "fsdp") if backend == "xla" else ():
+        name = f"xla-8-{shard}"
+        ended = [runs.start(name, asked, "--config.devices=all", f"--config.shard={shard}", fake=8).wait()]
+        table.add(f"xla: 8 devices of one process, {shard}", is_whole(ended), said(ended))
+        compare(table, runs, f"xla: 8 devices, {shard}, against 1", one, name)
+    name = f"{backend}-fewer"
+    for count, until in ((4, steps // 3), (2, 2 * steps // 3), (1, steps)):
+        flags = asked, f"--config.num_steps={until}"
+        ended = ends(runs.start_all(name, count, *flags) if count > 1 else [runs.start(name, *flags)])
+        table.add(f"{backend}: {count} processes until step {until}", is_whole(ended), said(ended))
+    compare(table, runs, f"{backend}: 4, then 2, then 1 process against 1 device", one, name)
+
+
+def show_hosts(table: Table, runs: Runs, backend: str, hosts: Sequence[Enter]) -> None:
+    asked, one, name = f"--config.backend={backend}", f"{backend}-1", f"{backend}-hosts"
+    if not (runs.folder / one).exists():
+        runs.start(one, asked).wait()
+    ended = ends(runs.start_all(name, 2, asked, hosts=hosts))
+    table.add(f"{backend}: 2 hosts", is_whole(ended), said(ended))
+    compare(table, runs, f"{backend}: 2 hosts against 1 device", one, name)
+
+
+class Faults:
+    """A run of two processes that meets a fault again and again, beside one that meets none."""
+
+    def __init__(self, table: Table, runs: Runs, backend: str, hosts: Sequence[Enter], drawn: random.Random) -> None:
+        self.table, self.runs, self.hosts, self.drawn = table, runs, hosts, drawn
+        self.asked = f"--config.backend={backend}"
+        self.name = f"{backend} on {'2 hosts' if hosts else '1 host'}"
+        self.faulty, self.straight = (f"{backend}-{len(hosts)}-{kind}" for kind in ("faulty", "straight"))
+        self.kinds = ("kill", "stop", "cut") if hosts else ("kill", "stop")
+        ended = ends(self.begin(self.straight))
+        table.add(f"{self.name}: a run without a fault", is_whole(ended), said(ended))
+
+    def begin(self, name: str) -> list[Process]:
+        return self.runs.start_all(name, 2, self.asked, hosts=self.hosts)
+
+    def meet(self, number: int) -> None:
+        """Begins the run again, waits for a random moment of it, and has one of its processes be lost."""
+        fault, victim = self.drawn.choice(self.kinds), self.drawn.randrange(2)
+        in_start = self.drawn.random() < 0.2
+        before, steps, seconds = (
+            self.runs.steps_done(self.faulty),
+            self.drawn.randrange(1, 15),
+            self.drawn.uniform(0, 10),
+        )
+        processes = self.begin(self.faulty)
+        began, until = time.monotonic(), time.monotonic() + LIMIT
+        while not any(process.poll() for process in processes) and time.monotonic() < until:
+            done = self.runs.steps_done(self.faulty)
+            # The steps since the last checkpoint are made, and written, again.
+            if (
+                time.monotonic() - began > seconds
+                if in_start
+                else done > before // EVERY * EVERY and done % 15 >= steps
+            ):
+                break
+            time.sleep(0.002)
+        what = f"{self.name}, {number}: {fault} of {victim}, "
+        what += (
+            f"{time.monotonic() - began:.1f} s after the start"
+            if in_start
+            else f"step {self.runs.steps_done(self.faulty)}"
+        )
+        if any(process.poll() for process in processes):
+            self.table.add(what, False, f"ended before its fault: {said(ends(processes, 60))}")
+            return
+        begin = time.monotonic()
+        if fault == "cut":
+            set_cable(up=False)
         else:
-            compare(table, f"losses of {name} against one", losses(folder, "one"), losses(folder, name))
-    for devices, until in (("0,0,0,0", steps // 3), ("0,0", 2 * steps // 3), ("0,", steps)):
-        flags = f"--config.devices={devices}", f"--config.num_steps={until}"
-        code, said = finish(start(folder, "fewer", *flags))
-        table.add(f"devices={devices} until step {until}", code == 0, said)
-    compare(table, "losses of 4, then 2, then 1 against one", losses(folder, "one"), losses(folder, "fewer"))
+            processes[victim].send(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+        left = processes if fault == "cut" else [processes[1 - victim]]
+        limit = JOIN if in_start else AT_ONCE if fault == "kill" else SILENCE + AT_ONCE
+        ended = ends(left, limit + CHECKPOINT)
+        took = time.monotonic() - begin
+        if fault == "cut":
+            set_cable(up=True)
+        problems = [problem for each in ended if (problem := each.problem(1, 2))]
+        problems += [f"no process named: {said(ended)}"] * (not all("process " in said([each]) for each in ended))
+        if fault == "stop":  # it goes on, finds itself alone, and ends too
+            processes[victim].send(signal.SIGCONT)
+            [woken] = ends([processes[victim]], JOIN + CHECKPOINT if in_start else AT_ONCE)
+            problems += [f"the stopped one: {problem}"] if (problem := woken.problem(1, 2)) else []
+        ends(processes)
+        line = f"{took:.1f} s; {said(ended)}" if not problems else "; ".join(problems)
+        self.table.add(what, not problems and took < limit + CHECKPOINT, line)
+
+    def finish(self) -> None:
+        ended = ends(self.begin(self.faulty))
+        self.table.add(f"{self.name}: goes on to its end", is_whole(ended), said(ended))
+        one, other = (written(self.runs.folder / name) for name in (self.straight, self.faulty))
+        what = f"{len(one)} lines of metrics, losses and norms bit for bit"
+        self.table.add(f"{self.name}: as the run without a fault", one == other and len(one) > 1, what)
 
 
-@contextlib.contextmanager
-def two_hosts() -> Iterator[None]:
-    """Two networks with an address each, and a cable between them; each knows its own name by its own address."""
-
-    def ip(*arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True)
-
-    with contextlib.ExitStack() as stack:
-        for host, address in zip(HOSTS, ADDRESSES, strict=True):
-            ip("netns", "add", host)
-            stack.callback(subprocess.run, ["ip", "netns", "delete", host])
-            settings = Path("/etc/netns") / host
-            settings.mkdir(parents=True, exist_ok=True)
-            (settings / "hosts").write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
-            stack.callback(settings.rmdir)
-            stack.callback((settings / "hosts").unlink)
-        ip("link", "add", "gpt-jax-0", "type", "veth", "peer", "name", "gpt-jax-1")
-        for number, (host, address) in enumerate(zip(HOSTS, ADDRESSES, strict=True)):
-            ip("link", "set", f"gpt-jax-{number}", "netns", host)
-            ip("-n", host, "addr", "add", f"{address}/24", "dev", f"gpt-jax-{number}")
-            ip("-n", host, "link", "set", f"gpt-jax-{number}", "up")
-            ip("-n", host, "link", "set", "lo", "up")
-        yield
-
-
-def start_on_hosts(folder: Path, name: str, port: int) -> list[subprocess.Popen[str]]:
-    place = f"--config.distributed={ADDRESSES[0]}:{port},2"
-    return [start(folder, name, f"{place},{index}", host=host) for index, host in enumerate(HOSTS)]
-
-
-def show_hosts(folder: Path, table: Table) -> None:
-    with two_hosts():
-        ended = [finish(process) for process in start_on_hosts(folder, "hosts", 4711)]
-    table.add("two hosts train", all(code == 0 for code, _ in ended), str(ended))
-    if not (folder / "one").exists():
-        finish(start(folder, "one"))
-    compare(table, "losses of two hosts against one device", losses(folder, "one"), losses(folder, "hosts"))
-
-
-def steps_done(folder: Path, name: str) -> int:
-    try:
-        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-        return max((json.loads(line)["step"] for line in lines), default=0)
-    except (OSError, ValueError):
-        return 0
-
-
-def process_of(index: int, name: str) -> int:
-    """The process id of a process of a run, found by its command line."""
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            words = (entry / "cmdline").read_bytes().decode(errors="replace") if entry.name.isdigit() else ""
-            mine = name in words and words.rstrip("\0").endswith(f",2,{index}") and "netns" not in words
-            if mine and "gpt_jax.main" in words:
-                return int(entry.name)
-    raise ProcessLookupError(f"process {index} of {name}")
-
-
-def show_faults(folder: Path, table: Table, moments: int, seed: int) -> None:
-    drawn = random.Random(seed)
-    with two_hosts():
-        ended = [finish(process) for process in start_on_hosts(folder, "straight", 4712)]
-        table.add("a run without a fault", all(code == 0 for code, _ in ended), str(ended))
-        for moment in range(moments):
-            fault, index = drawn.choice(("kill", "stop", "cut")), drawn.randrange(2)
-            port, before = 4800 + moment, steps_done(folder, "faulty")
-            processes = start_on_hosts(folder, "faulty", port)
-            until = time.monotonic() + STARTS
-            after = drawn.randrange(1, 15)
-            while time.monotonic() < until and all(p.poll() is None for p in processes):
-                done = steps_done(folder, "faulty")
-                if done != before and done % 15 >= after % 15:
-                    break
-                time.sleep(0.02)
-            if any(p.poll() is not None for p in processes):
-                table.add(f"moment {moment}", False, f"ended before its fault: {[finish(p, 60) for p in processes]}")
-                continue
-            victim = process_of(index, str(folder / "faulty"))
-            began = time.monotonic()
-            if fault == "cut":
-                subprocess.run(["ip", "-n", HOSTS[1], "link", "set", "gpt-jax-1", "down"], check=True)
-            else:
-                os.kill(victim, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
-            others = processes if fault == "cut" else [processes[1 - index]]
-            ended = [finish(process, ENDS) for process in others]
-            seconds = time.monotonic() - began
-            if fault == "stop":
-                os.kill(victim, signal.SIGKILL)
-            if fault == "cut":
-                subprocess.run(["ip", "-n", HOSTS[1], "link", "set", "gpt-jax-1", "up"], check=True)
-            for process in processes:
-                process.wait()
-            names = f"process {index} (" if fault != "cut" else "process "
-            good = all(code == 1 and said.count("error:") == 1 and names in said for code, said in ended)
-            what = f"moment {moment}: {fault} of process {index} at step {steps_done(folder, 'faulty')}"
-            table.add(what, good and seconds < ENDS, f"{seconds:.1f} s; {ended[0][1]}")
-        ended = [finish(process) for process in start_on_hosts(folder, "faulty", 4799)]
-    table.add("goes on to its end", all(code == 0 for code, _ in ended), str(ended))
-    compare(table, "its losses, bit for bit", losses(folder, "straight"), losses(folder, "faulty"), exact=True)
+def show_faults(
+    table: Table, runs: Runs, backends: Sequence[str], moments: int, drawn: random.Random, hosts: Sequence[Enter]
+) -> None:
+    kinds = [(backend, hosts) for backend in backends] + [("vulkan", ())] * ("vulkan" in backends)
+    faults = [Faults(table, runs, backend, where, drawn) for backend, where in kinds]
+    for number in range(moments):
+        faults[number % len(faults)].meet(number)
+    for each in faults:
+        each.finish()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--moments", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("losses", "hosts", "faults"))
+    parser.add_argument("--backend", choices=BACKENDS)
     options = parser.parse_args()
-    folder = options.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    corpus = write_chats(folder / "chats.jsonl")
-    (folder / "processes_config.py").write_text(CONFIG.format(corpus=str(corpus), steps=options.steps))
-    table = Table()
-    if options.only in (None, "losses"):
-        show_losses(folder, table, options.steps)
-    if options.only in (None, "hosts"):
-        show_hosts(folder, table)
-    if options.only in (None, "faults"):
-        show_faults(folder, table, options.moments, options.seed)
+    table, runs = Table(), Runs(options.folder.resolve(), options.steps)
+    backends = (options.backend,) if options.backend else BACKENDS
+    parts = (options.only,) if options.only else ("losses", "hosts", "faults")
+    with ExitStack() as stack:
+        hosts: list[Enter] = []
+        if options.only != "losses":
+            enter = stack.enter_context(two_hosts())
+            hosts = [functools.partial(enter, host) for host in HOSTS]
+        for backend in backends:
+            if "losses" in parts:
+                show_losses(table, runs, backend, options.steps)
+            if "hosts" in parts:
+                show_hosts(table, runs, backend, hosts)
+        if "faults" in parts:
+            show_faults(table, runs, backends, options.moments, random.Random(options.seed), hosts)
+    print(f"{table.rows} rows, {table.failed} failed", flush=True)
     return 1 if table.failed else 0
 
 

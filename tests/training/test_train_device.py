@@ -11,6 +11,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 from whole_run import configuration
 
 from gpt_jax import backend
+from gpt_jax.distributed.processes import ALONE
 from gpt_jax.errors import UserError
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.training import programs
@@ -149,7 +150,7 @@ def test_a_folder_that_was_removed_meanwhile_is_not_made_again(corpus, tmp_path)
     """A device that fails then still costs one line."""
     run = tmp_path / "run"
     named = types.SimpleNamespace(device={"platform": "cpu", "kind": "cpu", "count": 1}, peak_bytes=lambda: None)
-    failed = DeviceFailure(configuration(corpus), run, named, backend.ALONE).ended_by("the device was lost")
+    failed = DeviceFailure(configuration(corpus), run, named, ALONE).ended_by("the device was lost")
     assert str(failed) == f"the device was lost; {run} is gone, and what was saved in it"
     assert not run.exists()
 

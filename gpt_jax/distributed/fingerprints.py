@@ -1,0 +1,25 @@
+"""Compares the bits of parameters between the processes of a run, by a number for each array."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gpt_jax.distributed.processes import Processes
+
+
+def fingerprints(params: Any) -> Any:
+    """A sum of the bits of each array, by their places, so that any bit that differs shows: uint32 () each."""
+
+    def fingerprint(leaf: jax.Array) -> jax.Array:
+        words = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).reshape(-1)
+        return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(fingerprint, params)
+
+
+def agree_on_bits(processes: Processes, found: Any, step: int) -> None:
+    """Raises UserError, naming the first array and the processes, if their `fingerprints` after a step differ."""
+    sums = jax.tree.leaves_with_path(jax.device_get(found))
+    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in sums)
+    processes.agree({f"{name} after step {step}": int(value) for name, (_, value) in zip(names, sums, strict=True)})
