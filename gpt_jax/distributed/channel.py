@@ -34,7 +34,7 @@ _TRY_AGAIN = 0.2  # seconds
 
 
 class Peer:
-    """The other end of a connection, and what it said in the hello: index, host, pid."""
+    """The other end of a connection, and what it said of itself in its hello: see `_is_hello`."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -66,7 +66,10 @@ class Peer:
         *lines, self._received = (self._received + data).split(b"\n")
         if len(self._received) > _MOST:
             raise ValueError("a message without an end")
-        messages = [json.loads(line) for line in lines]
+        try:
+            messages = [json.loads(line) for line in lines]
+        except RecursionError:
+            raise ValueError("a message of too many levels") from None
         if not all(isinstance(message, dict) for message in messages):
             raise ValueError("no message")
         return messages
@@ -262,7 +265,7 @@ def end_process(line: str, code: int = LOST) -> NoReturn:
 def open_channel(place: Place, hello: dict[str, Any], *, join_seconds: float = JOIN) -> Channel:
     """Connects a process to process 0, or, of process 0, waits for all others.
 
-    hello: what the others are to know: host, pid.
+    hello: what the others are to know: host, machine, pid.
 
     Raises:
       UserError: the address cannot be used, or not all processes came, or one of another run did.
@@ -331,15 +334,20 @@ def _greet(peer: Peer, place: Place, peers: dict[int, Peer]) -> str | None:
             messages = peer.receive()
     except ValueError:
         return "not of this program"
-    if not messages or messages[0].get("kind") != _GREETING:
+    if not messages or messages[0].get("kind") != _GREETING or not _is_hello(hello := messages[0].get("hello")):
         return "not of this program"
     peer.connection.settimeout(SILENCE)
-    peer.hello = hello = messages[0]["hello"]
+    peer.hello = hello
     if hello["count"] != place.count:
         return f"{name_of(hello)} was started as one of {hello['count']} processes, process 0 as one of {place.count}"
     if hello["index"] == 0 or hello["index"] in peers:
         return f"two processes were started as process {hello['index']}: the second is {name_of(hello)}"
     return None
+
+
+def _is_hello(found: Any) -> bool:
+    kinds = {"index": int, "count": int, "pid": int, "host": str, "machine": str}
+    return isinstance(found, dict) and all(type(found.get(name)) is kind for name, kind in kinds.items())
 
 
 def _refuse(peers: dict[int, Peer], problem: str, place: Place) -> NoReturn:
@@ -362,7 +370,7 @@ def _join(place: Place, hello: dict[str, Any], until: float) -> Channel:
         if messages is None:
             raise UserError(f"config.distributed: process 0 at {place.address} ended before all processes had come")
         if not messages and time.monotonic() > until + 5:
-            raise UserError(stranger)
+            raise UserError(f"config.distributed: no process 0 answers at {place.address}, where something listens")
         for message in messages:
             if message.get("kind") == "failed":
                 raise UserError(f"config.distributed={place.address}: {message['line']}")

@@ -17,6 +17,7 @@ from gpt_jax.distributed.channel import JOIN, LOST, Channel, end_process, name_o
 from gpt_jax.distributed.settings import AUTO, Place, parse_devices, parse_distributed
 from gpt_jax.errors import UserError
 
+_OPEN_MPI = frozenset(("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
 _JAX_SILENCE = 600  # seconds: JAX's own watch ends processes by abort, so ours, which names the lost one, comes first
 
 
@@ -169,7 +170,7 @@ def join(distributed: str, devices: str = "", *, join_seconds: float = JOIN) -> 
     """
     if not distributed:
         return Processes(devices=devices)
-    place = _place(distributed)
+    place = place_of(distributed)
     hello = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
     channel = open_channel(place, hello, join_seconds=join_seconds)
     machines = [each["machine"] for each in channel.hellos]
@@ -186,25 +187,42 @@ def join(distributed: str, devices: str = "", *, join_seconds: float = JOIN) -> 
         machines=tuple(machines),
         host_count=len(set(machines)),
         devices=devices,
-        address=f"{place.address.rpartition(':')[0]}:{shared['port']}",
+        address=f"{f'[{host}]' if ':' in host else host}:{shared['port']}",
         name=shared["name"],
         channel=channel,
     )
 
 
-def _place(distributed: str) -> Place:
+def place_of(distributed: str) -> Place:
+    """The place that `config.distributed` names. Raises UserError if it is of no form, or no launcher says."""
     try:
         if distributed != AUTO:
             return parse_distributed(distributed)
     except ValueError as error:
         raise UserError(f"config.distributed={distributed} {error}") from None
+    return _place_of_launcher()
+
+
+def _place_of_launcher() -> Place:
+    """The place that SLURM's variables name, or Open MPI's or another launcher's that `jax.distributed` reads."""
     from vk_kernels.jax_compat import place_in_cluster
 
-    found = place_in_cluster()
+    by_hand = "give HOST:PORT,PROCESSES,ID"
+    try:
+        found = place_in_cluster()
+    except (ImportError, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"config.distributed=auto cannot read the launcher's variables ({type(error).__name__}: {error}): {by_hand}"
+        ) from None
+    if found is None and _OPEN_MPI.issubset(os.environ):  # 5 and later
+        raise UserError(
+            "config.distributed=auto: this Open MPI does not say where process 0 is: give HOST:PORT,$"
+            "OMPI_COMM_WORLD_SIZE,$OMPI_COMM_WORLD_RANK, as mpirun sh -c '...' sees them"
+        )
     if found is None:
         raise UserError(
             "config.distributed=auto finds neither SLURM's nor Open MPI's variables: start with srun or mpirun, or "
-            "give HOST:PORT,PROCESSES,ID"
+            + by_hand
         )
     return Place(*found)
 

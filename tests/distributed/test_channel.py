@@ -1,25 +1,19 @@
 """Processes that meet, agree and watch each other, as threads of the test's own process."""
 
 import contextlib
+import json
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from meeting import everywhere, free_port, meet, wait_until
 
 from gpt_jax.distributed import channel
 from gpt_jax.distributed.processes import Processes, join
-from gpt_jax.distributed.settings import parse_devices, parse_distributed
+from gpt_jax.distributed.settings import Place, parse_devices, parse_distributed
 from gpt_jax.errors import UserError
-
-channel.end_process = lambda *_: None  # for good: a thread may come to it when its test is over, and end all tests
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -31,25 +25,6 @@ def ended(monkeypatch):
     monkeypatch.setattr(channel, "BEAT", 0.05)
     monkeypatch.setattr(channel, "SILENCE", 0.6)
     return lines
-
-
-def meet(count: int, port: int | None = None, **options) -> list[Processes]:
-    port = port or free_port()
-    with ThreadPoolExecutor(count) as pool:
-        found = [pool.submit(join, f"127.0.0.1:{port},{count},{i}", join_seconds=5, **options) for i in range(count)]
-        return [each.result() for each in found]
-
-
-def everywhere(processes: list[Processes], act) -> list:
-    with ThreadPoolExecutor(len(processes)) as pool:
-        return [each.result() for each in [pool.submit(act, process) for process in processes]]
-
-
-def wait_until(condition) -> None:
-    until = time.monotonic() + 5
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.01)
-    assert condition()
 
 
 def cut(process: Processes, index: int = 0) -> None:
@@ -169,6 +144,20 @@ def test_a_port_in_use_and_a_stranger_behind_it_are_said(ended):
         join(f"127.0.0.1:{free_port()},2,1", join_seconds=0)
     with pytest.raises(UserError, match=r"192\.0\.2\.1:1234: .* must be an address of the machine of process 0"):
         join("192.0.2.1:1234,2,0")
+
+
+def test_who_only_scans_the_port_of_process_0_keeps_nobody_from_it(ended):
+    port = free_port()
+    greeting = json.dumps({"kind": channel._GREETING, "hello": {"index": "1", "count": 2}}).encode()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(join, f"127.0.0.1:{port},2,0", join_seconds=20)
+        for said in (b"GET / HTTP/1.1", b"[" * 60_000, b"1", greeting[: greeting.index(b",")] + b"}", greeting):
+            connection = channel._connect(Place(f"127.0.0.1:{port}", 2, 1), time.monotonic() + 5)
+            with contextlib.closing(connection):
+                connection.sendall(said + b"\n")
+                assert connection.recv(1) == b""  # it hangs up
+        second = join(f"127.0.0.1:{port},2,1", join_seconds=5)
+        everywhere([first.result(), second], lambda p: p.channel.close())
 
 
 @pytest.mark.parametrize("text", ["here", "a:b,1,2", "a:1,2", "a:0,2,0", "a:70000,2,0", "a:1,2,2", "a:1,0,0"])
