@@ -22,11 +22,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import jax
-from hosts import HOSTS, set_cable, two_hosts
+from hosts import HOSTS, TwoHosts
 from tiny_run import write_chats, written
 from zygote import LIMIT, Ended, Process
 
@@ -44,7 +43,6 @@ ROUNDING = 1e-5  # how far losses of another number of devices may be apart, rel
 AT_ONCE = 5.0  # seconds in which the others end when one was killed, on a busy machine
 CHECKPOINT = 10.0  # seconds that the checkpoint on its way may take beside
 BACKENDS = ("xla", "vulkan")
-FIRST_PORT = 4711
 EVERY = 10  # steps between checkpoints
 Enter = Callable[[], None]  # takes a process to its host
 
@@ -69,7 +67,7 @@ class Runs:
         corpus = write_chats(folder / "chats.jsonl")
         self.folder, self.config = folder, folder / "processes_config.py"
         self.config.write_text(CONFIG.format(corpus=str(corpus), steps=steps, every=EVERY))
-        self._ports = itertools.count(FIRST_PORT)
+        self._ports = itertools.count(10_000 + os.getpid() % 10_000)
 
     def start(self, name: str, *flags: str, enter: Enter = lambda: None, fake: int = 1) -> Process:
         """A process of a run. fake: devices that XLA has of the processor."""
@@ -151,11 +149,15 @@ def show_losses(table: Table, runs: Runs, backend: str, steps: int) -> None:
     compare(table, runs, f"{backend}: 4, then 2, then 1 process against 1 device", one, name)
 
 
-def show_hosts(table: Table, runs: Runs, backend: str, hosts: Sequence[Enter]) -> None:
+def enters(two: TwoHosts) -> list[Enter]:
+    return [functools.partial(two.enter, host) for host in HOSTS]
+
+
+def show_hosts(table: Table, runs: Runs, backend: str, two: TwoHosts) -> None:
     asked, one, name = f"--config.backend={backend}", f"{backend}-1", f"{backend}-hosts"
     if not (runs.folder / one).exists():
         runs.start(one, asked).wait()
-    ended = ends(runs.start_all(name, 2, asked, hosts=hosts))
+    ended = ends(runs.start_all(name, 2, asked, hosts=enters(two)))
     table.add(f"{backend}: 2 hosts", is_whole(ended), said(ended))
     compare(table, runs, f"{backend}: 2 hosts against 1 device", one, name)
 
@@ -163,12 +165,14 @@ def show_hosts(table: Table, runs: Runs, backend: str, hosts: Sequence[Enter]) -
 class Faults:
     """A run of two processes that meets a fault again and again, beside one that meets none."""
 
-    def __init__(self, table: Table, runs: Runs, backend: str, hosts: Sequence[Enter], drawn: random.Random) -> None:
-        self.table, self.runs, self.hosts, self.drawn = table, runs, hosts, drawn
+    def __init__(self, table: Table, runs: Runs, backend: str, two: TwoHosts | None, drawn: random.Random) -> None:
+        """two: hosts for the processes; None: both are on this one."""
+        self.table, self.runs, self.two, self.drawn = table, runs, two, drawn
+        self.hosts = enters(two) if two else ()
         self.asked = f"--config.backend={backend}"
-        self.name = f"{backend} on {'2 hosts' if hosts else '1 host'}"
-        self.faulty, self.straight = (f"{backend}-{len(hosts)}-{kind}" for kind in ("faulty", "straight"))
-        self.kinds = ("kill", "stop", "cut") if hosts else ("kill", "stop")
+        self.name = f"{backend} on {'2 hosts' if two else '1 host'}"
+        self.faulty, self.straight = (f"{backend}-{2 if two else 1}-{kind}" for kind in ("faulty", "straight"))
+        self.kinds = ("kill", "stop", "cut") if two else ("kill", "stop")
         ended = ends(self.begin(self.straight))
         table.add(f"{self.name}: a run without a fault", is_whole(ended), said(ended))
 
@@ -207,7 +211,7 @@ class Faults:
             return
         begin = time.monotonic()
         if fault == "cut":
-            set_cable(up=False)
+            self.two.set_cable(up=False)
         else:
             processes[victim].send(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
         left = processes if fault == "cut" else [processes[1 - victim]]
@@ -215,7 +219,7 @@ class Faults:
         ended = ends(left, limit + CHECKPOINT)
         took = time.monotonic() - begin
         if fault == "cut":
-            set_cable(up=True)
+            self.two.set_cable(up=True)
         problems = [problem for each in ended if (problem := each.problem(1, 2))]
         problems += [f"no process named: {said(ended)}"] * (not all("process " in said([each]) for each in ended))
         if fault == "stop":  # it goes on, finds itself alone, and ends too
@@ -235,9 +239,9 @@ class Faults:
 
 
 def show_faults(
-    table: Table, runs: Runs, backends: Sequence[str], moments: int, drawn: random.Random, hosts: Sequence[Enter]
+    table: Table, runs: Runs, backends: Sequence[str], moments: int, drawn: random.Random, two: TwoHosts
 ) -> None:
-    kinds = [(backend, hosts) for backend in backends] + [("vulkan", ())] * ("vulkan" in backends)
+    kinds = [(backend, two) for backend in backends] + [("vulkan", None)] * ("vulkan" in backends)
     faults = [Faults(table, runs, backend, where, drawn) for backend, where in kinds]
     for number in range(moments):
         faults[number % len(faults)].meet(number)
@@ -257,18 +261,15 @@ def main() -> int:
     table, runs = Table(), Runs(options.folder.resolve(), options.steps)
     backends = (options.backend,) if options.backend else BACKENDS
     parts = (options.only,) if options.only else ("losses", "hosts", "faults")
-    with ExitStack() as stack:
-        hosts: list[Enter] = []
-        if options.only != "losses":
-            enter = stack.enter_context(two_hosts())
-            hosts = [functools.partial(enter, host) for host in HOSTS]
+    if "losses" in parts:
         for backend in backends:
-            if "losses" in parts:
-                show_losses(table, runs, backend, options.steps)
-            if "hosts" in parts:
-                show_hosts(table, runs, backend, hosts)
-        if "faults" in parts:
-            show_faults(table, runs, backends, options.moments, random.Random(options.seed), hosts)
+            show_losses(table, runs, backend, options.steps)
+    if parts != ("losses",):
+        with TwoHosts() as two:
+            for backend in backends if "hosts" in parts else ():
+                show_hosts(table, runs, backend, two)
+            if "faults" in parts:
+                show_faults(table, runs, backends, options.moments, random.Random(options.seed), two)
     print(f"{table.rows} rows, {table.failed} failed", flush=True)
     return 1 if table.failed else 0
 
