@@ -8,6 +8,7 @@ The mean is of all targets of the whole batch, however they are spread, so that 
 batch does, up to the order in which numbers are added up.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +40,34 @@ Exchange = Callable[[Sequence[Any]], Sequence[Any]]
 MakeExchange = Callable[[Any, Sequence[ArraySpec], Sequence[Packing]], Exchange]  # device, types, what is added up
 
 
+def gradient_step(
+    leaves: Leaves, batch: Batch, *, structure: Any, is_trained: IsTrained, **options: Any
+) -> tuple[jax.Array, ...]:
+    """(the step's number, parameters), rows -> the gradient's leaves, the sum of losses and the number of targets.
+
+    structure: of the parameters. options: of `loss_and_gradient`.
+    """
+    step, *params = leaves
+    trained, frozen = partition(jax.tree.unflatten(structure, params), is_trained)
+    loss, grads = loss_and_gradient(trained, batch, step, jnp.float32(1), frozen=frozen, **options)
+    return *jax.tree.leaves(grads), loss, target_count(batch)
+
+
+def update_step(
+    leaves: Leaves, sums: tuple[jax.Array, ...], *, structure: Any, buckets: Buckets, **options: Any
+) -> tuple[Leaves, Metrics]:
+    """(state, what all processes' `gradient_step` add up to, as it was packed) -> (state, metrics).
+
+    structure: of the state. options: of `apply_gradient`.
+    """
+    *packed, (loss, count) = sums
+    targets = jnp.maximum(count, 1)
+    grads = jax.tree.map(lambda leaf: leaf / targets, buckets.unpack(packed))
+    state = jax.tree.unflatten(structure, leaves)
+    next_state, metrics = apply_gradient(state, loss / targets, grads, count > 0, **options)
+    return tuple(jax.tree.leaves(next_state)), metrics
+
+
 class CutStep:
     """(leaves of the state, batch of this process) -> (leaves, metrics), as `steps.train_step` of the whole batch.
 
@@ -63,51 +92,35 @@ class CutStep:
         """state: its shapes and dtypes. jit: of `vk_kernels`. dtype: of gradients on their way."""
         self.exchange: Exchange | None = None
         self.make_exchange = make_exchange
-        structure = jax.tree.structure(state)
         trained, _ = partition(state.params, is_trained)
-        buckets = self.buckets = Buckets(trained, model.config.layer_names, dtype, bucket_bytes)
+        buckets = Buckets(trained, model.config.layer_names, dtype, bucket_bytes)
         leaves = jax.tree.leaves(trained)
-        self.specs = [ArraySpec(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves]
-        self.specs += [ArraySpec((), np.dtype(np.float32))] * 2
+        number = ArraySpec((), np.dtype(np.float32))
+        self.specs = [*(ArraySpec(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves), number, number]
         # The loss and the number of targets come last, and never in fewer bits.
         losses = Packing((len(leaves), len(leaves) + 1), lambda loss, count: jnp.stack([loss, count]))
         self.packings = [*buckets.packings, losses]
-        numbers = jax.tree.unflatten(structure, range(structure.num_leaves))
-        self._read = [numbers.step, *jax.tree.leaves(numbers.params)]  # leaves that the gradient needs
-        params_structure = jax.tree.structure(state.params)
-
-        def gradient_step(leaves: Leaves, batch: Batch) -> tuple[jax.Array, ...]:
-            step, *params = leaves
-            trained, frozen = partition(jax.tree.unflatten(params_structure, params), is_trained)
-            loss, grads = loss_and_gradient(
-                trained,
-                batch,
-                step,
-                jnp.float32(1),
-                model=model,
-                seed=seed,
-                accumulate_steps=accumulate_steps,
-                frozen=frozen,
-            )
-            return *jax.tree.leaves(grads), loss, target_count(batch)
-
-        def update_step(leaves: Leaves, sums: tuple[jax.Array, ...]) -> tuple[Leaves, Metrics]:
-            *packed, (loss, count) = sums
-            targets = jnp.maximum(count, 1)
-            grads = jax.tree.map(lambda leaf: leaf / targets, buckets.unpack(packed))
-            next_state, metrics = apply_gradient(
-                jax.tree.unflatten(structure, leaves),
-                loss / targets,
-                grads,
-                count > 0,
-                optimizer=optimizer,
-                schedule=schedule,
-                is_trained=is_trained,
-            )
-            return tuple(jax.tree.leaves(next_state)), metrics
-
-        self._gradient = jit(gradient_step)
-        self._update = jit(update_step, donate_argnums=0)
+        structure = jax.tree.structure(state)
+        places = jax.tree.unflatten(structure, range(structure.num_leaves))
+        self._read = [places.step, *jax.tree.leaves(places.params)]  # leaves that the gradient needs
+        gradient = functools.partial(
+            gradient_step,
+            structure=jax.tree.structure(state.params),
+            is_trained=is_trained,
+            model=model,
+            seed=seed,
+            accumulate_steps=accumulate_steps,
+        )
+        update = functools.partial(
+            update_step,
+            structure=structure,
+            buckets=buckets,
+            optimizer=optimizer,
+            schedule=schedule,
+            is_trained=is_trained,
+        )
+        self._gradient = jit(gradient)
+        self._update = jit(update, donate_argnums=0)
 
     def __call__(self, leaves: Leaves, batch: Batch) -> tuple[Leaves, Any]:
         read = self._inputs(leaves)
@@ -133,16 +146,14 @@ class CutStep:
 
     def cost(self, leaves: Leaves, batch: Batch) -> Cost:
         """The cost of both submissions; one's memory is there beside the other's."""
-        first, second = (lowered.cost() for lowered in self.lower(leaves, batch))
-        return Cost(*(getattr(first, name) + getattr(second, name) for name in Cost.__dataclass_fields__))
+        gradient, update = (lowered.cost() for lowered in self.lower(leaves, batch))
+        return Cost(*(getattr(gradient, name) + getattr(update, name) for name in Cost.__dataclass_fields__))
 
     def profile(self, leaves: Leaves, batch: Batch) -> Profile:
         """Device time of the dispatches of both; the arguments stay."""
-        first, second = (
-            self._gradient.profile(self._inputs(leaves), batch),
-            [jnp.zeros(x.shape, x.dtype) for x in self._sums()],
-        )
-        return Profile((*first.rows, *self._update.profile(leaves, tuple(second)).rows))
+        gradient = self._gradient.profile(self._inputs(leaves), batch)
+        update = self._update.profile(leaves, tuple(jnp.zeros(x.shape, x.dtype) for x in self._sums()))
+        return Profile((*gradient.rows, *update.rows))
 
     def clear_cache(self) -> None:
         """Forgets all that was compiled."""
