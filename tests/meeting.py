@@ -1,6 +1,5 @@
 """Processes of a run that meet in threads of a test's own process."""
 
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,14 +9,8 @@ from gpt_jax.distributed.processes import Processes, join
 channel.end_process = lambda *_: None  # for good: a thread may come to it when its test is over, and end all tests
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def meet(count: int, port: int | None = None, **options) -> list[Processes]:
-    port = port or free_port()
+    port = port or channel.free_port()
     with ThreadPoolExecutor(count) as pool:
         found = [pool.submit(join, f"127.0.0.1:{port},{count},{i}", join_seconds=5, **options) for i in range(count)]
         return [each.result() for each in found]

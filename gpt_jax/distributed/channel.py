@@ -400,5 +400,13 @@ def _connect(place: Place, until: float) -> socket.socket:
             time.sleep(_TRY_AGAIN)
 
 
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of an address of this machine that nobody uses."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.bind(address)
+        return probe.getsockname()[1]
+
+
 def _processes(indices: list[int]) -> str:
     return f"process {indices[0]}" if len(indices) == 1 else f"processes {', '.join(map(str, indices))}"

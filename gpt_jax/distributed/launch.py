@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from gpt_jax.distributed.channel import BEAT, SILENCE
+from gpt_jax.distributed.channel import BEAT, SILENCE, free_port
 
 LAUNCHER = "GPT_JAX_LAUNCHER"  # variable of a launched process: the process id of its launcher
 _PR_SET_PDEATHSIG = 1
@@ -30,7 +29,7 @@ def launch(count: int, command: Sequence[str] | None = None) -> int:
     command: what to run; None: the command line of this process.
     """
     command = [sys.executable, *sys.orig_argv[1:]] if command is None else [*command]
-    place = f"127.0.0.1:{_free_port()},{count}"
+    place = f"127.0.0.1:{free_port()},{count}"
     environment = {**os.environ, LAUNCHER: str(os.getpid())}
     children: list[subprocess.Popen[bytes]] = []
     previous = {}
@@ -107,9 +106,3 @@ def _signal(code: int) -> str:
     with contextlib.suppress(ValueError):
         return signal.Signals(-code).name
     return f"signal {-code}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gpt_jax.distributed.channel import JOIN, LOST, Channel, end_process, name_of, open_channel
+from gpt_jax.distributed.channel import JOIN, LOST, Channel, end_process, free_port, name_of, open_channel
 from gpt_jax.distributed.settings import AUTO, Place, parse_devices, parse_distributed
 from gpt_jax.errors import UserError
 
@@ -97,12 +97,8 @@ class Processes:
                         "need the same"
                     )
 
-    def blame(self, error: BaseException | None = None) -> None:
-        """Waits for the process to be named whose loss may be why an exchange failed here; ends this one if it is.
-
-        error: what the exchange raised, which then is the loser's own trouble; returns if no process was lost.
-        """
-        del error
+    def blame(self) -> None:
+        """As `Channel.blame`."""
         if self.channel is not None:
             self.channel.blame()
 
@@ -175,7 +171,7 @@ def join(distributed: str, devices: str = "", *, join_seconds: float = JOIN) -> 
     channel = open_channel(place, hello, join_seconds=join_seconds)
     machines = [each["machine"] for each in channel.hellos]
     host, _ = place.host_and_port
-    shared = {"name": secrets.token_hex(8), "port": _free_port(host)} if place.index == 0 else None
+    shared = {"name": secrets.token_hex(8), "port": free_port(host)} if place.index == 0 else None
     shared = channel.share(shared)
     mine = machines[place.index]
     return Processes(
@@ -225,13 +221,6 @@ def _place_of_launcher() -> Place:
             + by_hand
         )
     return Place(*found)
-
-
-def _free_port(host: str) -> int:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.bind(address)
-        return probe.getsockname()[1]
 
 
 def _machine() -> str:

@@ -356,7 +356,7 @@ class DeviceFailure:
             and self._processes.count > 1
             and isinstance(error, jax.errors.JaxRuntimeError | LinkError)
         ):
-            self._processes.blame(error)  # an exchange fails first of all where another process is lost
+            self._processes.blame()  # an exchange fails first of all where another process is lost
         if error is None or not is_device_error(error):
             return
         step, seconds = (None, None) if self.trainer is None else (self.trainer.step, self.trainer.step_seconds)

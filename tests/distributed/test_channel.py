@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from meeting import everywhere, free_port, meet, wait_until
+from meeting import everywhere, meet, wait_until
 
 from gpt_jax.distributed import channel
 from gpt_jax.distributed.processes import Processes, join
@@ -109,7 +109,7 @@ def test_the_error_of_one_process_ends_the_others_with_its_line(ended):
     ],
 )
 def test_processes_that_are_not_of_one_run_are_told_apart(ended, places, said):
-    port = free_port()
+    port = channel.free_port()
 
     def start(place):
         with pytest.raises(UserError) as caught:
@@ -141,13 +141,13 @@ def test_a_port_in_use_and_a_stranger_behind_it_are_said(ended):
             join(f"{address},2,1")
         thread.join()
     with pytest.raises(UserError, match=r"nobody answers at"):
-        join(f"127.0.0.1:{free_port()},2,1", join_seconds=0)
+        join(f"127.0.0.1:{channel.free_port()},2,1", join_seconds=0)
     with pytest.raises(UserError, match=r"192\.0\.2\.1:1234: .* must be an address of the machine of process 0"):
         join("192.0.2.1:1234,2,0")
 
 
 def test_who_only_scans_the_port_of_process_0_keeps_nobody_from_it(ended):
-    port = free_port()
+    port = channel.free_port()
     greeting = json.dumps({"kind": channel._GREETING, "hello": {"index": "1", "count": 2}}).encode()
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(join, f"127.0.0.1:{port},2,0", join_seconds=20)
