@@ -98,7 +98,7 @@ class Processes:
                     )
 
     def blame(self) -> None:
-        """As `Channel.blame`."""
+        """Waits for a lost process to be named, see `Channel.blame`."""
         if self.channel is not None:
             self.channel.blame()
 

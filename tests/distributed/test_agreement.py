@@ -1,4 +1,4 @@
-"""What processes of a run compare before the first step: the first thing that differs is named, with who has what."""
+"""Processes of a run compare what they are given before the first step: who has what of the first that differs."""
 
 import types
 
