@@ -40,7 +40,7 @@ def get_config():
                 log__diagnostics_every=0, log__every=1)
 """
 ROUNDING = 1e-5  # how far losses of another number of devices may be apart, relative
-AT_ONCE = 5.0  # seconds in which the others end when one was killed, on a busy machine
+AT_ONCE = 10.0  # seconds in which the others end when one was killed, on a busy machine
 CHECKPOINT = 10.0  # seconds that the checkpoint on its way may take beside
 BACKENDS = ("xla", "vulkan")
 EVERY = 10  # steps between checkpoints
@@ -95,12 +95,13 @@ class Runs:
         lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
         return {(line["split"], line["step"]): line["loss"] for line in lines if "loss" in line}
 
-    def steps_done(self, name: str) -> int:
+    def steps_since(self, name: str, began: float) -> list[int]:
+        """The steps that a run has made, and written, since a time of `time.time`."""
         try:
-            lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-            return max((json.loads(line)["step"] for line in lines), default=0)
+            lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
         except (OSError, ValueError):  # a line that is being written
-            return 0
+            return []
+        return [line["step"] for line in lines if line["split"] == "train" and line["time"] >= began]
 
 
 def ends(processes: Sequence[Process], limit: float = LIMIT) -> list[Ended]:
@@ -183,29 +184,17 @@ class Faults:
         """Begins the run again, waits for a random moment of it, and has one of its processes be lost."""
         fault, victim = self.drawn.choice(self.kinds), self.drawn.randrange(2)
         in_start = self.drawn.random() < 0.2
-        before, steps, seconds = (
-            self.runs.steps_done(self.faulty),
-            self.drawn.randrange(1, 15),
-            self.drawn.uniform(0, 10),
-        )
+        steps, seconds = self.drawn.randrange(1, 15), self.drawn.uniform(0, 10)
         processes = self.begin(self.faulty)
-        began, until = time.monotonic(), time.monotonic() + LIMIT
-        while not any(process.poll() for process in processes) and time.monotonic() < until:
-            done = self.runs.steps_done(self.faulty)
-            # The steps since the last checkpoint are made, and written, again.
-            if (
-                time.monotonic() - began > seconds
-                if in_start
-                else done > before // EVERY * EVERY and done % 15 >= steps
-            ):
+        began, until = time.time(), time.time() + LIMIT
+        made: list[int] = []
+        while not any(process.poll() for process in processes) and time.time() < until:
+            made = self.runs.steps_since(self.faulty, began)
+            if time.time() - began > seconds if in_start else len(made) >= steps:
                 break
             time.sleep(0.002)
         what = f"{self.name}, {number}: {fault} of {victim}, "
-        what += (
-            f"{time.monotonic() - began:.1f} s after the start"
-            if in_start
-            else f"step {self.runs.steps_done(self.faulty)}"
-        )
+        what += f"{time.time() - began:.1f} s after the start" if in_start else f"step {max(made, default=0)}"
         if any(process.poll() for process in processes):
             self.table.add(what, False, f"ended before its fault: {said(ends(processes, 60))}")
             return
@@ -227,7 +216,8 @@ class Faults:
             [woken] = ends([processes[victim]], JOIN + CHECKPOINT if in_start else AT_ONCE)
             problems += [f"the stopped one: {problem}"] if (problem := woken.problem(1, 2)) else []
         ends(processes)
-        line = f"{took:.1f} s; {said(ended)}" if not problems else "; ".join(problems)
+        lines = "; ".join(dict.fromkeys(line for each in ended for line in each.errors))
+        line = f"{took:.1f} s; {lines}" if not problems else "; ".join(problems)
         self.table.add(what, not problems and took < limit + CHECKPOINT, line)
 
     def finish(self) -> None:
