@@ -97,7 +97,8 @@ def enter_backend(
         jax.default_device(jax.local_devices(backend="cpu")[0])
     )  # for what is done once, like initialisation
     facts = {"platform": "vulkan", "kind": device.info.name, "count": processes.count}
-    placement = VulkanDevices(processes) if processes.count > 1 else OneDevice()
+    kind = f"{device.info.name}, {device.info.driver} {device.info.driver_version}"
+    placement = VulkanDevices(processes, kind) if processes.count > 1 else OneDevice()
     peak_bytes = lambda: device.memory.peak  # noqa: E731
     return Backend(name, reason, facts, vk_kernels.jit, vk_kernels.device_put, peak_bytes, placement)
 

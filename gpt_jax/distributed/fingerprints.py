@@ -1,5 +1,7 @@
 """Compares the bits of parameters between the processes of a run, by a number for each array."""
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +18,19 @@ def fingerprints(params: Any) -> Any:
         return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
 
     return jax.tree.map(fingerprint, params)
+
+
+def are_alike(processes: Processes, device: str) -> bool:
+    """Whether the devices of all processes are of one kind, as each describes its own."""
+    return len(set(processes.gather(device))) == 1
+
+
+def processor() -> str:
+    """The model of this host's processor; '' where the system does not tell."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return ""
 
 
 def agree_on_bits(processes: Processes, found: Any, step: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt_jax.distributed.fingerprints import agree_on_bits, fingerprints
+from gpt_jax.distributed.fingerprints import agree_on_bits, are_alike, fingerprints, processor
 from gpt_jax.distributed.placement import OneDevice, Share
 from gpt_jax.distributed.processes import ALONE, Processes
 
@@ -27,8 +27,8 @@ class OnMesh(OneDevice):
     def __init__(self, devices: Sequence[jax.Device], shard: str, processes: Processes = ALONE) -> None:
         devices = sorted(devices, key=lambda device: (device.process_index, device.id))
         mine = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
-        self._processes = processes
         self.share = Share(mine[0], len(mine), len(devices))
+        self._processes, self._kind = processes, f"{devices[mine[0]].device_kind} {processor()}"
         self._mesh = Mesh(np.array(devices), (_AXIS,))
         self._is_split = shard == "fsdp"
         self._on_all = NamedSharding(self._mesh, PartitionSpec())
@@ -81,11 +81,15 @@ class OnMesh(OneDevice):
         # One leaf after another, so that no device holds all of a state that is split.
         return jax.tree.map(lambda leaf: np.asarray(self._gathered(leaf).addressable_data(0)), tree)
 
-    def check(self, params: Any, step: int) -> None:
-        if self._processes.count > 1:  # of what is split, each process has another part
-            own = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(params) if leaf.is_fully_replicated]
-            named = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf.addressable_data(0) for p, leaf in own}
-            agree_on_bits(self._processes, _fingerprints(named), step)
+    def settle(self, state: Any, step: int) -> Any:
+        if self._processes.count == 1:
+            return state
+        if not are_alike(self._processes, self._kind):
+            return self.put(self.broadcast(self.whole(state)))
+        # Of what is split, each process has another part.
+        own = jax.tree.map(lambda x: x.addressable_data(0) if x.is_fully_replicated else None, state.params)
+        agree_on_bits(self._processes, _fingerprints(own), step)
+        return state
 
     def _gathered(self, leaf: jax.Array) -> jax.Array:
         # One after another: of many gathers under way at once the devices of a processor can wait for each other until

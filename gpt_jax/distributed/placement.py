@@ -79,5 +79,12 @@ class OneDevice:
         """Metrics of the exchange, by step, since the last call."""
         return {}
 
-    def check(self, params: Any, step: int) -> None:
-        """Raises UserError, naming the first parameter and the processes, if they do not have the same bits."""
+    def settle(self, state: Any, step: int) -> Any:
+        """The state after a step, from which all processes go on with the same bits; all of them call it.
+
+        They have them already if their devices are alike. Devices of different kinds round differently in the update:
+        they take process 0's state, as a run does that goes on.
+
+        Raises UserError, naming the first parameter and the processes, if devices that are alike have other bits.
+        """
+        return state

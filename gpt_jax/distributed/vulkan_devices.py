@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax.distributed.fingerprints import agree_on_bits, fingerprints
+import vk_kernels
+from gpt_jax.distributed.fingerprints import agree_on_bits, are_alike, fingerprints
 from gpt_jax.distributed.placement import OneDevice, Share
 from gpt_jax.distributed.processes import Processes
 from vk_kernels.bridge.host_exchange import HostExchange, Packing
@@ -22,7 +23,9 @@ WAIT = 1800.0  # seconds for another process of the host, which may compile; who
 class VulkanDevices(OneDevice):
     """A device a process; see `steps` and `cut_step` for what they compute."""
 
-    def __init__(self, processes: Processes):
+    def __init__(self, processes: Processes, device: str = ""):
+        """device: its kind and driver, by which processes know whether theirs are alike."""
+        self._kind = device
         self.share = Share(first=processes.index, held=1, total=processes.count)
         self._processes = processes
         self._links: HostLinks | None = None
@@ -85,8 +88,11 @@ class VulkanDevices(OneDevice):
             "exchange_bytes": self._exchange.nbytes,
         }
 
-    def check(self, params: Any, step: int) -> None:
-        agree_on_bits(self._processes, _fingerprints(params), step)
+    def settle(self, state: Any, step: int) -> Any:
+        if are_alike(self._processes, self._kind):
+            agree_on_bits(self._processes, _fingerprints(state.params), step)
+            return state
+        return vk_kernels.device_put(self.broadcast(state))
 
 
 _fingerprints = jit(fingerprints)

@@ -488,7 +488,7 @@ class Trainer:
             "data_fingerprint": self.corpus.fingerprint,
             **self.beside,
         }
-        self.placement.check(self.state.params, self.step)
+        self.leaves = tuple(jax.tree.leaves(self.placement.settle(self.state, self.step)))
         self.checkpointer.save(self.step, self.placement.whole(saved_part(self.state, self.config)), position)
 
     def profile(self, batch: Batch) -> None:

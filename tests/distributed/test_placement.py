@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from meeting import everywhere, meet
 from ml_collections import ConfigDict
 
 from configs import chat
@@ -72,6 +73,24 @@ def test_two_devices_of_xla_train_as_one_does(alone, shard):
         np.testing.assert_allclose(mine, other, rtol=1e-3, atol=2e-5)
     for leaf in mesh.own(leaves):
         assert leaf.sharding.device_set == {jax.devices()[0]}
+
+
+def test_processes_of_xla_compare_the_bits_of_what_each_of_them_has():
+    config = tiny()
+    state = init_state(init_params(make_model(config), 1), make_optimizer(config))
+    meshes = [OnMesh(jax.devices()[:1], "replicated", process) for process in meet(2)]
+    state = meshes[0].put(state)
+    other = state.replace(params=jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1), state.params))
+
+    def check(index: int) -> str:
+        assert meshes[index].settle(state, 3) is state
+        with pytest.raises(UserError) as caught:
+            meshes[index].settle((state, other)[index], 4)
+        return str(caught.value)
+
+    for line in everywhere([0, 1], check):
+        assert " after step 4 is " in line
+        assert "process 1 (pid " in line
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])

@@ -1,5 +1,6 @@
 """State and sums of processes that have a Vulkan device each. Threads stand for processes here."""
 
+import dataclasses
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from vulkan_devices import SELECTOR, needs_vulkan
+from vulkan_devices import needs_vulkan
 
 from gpt_jax.distributed.processes import Processes
 from gpt_jax.distributed.vulkan_devices import VulkanDevices
@@ -60,19 +61,46 @@ def test_sums_are_of_all_processes(both):
     assert both(lambda devices, _: devices.measures()) == [{}, {}]
 
 
+@dataclasses.dataclass(frozen=True)
+class State:
+    params: Any
+
+
+jax.tree_util.register_dataclass(State, ["params"], [])
+
+
 @needs_vulkan
 def test_a_bit_that_differs_is_found_and_named_before_it_is_saved(both, monkeypatch):
-    monkeypatch.setenv("VK_KERNELS_DEVICE", SELECTOR)
-    params = {"h_0": {"w": np.linspace(0, 1, 100, dtype=np.float32)}, "wte": np.ones(3, np.float32)}
-    both(lambda devices, _: devices.check(params, 3))
-    other = jax.tree.map(np.copy, params)
-    other["h_0"]["w"].view(np.uint32)[41] ^= 1
+    monkeypatch.setenv("VK_KERNELS_DEVICE", "cpu")
+    state, other = states_that_differ()
+    for found in both(lambda devices, _: devices.settle(state, 3)):
+        assert found is state
 
     def check(devices: VulkanDevices, index: int) -> str:
         with pytest.raises(UserError) as caught:
-            devices.check(other if index else params, 4)
+            devices.settle(other if index else state, 4)
         return str(caught.value)
 
     for line in both(check):
         assert line.startswith("h_0/w after step 4 is ")
         assert "process 1 (pid 11 on here)" in line
+
+
+@needs_vulkan
+def test_devices_of_different_kinds_go_on_from_process_0s_state(both, monkeypatch):
+    monkeypatch.setenv("VK_KERNELS_DEVICE", "cpu")
+    state, other = states_that_differ()
+
+    def settle(devices: VulkanDevices, index: int) -> State:
+        devices._kind = ("one vendor's", "another's")[index]
+        return devices.settle(other if index else state, 4)
+
+    for found in both(settle):
+        jax.tree.map(np.testing.assert_array_equal, found, state)
+
+
+def states_that_differ() -> tuple[State, State]:
+    params = {"h_0": {"w": np.linspace(0, 1, 100, dtype=np.float32)}, "wte": np.ones(3, np.float32)}
+    other = jax.tree.map(np.copy, params)
+    other["h_0"]["w"].view(np.uint32)[41] ^= 1
+    return State(params), State(other)
