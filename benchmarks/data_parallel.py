@@ -11,7 +11,7 @@ the tokens a second of all over those of one device alone. --no-overlap: all of 
 
 Rivals are XLA with its own collectives (NCCL), one process for all devices: xla-replicated and xla-fsdp, beside one.
 
-With --check K the losses of K steps are compared with those of one device that has the whole batch, without dropout.
+With --check K the losses of K steps are compared with those of one device that has the whole batch.
 """
 
 import argparse
@@ -51,8 +51,6 @@ def run_process(options: argparse.Namespace) -> dict[str, Any]:
     if not options.overlap:
         device.exchange_queue = device.queue
     config = case_of(options.case).load()
-    if options.check:
-        config.model.dropout_rate = 0.0
     index, count, size = options.index, options.count, config.batch_size
     whole = config.copy_and_resolve_references()
     whole.batch_size = size * options.shares
@@ -71,7 +69,8 @@ def run_process(options: argparse.Namespace) -> dict[str, Any]:
             return exchange
 
         shapes = abstract_state(config)
-        step: Any = make_cut_step(config, shapes, make_exchange, vk_kernels.jit, dtype=options.dtype)
+        config.exchange_dtype = options.dtype
+        step: Any = make_cut_step(config, shapes, make_exchange, vk_kernels.jit, first_text=index * size)
     else:
         step, shapes, _ = make_step(whole)
         step = vk_kernels.jit(step, donate_argnums=0)

@@ -1,7 +1,12 @@
 """Processes of a run that meet in threads of a test's own process."""
 
+import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
 
 from gpt_jax.distributed import channel
 from gpt_jax.distributed.processes import Processes, join
@@ -26,3 +31,21 @@ def wait_until(condition) -> None:
     while not condition() and time.monotonic() < until:
         time.sleep(0.01)
     assert condition()
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All of a run's state that its placement looks at."""
+
+    params: Any
+
+
+jax.tree_util.register_dataclass(State, ["params"], [])
+
+
+def states_that_differ() -> tuple[State, State]:
+    """Two states, one bit of h_0/w apart."""
+    params = {"h_0": {"w": np.linspace(0, 1, 100, dtype=np.float32)}, "wte": np.ones(3, np.float32)}
+    other = jax.tree.map(np.copy, params)
+    other["h_0"]["w"].view(np.uint32)[41] ^= 1
+    return State(params), State(other)

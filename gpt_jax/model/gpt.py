@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from gpt_jax.model import lora
 from gpt_jax.model.lora import LINEAR_LAYERS, LoraConfig
 from vk_kernels import ops
+from vk_kernels.ops.philox import site_at
 
 ATTENTION_SITE, PROJECTION_SITE, MLP_SITE = range(3)  # where dropout acts; with the layer, what its bits follow from
 DIAGNOSTICS = "diagnostics"  # the collection that attention statistics are sown into, when it is mutable
@@ -40,6 +41,7 @@ class ModelConfig:
     tie_head: bool = False  # the output layer is the token embedding
     dtype: str = "float32"  # or bfloat16
     remat: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+    first_text: int = 0  # number in the whole batch of the first text of this device, by which dropout draws its bits
     lora: LoraConfig | None = None  # adapters beside the linear layers; None: there are none
 
     @classmethod
@@ -97,6 +99,7 @@ class Linear(nn.Module):
         a = self.param(lora.A, lora.init_a, (x.shape[-1], rank), jnp.float32)
         b = self.param(lora.B, nn.initializers.zeros, (rank, self.features), jnp.float32)
         site = 3 * config.num_layers + len(LINEAR_LAYERS) * self.layer + LINEAR_LAYERS.index(self.name)
+        site = site_at(site, config.first_text * x.shape[1])
         x = ops.dropout(x, rng, rate=config.lora.dropout, site=site)
         return ops.matmul(ops.matmul(x, a.astype(x.dtype)), (config.lora.scale * b).astype(x.dtype))
 
@@ -116,9 +119,10 @@ class LayerNorm(nn.Module):
         return ops.residual_layer_norm(x, branch, scale, bias, epsilon=self.epsilon, **dropout)
 
 
-def dropout_at(site: int, layer: int, config: ModelConfig, rng: jax.Array | None) -> dict[str, Any]:
-    """The arguments of an operation that drops out."""
-    return {"rng": rng, "dropout_rate": config.dropout_rate, "site": 3 * layer + site}
+def dropout_at(site: int, layer: int, config: ModelConfig, rng: jax.Array | None, rows: int) -> dict[str, Any]:
+    """The arguments of an operation that drops out. rows: of its grid, that one text has."""
+    number = site_at(3 * layer + site, config.first_text * rows)
+    return {"rng": rng, "dropout_rate": config.dropout_rate, "site": number}
 
 
 class Block(nn.Module):
@@ -137,18 +141,17 @@ class Block(nn.Module):
         batch, length, width = x.shape
         heads = config.num_heads
 
-        x, y = LayerNorm(config.norm_epsilon, name="ln_1")(
-            x, branch, **dropout_at(MLP_SITE, self.layer - 1, config, rng)
-        )
+        before = {} if branch is None else dropout_at(MLP_SITE, self.layer - 1, config, rng, length)
+        x, y = LayerNorm(config.norm_epsilon, name="ln_1")(x, branch, **before)
         qkv = Linear(3 * width, config, self.layer, name="qkv")(y, rng)
         qkv = qkv.reshape(batch, length, 3, heads, width // heads)
         if self.is_mutable_collection(DIAGNOSTICS):
             self._sow_statistics(qkv[:, :, 0], qkv[:, :, 1])
         dropout = functools.partial(dropout_at, layer=self.layer, config=config, rng=rng)
-        y = ops.packed_attention(qkv, cap=config.soft_cap, **dropout(ATTENTION_SITE))
+        y = ops.packed_attention(qkv, cap=config.soft_cap, **dropout(ATTENTION_SITE, rows=heads))
         y = y.reshape(batch, length, width)
         branch = Linear(width, config, self.layer, config.residual_init_scale, name="projection")(y, rng)
-        x, y = LayerNorm(config.norm_epsilon, name="ln_2")(x, branch, **dropout(PROJECTION_SITE))
+        x, y = LayerNorm(config.norm_epsilon, name="ln_2")(x, branch, **dropout(PROJECTION_SITE, rows=length))
         y = Linear(config.mlp_width, config, self.layer, name="mlp_in")(y, rng, activation="gelu")
         return x, Linear(width, config, self.layer, config.residual_init_scale, name="mlp_out")(y, rng)
 
@@ -206,7 +209,8 @@ class GPT(nn.Module):
         x, branch = x.astype(dtype), None
         for block in self.h:
             x, branch = block(x, branch, rng)
-        return self.ln_f(x, branch, **dropout_at(MLP_SITE, len(self.h) - 1, self.config, rng))[1]
+        dropout = dropout_at(MLP_SITE, len(self.h) - 1, self.config, rng, tokens.shape[1])
+        return self.ln_f(x, branch, **dropout)[1]
 
     def output_matrix(self) -> jax.Array:
         """(embed_dim, vocab_size) in the config's dtype; if tied, (vocab_size, embed_dim)."""
@@ -228,9 +232,13 @@ class GPT(nn.Module):
         return ops.matmul(hidden, matrix.T if self.config.tie_head else matrix).astype(jnp.float32)
 
 
-def make_model(config: ConfigDict) -> GPT:
-    """The model that a run trains: `config.model`, with the adapters of `config.lora`."""
-    return GPT(dataclasses.replace(ModelConfig.from_config(config.model), lora=LoraConfig.from_config(config)))
+def make_model(config: ConfigDict, first_text: int = 0) -> GPT:
+    """The model that a run trains: `config.model`, with the adapters of `config.lora`.
+
+    first_text: number in the whole batch of the first text that this device has.
+    """
+    more = {"lora": LoraConfig.from_config(config), "first_text": first_text}
+    return GPT(dataclasses.replace(ModelConfig.from_config(config.model), **more))
 
 
 def init_params(model: GPT, seed: int) -> Any:

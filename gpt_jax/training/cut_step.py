@@ -162,15 +162,23 @@ class CutStep:
 
 
 def make_cut_step(
-    config: ConfigDict, state: TrainState, make_exchange: MakeExchange, jit: Callable[..., Any], **options: Any
+    config: ConfigDict,
+    state: TrainState,
+    make_exchange: MakeExchange,
+    jit: Callable[..., Any],
+    *,
+    first_text: int = 0,
 ) -> CutStep:
-    """The step with what a config says. state: its shapes and dtypes. options: as `CutStep` takes them."""
-    settings = {
-        "model": make_model(config),
-        "optimizer": make_optimizer(config),
-        "schedule": learning_rate_schedule(config),
-        "seed": config.seed,
-        "accumulate_steps": config.accumulate_steps,
-        "is_trained": trained_parameters(config),
-    }
-    return CutStep(state, make_exchange, jit, **settings | options)
+    """The step with what a config says. state: its shapes and dtypes. first_text: see `make_model`."""
+    return CutStep(
+        state,
+        make_exchange,
+        jit,
+        model=make_model(config, first_text),
+        optimizer=make_optimizer(config),
+        schedule=learning_rate_schedule(config),
+        seed=config.seed,
+        accumulate_steps=config.accumulate_steps,
+        is_trained=trained_parameters(config),
+        dtype=config.exchange_dtype,
+    )

@@ -59,8 +59,8 @@ def make_programs(config: ConfigDict, backend: Backend) -> Programs:
     model = make_model(config)
     state, placement = abstract_state(config), backend.placement
     if isinstance(placement, VulkanDevices):
-        check_no_dropout(config)
-        step = make_cut_step(config, state, placement.make_exchange, backend.jit, dtype=config.exchange_dtype)
+        first_text = int(placement.share.rows(config.batch_size, config.accumulate_steps)[0])
+        step = make_cut_step(config, state, placement.make_exchange, backend.jit, first_text=first_text)
     else:
         step = on_leaves(make_train_step(config, placement), jax.tree.structure(state))
         step = backend.jit(step, donate_argnums=0, **placement.step_options(state))
@@ -70,16 +70,6 @@ def make_programs(config: ConfigDict, backend: Backend) -> Programs:
         diagnostics_step=backend.jit(functools.partial(diagnostics_step, model=model)),
         nonfinite_places=backend.jit(functools.partial(nonfinite_places, model=model)),
     )
-
-
-def check_no_dropout(config: ConfigDict) -> None:
-    """Raises UserError for dropout on several Vulkan devices: kernels give each of them the bits of the first rows."""
-    for name, rate in (("model.dropout_rate", config.model.dropout_rate), ("lora.dropout", config.lora.dropout)):
-        if rate:
-            raise UserError(
-                f"config.{name}={rate}: several Vulkan devices train without dropout only: --config.{name}=0, or "
-                "--config.backend=xla, or one device"
-            )
 
 
 def abstract_state(config: ConfigDict) -> TrainState:

@@ -118,7 +118,7 @@ def said(ended: Sequence[Ended]) -> str:
 
 
 def compare(table: Table, runs: Runs, what: str, one: str, other: str) -> None:
-    """Adds how far the losses of two runs are apart; the other may have evaluated more often, at the ends of its parts."""
+    """Adds how far the losses of two runs are apart; the other may have evaluated more often, where it ended."""
     expected, found = runs.losses(one), runs.losses(other)
     missing = expected.keys() - found.keys()
     apart = max((abs(found[key] - loss) / abs(loss) for key, loss in expected.items() if key in found), default=1.0)

@@ -1,6 +1,6 @@
 """The step of several processes, each with a device of its own: threads stand for them here, in one process."""
 
-import copy
+import dataclasses
 import functools
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ from vk_kernels.bridge.host_exchange import HostExchange
 from vk_kernels.runtime.host_links import HostLinks
 
 SEED, STEPS = 42, 3
-MODEL = ModelConfig(vocab_size=50, block_size=16, num_layers=1, num_heads=2, embed_dim=48, dropout_rate=0.0)
+MODEL = ModelConfig(vocab_size=50, block_size=16, num_layers=1, num_heads=2, embed_dim=48, dropout_rate=0.1)
 
 
 def test_buckets_are_of_one_size_from_the_last_layer_to_the_first_and_give_the_tree_back():
@@ -100,14 +100,19 @@ def run_cut(count: int, **more) -> list[tuple[list[dict[str, float]], list[bytes
         host = jax.tree.unflatten(jax.tree.structure(state), [np.asarray(leaf) for leaf in leaves])
         return found, [leaf.tobytes() for leaf in jax.tree.leaves(host)], host
 
-    first = CutStep(state, None, jit, bucket_bytes=2**16, **options, **more)
     batch = {key: x[: 4 // count] for key, x in make_batch(0).items()}
-    for lowered in first.lower(tuple(jax.tree.leaves(state)), batch):  # once, and not by each of the threads
-        lowered.compile()
-    with ThreadPoolExecutor(count) as threads:  # whose steps share what is compiled
-        found = list(threads.map(run, [copy.copy(first) for _ in range(count)], range(count)))
-    [compiled] = first._gradient._compiled.values()
-    assert len(compiled.executable._cuts) > len(first.packings) // 2  # buckets are ready one after another
+    steps = []
+    for index in range(count):  # compiled here, and not by all threads at once
+        own = {"model": GPT(dataclasses.replace(MODEL, first_text=index * 4 // count))}
+        steps.append(CutStep(state, None, jit, bucket_bytes=2**16, **options | own | more))
+        steps[index]._update = steps[0]._update  # the same for all
+        for lowered in steps[index].lower(tuple(jax.tree.leaves(state)), batch):
+            lowered.compile()
+    with ThreadPoolExecutor(count) as threads:
+        found = list(threads.map(run, steps, range(count)))
+    for step in steps:
+        [compiled] = step._gradient._compiled.values()
+        assert len(compiled.executable._cuts) > len(step.packings) // 2  # buckets are ready one after another
     return found
 
 

@@ -1,9 +1,12 @@
 """Several devices give what one gives with the whole batch: rows, dropout, losses, parameters."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from meeting import everywhere, meet
+from meeting import everywhere, meet, states_that_differ
 from ml_collections import ConfigDict
 
 from configs import chat
@@ -15,7 +18,9 @@ from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.programs import make_train_step
-from gpt_jax.training.steps import init_state
+from gpt_jax.training.steps import init_state, loss_and_gradient
+from vk_kernels import ops
+from vk_kernels.ops.philox import site_at
 
 
 def tiny() -> ConfigDict:
@@ -32,6 +37,10 @@ def make_batch(step: int) -> dict[str, np.ndarray]:
     drawn = np.random.default_rng(step).integers(0, 48, (8, 17)).astype(np.int32)
     targets = np.where(np.arange(16) < np.array([16, 1, 0, 3, 16, 9, 0, 2])[:, None], drawn[:, 1:], -1)
     return {"inputs": drawn[:, :-1], "targets": targets.astype(np.int32)}
+
+
+def rows_of(batch: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: values[rows] for name, values in batch.items()}
 
 
 def train(placement: OneDevice, put, steps: int = 3) -> tuple[list[float], list[np.ndarray], list[jax.Array]]:
@@ -76,21 +85,68 @@ def test_two_devices_of_xla_train_as_one_does(alone, shard):
 
 
 def test_processes_of_xla_compare_the_bits_of_what_each_of_them_has():
-    config = tiny()
-    state = init_state(init_params(make_model(config), 1), make_optimizer(config))
     meshes = [OnMesh(jax.devices()[:1], "replicated", process) for process in meet(2)]
-    state = meshes[0].put(state)
-    other = state.replace(params=jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1), state.params))
+    states = [meshes[0].put(state) for state in states_that_differ()]
 
     def check(index: int) -> str:
-        assert meshes[index].settle(state, 3) is state
+        assert meshes[index].settle(states[0], 3) is states[0]
         with pytest.raises(UserError) as caught:
-            meshes[index].settle((state, other)[index], 4)
+            meshes[index].settle(states[index], 4)
         return str(caught.value)
 
     for line in everywhere([0, 1], check):
-        assert " after step 4 is " in line
+        assert line.startswith("h_0/w after step 4 is ")
         assert "process 1 (pid " in line
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_batch_keep_the_bits_of_dropout(alone):
+    """A device that has some texts, and knows which, drops what one device with all of them drops."""
+    config, batch = tiny(), make_batch(0)
+    params = init_params(make_model(config), 1)
+    gradient = jax.jit(loss_and_gradient, static_argnames=("model", "seed", "accumulate_steps"))
+    count = jnp.float32(max((batch["targets"] >= 0).sum(), 1))
+    total, gradients = 0.0, []
+    for index in (0, 1):
+        share = Share(index, 1, 2)
+        model = make_model(config, first_text=2 * index)  # of 4 texts in each part of the batch
+        part = rows_of(batch, share.rows(8, 2))
+        loss, grads = gradient(params, part, jnp.int32(0), count, model=model, seed=config.seed, accumulate_steps=2)
+        total, gradients = total + float(loss), [*gradients, grads]
+    assert total == pytest.approx(alone[0][0], rel=3e-7)
+    summed = jax.tree.map(jnp.add, *gradients)
+    norm = float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(summed))))
+    assert norm == pytest.approx(alone[1][0], rel=3e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("vulkan", marks=pytest.mark.vulkan)])
+def test_an_operation_on_some_rows_draws_their_bits(implementation, request):
+    if implementation == "vulkan":
+        request.getfixturevalue("device")
+    drawn = np.random.default_rng(0)
+    x = drawn.normal(size=(4, 8, 16)).astype(np.float32)
+    qkv = drawn.normal(size=(4, 8, 3, 2, 8)).astype(np.float32)
+    w = drawn.normal(size=(16, 16)).astype(np.float32)
+    one, rng = np.ones(16, np.float32), np.array([7, 3], np.uint32)
+    drop = functools.partial(ops.dropout, rate=0.5)
+    operations = {  # of some texts, the site, and how many rows of its grid a text has
+        "dropout": (lambda some, site: drop(x[some], rng, site=site), 8),
+        "matmul": (lambda some, site: ops.matmul(x[some], w, rng=rng, dropout_rate=0.5, site=site), 8),
+        "residual_layer_norm": (
+            lambda some, site: ops.residual_layer_norm(x[some], x[some], one, one, rng, dropout_rate=0.5, site=site)[0],
+            8,
+        ),
+        "packed_attention": (lambda some, site: ops.packed_attention(qkv[some], rng, dropout_rate=0.5, site=site), 2),
+    }
+    from vk_kernels import use
+
+    with use(implementation):
+        for name, (operation, rows) in operations.items():
+            whole = np.asarray(operation(slice(None), 5))
+            parts = [operation(slice(i, i + 2), site_at(5, i * rows)) for i in (0, 2)]
+            np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-6, atol=1e-6, err_msg=name)
+            again = np.asarray(operation(slice(2, 4), 5))
+            assert not np.allclose(again, whole[2:]), name
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])

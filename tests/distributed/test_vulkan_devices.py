@@ -1,6 +1,5 @@
 """State and sums of processes that have a Vulkan device each. Threads stand for processes here."""
 
-import dataclasses
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from meeting import State, states_that_differ
 from vulkan_devices import needs_vulkan
 
 from gpt_jax.distributed.processes import Processes
@@ -61,14 +61,6 @@ def test_sums_are_of_all_processes(both):
     assert both(lambda devices, _: devices.measures()) == [{}, {}]
 
 
-@dataclasses.dataclass(frozen=True)
-class State:
-    params: Any
-
-
-jax.tree_util.register_dataclass(State, ["params"], [])
-
-
 @needs_vulkan
 def test_a_bit_that_differs_is_found_and_named_before_it_is_saved(both, monkeypatch):
     monkeypatch.setenv("VK_KERNELS_DEVICE", "cpu")
@@ -97,10 +89,3 @@ def test_devices_of_different_kinds_go_on_from_process_0s_state(both, monkeypatc
 
     for found in both(settle):
         jax.tree.map(np.testing.assert_array_equal, found, state)
-
-
-def states_that_differ() -> tuple[State, State]:
-    params = {"h_0": {"w": np.linspace(0, 1, 100, dtype=np.float32)}, "wte": np.ones(3, np.float32)}
-    other = jax.tree.map(np.copy, params)
-    other["h_0"]["w"].view(np.uint32)[41] ^= 1
-    return State(params), State(other)

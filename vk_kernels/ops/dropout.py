@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from vk_kernels.bridge.differentiable import make_differentiable
 from vk_kernels.bridge.primitive import make_primitive
 from vk_kernels.compiler.op_registry import KernelOp
-from vk_kernels.ops.philox import BITS_PER_DRAW, random_uint16
+from vk_kernels.ops.philox import BITS_PER_DRAW, SITES, random_uint16, split_site
 from vk_kernels.ops.planning import (
     THREADS,
     aligned,
@@ -49,10 +49,14 @@ def dropout_mask(rng: jax.Array, site: int, rate: float, shape: tuple[int, ...])
     """The elements that are kept: bool of `shape`.
 
     The last axis is the column, the one before it the row, all others the batch of the logical grid of
-    `random_uint16`; a missing axis has size 1.
+    `random_uint16`; a missing axis has size 1. The first row that a site gives (`site_at`) is of the axis before the
+    column where that is all, else of the batch.
     """
     rows, columns = (1, 1, *shape)[-2:]
-    bits = random_uint16(rng, site, (math.prod(shape[:-2]), rows, columns))
+    site, first = split_site(site)
+    bits = random_uint16(
+        rng, site, (math.prod(shape[:-2]), rows, columns), (first, 0) if len(shape) > 2 else (0, first)
+    )
     return (bits >= jnp.uint32(dropout_threshold(rate))).reshape(shape)
 
 
@@ -63,7 +67,7 @@ def dropout_forward_reference(x: jax.Array, rng: jax.Array | None, *, rate: floa
       x: any shape, floating.
       rng: a JAX key, or uint32 (2,), as a raw key or seed and step. None leaves x as it is.
       rate: in [0, 1); rounded to a multiple of 1/65536.
-      site: tells apart the places that draw from one rng.
+      site: tells apart the places that draw from one rng; `philox.site_at` gives that of a part of a larger array.
 
     Raises:
       ValueError: rate is not in [0, 1).
@@ -85,7 +89,8 @@ def dropout_backward_reference(dy: jax.Array, rng: jax.Array, *, rate: float, si
 
 def dropout_constants(rate: float, site: int) -> dict[str, int | float]:
     """The push constants of shaders/common/elementwise.slang's Dropout."""
-    return {"stream": site, "threshold": dropout_threshold(rate), "scale": dropout_scale(rate)}
+    stream, first = split_site(site)
+    return {"stream": stream, "first": first, "threshold": dropout_threshold(rate), "scale": dropout_scale(rate)}
 
 
 @planner
@@ -128,12 +133,12 @@ def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
 def drawing_of(rng: jax.Array | None, rate: float, site: int) -> tuple[jax.Array | None, float, int]:
     """(rng, rate, site) of a dropout; without one, the same three whatever was given.
 
-    Raises ValueError for a rate outside [0, 1) or a site that is no 32-bit number.
+    Raises ValueError for a rate outside [0, 1) or a site that `site_at` does not give.
     """
     if rng is None or dropout_threshold(rate) == 0:
         return None, 0.0, 0
-    if not 0 <= site < 2**32:
-        raise ValueError(f"dropout site must be in [0, 2**32), found {site}")
+    if not 0 <= site < SITES**2:
+        raise ValueError(f"dropout site must be in [0, 2**64), found {site}")
     return rng, float(rate), int(site)
 
 

@@ -45,13 +45,35 @@ def _multiply(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (product >> jnp.uint64(32)).astype(jnp.uint32), product.astype(jnp.uint32)
 
 
-def random_uint16(rng: jax.Array, site: int, shape: tuple[int, int, int]) -> jax.Array:
+SITES = 2**32  # of one grid; the rest of a site's 64 bits is where the grid begins
+
+
+def site_at(site: int, first: int) -> int:
+    """The site of a grid that is a part of a larger one: its rows begin at row `first` of that, and draw its bits.
+
+    Of a grid of several matrices, `first` is the number of a matrix. A device that has some of a batch's rows so drops
+    what one device with all of them would.
+
+    Raises ValueError if either is no 32-bit number.
+    """
+    if not (0 <= site < SITES and 0 <= first < SITES):
+        raise ValueError(f"a dropout site and its first row must be in [0, 2**32), found {site} and {first}")
+    return first * SITES + site
+
+
+def split_site(site: int) -> tuple[int, int]:
+    """(site, first) of `site_at`."""
+    return site % SITES, site // SITES
+
+
+def random_uint16(rng: jax.Array, site: int, shape: tuple[int, int, int], first: tuple[int, int] = (0, 0)) -> jax.Array:
     """16 random bits for each element of the logical grid (batch, row, column), as uint32 in [0, 65536).
 
     Args:
       rng: uint32 (2,): the run's seed and the step.
       site: which use of the bits this is (dropout site and layer); part of the key.
       shape: (batch, rows, columns).
+      first: numbers of the first of the batch and of the first row, where the grid is a part of a larger one.
 
     One Philox block with counter (column // 8, row, batch, step) and key (seed, site) decides eight
     neighbouring columns: column 8i + 2w + h takes half h (0 = low) of word w.
@@ -59,12 +81,12 @@ def random_uint16(rng: jax.Array, site: int, shape: tuple[int, int, int]) -> jax
     batch, rows, columns = shape
     blocks = -(-columns // DRAWS_PER_BLOCK)
     grid = (batch, rows, blocks)
-    counter = (
-        jax.lax.broadcasted_iota(jnp.uint32, grid, 2),
-        jax.lax.broadcasted_iota(jnp.uint32, grid, 1),
-        jax.lax.broadcasted_iota(jnp.uint32, grid, 0),
-        jnp.broadcast_to(rng[1], grid),
-    )
+
+    def numbers(axis: int, start: int) -> jax.Array:
+        counted = jax.lax.broadcasted_iota(jnp.uint32, grid, axis)
+        return counted + jnp.uint32(start) if start else counted
+
+    counter = (numbers(2, 0), numbers(1, first[1]), numbers(0, first[0]), jnp.broadcast_to(rng[1], grid))
     words = philox4x32(counter, (rng[0], jnp.uint32(site)))
     # The barrier keeps XLA from computing a whole block again for each of the eight elements it decides.
     words = jax.lax.optimization_barrier(words)

@@ -14,6 +14,7 @@ import numpy as np
 from vk_kernels.errors import FeatureError
 from vk_kernels.ops.attention.reference import scale_of
 from vk_kernels.ops.dropout import dropout_scale, dropout_threshold
+from vk_kernels.ops.philox import SITES
 from vk_kernels.ops.planning import aligned, ceil_divide, dispatch, dtype_suffix, has_lanes, operands_of, planner
 from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.dispatch_plan import Dispatch, Plan
@@ -338,7 +339,8 @@ class _Launch(NamedTuple):
         constants = {
             **dict(zip("qkv", views, strict=True)),
             **sizes,
-            "stream": site,
+            "stream": site % SITES,
+            "first": site // SITES,
             "threshold": threshold,
             "kept_scale": dropout_scale(dropout_rate),
             "scale": scale_of(scale, head_dim),

@@ -20,6 +20,7 @@ import numpy as np
 
 from vk_kernels.errors import FeatureError
 from vk_kernels.ops.matmul.tile_table import Product, choice_for
+from vk_kernels.ops.philox import SITES
 from vk_kernels.ops.planning import MAX_GROUPS, THREADS, ceil_divide, dispatch, has_lanes
 from vk_kernels.runtime.dispatch_plan import Dispatch, Plan
 from vk_kernels.runtime.kernel import manifest
@@ -500,7 +501,8 @@ def _constants(
         **{f"stride_{name}": x.stride for name, x in (("a", a), ("b", b), ("c", c))},
         **{f"offset_{name}": x.offset for name, x in (("a", a), ("b", b), ("c", c))},
         **{f"batch_{name}": x.batch_stride for name, x in (("a", a), ("b", b), ("c", c))},
-        "stream": epilogue.site if loss is None else loss.first,
+        "stream": epilogue.site % SITES if loss is None else loss.first,
+        "first": epilogue.site // SITES,
         "threshold": epilogue.threshold if loss is None else loss.columns,
         "scale": epilogue.scale if loss is None else 1.0,
     }
