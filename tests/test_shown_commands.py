@@ -35,7 +35,7 @@ def texts() -> dict[str, str]:
 
 
 def arguments_of(shown: str) -> list[str]:
-    """A program's arguments as they are shown, all that is optional among them; without a remark, a pipe and the like."""
+    """A program's arguments as they are shown, optional ones too, without a remark or a pipe behind them."""
     shown = re.split(r" {3,}", shown)[0].replace(" or FOLDER", "")
     shown = re.sub(r"--config\.x\S*|\[|\]|(?<![ =])\.\.\.|(?<!^) \.\.\.", "", shown)
     words = shlex.split(shown, comments=True)
