@@ -179,19 +179,23 @@ def ops_of(graph: Graph) -> list[str]:
 SQUARE = np.ones((64, 64), np.float32)
 
 
-@pytest.mark.parametrize(
-    ("fn", "args"),
-    [
-        (jnp.matmul, (SQUARE[:63], SQUARE)),
-        (functools.partial(jnp.einsum, "bmk,bk->bm"), (np.ones((64, 64, 64), np.float32), SQUARE)),
-        (jnp.matmul, (SQUARE.astype(np.int32),) * 2),
-        (jnp.matmul, (SQUARE.astype(np.float16),) * 2),
-        (lambda x, y: lax.dot(x, y, preferred_element_type=np.float32), (SQUARE.astype(np.float16),) * 2),
-        (lambda x, y: lax.dot(x, y, preferred_element_type=BF16), (SQUARE, SQUARE)),
-    ],
-    ids=["small", "a batch of small ones", "integers", "float16", "float16 to float32", "to a smaller type"],
-)
-def test_what_stays_generated(fn, args, device):
+GENERATED = {
+    "small": (jnp.matmul, SQUARE[:63], SQUARE),
+    "a batch of small ones": (functools.partial(jnp.einsum, "bmk,bk->bm"), np.ones((64, 64, 64), F32), SQUARE),
+    "out of order, and used once": (
+        functools.partial(jnp.einsum, "bhd,bkhd->bhk"),
+        np.ones((2, 2, 64), F32),
+        np.ones((2, 1024, 2, 64), F32),
+    ),
+    "integers": (jnp.matmul, SQUARE.astype(np.int32), SQUARE.astype(np.int32)),
+    "float16": (jnp.matmul, SQUARE.astype(np.float16), SQUARE.astype(np.float16)),
+    "to a smaller type": (functools.partial(lax.dot, preferred_element_type=BF16), SQUARE, SQUARE),
+}
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_what_stays_generated(name, device):
+    fn, *args = GENERATED[name]
     assert "dot_general" in ops_of(selected(device.info, fn, *args))
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 LEAST_MULTIPLICATIONS = 1 << 18
 
 _LEAST_OF_BATCH = 16 * 16  # elements of each matrix of a batch: of smaller ones most of a tile would be empty
+_LEAST_USES = 16  # of each element of an operand that is brought into order, which takes as long as to read it twice
 
 _OP = "matrix_product"
 
@@ -88,7 +89,10 @@ def select_product(
         return None
     left, right, order = _with_own_batch(*min(_readings(node, makers), key=_bytes_to_order))
     batch = max(left.size("b"), right.size("b"))
-    if batch > 1 and left.size("f") * right.size("f") < _LEAST_OF_BATCH:
+    rows, columns = left.size("f"), right.size("f")
+    if batch > 1 and rows * columns < _LEAST_OF_BATCH:
+        return None
+    if (not left.word and columns < _LEAST_USES) or (not right.word and rows < _LEAST_USES):
         return None
     result, order = _result(node, single, left, right, order)
     if order in ("brl", "rbl") or (order == "blr" and right.size("f") == 1):  # one row is made faster than one column
