@@ -25,6 +25,7 @@ from gpt_jax.errors import UserError
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 15.0  # seconds without one, after which a process counts as lost
+SAVING = 30.0  # seconds that process 0 gets for the checkpoint on its way when another process is lost
 JOIN = 120.0  # seconds that processes wait for each other at the start
 LOST = 1  # exit code of a run that lost a process
 _GREETING = "gpt_jax 1"  # raise the number when processes of an older program would misread the others
@@ -107,7 +108,7 @@ class Channel:
         for peer in peers.values():
             peer.heard = time.monotonic()
             self._selector.register(peer.connection, selectors.EVENT_READ, peer)
-        self._thread = threading.Thread(target=self._watch, name="processes", daemon=True)
+        self._thread = threading.Thread(target=self._watch_or_end, name="processes", daemon=True)
         self._thread.start()
 
     def gather(self, value: Any) -> list[Any]:
@@ -190,6 +191,13 @@ class Channel:
             peer.send(kind="result", value=result)
         self._results.put(result)
 
+    def _watch_or_end(self) -> None:
+        """Watches; a process that no longer does ends, since it would wait for ever for one that is lost."""
+        try:
+            self._watch()
+        except Exception as error:
+            self._lose(f"{name_of(self.hellos[self.index])} cannot listen to the others: {error!r}")
+
     def _watch(self) -> None:
         """Beats, listens, and ends the process when another one is lost."""
         next_beat = time.monotonic()
@@ -248,7 +256,11 @@ class Channel:
         """Ends this process, wherever its other threads are: an exchange of numbers may never return."""
         self.fail(line)
         self._closing = True
-        end_process(self.on_lost(line))
+        try:
+            line = self.on_lost(line)
+        except Exception as error:  # a disk that fails, say; nothing may keep the process from its end
+            line = f"{line}; after it: {error!r}"
+        end_process(line)
 
 
 def end_process(line: str, code: int = LOST) -> NoReturn:

@@ -14,12 +14,12 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from gpt_jax.distributed.channel import BEAT, SILENCE, free_port
+from gpt_jax.distributed.channel import BEAT, SAVING, SILENCE, free_port
 
 LAUNCHER = "GPT_JAX_LAUNCHER"  # variable of a launched process: the process id of its launcher
 _PR_SET_PDEATHSIG = 1
 _FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-_GRACE = SILENCE + 5 * BEAT  # seconds: after one has died, the others have ended by then by themselves
+_GRACE = SILENCE + SAVING + 5 * BEAT  # seconds: after one has died, the others have ended by then by themselves
 _POLL = 0.05  # seconds
 
 

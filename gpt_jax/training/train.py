@@ -23,6 +23,7 @@ from gpt_jax.data import batches, token_cache
 from gpt_jax.data.names import TOKENIZER_FILE
 from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.data.tokenizer import save as save_tokenizer
+from gpt_jax.distributed.channel import SAVING
 from gpt_jax.distributed.processes import ALONE, Processes
 from gpt_jax.log import Log
 from gpt_jax.model.gpt import init_params, make_model
@@ -60,8 +61,6 @@ from gpt_jax.training.steps import TrainState, init_state
 from gpt_jax.training.trainable import rates_of_parameters, trained_parameters
 from gpt_jax.training.trainer import Run, Start, Trainer
 from vk_kernels import LinkError
-
-CHECKPOINT_SECONDS = 30.0  # that the checkpoint on its way gets when another process is lost
 
 
 def train_and_evaluate(
@@ -216,7 +215,7 @@ def hashes_of(corpus: token_cache.Corpus) -> dict[str, Any]:
 def note_lost_process(info: RunInfo, checkpointer: Checkpointer, line: str) -> str:
     """Marks a run that another process's loss ends, once the checkpoint that is being written is whole; says how to go
     on. Runs in the thread that watches."""
-    checkpointer.settle(CHECKPOINT_SECONDS)
+    checkpointer.settle(SAVING)
     with contextlib.suppress(StorageError):
         info.finish("failed", **{LAST_CHECKPOINT: checkpointer.newest})
     return f"{line}; {how_to_go_on(info.folder)}"

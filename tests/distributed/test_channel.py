@@ -83,6 +83,17 @@ def test_a_process_whose_connection_ends_is_named_by_all(ended):
     assert second.channel._ended
 
 
+def test_a_process_that_can_no_longer_watch_ends_with_a_line(ended):
+    first, second = meet(2)
+    first.when_lost(lambda line: [][0])  # what is to be done before the end fails: it ends all the same
+    second.channel._peers[0].send(kind="gather")  # a message without what belongs to it
+    wait_until(lambda: len(ended) == 2)
+    for line in ended:
+        assert line.startswith("process 0 (pid ")
+        assert "cannot listen to the others: KeyError('number')" in line
+    assert [line for line in ended if line.endswith("; after it: IndexError('list index out of range')")]
+
+
 def test_a_silent_process_is_named(ended, monkeypatch):
     meet(2)
     monkeypatch.setattr(channel.Peer, "send", lambda self, **message: None)
