@@ -21,7 +21,7 @@ def run_main(
     main: Callable[[Sequence[str]], int | None],
     arguments: Sequence[str] = (),
     more: str = "",
-    define: Callable[[], None] = lambda: None,
+    define: Callable[[flags.FlagValues], None] = lambda _: None,
 ) -> None:
     """`absl.app.run(main)`, with a bad flag, a `UserError` or a failing file turned into one line on stderr.
 
@@ -29,7 +29,7 @@ def run_main(
       main: takes the program's name and its arguments, returns the exit code; None is 0.
       arguments: names of the arguments that must stand beside the flags.
       more: the name of any number of arguments after these; empty: there are none.
-      define: defines the flags.
+      define: defines the flags, all of which --help shows.
     """
 
     def guarded(argv: Sequence[str]) -> int | None:
@@ -59,10 +59,21 @@ def run_main(
     open_streams()
     with flushed_output():
         try:
-            define()
+            define_flags_of_command(define)
         except (flags.Error, UserError) as error:  # a --flagfile is read already, and the config of a run
             sys.exit(_refuse(in_plain_words(error)))
         app.run(guarded, flags_parser=_parse_or_exit)
+
+
+def define_flags_of_command(
+    define: Callable[[flags.FlagValues], None], flag_values: flags.FlagValues = flags.FLAGS
+) -> None:
+    """Defines flags, and has --help show them: by itself it shows those alone that the program's own file defines."""
+    before = {*flag_values}
+    define(flag_values)
+    for name in {*flag_values} - before:
+        if not name.startswith("config."):  # settings, which gpt_jax/config.py explains
+            flag_values.register_key_flag_for_module(sys.argv[0], flag_values[name])
 
 
 def require_jax() -> None:

@@ -64,9 +64,8 @@ def define_config_flag(
     for kind, parser in ((int, WHOLE), (float, NUMBER), (bool, FLAG)):
         config_flags.register_flag_parser_for_type(kind, parser)
     argv = sys.argv if arguments is None else list(arguments)
-    holder = config_flags.DEFINE_config_file(
-        "config", help_string="A file of configs/.", flag_values=flag_values, sys_argv=argv
-    )
+    text = "A file of configs/. --config.NAME=VALUE changes a setting of it; gpt_jax/config.py says what each may be."
+    holder = config_flags.DEFINE_config_file("config", help_string=text, flag_values=flag_values, sys_argv=argv)
 
     def read_arguments() -> list[str]:
         return flag_values.read_flags_from_files(argv[1:], force_gnu=False)

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from test_docs import PAGES
 
-from gpt_jax.cli import parse_flags
+from gpt_jax.cli import define_flags_of_command, parse_flags
 from gpt_jax.config import validate
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +100,18 @@ def test_a_command_is_taken_as_it_is_shown(program, shown, monkeypatch):
         read_flags(program, words)
     else:
         look_up_cases(program, read_by_argparse(program, words, monkeypatch))
+
+
+OF_FLAGS = ("main", "chat", "serve", "sample", "evaluate", "export", "report", "runs", "watch")
+
+
+@pytest.mark.parametrize("program", OF_FLAGS)
+def test_help_shows_every_flag_of_a_command(program):
+    module = importlib.import_module(f"gpt_jax.{program}" + (".__main__" if program == "runs" else ""))
+    values = flags.FlagValues()
+    define_flags_of_command(module.define_flags, values)
+    shown = re.findall(r"^ +--(?:\[no\])?(\w+):", values.main_module_help(), re.MULTILINE)
+    assert sorted(shown) == sorted(values)
 
 
 def test_scripts_know_the_options_that_are_shown():

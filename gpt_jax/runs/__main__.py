@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from gpt_jax.cli import run_main
-from gpt_jax.config import leaves, text_problem
+from gpt_jax.config import leaves
 from gpt_jax.config_file import WHOLE
 from gpt_jax.errors import UserError
 from gpt_jax.runs.find import RUNS, FoundRun, find_run, runs_folder
@@ -252,13 +252,6 @@ def define_flags(flag_values: flags.FlagValues = FLAGS) -> None:
     flags.DEFINE(WHOLE, "limit", None, "list: how many to print at most.", **here)
     flags.DEFINE_bool("remove", False, "tag: take the tags away.", **here)
     flags.DEFINE_bool("yes", False, "rm: do not ask.", **here)
-
-
-def check_texts(names: Sequence[str]) -> None:
-    """Raises UserError for an argument that is no text."""
-    for name in names:
-        if problem := text_problem(name):
-            raise UserError(f"the command line {problem}")
 
 
 if __name__ == "__main__":
