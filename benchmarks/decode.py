@@ -204,6 +204,9 @@ def main() -> None:
     parser.add_argument("--draws", action="store_true", help="what drawing a token takes, alone")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    for name in given.cases.split(","):
+        if name not in CASES:
+            parser.error(f"there is no case {name!r}: give {', '.join(CASES)}")
     if given.child:
         name, side = given.child.split(":")
         if side == "draws":

@@ -19,6 +19,7 @@ import argparse
 import collections
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -64,7 +65,8 @@ WARM_UP = 1.0  # seconds of steps: clocks of a device that rested while kernels 
 def case_of(name: str) -> StepCase:
     """One of CASES, or chat-DTYPE-bB-tT: the chat config with a batch and a block of that size, for scaling.
 
-    With -loraR behind it: the same with adapters of rank R, that alone are trained.
+    With -loraR behind it: the same with adapters of rank R, that alone are trained. Ends the program, in one line, for
+    another name.
     """
     if name in CASES:
         return CASES[name]
@@ -72,9 +74,12 @@ def case_of(name: str) -> StepCase:
     if rank.isdecimal():
         config, fields = case_of(whole)
         return StepCase(config, fields | {"lora.rank": int(rank)})
-    _, dtype, batch, block = name.split("-")
-    fields = {"batch_size": int(batch[1:]), "model.block_size": int(block[1:])}
-    return StepCase("chat.py", fields | (BF16 if dtype == "bf16" else {}))
+    found = re.fullmatch(r"chat-(f32|bf16)-b(\d+)-t(\d+)", name)
+    if found is None:
+        known = ", ".join(CASES)
+        raise SystemExit(f"error: there is no case {name!r}: give {known}, or chat-bf16-b32-t512 and the like")
+    fields = {"batch_size": int(found[2]), "model.block_size": int(found[3])}
+    return StepCase("chat.py", fields | (BF16 if found[1] == "bf16" else {}))
 
 
 # One side, in a process of its own. Everything is imported here, so that imports are in the time of the first step.
@@ -310,6 +315,8 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = options.cases.split(",")
+    for name in names:
+        case_of(name)
     if options.side:
         print(json.dumps(run_side(options.side, case_of(names[0]), options.steps, options.profile)))
         return 0

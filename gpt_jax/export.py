@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from gpt_jax.checkpoint import restore_adapters
-from gpt_jax.config import check_saved, text_problem
+from gpt_jax.config import check_saved, text_problem, with_defaults
 from gpt_jax.errors import UserError
 from gpt_jax.huggingface.adapter import ADAPTER_FILES, write_adapter
 from gpt_jax.huggingface.export import MODEL_FILES, check_exportable, parse_size, write_model
@@ -63,6 +63,8 @@ def export(found: FoundRun, to: str, *, dtype: str, most: int, force: bool, adap
     saved = read_config(found.workdir)
     if saved:  # what can be refused is, before the parameters are read
         check_saved(saved, found.workdir / CONFIG_FILE)
+        if adapter and not with_defaults(saved)["lora.rank"]:
+            raise UserError(f"{found.workdir} has no adapters, since its config.lora.rank is 0: leave out --adapter")
         check_exportable(ConfigDict(saved))
     if adapter and dtype != "float32":
         raise UserError(f"--adapter writes adapters as they were trained, in float32: leave out --dtype={dtype}")

@@ -71,6 +71,12 @@ def test_every_page_is_linked():
     assert [page for page in pages if f"({page})" not in README] == []
 
 
+def test_every_finding_is_in_their_table():
+    scripts = [file.name for file in (ROOT / "findings").glob("*.sh")]
+    table = (ROOT / "findings" / "README.md").read_text()
+    assert [name for name in scripts if f"| `{name}` |" not in table] == []
+
+
 def test_every_room_is_on_the_map_and_every_name_on_it_is_there():
     (drawn,) = re.findall(r"^```text\n(gpt_jax/.*?)^```", README, re.MULTILINE | re.DOTALL)
     places = re.findall(r"^( *)(\w+)/ ", drawn, re.MULTILINE)

@@ -126,3 +126,12 @@ def test_what_make_is_asked_for_is_in_the_makefile():
     asked = {found for text in texts().values() for found in re.findall(r"`make ([\w-]+)", text)}
     assert asked
     assert asked <= known
+
+
+@pytest.mark.parametrize("program", ["train_step", "decode"])
+def test_a_benchmark_names_its_cases_where_one_is_mistyped(program, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(sys, "argv", [program, "--cases=chat-bf61"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(program).main()
+    assert "there is no case 'chat-bf61': give " in f"{ended.value} {capsys.readouterr().err}"

@@ -24,8 +24,9 @@ def remedies(error: BaseException, config: ConfigDict, step_seconds: float | Non
         cut = f"--config.vulkan.submit_ms={submit_ms / 2 or SUBMIT_MS:g} cuts it into shorter submissions"
         took = "" if step_seconds is None else f" (the last took {1e3 * step_seconds:.0f} ms)"
         if step_seconds is not None and step_seconds < LONG_STEP:
-            return f"a watchdog would end only longer steps{took}, where {cut} and {batch} helps"
-        return f"the driver may have ended a long step{took}: {cut}, {batch} makes it shorter"
+            short = f"a step seems too short for a driver's watchdog{took}; if that ended it all the same"
+            return f"{short}, {cut}, and {batch} makes it shorter"
+        return f"the driver may have ended a long step{took}: {cut}, and {batch} makes it shorter"
     if isinstance(error, DeviceTimeoutError):
         return f"{batch} makes a step shorter"
     if isinstance(error, VulkanError) and not isinstance(error, (MemoryError, BufferSizeError)):

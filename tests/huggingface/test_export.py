@@ -247,6 +247,8 @@ def test_a_soft_cap_is_refused_with_what_mends_it(tmp_path):
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     with pytest.raises(UserError, match=r"soft_cap is 30, .*--config=configs/chat_gpt2.py, or .*model.soft_cap=0"):
         export(find_run(str(folder)), str(tmp_path / "out"), **OPTIONS)  # before it looks for a checkpoint
+    with pytest.raises(UserError, match=r"run has no adapters, since its config.lora.rank is 0: leave out --adapter"):
+        export(find_run(str(folder)), str(tmp_path / "out"), adapter=True, **OPTIONS)  # whatever else is in the way
     assert not (tmp_path / "out").exists()
 
 

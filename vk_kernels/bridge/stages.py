@@ -159,7 +159,7 @@ class Lowered:
 
     @property
     def out_info(self) -> Any:
-        """The results' shapes and dtypes, as `jax.stages.OutInfo`."""
+        """The results' shapes and dtypes, as `out_info` of `jax.stages.Lowered`."""
         return self._compiled.out_info
 
     @property
