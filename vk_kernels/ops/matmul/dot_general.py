@@ -27,9 +27,19 @@ from vk_kernels.runtime.kernel import manifest
 if TYPE_CHECKING:
     from vk_kernels.runtime.physical_device import DeviceInfo
 
-# Multiplications from which on a product is worth a dispatch of its own. A smaller one takes no longer than that, and
-# in a generated kernel the elementwise work on its operands and products beside it are part of the same dispatch.
-LEAST_MULTIPLICATIONS = 1 << 18
+
+class _Generated(NamedTuple):
+    """Speed of generated products, and how long one takes that is worth a dispatch of its own instead; seconds.
+
+    What takes less is no slower as it is: the work on its operands and other products are part of the same dispatch.
+    """
+
+    step: float  # along k, which a thread goes alone
+    multiplication: float  # of a product that fills the device
+    least: float
+
+
+_CPU, _GPU = _Generated(0, 2e-9, 5e-4), _Generated(5e-8, 4e-13, 5e-6)  # lavapipe, an H200
 
 _LEAST_OF_BATCH = 16 * 16  # elements of each matrix of a batch: of smaller ones most of a tile would be empty
 _LEAST_USES = 16  # of each element of an operand that is brought into order, which takes as long as to read it twice
@@ -113,15 +123,20 @@ def select_product(
 def _suits(info: "DeviceInfo", node: Node) -> bool:
     """Whether there are kernels for operands of these types, and the product is worth one."""
     (x, y), out = node.inputs, node.outputs[0]
-    if not isinstance(x, Value) or not isinstance(y, Value):
+    if not isinstance(x, Value) or not isinstance(y, Value) or out.size == 0:
         return False
     if x.dtype != y.dtype or x.dtype not in (F32, BF16) or out.dtype not in (F32, x.dtype):
         return False
-    axes = node.params["dimension_numbers"][0][0]
-    multiplications = out.size * math.prod(x.shape[axis] for axis in axes)
+    k = math.prod(x.shape[axis] for axis in node.params["dimension_numbers"][0][0])
     # What a generated kernel makes as it goes, like a matrix of ones and zeros, is stored here.
     most = info.limits.storage_buffer_range
-    return multiplications >= LEAST_MULTIPLICATIONS and max(x.nbytes, y.nbytes, out.nbytes) <= most
+    return takes_long(info, k, k * out.size) and max(x.nbytes, y.nbytes, out.nbytes) <= most
+
+
+def takes_long(info: "DeviceInfo", k: int, multiplications: int) -> bool:
+    """Whether a generated kernel would take longer for a product than one of its own in a dispatch of its own."""
+    speed = _CPU if info.kind == "cpu" else _GPU
+    return k * speed.step + multiplications * speed.multiplication >= speed.least
 
 
 def _readings(node: Node, makers: Mapping[Value, Node]) -> Iterator[tuple[_Side, _Side]]:
