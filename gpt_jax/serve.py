@@ -131,13 +131,11 @@ def main(argv: Sequence[str]) -> int:
         bound = stack.enter_context(bind(FLAGS.host, FLAGS.port))
         try:
             run = open_run(
-                argv[1],
-                stack,
-                backend=FLAGS.backend or "",
-                slots=FLAGS.slots,
-                max_waiting=FLAGS.max_waiting,
-                warm_up=True,
+                argv[1], stack, backend=FLAGS.backend or "", slots=FLAGS.slots, max_waiting=FLAGS.max_waiting
             )
+            print(f"{run.description}; {run.backend}")
+            print("compiling for prompts of every length, before it listens", flush=True)
+            run.warm_up()
         except (RuntimeError, MemoryError) as error:
             return print_device_error(error)
         is_private = is_loopback(bound)
@@ -150,7 +148,6 @@ def main(argv: Sequence[str]) -> int:
             hosts=_LOOPBACK if is_private else ["*"],
         )
         bound.listen(_BACKLOG)
-        print(f"{run.description}; {run.backend}")
         print(f"{FLAGS.model_name or run.name} at {address_of(bound)} (a page to chat; API under /v1)", flush=True)
         if not is_private:
             who = "anyone who reaches it, with the key," if key else "anyone who reaches it, without a key,"

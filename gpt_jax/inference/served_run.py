@@ -66,6 +66,29 @@ class ServedRun:
         self.engine.run(load)
         return description
 
+    def warm_up(self) -> None:
+        """Compiles the programs that prompts of any length and any number of texts need, also with alternatives.
+
+        One task each: an interrupt waits for the one that is being compiled.
+        """
+        decoder: Decoder = self.engine.run(lambda decoder: decoder)  # what is read of it here never changes
+
+        def decode(slot: int, length: int, alternatives: int) -> None:
+            def task(decoder: Decoder) -> None:
+                decoder.insert(slot, [0] * length, SamplingOptions(seed=0, max_tokens=1, logprobs=alternatives))
+                decoder.decode()
+                decoder.release(slot)
+
+            self.engine.run(task)
+
+        for rows in decoder.batches:
+            for alternatives in (0, MOST_ALTERNATIVES):
+                decode(rows - 1, 1, alternatives)
+        length = 1
+        while length < self.block_size:
+            length = min(decoder.prefill_width(length) + 2, self.block_size)  # the first that takes a longer prefill
+            decode(0, length, 0)
+
 
 def open_run(
     name: str,
@@ -74,7 +97,6 @@ def open_run(
     backend: str = "",
     slots: int = 1,
     max_waiting: int = 1,
-    warm_up: bool = False,
 ) -> ServedRun:
     """Opens the run that a name stands for, see `find_run`, until `stack` is closed. Nothing of its folder is written.
 
@@ -82,7 +104,6 @@ def open_run(
       backend: instead of the config's.
       slots: texts in one batch.
       max_waiting: requests that may wait for a slot.
-      warm_up: whether to compile for prompts of every length first.
 
     Raises:
       UserError: there is no such run, or no such backend.
@@ -102,8 +123,6 @@ def open_run(
 
     engine = Engine(open_decoder, lambda stop: TextStream(vocabulary, stop), max_waiting=max_waiting)
     stack.enter_context(engine)
-    if warm_up:
-        _compile_all(engine)
     return ServedRun(
         name=found.workdir.resolve().name,
         description=description,
@@ -116,27 +135,3 @@ def open_run(
         engine=engine,
         put=opened[0].put,
     )
-
-
-def _compile_all(engine: Engine) -> None:
-    """Has the programs compiled that prompts of any length and any number of texts need, also with alternatives.
-
-    One task each: an interrupt waits for the one that is being compiled.
-    """
-    decoder: Decoder = engine.run(lambda decoder: decoder)  # what is read of it here never changes
-
-    def decode(slot: int, length: int, alternatives: int) -> None:
-        def task(decoder: Decoder) -> None:
-            decoder.insert(slot, [0] * length, SamplingOptions(seed=0, max_tokens=1, logprobs=alternatives))
-            decoder.decode()
-            decoder.release(slot)
-
-        engine.run(task)
-
-    for rows in decoder.batches:
-        for alternatives in (0, MOST_ALTERNATIVES):
-            decode(rows - 1, 1, alternatives)
-    length, block_size = 1, decoder.config.block_size
-    while length < block_size:
-        length = min(decoder.prefill_width(length) + 2, block_size)  # the first that takes a longer prefill
-        decode(0, length, 0)

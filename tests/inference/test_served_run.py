@@ -28,7 +28,8 @@ def folder(tmp_path_factory) -> Path:
 def test_a_run_answers_and_nothing_of_its_folder_is_written(folder):
     before = digests(folder)
     with contextlib.ExitStack() as stack:
-        run = open_run(str(folder), stack, slots=2, max_waiting=9, warm_up=True)
+        run = open_run(str(folder), stack, slots=2, max_waiting=9)
+        run.warm_up()
         assert run.name == "tiny"
         assert run.description.endswith("/checkpoints/1 (best validation loss 1.0000)")
         session = ChatSession(run, run.defaults)

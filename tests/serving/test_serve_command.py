@@ -107,6 +107,8 @@ def test_a_wide_address_is_known_as_one():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_server_and_leaves_by_way_of_all_that_is_open(number, monkeypatch):
+    told = []
+    monkeypatch.setattr(serve, "print", lambda line, **_: told.append(line), raising=False)
     values = flags.FlagValues()
     serve.define_flags(values)
     arguments = parse_flags(["serve", "a run", "--port=0"], values)
@@ -122,9 +124,11 @@ def test_a_signal_stops_the_server_and_leaves_by_way_of_all_that_is_open(number,
     try:
         with stub_run(lambda prompt, options: "an answer") as (run, _):
             monkeypatch.setattr(serve, "open_run", lambda *_, **__: run)
+            monkeypatch.setattr(run, "warm_up", lambda: told.append("compiled"))
             with pytest.raises(Interrupted) as raised:
                 serve.main(arguments)
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
     assert raised.value.number == number
+    assert told[:3] == ["a stub; none", "compiling for prompts of every length, before it listens", "compiled"]
