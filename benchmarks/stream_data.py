@@ -67,6 +67,7 @@ def measure(source: Path, cache: Path, limit: int, sample: int) -> None:
 
     token_cache.TOKENIZER_CHARACTERS = sample
     before, peak = memory("RssAnon"), Peak()
+    threading.stack_size(2**20)  # a thread's 8 MB are reserved, not used, and would count
     if limit:
         resource.setrlimit(resource.RLIMIT_DATA, (limit * 2**20, limit * 2**20))
     peak.start()
