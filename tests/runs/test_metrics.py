@@ -308,7 +308,7 @@ def test_model_flops_utilisation():
 
 def with_a_narrow_mlp() -> ConfigDict:
     config = chat.get_config()
-    config.model.mlp_dim = 300
+    config.model.update(mlp_dim=300, num_layers=1)
     return config
 
 
