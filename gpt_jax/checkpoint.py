@@ -26,11 +26,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt_jax.errors import UserError
@@ -67,6 +66,9 @@ from gpt_jax.storage.checksum import crc32_of_file
 from gpt_jax.storage.files import StorageError, explain, is_absent, os_error_of, sync_folder, unreadable
 from gpt_jax.storage.json_file import VERSION
 
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
 logger = logging.getLogger(__name__)
 
 ADAPTS = "adapts"  # in the position of a checkpoint of adapters: base, the SHA-256 of that; scale, of the adapters
@@ -93,8 +95,13 @@ def _print_unless_late(ignored: "sys.UnraisableHookArgs") -> None:
 _print_unraisable, sys.unraisablehook = sys.unraisablehook, _print_unless_late
 
 
-def _of_this_process() -> ocp.Checkpointer:
-    """Orbax without the other processes of JAX, which it would wait for: a run's checkpoints are process 0's alone."""
+def _of_this_process() -> "ocp.Checkpointer":
+    """Orbax without the other processes of JAX, which it would wait for: a run's checkpoints are process 0's alone.
+
+    Imported when a checkpoint is written, beside the steps: no start waits for it.
+    """
+    import orbax.checkpoint as ocp
+
     index = jax.process_index()
     options = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
@@ -293,6 +300,8 @@ class Checkpointer:
 
     def _commit(self, step: int, leaves: dict[str, np.ndarray], position: dict, validation_loss: float | None) -> None:
         """Commits a checkpoint, then removes those that are not kept. Runs in the writer thread."""
+        from orbax.checkpoint.args import PyTreeSave
+
         path = self._directory / str(step)
         new = path.with_name(path.name + NEW)
         with self._writing(path):
@@ -301,7 +310,7 @@ class Checkpointer:
             new.mkdir()  # not its parents: a folder that was removed is not made again
             tree = unflatten_dict(leaves, sep="/")
             with _of_this_process() as writer:
-                writer.save(new / STATE, args=ocp.args.PyTreeSave(tree))
+                writer.save(new / STATE, args=PyTreeSave(tree))
             if not self._is_in_place():  # orbax makes the parents of what it writes
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._directory))
             files = sorted(file for file in new.rglob("*") if file.is_file())

@@ -7,14 +7,17 @@ import itertools
 import logging
 from collections.abc import Iterable, Sequence
 
-import grain
 import numpy as np
 
 from gpt_jax.config import TARGETS
 from gpt_jax.data import tokenizer
 from gpt_jax.data.token_cache import Corpus, Tokens
 from gpt_jax.errors import UserError
+from gpt_jax.imports import absent
 from gpt_jax.log import Log
+
+with absent("orbax"):  # which it takes for checkpoints of its own
+    import grain
 
 MASKED = -1  # the target that no loss counts
 _ENDLESS = 2**62  # windows: grain adds to the length of what is endless, and it must stay an index

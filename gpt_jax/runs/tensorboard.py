@@ -9,13 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]  # made by protobuf
-from tensorboardX.summary import hparams
-from tensorboardX.summary import scalar as scalar_summary
-from tensorboardX.summary import text as text_summary
-
+from gpt_jax.imports import absent
 from gpt_jax.storage.files import writing
+
+# For types and places that we do not use: torch alone took 1.7 s of a start, of 7.7.
+with absent("torch", "boto3", "comet_ml"):
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import (  # pyrefly: ignore[missing-module-attribute]  # made by protobuf
+        Event,
+        SessionLog,
+    )
+    from tensorboardX.summary import hparams
+    from tensorboardX.summary import scalar as scalar_summary
+    from tensorboardX.summary import text as text_summary
 
 _FIGURES = ("validation/loss", "train/loss")  # that runs are compared by
 _FLUSH_EVERY = 30  # seconds: how late a TensorBoard that looks on may be

@@ -12,16 +12,15 @@ from gpt_jax.backend import Backend, check_heads, describe, is_device_error
 from gpt_jax.distributed.placement import OneDevice, Share
 from gpt_jax.distributed.vulkan_devices import VulkanDevices
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import init_params, make_model
+from gpt_jax.model.gpt import make_model
 from gpt_jax.training.cut_step import make_cut_step
 from gpt_jax.training.failures import remedies, remedies_of_model, smaller
+from gpt_jax.training.fresh_state import abstract_state
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import (
     ONE_DEVICE,
-    TrainState,
     diagnostics_step,
     eval_step,
-    init_state,
     nonfinite_places,
     on_leaves,
     train_step,
@@ -70,12 +69,6 @@ def make_programs(config: ConfigDict, backend: Backend) -> Programs:
         diagnostics_step=backend.jit(functools.partial(diagnostics_step, model=model)),
         nonfinite_places=backend.jit(functools.partial(nonfinite_places, model=model)),
     )
-
-
-def abstract_state(config: ConfigDict) -> TrainState:
-    """Shapes and dtypes of a run's state."""
-    model, optimizer = make_model(config), make_optimizer(config)
-    return jax.eval_shape(lambda: init_state(init_params(model, config.seed), optimizer, trained_parameters(config)))
 
 
 def plan_programs(config: ConfigDict, backend: Backend) -> tuple[Programs, str | None]:

@@ -26,7 +26,6 @@ from gpt_jax.data.tokenizer import save as save_tokenizer
 from gpt_jax.distributed.channel import SAVING
 from gpt_jax.distributed.processes import ALONE, Processes
 from gpt_jax.log import Log
-from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.model.lora import unused_settings
 from gpt_jax.model.parameters import listing, merge_parameters, named_leaves
 from gpt_jax.runs.folder import REPORT, open_folder
@@ -42,6 +41,7 @@ from gpt_jax.training import adapters, finetune
 from gpt_jax.training.donor import find_donor, forget_donor
 from gpt_jax.training.failures import TrainingFailed, remedies
 from gpt_jax.training.follower import SilentCheckpointer, SilentInfo, SilentWriter, silent
+from gpt_jax.training.fresh_state import abstract_state, begin_compiling, fresh_state
 from gpt_jax.training.history import (
     LAST_CHECKPOINT,
     NOTHING,
@@ -56,7 +56,7 @@ from gpt_jax.training.history import (
 from gpt_jax.training.open_settings import fill_in
 from gpt_jax.training.optimizer import last_decay_step, learning_rate_schedule, make_optimizer
 from gpt_jax.training.preflight import check_start
-from gpt_jax.training.programs import abstract_state, plan_programs
+from gpt_jax.training.programs import plan_programs
 from gpt_jax.training.steps import TrainState, init_state
 from gpt_jax.training.trainable import rates_of_parameters, trained_parameters
 from gpt_jax.training.trainer import Run, Start, Trainer
@@ -101,6 +101,8 @@ def train_and_evaluate(
         if not processes.is_first:
             return follow(config, processes, backend, stop)
         saved = check_start(config, workdir, abstract_state(config))
+        if saved is None:
+            begin_compiling(config)
         webhook, config.log.webhook = resolve(config.log.webhook), public_url(config.log.webhook)  # it may be a secret
         programs, shortage = plan_programs(config, backend)  # what kernels cannot do is said before any work
         stop.check()
@@ -273,28 +275,26 @@ def initial_state(
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """The state to go on from, on JAX's default device, and the position saved with it: the run's own checkpoint if it
     has one, else the parameters of `init_from` with a fresh optimizer, else fresh parameters."""
-    model, optimizer = make_model(config), make_optimizer(config)
-    fresh = functools.partial(init_params, model, config.seed)
     abstract = abstract_state(config)
     restored = checkpointer.restore_latest(adapters.saved_part(abstract, config))
     if restored is not None:
         log(f"initialised from this run's checkpoint at step {restored.step}")
         state = adapters.whole_state(restored.state, restored.position, abstract.params, checkpointer.run)
         return state, restored.position
-    params = jax.jit(fresh)()
-    if config.init_from:
-        donor, description = find_donor(config.init_from, config.data.tokenizer).read_parameters()
-        donor, moved = finetune.map_token_rows(donor, params, config, tokenizer)
-        known = len(donor.get("wpe", ()))
-        donor, cut = finetune.fit_positions(donor, params)
-        params, report = merge_parameters(params, donor)
-        if config.lora.rank:
-            adapters.check_donor_is_whole(report, config.model.block_size, known)
-        forget_donor()
-        log("\n".join(filter(None, (f"initialised from {description}", str(report), moved, cut))))
-    else:
+    if not config.init_from:
         log(f"initialised from scratch with seed {config.seed}")
-    return init_state(params, optimizer, trained_parameters(config)), None
+        return fresh_state(config), None
+    donor, description = find_donor(config.init_from, config.data.tokenizer).read_parameters()
+    params = fresh_state(config).params
+    donor, moved = finetune.map_token_rows(donor, params, config, tokenizer)
+    known = len(donor.get("wpe", ()))
+    donor, cut = finetune.fit_positions(donor, params)
+    params, report = merge_parameters(params, donor)
+    if config.lora.rank:
+        adapters.check_donor_is_whole(report, config.model.block_size, known)
+    forget_donor()
+    log("\n".join(filter(None, (f"initialised from {description}", str(report), moved, cut))))
+    return init_state(params, make_optimizer(config), trained_parameters(config)), None
 
 
 def tell_unused(config: ConfigDict, webhook: str, log: Log) -> None:
