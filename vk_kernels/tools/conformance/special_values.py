@@ -228,6 +228,8 @@ def _combining(dtype: np.dtype) -> Iterator[Item]:
             yield Item("dot_general", shown, lambda x, c=constant: x @ jnp.full((x.shape[1], 2), c), (x,))
     x = rows(dtype, 3)
     if dtype != BOOL:
+        large = rows(dtype, 128)  # of as many elements as the kernels of products take
+        yield Item("dot_general", "of 128", lambda x: x @ jnp.full((x.shape[1], 64), 1, x.dtype), (large,))
         yield Item("dot_general", "of pairs", lambda x: jnp.einsum("ij,ij->i", x, x[::-1]), (x,))
         for name, fn, init in (("sum", lax.add, 0), ("max", lax.max, _fewest(dtype)), ("min", lax.min, _most(dtype))):
             window = functools.partial(
