@@ -17,7 +17,7 @@ from vk_kernels.spirv.reflect import Reflection
 F32, BF16, INT32 = (np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.int32))
 UINT32 = np.dtype(np.uint32)
 
-DROPOUT = {"stream": 7, "threshold": 6554, "scale": 1.1}
+DROPOUT = {"stream": 7, "first": 9, "threshold": 6554, "scale": 1.1}
 CONSTANTS = {"rows": 3, "columns": 5, "dropout": DROPOUT}
 BUFFERS = {"x": 0, "rng": 1, "y": 2}
 
@@ -29,13 +29,14 @@ def dropout(constants=CONSTANTS, **buffers: int | None):
 def test_buffers_and_constants_lie_where_the_shader_has_them():
     made = dropout()
     assert made.operands == (0, 1, 2)
-    assert made.push_constants == struct.pack("<IIIIf", 3, 5, 7, 6554, 1.1)
+    assert made.push_constants == struct.pack("<IIIIIf", 3, 5, 7, 9, 6554, 1.1)
     assert dropout(y=2, x=0, rng=1) == made  # by name, in whatever order
 
 
 def test_a_struct_of_constants_may_be_a_named_tuple_and_an_array_a_sequence():
     class Dropout(NamedTuple):
         stream: int
+        first: int
         threshold: int
         scale: float
 
@@ -65,7 +66,10 @@ def test_a_missing_or_unknown_buffer_is_named(buffers, message):
             r"dropout.f32 is not given push constant columns; it takes rows, c",
         ),
         ({**CONSTANTS, "epsilon": 1.0}, r"dropout.f32 has no push constant epsilon; it takes rows, columns, dropout"),
-        ({**CONSTANTS, "dropout": {"stream": 7, "threshold": 1}}, r"is not given push constant dropout.scale"),
+        (
+            {**CONSTANTS, "dropout": {"stream": 7, "first": 0, "threshold": 1}},
+            r"is not given push constant dropout.scale",
+        ),
         ({**CONSTANTS, "rows": 3.0}, r"kernel dropout.f32: push constant rows is uint32, found 3.0"),
         ({**CONSTANTS, "rows": -1}, r"push constant rows is uint32, found -1"),
         ({**CONSTANTS, "rows": 2**32}, r"push constant rows is uint32, found 4294967296"),
