@@ -15,10 +15,9 @@ from gpt_jax.storage.files import writing
 # For types and places that we do not use: torch alone took 1.7 s of a start, of 7.7.
 with absent("torch", "boto3", "comet_ml"):
     from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import (  # pyrefly: ignore[missing-module-attribute]  # made by protobuf
-        Event,
-        SessionLog,
-    )
+
+    # Made by protobuf:
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
     from tensorboardX.summary import hparams
     from tensorboardX.summary import scalar as scalar_summary
     from tensorboardX.summary import text as text_summary
