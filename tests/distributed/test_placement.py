@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from meeting import everywhere, meet, states_that_differ
 from ml_collections import ConfigDict
+from vulkan_devices import SELECTOR
 
 from configs import chat
 from gpt_jax.data.batches import evaluation_batches, windows
@@ -19,7 +20,7 @@ from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.training.optimizer import make_optimizer
 from gpt_jax.training.programs import make_train_step
 from gpt_jax.training.steps import init_state, loss_and_gradient
-from vk_kernels import ops
+from vk_kernels import ops, use
 from vk_kernels.ops.philox import site_at
 
 
@@ -138,9 +139,7 @@ def test_an_operation_on_some_rows_draws_their_bits(implementation, request):
         ),
         "packed_attention": (lambda some, site: ops.packed_attention(qkv[some], rng, dropout_rate=0.5, site=site), 2),
     }
-    from vk_kernels import use
-
-    with use(implementation):
+    with use(implementation, device=SELECTOR if implementation == "vulkan" else None):
         for name, (operation, rows) in operations.items():
             whole = np.asarray(operation(slice(None), 5))
             parts = [operation(slice(i, i + 2), site_at(5, i * rows)) for i in (0, 2)]
