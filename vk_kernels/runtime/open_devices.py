@@ -3,7 +3,6 @@
 import threading
 
 from vk_kernels.runtime.device import Device
-from vk_kernels.runtime.instance import validation_mode
 from vk_kernels.runtime.physical_device import choose, list_devices
 
 _devices: dict[str, Device] = {}  # by selector; what several of them name is in it several times
@@ -14,7 +13,7 @@ def open_device(selector: int | str = "") -> Device:
     """The open device that `selector` names (see `choose`), opened where it is not.
 
     '' names the process's default device: it is chosen as None says there, and stays chosen until it is closed.
-    Raises NoDeviceError, or SettingError for a variable of ours that means nothing, whatever devices there are.
+    Raises what `Device.open` does.
     """
     selector = str(selector)
     with _lock:
@@ -25,7 +24,10 @@ def open_device(selector: int | str = "") -> Device:
 
 
 def _open(selector: str) -> Device:
-    validation_mode(None)  # raises before a device is looked for
-    index = choose(list_devices(), selector or None).index
-    already = (device for device in _devices.values() if device.info.index == index and not device.closed)
-    return next(already, None) or Device.open(index)
+    others = [device for device in _devices.values() if not device.closed]
+    if others:  # one of them may be the device that is meant
+        index = choose(list_devices(), selector or None).index
+        for device in others:
+            if device.info.index == index:
+                return device
+    return Device.open(selector or None)
