@@ -262,7 +262,7 @@ def test_by_name_without_a_device_raises(monkeypatch):
     def none(*_):
         raise NoDeviceError("no Vulkan driver on this machine")
 
-    monkeypatch.setattr("vk_kernels.runtime.open_devices.list_devices", none)
+    monkeypatch.setattr("vk_kernels.runtime.device.survey", none)
     monkeypatch.setattr("vk_kernels.runtime.open_devices._devices", {})
     with pytest.raises(NoDeviceError, match="no Vulkan driver"):
         ops.gelu(row(0, 3), implementation="vulkan")
