@@ -9,6 +9,7 @@ machine. Flat memory is the same peak in all rows.
 """
 
 import argparse
+import gzip
 import json
 import random
 import resource
@@ -19,22 +20,27 @@ import threading
 import time
 from pathlib import Path
 
-WORDS, SENTENCES = 5_000, 2_000
+WORDS, SENTENCES = 500, 2_000
+VOCABULARY = 16_000
 BATCHES = 200
 
 
 def write_source(path: Path, megabytes: int) -> None:
-    """Writes documents of some 4,000 characters, each with a number of its own; long words are soon tokenised."""
+    """Writes documents of some 4,000 characters, each with a number of its own.
+
+    Words are long and few, so that each is a token in the end: text of a language is tokenised at half the rate.
+    """
     rng = random.Random(0)
-    words = ["".join(rng.choices("etaoinshrdlucmfwyp", k=rng.randint(8, 14))) for _ in range(WORDS)]
+    words = ["".join(rng.choices("etaoinshrdlucmfwyp", k=rng.randint(40, 80))) for _ in range(WORDS)]
     ranks = [1 / (rank + 10) for rank in range(WORDS)]  # as words of a language are spread
     sentences = [" ".join(rng.choices(words, ranks, k=rng.randint(5, 30))) + "." for _ in range(SENTENCES)]
-    with path.open("w") as file:
+    packed = path.suffix == ".gz"
+    with gzip.open(path, "wt", compresslevel=1) if packed else path.open("w") as file:
         number = written = 0
         while written < megabytes * 1e6:
-            text = f"Number {number}.\n" + "\n".join(rng.choices(sentences, k=20))
+            text = f"Number {number}.\n" + "\n".join(rng.choices(sentences, k=4))
             number += 1
-            if path.suffix == ".jsonl":
+            if ".jsonl" in path.name:
                 written += file.write(json.dumps({"text": text}) + "\n")
             else:
                 written += file.write(f"{text}\n<|end_of_text|>\n")
@@ -73,7 +79,7 @@ def measure(source: Path, cache: Path, limit: int, sample: int) -> None:
     peak.start()
     fields = {"source": str(source), "validation_fraction": 0.05, "tokenizer": "", "cache_dir": str(cache)}
     begun, used = time.perf_counter(), time.process_time()
-    prepared = token_cache.prepare(ConfigDict(fields), 4000, lambda line: print(f"  {line}", file=sys.stderr))
+    prepared = token_cache.prepare(ConfigDict(fields), VOCABULARY, lambda line: print(f"  {line}", file=sys.stderr))
     seconds, processor = time.perf_counter() - begun, time.process_time() - used
     preparing = peak.megabytes
     dataset = batches.windows(prepared.train, block_size=256, batch_size=16, seed=0)
@@ -81,7 +87,7 @@ def measure(source: Path, cache: Path, limit: int, sample: int) -> None:
     for number in range(BATCHES):
         dataset[number]
     drawing = 1e3 * (time.perf_counter() - begun) / BATCHES
-    size = source.stat().st_size / 1e6
+    size = sum(prepared.stats[split]["bytes"] for split in prepared.stats) / 1e6
     print(
         f"| {size:,.0f} | {prepared.stats['train']['tokens'] / 1e6:,.1f} | {before:.0f} | {preparing:.0f} | "
         f"{peak.megabytes:.0f} | {memory('VmHWM'):.0f} | {seconds:,.0f} | {size / processor:.2f} | {drawing:.1f} |",
@@ -92,7 +98,7 @@ def measure(source: Path, cache: Path, limit: int, sample: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", default="64,256,1024")
-    parser.add_argument("--format", choices=("txt", "jsonl"), default="txt")
+    parser.add_argument("--format", choices=("txt", "jsonl", "txt.gz", "jsonl.gz"), default="txt")
     parser.add_argument("--limit", type=int, default=0, help="MB that the process may allocate; 0: any")
     parser.add_argument("--sample", type=int, default=500_000_000, help="characters that the tokenizer is trained on")
     parser.add_argument("--folder", help="where source and cache are written, and removed")
