@@ -33,16 +33,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt_jax.errors import UserError
+from gpt_jax.leaf_names import named_leaves
 from gpt_jax.model.lora import merge_adapters
-from gpt_jax.model.parameters import (
-    hash_of_parameters,
-    leaf_rows,
-    leaf_spec,
-    listing,
-    named_leaves,
-    nothing_fits,
-    shape_of_spec,
-)
+from gpt_jax.model.parameters import hash_of_parameters, leaf_rows, leaf_spec, listing, nothing_fits, shape_of_spec
 from gpt_jax.storage.checkpoint_files import (
     BASE,
     CHECKPOINTS,

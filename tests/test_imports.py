@@ -20,7 +20,7 @@ TRAINER = (
     ("distributed",),
     ("storage",),
     ("config", "log"),
-    ("errors", "imports"),
+    ("errors", "imports", "leaf_names"),
 )
 
 

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from gpt_jax.huggingface.gpt2 import BASE, LINEAR_NAMES
 from gpt_jax.huggingface.tensors import save_tensors
+from gpt_jax.leaf_names import named_leaves
 from gpt_jax.model.lora import LINEAR_LAYERS, A, B, adapted_layers
-from gpt_jax.model.parameters import named_leaves
 from gpt_jax.storage.files import writing
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

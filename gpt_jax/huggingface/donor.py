@@ -21,8 +21,9 @@ from gpt_jax.huggingface.tokenizer import (
     read_tokenizer,
     with_all_markers,
 )
+from gpt_jax.leaf_names import named_leaves
 from gpt_jax.model.gpt import ModelConfig
-from gpt_jax.model.parameters import check_finite, named_leaves
+from gpt_jax.model.parameters import check_finite
 from gpt_jax.storage.checkpoint_files import CHECKPOINTS
 from gpt_jax.storage.json_file import read_object
 

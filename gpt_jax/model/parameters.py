@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.errors import UserError
+from gpt_jax.leaf_names import named_leaves
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,6 @@ def merge_parameters(fresh: Any, restored: Any) -> tuple[Any, MergeReport]:
         raise UserError(nothing_fits(leaf_rows(saved), leaf_rows(model)))
     merged = [jnp.array(saved[name], leaf.dtype) if name in taken else leaf for name, leaf in model.items()]
     return jax.tree.unflatten(jax.tree.structure(fresh), merged), report
-
-
-def name_of(path: jax.tree_util.KeyPath) -> str:
-    """The path of a leaf as one text, such as 'params/h_0/qkv/kernel'."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves by `name_of` their path, in the order of `jax.tree.leaves`."""
-    return {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def hash_of_parameters(parameters: Any) -> str:

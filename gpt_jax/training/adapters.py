@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from gpt_jax.checkpoint import ADAPTS, BASE, read_base, save_base
 from gpt_jax.errors import UserError
+from gpt_jax.leaf_names import named_leaves
 from gpt_jax.model.lora import LoraConfig, is_adapter
-from gpt_jax.model.parameters import MergeReport, check_parameters, listing, named_leaves
+from gpt_jax.model.parameters import MergeReport, check_parameters, listing
 from gpt_jax.training.steps import TrainState
 from gpt_jax.training.trainable import partition
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from gpt_jax.model.parameters import name_of
+from gpt_jax.leaf_names import name_of
 from gpt_jax.training.trainable import RateOf, rates_of_parameters
 
 

@@ -25,9 +25,10 @@ from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.data.tokenizer import save as save_tokenizer
 from gpt_jax.distributed.channel import SAVING
 from gpt_jax.distributed.processes import ALONE, Processes
+from gpt_jax.leaf_names import named_leaves
 from gpt_jax.log import Log
 from gpt_jax.model.lora import unused_settings
-from gpt_jax.model.parameters import listing, merge_parameters, named_leaves
+from gpt_jax.model.parameters import listing, merge_parameters
 from gpt_jax.runs.folder import REPORT, open_folder
 from gpt_jax.runs.info import CONFIG_FILE, INFO_FILE, RunInfo, mark_failed, new_run_id, read_config, write_json
 from gpt_jax.runs.metrics import METRICS_FILE, MetricsWriter

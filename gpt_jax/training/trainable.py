@@ -17,8 +17,9 @@ import jax
 from ml_collections import ConfigDict
 
 from gpt_jax.errors import UserError
+from gpt_jax.leaf_names import name_of, named_leaves
 from gpt_jax.model.lora import LoraConfig, is_adapter
-from gpt_jax.model.parameters import listing, name_of, named_leaves
+from gpt_jax.model.parameters import listing
 
 IsTrained = Callable[[str], bool]  # takes a parameter's name
 RateOf = Callable[[str], float]  # the factor of the learning rate, by a parameter's name

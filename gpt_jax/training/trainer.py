@@ -29,10 +29,10 @@ from gpt_jax.distributed.processes import ALONE, Processes
 from gpt_jax.inference.decoder import Decoder
 from gpt_jax.inference.generate import answer
 from gpt_jax.inference.sampling import SamplingOptions
+from gpt_jax.leaf_names import named_leaves
 from gpt_jax.log import Log
 from gpt_jax.model.gpt import ModelConfig, make_model
 from gpt_jax.model.lora import is_adapter
-from gpt_jax.model.parameters import named_leaves
 from gpt_jax.runs.alerts import NON_FINITE, Alert, Alerts
 from gpt_jax.runs.flops import device_peak_flops, model_flops_utilisation
 from gpt_jax.runs.folder import PROFILE

@@ -17,8 +17,8 @@ from gpt_jax.data.tokenizer import encode, load, save, train_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.huggingface.donor import read_donor, with_markers
 from gpt_jax.huggingface.tokenizer import CHAT_TEMPLATE
+from gpt_jax.leaf_names import named_leaves
 from gpt_jax.model.gpt import GPT, ModelConfig
-from gpt_jax.model.parameters import named_leaves
 
 MODELS = Path(__file__).parent / "models"
 ANSWERS = json.loads((MODELS / "answers.json").read_text())

@@ -31,8 +31,8 @@ from gpt_jax.huggingface.gpt2 import tensor_shapes
 from gpt_jax.huggingface.model_card import Exported, model_card
 from gpt_jax.huggingface.tokenizer import CHAT_TEMPLATE
 from gpt_jax.inference.conversation import with_system
+from gpt_jax.leaf_names import named_leaves
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
-from gpt_jax.model.parameters import named_leaves
 from gpt_jax.runs.find import find_run
 from gpt_jax.runs.load import RunData
 from gpt_jax.storage.files import StorageError, os_error_of

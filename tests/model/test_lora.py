@@ -12,6 +12,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 import vk_kernels
 from configs import chat
 from gpt_jax.errors import UserError
+from gpt_jax.leaf_names import named_leaves
 from gpt_jax.model.cached import decoding_weights
 from gpt_jax.model.gpt import GPT, Linear, ModelConfig, init_params
 from gpt_jax.model.lora import (
@@ -23,7 +24,6 @@ from gpt_jax.model.lora import (
     merge_adapters,
     unused_settings,
 )
-from gpt_jax.model.parameters import named_leaves
 from vk_kernels.ops.dropout import dropout_mask, dropout_scale
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")

@@ -15,9 +15,10 @@ import vk_kernels
 from gpt_jax.checkpoint import check_donor, restore_adapters, restore_parameters, save_base
 from gpt_jax.errors import UserError
 from gpt_jax.inference.load_model import load_for_sampling
+from gpt_jax.leaf_names import named_leaves
 from gpt_jax.model.gpt import init_params, make_model
 from gpt_jax.model.lora import is_adapter
-from gpt_jax.model.parameters import MergeReport, hash_of_parameters, named_leaves
+from gpt_jax.model.parameters import MergeReport, hash_of_parameters
 from gpt_jax.training.adapters import check_donor_is_whole
 from gpt_jax.training.donor import find_donor
 from gpt_jax.training.optimizer import make_optimizer

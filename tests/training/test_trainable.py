@@ -10,8 +10,8 @@ from vulkan_devices import SELECTOR
 import vk_kernels
 from configs import chat_tiny
 from gpt_jax.errors import UserError
+from gpt_jax.leaf_names import named_leaves
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
-from gpt_jax.model.parameters import named_leaves
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import init_state, train_step
 from gpt_jax.training.trainable import (
