@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax.distributed.processes import Processes
+from gpt_jax.leaf_names import named_leaves
 
 
 def fingerprints(params: Any) -> Any:
@@ -35,6 +36,5 @@ def processor() -> str:
 
 def agree_on_bits(processes: Processes, found: Any, step: int) -> None:
     """Raises UserError, naming the first array and the processes, if their `fingerprints` after a step differ."""
-    sums = jax.tree.leaves_with_path(jax.device_get(found))
-    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in sums)
-    processes.agree({f"{name} after step {step}": int(value) for name, (_, value) in zip(names, sums, strict=True)})
+    sums = named_leaves(jax.device_get(found))
+    processes.agree({f"{name} after step {step}": int(value) for name, value in sums.items()})

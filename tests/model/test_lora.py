@@ -12,7 +12,7 @@ from vulkan_devices import SELECTOR, needs_vulkan
 import vk_kernels
 from configs import chat
 from gpt_jax.errors import UserError
-from gpt_jax.leaf_names import named_leaves
+from gpt_jax.leaf_names import name_of, named_leaves
 from gpt_jax.model.cached import decoding_weights
 from gpt_jax.model.gpt import GPT, Linear, ModelConfig, init_params
 from gpt_jax.model.lora import (
@@ -63,7 +63,7 @@ def parameters(config: ModelConfig):
     shapes = jax.eval_shape(lambda: init_params(GPT(config), 0))
 
     def fresh(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = name_of(path)
         if name.endswith(("lora_b", "/scale")):
             return np.full(leaf.shape, name.endswith("/scale"), np.float32)
         return (0.1 * np.random.default_rng(list(name.encode())).normal(size=leaf.shape)).astype(np.float32)
@@ -76,7 +76,7 @@ def trained(params):
 
     def changed(path, leaf):
         moved = np.random.default_rng(len(str(path))).normal(size=leaf.shape).astype(np.float32)
-        return 0.3 * moved if is_adapter(jax.tree_util.keystr(path, simple=True, separator="/")) else leaf
+        return 0.3 * moved if is_adapter(name_of(path)) else leaf
 
     return jax.tree_util.tree_map_with_path(changed, params)
 

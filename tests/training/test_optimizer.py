@@ -1,12 +1,12 @@
 """The schedule, the decay mask and the clip."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from configs import chat
+from gpt_jax.leaf_names import named_leaves
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
 from gpt_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
@@ -36,7 +36,7 @@ def test_decay_mask_is_the_matrices():
     config = chat.get_config().model
     config.update(num_layers=1, use_bias=True)
     mask = decay_mask(init_params(GPT(ModelConfig.from_config(config)), 0))
-    names = {jax.tree_util.keystr(path, simple=True, separator="/"): on for path, on in jax.tree.leaves_with_path(mask)}
+    names = named_leaves(mask)
     assert {name for name, on in names.items() if on} == {
         *("wte", "wpe", "head", "h_0/qkv/kernel", "h_0/projection/kernel", "h_0/mlp_in/kernel", "h_0/mlp_out/kernel")
     }
