@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Parity with transformers, both ways: logits, greedy texts and tokens, on XLA and on a Vulkan device.
 #
-#   scripts/huggingface.sh [chat] [sharded] [124m]     these sizes of GPT-2 alone; without, all three
+#   scripts/huggingface.sh [chat] [sharded] [92m] [124m]    these sizes of GPT-2 alone; without, all four
 #   scripts/huggingface.sh --run RUN                   exports a run: its logits and greedy answers here and there
 #   scripts/huggingface.sh --models                    makes the small models of the tests anew, tests/huggingface/models
 #

@@ -28,6 +28,8 @@ MODELS = {  # of transformers: shape, stored type, greatest size of a file
         {"n_embd": 96, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 500, "tie_word_embeddings": False},
         *("bfloat16", "200KB"),
     ),
+    # The largest of GPT-2's vocabulary whose embedding a software device's buffer holds.
+    "92m": ({"n_embd": 640, "n_head": 10}, "float32", "200MB"),
     "124m": ({}, "float32", "200MB"),
 }
 RUNS = {  # of ours: changes of configs/chat_gpt2.py, type and size of the export
