@@ -68,36 +68,27 @@ def pytest_collection_finish() -> None:
 # Files that take long: scripts/test.sh hands out files in this order, and one that began last would run alone.
 LONGEST = (
     *("test_train_device", "test_campaign", "test_reductions", "test_attention", "test_rowwise", "test_op_properties"),
-    *(
-        "test_api",
-        "test_decoder",
-        "test_jit_train",
-        "test_train",
-        "test_steps",
-        "test_train_mistakes",
-        "test_run_folder",
-        "test_matmul",
-    ),
+    *("test_api", "test_jit_train", "test_matmul", "test_train", "test_run_folder", "test_decoder", "test_steps"),
+    "test_train_mistakes",
     # Their kernels are those of the first: by now the driver's cache has them.
-    *(
-        "test_train_vulkan",
-        "test_ops_in_training",
-        "test_references",
-        "test_default_corpus",
-        "test_jit",
-        "test_optimizer",
-    ),
-    *("test_model", "test_train_early", "test_checkpoint_damage", "test_corpus", "test_sample", "test_notebooks"),
-    *("test_checkpoint", "test_cached", "test_decoding_ops", "test_lora_run", "test_open_settings", "test_cut_step"),
+    *("test_lora_run", "test_jit", "test_decoding_ops", "test_notebooks", "test_train_vulkan", "test_cut_step"),
+    *("test_default_corpus", "test_cached", "test_ops_in_training", "test_model", "test_references", "test_optimizer"),
+    *("test_train_early", "test_checkpoint_damage", "test_corpus", "test_sample", "test_checkpoint"),
+    "test_open_settings",
+)
+# Handed out behind those: what takes long only where the driver has compiled none of their kernels before.
+LONG_WHEN_COLD = (
+    *("test_conformance", "test_cross_entropy", "test_placement", "test_semantics", "test_special_values"),
+    *("test_codegen", "test_extend_texts", "test_trainable", "test_jit_properties", "test_dropin", "test_code_size"),
 )
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    places = {name: place for place, name in enumerate(LONGEST)}
+    places = {name: place for place, name in enumerate((*LONGEST, *LONG_WHEN_COLD))}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))  # stable: the others stay as they are
     for item in items:
-        if item.path.stem in places:
+        if item.path.stem in LONGEST:
             item.add_marker("slow")
         needs_layer = item.get_closest_marker("validation_layer") is not None
         if needs_layer or not {"device", "opened"}.isdisjoint(getattr(item, "fixturenames", ())):
