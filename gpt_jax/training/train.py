@@ -55,10 +55,10 @@ from gpt_jax.training.history import (
     recorded_to_json,
 )
 from gpt_jax.training.open_settings import fill_in
-from gpt_jax.training.optimizer import last_decay_step, learning_rate_schedule, make_optimizer
+from gpt_jax.training.optimizer import last_decay_step, learning_rate_schedule
 from gpt_jax.training.preflight import check_start
 from gpt_jax.training.programs import plan_programs
-from gpt_jax.training.steps import TrainState, init_state
+from gpt_jax.training.steps import TrainState
 from gpt_jax.training.trainable import rates_of_parameters, trained_parameters
 from gpt_jax.training.trainer import Run, Start, Trainer
 from vk_kernels import LinkError
@@ -286,16 +286,16 @@ def initial_state(
         log(f"initialised from scratch with seed {config.seed}")
         return fresh_state(config), None
     donor, description = find_donor(config.init_from, config.data.tokenizer).read_parameters()
-    params = fresh_state(config).params
-    donor, moved = finetune.map_token_rows(donor, params, config, tokenizer)
+    fresh = fresh_state(config)
+    donor, moved = finetune.map_token_rows(donor, fresh.params, config, tokenizer)
     known = len(donor.get("wpe", ()))
-    donor, cut = finetune.fit_positions(donor, params)
-    params, report = merge_parameters(params, donor)
+    donor, cut = finetune.fit_positions(donor, fresh.params)
+    params, report = merge_parameters(fresh.params, donor)
     if config.lora.rank:
         adapters.check_donor_is_whole(report, config.model.block_size, known)
     forget_donor()
     log("\n".join(filter(None, (f"initialised from {description}", str(report), moved, cut))))
-    return init_state(params, make_optimizer(config), trained_parameters(config)), None
+    return fresh.replace(params=params), None  # the optimizer's state has nothing of the parameters' values
 
 
 def tell_unused(config: ConfigDict, webhook: str, log: Log) -> None:

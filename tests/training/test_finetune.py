@@ -13,6 +13,7 @@ from gpt_jax.data import token_cache
 from gpt_jax.data import tokenizer as tk
 from gpt_jax.data.dialogue import MARKERS
 from gpt_jax.errors import UserError
+from gpt_jax.training import train
 from gpt_jax.training.donor import find_donor, forget_donor
 from gpt_jax.training.finetune import (
     FROM_DONOR,
@@ -21,6 +22,7 @@ from gpt_jax.training.finetune import (
     map_token_rows,
     tokenizer_to_keep,
 )
+from gpt_jax.training.fresh_state import fresh_state
 from gpt_jax.training.open_settings import fill_in
 from gpt_jax.training.preflight import check_tokenizer
 from gpt_jax.training.train import initial_state
@@ -138,7 +140,7 @@ def test_a_bare_checkpoint_is_taken_at_the_users_word(donor, words):
 
 
 @pytest.mark.slow
-def test_a_run_on_other_data_starts_from_the_donors_words(donor, words, tmp_path):
+def test_a_run_on_other_data_starts_from_the_donors_words(donor, words, tmp_path, monkeypatch):
     source = tmp_path / "chats.txt"
     source.write_text("".join(f"<|user|>ladder {n}<|assistant|>window {n}<|end_of_text|>" for n in range(40)))
     lines = []
@@ -147,8 +149,11 @@ def test_a_run_on_other_data_starts_from_the_donors_words(donor, words, tmp_path
         config.data.update(cache_dir=str(tmp_path / "cache"), validation_fraction=0.2)
         corpus = token_cache.prepare(config.data, SIZE, lines.append, tokenizer_to_keep(config, tmp_path / "run"))
         assert (corpus.tokenizer.to_str() == words.to_str()) == kept
+    drawn = []
+    monkeypatch.setattr(train, "fresh_state", lambda config: drawn.append(fresh_state(config)) or drawn[-1])
     with Checkpointer(tmp_path / "run" / "checkpoints", keep_last=1, keep_every=None) as checkpointer:
         state, _ = initial_state(config, checkpointer, corpus.tokenizer, lines.append)
+    assert state.opt_state is drawn[0].opt_state  # made once
     assert "are the donor's too and take its rows" in lines[-1]
     lamp, ladder = words.get_vocab(), corpus.tokenizer.get_vocab()
     saved = parameters(SIZE, 1)["wte"]
