@@ -98,11 +98,7 @@ def plan_decode_attention(
         parts = min(ceil_divide(length, _PART_KEYS), ceil_divide(_ENOUGH, rows * heads))
     part_keys = ceil_divide(length, parts)
     suffix = dtype_suffix(inputs[qkv])
-    padded = next(size for size in (32, 64, MAX_HEAD_DIM) if head_dim <= size)
-    kind = f"{suffix}_{padded}"
-    if not has_teams(info, _LANES, manifest()[f"decode_attention.{kind}"]):
-        kind += "_small"
-    at_once = 8 if suffix == "bf16" and (padded >= 8 * _LANES or kind.endswith("small")) else 4
+    kind, at_once = _choose_kernel(info, suffix, head_dim)
     constants = {
         "heads": heads,
         "length": length,
@@ -134,6 +130,15 @@ def plan_decode_attention(
     groups = ceil_divide(matrices * head_dim, THREADS)
     join = dispatch("decode_attention_join", suffix, groups, constants=constants, partial=scratch, result=out)
     return Plan((copied, attend, join), (4 * matrices * parts * (head_dim + 2),), (update,))
+
+
+def _choose_kernel(info: "DeviceInfo", suffix: str, head_dim: int) -> tuple[str, int]:
+    """The variant of the kernel for a dtype and a size of head, and how many elements it loads at once."""
+    padded = next(size for size in (32, 64, MAX_HEAD_DIM) if head_dim <= size)
+    kind = f"{suffix}_{padded}"
+    if not has_teams(info, _LANES, manifest()[f"decode_attention.{kind}"]):
+        kind += "_small"
+    return kind, 8 if suffix == "bf16" and (padded >= 8 * _LANES or kind.endswith("small")) else 4
 
 
 def _flops(node: Node) -> int:

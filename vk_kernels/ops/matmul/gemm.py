@@ -189,7 +189,8 @@ class _Speed(NamedTuple):
     bandwidth: float  # of partial sums, most of which are still cached when they are read
 
 
-_CPU, _GPU = _Speed(8, 2e-5, 1e10), _Speed(132, 5e-6, 5e12)
+GPU_CORES = 132  # an H100's and an H200's
+_CPU, _GPU = _Speed(8, 2e-5, 1e10), _Speed(GPU_CORES, 5e-6, 5e12)
 
 
 def choose(info: DeviceInfo, product: Product) -> tuple[Tile, int]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vk_kernels.compiler.ir import Node, Operand
 from vk_kernels.compiler.op_call import decode_call, with_op, with_parameters
 from vk_kernels.compiler.op_registry import KernelOp, register_op
-from vk_kernels.ops.matmul.gemm import BF16, Epilogue, choose_variant, matrix, plan_gemm
+from vk_kernels.ops.matmul.gemm import BF16, GPU_CORES, Epilogue, choose_variant, matrix, plan_gemm
 from vk_kernels.ops.planning import planner
 from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.dispatch_plan import Plan
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _DX, _DW = "matmul_dx", "matmul_dw"
 _MOST_BYTES = 8 << 20  # of an operand, which is kept until all are multiplied
 _TILE = 128**2  # elements of a matrix, that a workgroup makes
-_MOST_TILES = 132  # of one product: more fill a device by themselves
-_WAVE = 264  # tiles that a device makes at a time
+_MOST_TILES = GPU_CORES  # of one product: more fill a device by themselves
+_WAVE = 2 * GPU_CORES  # tiles that a device makes at a time
 
 
 def split_gradients(
