@@ -29,6 +29,7 @@ class OnMesh(OneDevice):
         mine = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
         self.share = Share(mine[0], len(mine), len(devices))
         self._processes, self._kind = processes, f"{devices[mine[0]].device_kind} {processor()}"
+        self._are_alike: bool | None = None  # asked once
         self._mesh = Mesh(np.array(devices), (_AXIS,))
         self._is_split = shard == "fsdp"
         self._on_all = NamedSharding(self._mesh, PartitionSpec())
@@ -84,7 +85,9 @@ class OnMesh(OneDevice):
     def settle(self, state: Any, step: int) -> Any:
         if self._processes.count == 1:
             return state
-        if not are_alike(self._processes, self._kind):
+        if self._are_alike is None:
+            self._are_alike = are_alike(self._processes, self._kind)
+        if not self._are_alike:
             return self.put(self.broadcast(self.whole(state)))
         # Of what is split, each process has another part.
         own = jax.tree.map(lambda x: x.addressable_data(0) if x.is_fully_replicated else None, state.params)

@@ -26,6 +26,7 @@ class VulkanDevices(OneDevice):
     def __init__(self, processes: Processes, device: str = ""):
         """device: its kind and driver, by which processes know whether theirs are alike."""
         self._kind = device
+        self._are_alike: bool | None = None  # asked once
         self.share = Share(first=processes.index, held=1, total=processes.count)
         self._processes = processes
         self._links: HostLinks | None = None
@@ -89,7 +90,9 @@ class VulkanDevices(OneDevice):
         }
 
     def settle(self, state: Any, step: int) -> Any:
-        if are_alike(self._processes, self._kind):
+        if self._are_alike is None:
+            self._are_alike = are_alike(self._processes, self._kind)
+        if self._are_alike:
             agree_on_bits(self._processes, _fingerprints(state.params), step)
             return state
         return vk_kernels.device_put(self.broadcast(state))

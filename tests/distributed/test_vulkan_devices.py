@@ -26,10 +26,11 @@ class Gathering:
 
     def of(self, index: int) -> "Gathering":
         part = Gathering()
-        part.values, part.barrier, part.index = self.values, self.barrier, index
+        part.values, part.barrier, part.index, part.gathered = self.values, self.barrier, index, 0
         return part
 
     def gather(self, value: Any) -> list[Any]:
+        self.gathered += 1
         self.values[self.index] = value
         self.barrier.wait()
         found = list(self.values)
@@ -85,7 +86,10 @@ def test_devices_of_different_kinds_go_on_from_process_0s_state(both, monkeypatc
 
     def settle(devices: VulkanDevices, index: int) -> State:
         devices._kind = ("one vendor's", "another's")[index]
-        return devices.settle(other if index else state, 4)
+        devices.settle(other if index else state, 4)
+        found = devices.settle(other if index else state, 5)
+        assert devices._processes.channel.gathered == 1  # the kinds, asked once for all checkpoints
+        return found
 
     for found in both(settle):
         jax.tree.map(np.testing.assert_array_equal, found, state)
