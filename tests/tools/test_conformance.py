@@ -66,7 +66,7 @@ def test_what_differs_is_found():
         jax.numpy.linalg.svd,
         jax.numpy.linalg.cholesky,
         jax.numpy.fft.fft,
-        lambda x: jax.lax.conv(x[None, None], x[None, None], (1, 1), "SAME"),
+        lambda x: jax.lax.bessel_i0e(x),
         lambda x: jax.lax.igamma(x, x),
         lambda x: jax.lax.complex(x, x),
     ],

@@ -275,6 +275,57 @@ def _select_and_scatter_add(equation: JaxprEqn) -> Callable[..., Any]:
     return scatter
 
 
+def _windows_of(x: jax.Array, axis: int, window: int, out: int, stride: int, step: int) -> jax.Array:
+    """Cuts an axis into windows: it becomes two, of the windows and of the places in one, `step` elements apart."""
+    if window == 1:
+        return lax.expand_dims(lax.slice_in_dim(x, 0, (out - 1) * stride + 1, stride, axis), (axis + 1,))
+    first, place = (lax.broadcasted_iota(np.int32, (out, window, 1), i) for i in range(2))
+    others = [i for i in range(x.ndim + 1) if i not in (axis, axis + 1)]
+    return lax.gather(
+        x,
+        stride * first + step * place,
+        lax.GatherDimensionNumbers(tuple(others), (axis,), (axis,)),
+        [1 if i == axis else n for i, n in enumerate(x.shape)],
+        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
+
+
+def _convolution(equation: JaxprEqn) -> Callable[..., Any]:
+    """A product of the windows' elements, side by side, with the filters: im2col.
+
+    Source: Chellapilla, Puri and Simard, "High performance convolutional neural networks for document processing"
+    (2006). With B batch groups and F feature groups, one of which is 1, it is a batch of G = B F products.
+    """
+    params, out = equation.params, equation.outvars[0].aval
+    numbers, batches, features = (
+        params[name] for name in ("dimension_numbers", "batch_group_count", "feature_group_count")
+    )
+    groups = batches * features
+
+    def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
+        if 0 in (*out.shape, *x.shape, *w.shape):
+            return jnp.zeros(out.shape, out.dtype)
+        x, w = lax.transpose(x, numbers.lhs_spec), lax.transpose(w, numbers.rhs_spec)
+        config = [(low, high, n - 1) for (low, high), n in zip(params["padding"], params["lhs_dilation"], strict=True)]
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *config])
+        n, channels, *spatial = x.shape
+        x = x.reshape(batches, n // batches, features, channels // features, *spatial).swapaxes(1, 2)
+        x = x.reshape(groups, n // batches, channels // features, *spatial)
+        w = w.reshape(groups, len(w) // groups, *w.shape[1:])  # (G, O / G, C / F, window)
+        places = [out.shape[i] for i in numbers.out_spec[2:]]
+        for i in reversed(range(len(places))):
+            strides, steps = params["window_strides"], params["rhs_dilation"]
+            x = _windows_of(x, 3 + i, w.shape[3 + i], places[i], strides[i], steps[i])
+        inside = (2, *range(4, x.ndim, 2)), tuple(range(2, w.ndim))
+        found = lax.dot_general(
+            x, w, (inside, ((0,), (0,))), params["precision"], params["preferred_element_type"] or out.dtype
+        )  # (G, N / B, places, O / G)
+        found = jnp.moveaxis(jnp.moveaxis(found, -1, 2), 0, 1).reshape(n // batches, -1, *places)
+        return lax.transpose(found.astype(out.dtype), np.argsort(numbers.out_spec))
+
+    return convolve
+
+
 # Order.
 
 
@@ -354,6 +405,7 @@ DECOMPOSITIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
     "one_minus_square": lambda _: lambda x: (1 + x) * (1 - x),  # jax 0.11
     "approx_top_k": _approx_top_k,
     "bitcast_convert_type": _bitcast,
+    "conv_general_dilated": _convolution,
     "call_hi_primitive": in_other_primitives,  # jax 0.12: searchsorted, nonzero, ldexp, frexp
     "empty": _empty,
     "empty2": _empty,

@@ -18,6 +18,10 @@ def _named(*names: str) -> frozenset[str]:
 _REDUCTION, _RUNNING, _ARG = _named("axes"), _named("axis", "reverse"), _named("axes", "index_dtype")
 _WINDOW = _named("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
 _SCATTER = _named("dimension_numbers", "mode", "update_jaxpr", "update_consts")
+_CONVOLUTION = _named(
+    *("dimension_numbers", "feature_group_count", "batch_group_count", "window_strides", "padding", "lhs_dilation"),
+    *("rhs_dilation", "precision", "preferred_element_type"),
+)
 _BODY = _named("jaxpr", "call_jaxpr")  # by JAX's version
 
 # What rules read, or what is seen of it in the shape and the dtype of the results. Others read no parameter.
@@ -29,6 +33,7 @@ _READ: dict[str, frozenset[str]] = {
     "call_hi_primitive": _named("_prim"),
     "concatenate": _named("dimension"),
     "cond": _named("branches"),
+    "conv_general_dilated": _CONVOLUTION,
     "convert_element_type": _named("new_dtype"),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _RUNNING),
     "dot_general": _named("dimension_numbers", "precision", "preferred_element_type"),

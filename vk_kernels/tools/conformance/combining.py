@@ -237,6 +237,35 @@ def _dot_general(full: bool) -> Iterator[tuple]:
         yield f"to {wide.name}", fn, [draw(left, dtype), draw(right, dtype, 1)], {"exact": wide != F32}
 
 
+_CONVOLUTIONS = (  # shapes, strides, padding, dilations, groups of features and of the batch, dimension numbers
+    ((2, 3, 7), (4, 3, 3), (2,), ((1, 1),), (1,), (1,), 1, 1, ("NCH", "OIH", "NCH")),
+    ((2, 5, 6, 3), (2, 3, 3, 4), (1, 2), ((0, 1), (1, 0)), (1, 1), (1, 1), 1, 1, ("NHWC", "HWIO", "NHWC")),
+    ((1, 4, 5, 6), (6, 2, 3, 2), (1, 1), ((1, 2), (-1, 2)), (2, 1), (1, 2), 2, 1, ("NCHW", "OIHW", "NHWC")),
+    ((4, 5, 5, 2), (3, 3, 2, 4), (2, 2), ((1, 1), (1, 1)), (1, 1), (1, 1), 1, 2, ("NHWC", "HWIO", "NHWC")),
+    ((3, 4, 4, 6), (1, 1, 6, 5), (1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1), 1, 1, ("NHWC", "HWIO", "NHWC")),
+    ((1, 2, 4, 3, 4), (2, 2, 2, 1, 3), (1, 1, 1), ((0, 0), (1, 1), (1, 1)), (1,) * 3, (1,) * 3, 1, 1, None),
+    ((0, 3, 7), (4, 3, 3), (1,), ((0, 0),), (1,), (1,), 1, 1, None),
+    ((2, 3, 2), (4, 3, 5), (1,), ((0, 0),), (1,), (1,), 1, 1, None),  # no window fits
+)
+
+
+@cases_of("conv_general_dilated")
+def _convolution(full: bool) -> Iterator[tuple]:
+    for dtype, (left, right, *given) in together(FLOATS[:2], _CONVOLUTIONS, full):
+        strides, padding, *dilations, features, batches, numbers = given
+        fn = functools.partial(
+            lax.conv_general_dilated,
+            window_strides=strides,
+            padding=padding,
+            lhs_dilation=dilations[0],
+            rhs_dilation=dilations[1],
+            dimension_numbers=numbers,
+            feature_group_count=features,
+            batch_group_count=batches,
+        )
+        yield f"{numbers} by {strides}", fn, [draw(left, dtype), draw(right, dtype, 1)], GRADIENT
+
+
 # Orders.
 
 

@@ -9,7 +9,6 @@ _REASONS = {
         *("tridiagonal", "tridiagonal_solve", "custom_linear_solve"),
     ),
     "complex numbers": ("complex", "conj", "imag", "real", "fft"),
-    "convolution": ("conv_general_dilated",),
     "products of another kind": ("ragged_dot_general", "scaled_dot", "scaled_matmul_wrapper"),
     "more than one device, outside of `jax.vmap`": tuple(refusals.DEVICES),
     "as many turns of a loop as the data ask for": (
