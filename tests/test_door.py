@@ -17,6 +17,7 @@ from vk_kernels import errors
 def test_the_door_has_what_dir_says():
     assert dir(vk_kernels) == sorted([*vk_kernels.__all__, "__version__"])
     assert [name for name in dir(vk_kernels) if not hasattr(vk_kernels, name)] == []
+    assert dir(vk_kernels.ops) == sorted(vk_kernels.ops.__all__)
     assert vk_kernels.__version__.count(".") == 2
     with pytest.raises(AttributeError, match="has no attribute 'jti'"):
         vk_kernels.jti  # noqa: B018

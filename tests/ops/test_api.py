@@ -328,6 +328,24 @@ def test_bad_input_is_refused_by_name(name, on_vulkan):
         call()
 
 
+@pytest.mark.parametrize("implementation", ["xla", "vulkan"])
+def test_a_call_that_does_not_fit_names_the_op_and_its_operands(implementation):
+    with pytest.raises(TypeError, match=r"^layer_norm: missing a required argument: 'scale'"):
+        ops.layer_norm(np.ones(3), implementation=implementation)
+    with pytest.raises(TypeError, match=r"^gelu: got an unexpected keyword argument 'approximate'"):
+        ops.gelu(np.ones(3), approximate=True, implementation=implementation)
+    with pytest.raises(ValueError, match=r"\d") as caught:
+        ops.matmul(np.ones(4), np.ones((3, 4), np.float32), transposed=False, implementation=implementation)
+    assert caught.value.__notes__ == ["called as vk_kernels.ops.matmul(float32[4], float32[3,4], transposed=False)"]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "vulkan"])
+def test_float64_of_numpy_is_taken_as_jax_takes_it(implementation):
+    x, w = np.ones((2, 3)), np.ones((3, 4), np.float32)
+    found = jax.eval_shape(lambda: ops.matmul(x, w, implementation=implementation))
+    assert (found.shape, found.dtype) == ((2, 4), np.float32)
+
+
 def test_second_derivatives_say_why_not(on_vulkan):
     x = row(0, 3, 4)
     with pytest.raises(TypeError, match=r"gelu.*: the Vulkan kernels have a gradient, but no forward-mode"):

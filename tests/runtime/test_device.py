@@ -52,7 +52,7 @@ def test_a_cpu_device_is_never_chosen_unasked(monkeypatch):
 
 
 def test_a_selector_that_matches_nothing_lists_what_there_is():
-    with pytest.raises(NoDeviceError, match=r"'radeon'; there are 0: Big GPU 9000 .*; 2: llvm"):
+    with pytest.raises(NoDeviceError, match=r"'radeon'; take one of these: 0: Big GPU 9000 .*; 2: llvm"):
         choose([GPU, CPU], "radeon")
     with pytest.raises(NoDeviceError, match=r"7"):
         choose([GPU, CPU], 7)

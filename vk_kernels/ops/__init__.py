@@ -42,3 +42,7 @@ __all__ = [
     "packed_attention",
     "residual_layer_norm",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -13,11 +13,14 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vk_kernels.bridge.use import target_of
 from vk_kernels.runtime.array_spec import ArraySpec
 
 R = TypeVar("R")
+
+_LONGEST = 300  # characters of the operands in a message
 
 _IMPLEMENTATION = """
 
@@ -29,17 +32,26 @@ without a device, ValueError or FeatureError for what the kernels or the device 
 def public(reference: Callable[..., R]) -> Callable[[Callable[..., Any]], Callable[..., R]]:
     """Makes a reference, and a function `kernels(target, ...)` of the same arguments, one public operation."""
 
+    signature = inspect.signature(reference)
+
     def decorate(kernels: Callable[..., Any]) -> Any:
         @functools.wraps(reference)
         def operation(*arguments: Any, implementation: str | None = None, **options: Any) -> Any:
             target = target_of(implementation)
-            arguments = tuple(map(_key_data, arguments))
-            options = {name: _key_data(option) for name, option in options.items()}
-            if target is None:
-                return reference(*arguments, **options)
-            return kernels(target, *arguments, **options)
+            try:
+                signature.bind(*arguments, **options)
+            except TypeError as error:
+                raise TypeError(f"{kernels.__name__}: {error}") from None
+            arguments = tuple(map(_operand, arguments))
+            options = {name: _operand(option) for name, option in options.items()}
+            try:
+                if target is None:
+                    return reference(*arguments, **options)
+                return kernels(target, *arguments, **options)
+            except (AttributeError, TypeError, ValueError) as error:
+                error.add_note(_describe(kernels.__name__, arguments, options))
+                raise
 
-        signature = inspect.signature(reference)
         keyword = inspect.Parameter.KEYWORD_ONLY
         added = inspect.Parameter("implementation", keyword, default=None, annotation=str | None)
         parameters = [*signature.parameters.values()]
@@ -53,14 +65,27 @@ def public(reference: Callable[..., R]) -> Callable[[Callable[..., Any]], Callab
     return decorate
 
 
-def _key_data(x: Any) -> Any:
-    """The two numbers of a typed JAX key, in whose place dropout takes them; anything else as it is."""
+def _operand(x: Any) -> Any:
+    """An array of numpy's as JAX takes it, float64 as float32; of a typed key the two numbers; all else as it is."""
+    if isinstance(x, np.ndarray):
+        return jnp.asarray(x)
     if not (isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)):
         return x
     data = jax.random.key_data(x)
     if data.shape != (2,):
         raise ValueError(f"rng must be one key of two numbers, as jax.random.key's by default, found {x}")
     return data
+
+
+def _describe(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """A call of an op, its arrays by shape and dtype."""
+
+    def shown(x: Any) -> str:
+        return str(ArraySpec(x.shape, x.dtype)) if hasattr(x, "shape") and hasattr(x, "dtype") else repr(x)
+
+    given = [*map(shown, arguments), *(f"{option}={shown(x)}" for option, x in options.items())]
+    text = ", ".join(given)
+    return f"called as vk_kernels.ops.{name}({text if len(text) <= _LONGEST else text[:_LONGEST] + '...'})"
 
 
 def check_arrays(operation: str, **arrays: tuple[Any, tuple[int, ...], Any]) -> None:

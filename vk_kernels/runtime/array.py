@@ -169,7 +169,7 @@ class Array:
         return self.numpy().__index__()
 
     def __bool__(self) -> bool:
-        return bool(self.item())
+        return bool(self.item() if self.size == 1 else self.numpy())  # numpy says what of several is ambiguous
 
     def __len__(self) -> int:
         if not self.shape:

@@ -146,7 +146,7 @@ def choose(devices: Sequence[DeviceInfo], selector: int | str | None = None) -> 
             f"no GPU with a Vulkan driver, only a CPU device, which must be asked for: VK_KERNELS_DEVICE=cpu ({listed})"
         )
     if not matching:
-        raise NoDeviceError(f"no Vulkan device is called {selector!r}; there are {listed}")
+        raise NoDeviceError(f"no Vulkan device is called {selector!r}; take one of these: {listed}")
     usable = [device for device in matching if not device.unusable]
     if not usable:
         raise NoDeviceError(f"cannot use {matching[0]}: {matching[0].unusable}")
