@@ -115,7 +115,13 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
             raise UserError(f"--{error.flagname} changes a config: give --config=FILE before it") from None
         raise UserError(str(error)) from None
     except flags.Error as error:
+        if left_out := _LEFT_OUT.match(str(error)):
+            help_text = flag_values[left_out[1]].help
+            raise UserError(f"missing --{left_out[1]}=...: {help_text[:1].lower()}{help_text[1:]}") from None
         raise UserError(in_plain_words(error)) from None
+
+
+_LEFT_OUT = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")
 
 
 def in_plain_words(error: Exception) -> str:

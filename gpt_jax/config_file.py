@@ -210,6 +210,8 @@ def _require_python_file(name: str, file: Path) -> None:
         near = difflib.get_close_matches(file.name, [other.name for other in _python_files(folder)], n=1)
         hint = f": did you mean {folder / near[0]}?" if near else _there_are(folder)
         here = "" if file.is_absolute() or not _SHIPPED.is_dir() else " here, nor in the configs installed with gpt_jax"
+        if not hint and not here and not file.is_absolute():
+            here = f" in {Path.cwd()}: give its path from there"
         raise UserError(f"--config={name} does not exist{here}{hint}")
     if not file.is_file() or file.suffix != ".py":
         raise UserError(

@@ -243,6 +243,13 @@ def test_a_mistake_in_a_config_file_is_named_with_its_line(source, message, tmp_
     assert "\n" not in str(caught.value)
 
 
+def test_a_config_of_another_folder_is_named_with_this_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_config("configs/chat.py")
+    assert str(caught.value) == f"--config=configs/chat.py does not exist in {tmp_path}: give its path from there"
+
+
 CHAT = f"--config={ROOT / 'configs' / 'chat.py'}"
 FLAGS = [
     ([f"--config={ROOT / 'configs' / 'nope.py'}"], "does not exist; there are"),

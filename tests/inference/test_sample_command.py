@@ -30,6 +30,13 @@ def set_flags(monkeypatch, *arguments: str, typed: str = "") -> list[str]:
     return parse_flags(["sample", "--workdir=run", *arguments], values)
 
 
+def test_a_run_that_is_left_out_is_asked_for_in_words():
+    values = flags.FlagValues()
+    sample.define_flags(values)
+    with pytest.raises(UserError, match=r"^missing --workdir=\.\.\.: a run: its folder, latest or best; "):
+        parse_flags(["sample", "a question"], values)
+
+
 @pytest.fixture
 def answers(monkeypatch, capsys):
     """The lines that the command prints, (stdout, stderr), where the model repeats the prompt in capitals."""
