@@ -23,7 +23,7 @@ from vk_kernels.ops.layer_norm.reference import (
 from vk_kernels.ops.matmul.reference import matmul_forward_reference, matmul_rule
 
 ROWS, WIDTH, LAYERS = 4096, 64, 4
-X = normal(ROWS, WIDTH)
+X, RNG = normal(ROWS, WIDTH), np.zeros(2, np.uint32)
 PARAMS = {
     "scale": 1 + 0.1 * normal(LAYERS, WIDTH),
     "bias": 0.1 * normal(LAYERS, WIDTH, seed=1),
@@ -32,7 +32,7 @@ PARAMS = {
 }
 
 
-def loss(params, x, layers: int = LAYERS):
+def loss(params, x, layers: int = LAYERS, rate: float = 0.0):
     """A loss of blocks as in a transformer: 2 arrays of each are to be computed again, the norm and the GELU."""
     branch = None
     for i in range(layers):
@@ -40,14 +40,14 @@ def loss(params, x, layers: int = LAYERS):
         if branch is None:
             normed = ops.layer_norm(x, scale, bias)
         else:
-            x, normed = ops.residual_layer_norm(x, branch, scale, bias)
+            x, normed = ops.residual_layer_norm(x, branch, scale, bias, RNG, dropout_rate=rate, site=i)
         branch = ops.matmul(ops.matmul(normed, params["into"][i], activation="gelu"), params["out"][i])
     return jnp.square(x + branch).mean()
 
 
-def graph(layers: int = LAYERS):
+def graph(layers: int = LAYERS, rate: float = 0.0):
     with vk_kernels.use("vulkan", device=SELECTOR):
-        return simplify(graph_of(jax.value_and_grad(lambda params, x: loss(params, x, layers)), PARAMS, X))
+        return simplify(graph_of(jax.value_and_grad(lambda params, x: loss(params, x, layers, rate)), PARAMS, X))
 
 
 def large_operands(found, op: str) -> list[str]:
@@ -69,6 +69,13 @@ def test_what_is_read_late_and_follows_from_what_is_kept_is_computed_again():
     assert operands[:2] == ["matmul", "residual_layer_norm"]
     assert not {"matmul", *norms} & set(operands[3:])
     assert [node.op for node in after.nodes if node.call] == [node.op for node in before.nodes if node.call]
+
+
+def test_rules_of_layers_are_traced_once(monkeypatch):
+    before, traced, make_jaxpr = graph(rate=0.1), [], jax.make_jaxpr  # each layer draws at a site of its own
+    monkeypatch.setattr(jax, "make_jaxpr", lambda fn: traced.append(fn) or make_jaxpr(fn))
+    rematerialize(before)
+    assert len(traced) == 5  # both norms, the sum before one, a GELU's product and its argument: two have no rule
 
 
 def test_what_is_small_or_soon_read_again_is_kept():

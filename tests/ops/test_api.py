@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,25 @@ def test_dropout_masks_are_those_of_the_reference():
     x = jnp.ones((3, 37))
     found, expected = on_both(lambda x: ops.dropout(x, jnp.asarray(RNG), rate=0.4, site=5), x)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_shapes_are_found_without_dropouts_bits(on_vulkan, monkeypatch):
+    """A trace of the reference tells an op's shapes: once for all rates and sites, and without the masks' generator."""
+    for module in ("dropout", "attention.reference"):
+        found = sys.modules[f"vk_kernels.ops.{module}"]  # the package has a function of that name
+        monkeypatch.setattr(found, "dropout_mask", lambda *_: pytest.fail("bits were traced"))
+    rows, qkv, weights = jnp.ones((37, 24), BF16), jnp.ones((3, 7, 3, 2, 12), BF16), jnp.ones((24, 24), BF16)
+    scale, rng = jnp.ones(24), jnp.zeros(2, jnp.uint32)
+
+    def sum_of_all(rows, qkv, weights):
+        dropped = ops.dropout(rows, rng, rate=0.1, site=1)
+        total, normed = ops.residual_layer_norm(rows, dropped, scale, scale, rng, dropout_rate=0.2, site=2)
+        product = ops.matmul(normed, weights, residual=total, rng=rng, dropout_rate=0.3, site=3)
+        attended = ops.packed_attention(qkv, rng, dropout_rate=0.4, site=4)
+        return sum(x.astype(F32).sum() for x in (product, attended))
+
+    gradients = jax.eval_shape(jax.grad(sum_of_all, (0, 1, 2)), rows, qkv, weights)
+    assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, x.dtype) for x in (rows, qkv, weights)]
 
 
 def test_two_runs_are_bit_equal():

@@ -118,12 +118,18 @@ def _refuse_effects(jaxpr: Jaxpr, at: Origin) -> None:
         raise UnsupportedError(f"{advice(equation)}: {_where(equation, inner)}")
 
 
-def inline(fn: Callable[..., Any], inputs: Sequence[Operand], at: Node) -> tuple[list[Node], list[Operand]]:
-    """The nodes of a function of arrays, and its results, for these inputs; they are where `at` is in the program."""
+def trace(fn: Callable[..., Any], inputs: Sequence[Operand]) -> ClosedJaxpr:
+    """The trace of a function of arrays of the inputs' shapes."""
+    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
+    return jax.make_jaxpr(lambda *xs: jax.tree.leaves(fn(*xs)))(*structs)
+
+
+def inline(traced: ClosedJaxpr, inputs: Sequence[Operand], at: Node) -> tuple[list[Node], list[Operand]]:
+    """The nodes of a traced function, and its results, for these inputs; they are where `at` is in the program."""
     inliner = _Inliner()
-    results = inliner.expand(fn, list(inputs), Origin(at.scope, at.source))
+    results = inliner.inline(traced, list(inputs), Origin(at.scope, at.source, pinned=True))
     if inliner.constants:
-        raise ValueError(f"constants of {fn} must be scalars")
+        raise ValueError(f"constants of what is computed again for {at.op} must be scalars")
     return inliner.nodes, results
 
 
@@ -237,9 +243,7 @@ class _Inliner:
 
     def expand(self, fn: Callable[..., Any], inputs: list[Operand], at: Origin) -> list[Operand]:
         """Traces a function of arrays of the inputs' shapes, and inlines it."""
-        structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
-        closed = jax.make_jaxpr(lambda *xs: jax.tree.leaves(fn(*xs)))(*structs)
-        return self.inline(closed, inputs, at._replace(pinned=True))
+        return self.inline(trace(fn, inputs), inputs, at._replace(pinned=True))
 
     def _barrier(self, inputs: Sequence[Operand], at: Origin) -> list[Operand]:
         values = [x for x in inputs if isinstance(x, Value)]

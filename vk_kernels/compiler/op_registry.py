@@ -22,7 +22,7 @@ Planner = Callable[..., Plan]
 BatchAxes = Callable[..., tuple[bool, ...] | None]
 
 # rematerialize(operands, results, **parameters), in JAX: each result as an elementwise function of operands and other
-# results, or None where it is none.
+# results, or None where it is none. It is given the parameters that it names.
 Rematerialize = Callable[..., Sequence[Any]]
 
 # epilogue(producer, consumer): both as they are to be, with the same outputs in the same order; None: as they are.
@@ -66,7 +66,8 @@ class KernelOp:
     split: what becomes several nodes on a device; None: nothing.
     forward_backward: of a backward op, how it and its forward op become one.
     flops: None: one for each element of the results.
-    shapeless: parameters, numbers, that change neither shapes nor dtypes.
+    shapeless: parameters, numbers, that change neither shapes nor dtypes: these are found with 0 for each, so that they
+    are for all values at once, and without what 0 leaves out, as a dropout its random bits.
     """
 
     planner: Planner

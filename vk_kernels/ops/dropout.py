@@ -145,7 +145,7 @@ def drawing_of(rng: jax.Array | None, rate: float, site: int) -> tuple[jax.Array
 _dropout_backward = make_primitive(
     "dropout_backward",
     dropout_backward_reference,
-    KernelOp(plan_dropout_backward, shapeless=("site",)),
+    KernelOp(plan_dropout_backward, shapeless=("rate", "site")),
 )
 
 
@@ -155,7 +155,7 @@ def _dropout_gradients(target, operands, results, cotangents, **drawing):
 
 
 _dropout_operation = make_differentiable(
-    make_primitive("dropout", dropout_forward_reference, KernelOp(plan_dropout_forward, shapeless=("site",))),
+    make_primitive("dropout", dropout_forward_reference, KernelOp(plan_dropout_forward, shapeless=("rate", "site"))),
     _dropout_gradients,
 )
 

@@ -6,12 +6,15 @@ It takes the time of a copy, beside other work, and saves the memory of the whol
 for arrays that no cache holds: their copies go through memory, and the time is better spent.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from vk_kernels.compiler.from_jaxpr import inline
+from jax.extend.core import ClosedJaxpr
+
+from vk_kernels.compiler.from_jaxpr import inline, trace
 from vk_kernels.compiler.ir import Graph, Node, Operand, Value
 from vk_kernels.compiler.op_registry import kernel_op
 from vk_kernels.compiler.passes.simplify import constant_fold, dce
@@ -32,13 +35,14 @@ def rematerialize(
     found = _Readers(graph)
     before: dict[Node, list[Node]] = {}  # new nodes, by the node that they stand before
     known: dict[Node, dict[Value, Operand]] = {}  # new operands of a node
+    traces: dict[Hashable, ClosedJaxpr] = {}
     for node in graph.nodes:
         if not node.call or kernel_op(node.op).rematerialize is None:
             continue
         large = [k for k, out in enumerate(node.outputs) if least_bytes <= out.nbytes <= most_bytes]
         late = {k: readers for k in large if (readers := found.late(node, node.outputs[k], least_distance))}
         for k, readers in late.items():
-            nodes, result = _recompute_nodes(node, k)
+            nodes, result = _recompute_nodes(node, k, traces)
             kept_for_it = sum(x.nbytes for x in _needs(nodes) if not found.outlives(x, node.outputs[k]))
             if result is None or kept_for_it > _MOST_KEPT * node.outputs[k].nbytes:
                 continue
@@ -57,15 +61,22 @@ def rematerialize(
     return dce(Graph(graph.inputs, graph.constants, nodes, graph.outputs))
 
 
-def _recompute_nodes(node: Node, k: int) -> tuple[list[Node], Operand | None]:
-    """The nodes that compute a result again, and what they give; None without a rule for it."""
+def _recompute_nodes(node: Node, k: int, traces: dict[Hashable, ClosedJaxpr]) -> tuple[list[Node], Operand | None]:
+    """The nodes that compute a result again, and what they give; None without a rule for it.
+
+    traces: of rules, by all that they follow from: those of the layers of a model are the same.
+    """
     count, again = len(node.inputs), kernel_op(node.op).rematerialize
+    read = {name: node.params[name] for name in inspect.signature(again).parameters if name in node.params}
 
     def rule(*arrays: Any) -> Any:
-        return again(arrays[:count], arrays[count:], **node.params)[k]
+        return again(arrays[:count], arrays[count:], **read)[k]
 
     values = (*node.inputs, *node.outputs)
-    nodes, results = inline(rule, values, node)
+    key = again, tuple(read.items()), k, count, tuple(x.spec for x in values)
+    if key not in traces:
+        traces[key] = trace(rule, values)
+    nodes, results = inline(traces[key], values, node)
     if not results:
         return [], None
     graph = dce(constant_fold(Graph(values, {}, nodes, tuple(results))))

@@ -34,7 +34,7 @@ def _kernel_op(planner: Planner, flops: Callable[[Sequence[int]], int], operands
         planner,
         batch_axes=lambda dropout_rate, **_: None if dropout_rate else (True,) * operands,
         flops=lambda node: flops(node.inputs[0].shape),
-        shapeless=("site",),
+        shapeless=("dropout_rate", "site"),
     )
 
 

@@ -67,7 +67,7 @@ def _scale_and_bias(operation, x, scale, bias):
 _residual_layer_norm_backward = make_primitive(
     "residual_layer_norm_backward",
     residual_layer_norm_backward_reference,
-    KernelOp(plan_residual_layer_norm_backward, shapeless=("site",)),
+    KernelOp(plan_residual_layer_norm_backward, shapeless=("dropout_rate", "site")),
 )
 
 
@@ -86,7 +86,7 @@ _residual_layer_norm_operation = make_differentiable(
             plan_residual_layer_norm_forward,
             batch_axes=lambda epsilon, dropout_rate, site: None if dropout_rate else (True, True, False, False),
             rematerialize=residual_layer_norm_rule,
-            shapeless=("site",),
+            shapeless=("dropout_rate", "site"),
         ),
     ),
     _residual_layer_norm_gradients,

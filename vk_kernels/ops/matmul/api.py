@@ -38,7 +38,7 @@ _matmul_backward = make_primitive(
         epilogues={"matmul_backward": _slope_into_product},
         split=split_gradients,
         flops=lambda node: (product_flops(node), product_flops(node), 0)[: len(node.outputs)],  # of dx, dw, dbias
-        shapeless=("site",),
+        shapeless=("dropout_rate", "site"),
     ),
 )
 
@@ -66,7 +66,7 @@ _matmul_operation = make_differentiable(
             batch_axes=_matmul_batch_axes,
             rematerialize=matmul_rule,
             flops=product_flops,
-            shapeless=("site",),
+            shapeless=("dropout_rate", "site"),
         ),
     ),
     _matmul_gradients,
