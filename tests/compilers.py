@@ -15,9 +15,11 @@ flags = ["--xla_force_host_platform_device_count=2"]
 if os.environ.get("HYPOTHESIS_PROFILE") != "night":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     os.environ.setdefault("GALLIVM_PERF", "nopt")
-    # XLA's older emitter makes a program in half the time; jaxlib 0.11 has it no more, and ends at a flag it lacks.
+    # XLA's older emitter makes a program in half the time, and in one piece in little more than half of that: each of
+    # the pieces that are compiled side by side has a cost of its own, and here the workers have all processors.
+    # jaxlib 0.11 has that emitter no more, and ends at a flag it lacks.
     if importlib.metadata.version("jaxlib").startswith("0.10."):
-        flags.append("--xla_cpu_use_fusion_emitters=false")
+        flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 # What one process has compiled, the other workers and the commands that tests start take from disk.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
