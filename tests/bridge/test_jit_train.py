@@ -1,16 +1,17 @@
 """The whole of training as Vulkan programs: step, evaluation, diagnostics and sampling, against XLA."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from profiles import night
+from profiles import NIGHT, night
 from vulkan_devices import SELECTOR, needs_vulkan
+from whole_run import configuration
 
 import vk_kernels
-from configs import chat
 from gpt_jax.inference.decoder import decode_chunk, empty_state
 from gpt_jax.model.cached import decoding_weights
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
@@ -19,14 +20,15 @@ from gpt_jax.training.steps import diagnostics_step, eval_step, init_state, nonf
 
 pytestmark = needs_vulkan
 
-SEED, STEPS, REPLAYS = 42, 8, 100
-MODEL = ModelConfig(
-    vocab_size=50, block_size=16, num_layers=1, num_heads=2, embed_dim=48, dropout_rate=0.1, soft_cap=30.0
-)
+STEPS, REPLAYS = 8, 100 if NIGHT else 12
+# Those of whole runs, whose kernels these are then: each more takes a CPU device a second to compile.
+CONFIG = configuration(Path("nowhere"))
+MODEL = ModelConfig.from_config(CONFIG.model)
 
 
 def make_batch(i: int, rows: int = 4) -> dict[str, np.ndarray]:
-    stream = np.random.default_rng(i).integers(0, MODEL.vocab_size, (rows, 17)).astype(np.int32)
+    shape = rows, MODEL.block_size + 1
+    stream = np.random.default_rng(i).integers(0, MODEL.vocab_size, shape).astype(np.int32)
     targets = stream[:, 1:].copy()
     targets[0, :3] = -1
     return {"inputs": stream[:, :-1].copy(), "targets": targets}
@@ -35,11 +37,10 @@ def make_batch(i: int, rows: int = 4) -> dict[str, np.ndarray]:
 @functools.cache
 def make_step(config: ModelConfig = MODEL, **options):
     """(state on the host, step)."""
-    settings = chat.get_config()
-    settings.optimizer.update(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=5, decay_steps=200)
-    model, optimizer, schedule = GPT(config), make_optimizer(settings), learning_rate_schedule(settings)
-    step = functools.partial(train_step, model=model, optimizer=optimizer, schedule=schedule, seed=SEED, **options)
-    state = jax.jit(lambda: init_state(init_params(model, SEED), optimizer))()
+    model, optimizer = GPT(config), make_optimizer(CONFIG)
+    options |= {"schedule": learning_rate_schedule(CONFIG), "seed": CONFIG.seed}
+    step = functools.partial(train_step, model=model, optimizer=optimizer, **options)
+    state = jax.jit(lambda: init_state(init_params(model, CONFIG.seed), optimizer))()
     return jax.tree.map(np.asarray, state), step
 
 
@@ -112,9 +113,9 @@ def test_replays_are_fresh_recordings_in_an_arena_of_nan_bit_for_bit():
 def test_steps_chained_in_one_submission_are_those_steps_bit_for_bit():
     step = make_step()[1]
     chained = vk_kernels.jit(lambda *args: jax.lax.scan(step, *args), donate_argnums=0, device=SELECTOR)
-    batches = jax.tree.map(lambda *xs: np.stack(xs), *map(make_batch, range(3)))
+    batches = jax.tree.map(lambda *xs: np.stack(xs), *map(make_batch, range(2)))
     state, metrics = jax.tree.map(np.asarray, chained(start(), batches))
-    expected_state, expected = run(vulkan_step(), start(), 3)
+    expected_state, expected = run(vulkan_step(), start(), 2)
     same_bits(state, expected_state)
     same_bits(metrics, jax.tree.map(lambda *xs: np.stack(xs), *expected))
 
@@ -128,7 +129,7 @@ def test_the_state_stays_in_its_memory():
 
 def test_a_loss_that_is_not_finite_changes_nothing():
     state = jax.tree.map(np.array, make_step()[0])
-    state.params["wte"][3] = np.nan
+    state.params["wte"][make_batch(0)["inputs"][1, 0]] = np.nan
     after, metrics = vulkan_step()(vk_kernels.device_put(state, SELECTOR), make_batch(0))
     after = jax.tree.map(np.asarray, after)
     assert not metrics["finite"]
