@@ -67,12 +67,13 @@ def pytest_collection_finish() -> None:
 
 # Files that take long: scripts/test.sh hands out files in this order, and one that began last would run alone.
 LONGEST = (
-    *("test_train_device", "test_campaign", "test_reductions", "test_attention", "test_rowwise", "test_op_properties"),
-    *("test_api", "test_jit_train", "test_matmul", "test_train", "test_run_folder", "test_decoder", "test_steps"),
+    *("test_train_device", "test_campaign", "test_rowwise", "test_reductions", "test_attention", "test_matmul"),
+    *("test_api", "test_jit_train", "test_train", "test_run_folder", "test_decoder", "test_steps"),
     "test_train_mistakes",
     # Their kernels are those of the first: by now the driver's cache has them.
     *("test_lora_run", "test_jit", "test_decoding_ops", "test_notebooks", "test_train_vulkan", "test_cut_step"),
-    *("test_default_corpus", "test_cached", "test_ops_in_training", "test_model", "test_references", "test_optimizer"),
+    "test_ops_in_training",
+    *("test_default_corpus", "test_cached", "test_op_properties", "test_model", "test_references", "test_optimizer"),
     *("test_train_early", "test_checkpoint_damage", "test_corpus", "test_sample", "test_checkpoint"),
     "test_open_settings",
 )
@@ -115,6 +116,15 @@ def no_validation_messages():
     yield
     for opened in device._open_devices.copy():
         opened.check_validation("at the end of the test")
+
+
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[dict]:
+    """Runs of the module share their programs, see `shared_programs`: gives those traced so far."""
+    from traced_once import shared_programs  # here: it imports jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        yield shared_programs(patch)
 
 
 @pytest.fixture

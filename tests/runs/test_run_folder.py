@@ -23,9 +23,12 @@ from gpt_jax.training.history import why_complete
 from gpt_jax.training.train import train_and_evaluate
 from gpt_jax.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 @pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory) -> Path:
+def finished(corpus, tmp_path_factory, traced_once) -> Path:
+    traced_once.clear()  # its first step compiles
     workdir = tmp_path_factory.mktemp("finished") / "run"
     assert train_and_evaluate(tiny(corpus), workdir) is None
     return workdir
