@@ -182,7 +182,7 @@ def _choose() -> tuple[str, str]:
             ) from None
         return "xla", f"auto: {error}"
     if info.kind == "cpu":
-        return "xla", f"auto: Vulkan has but a processor, {info.name}"
+        return "xla", f"auto: the only Vulkan device is a processor, {info.name}"
     return "vulkan", "auto: a GPU that JAX itself does not serve"
 
 
