@@ -40,7 +40,8 @@ def open_folder(workdir: Path) -> Iterator[Log]:
                 f"{workdir} is in use by {error}: wait for it to end, or choose another --workdir"
             ) from None
         except OSError as error:
-            raise UserError(f"cannot write to the run folder: {error}; choose another --workdir") from None
+            cause = f"{error.filename or workdir}: {error.strerror or error}"
+            raise UserError(f"cannot write to the run folder: {cause}; choose another --workdir") from None
         warnings = logging.StreamHandler(file)
         logging.getLogger("gpt_jax").addHandler(warnings)
         stack.callback(logging.getLogger("gpt_jax").removeHandler, warnings)

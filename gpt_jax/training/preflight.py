@@ -67,7 +67,8 @@ def check_folder(workdir: Path) -> None:
     try:
         place = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
     except OSError as error:  # a name too long for the system
-        raise UserError(f"cannot write to the run folder: {error}; choose another --workdir") from None
+        cause = f"{error.filename or workdir}: {error.strerror or error}"
+        raise UserError(f"cannot write to the run folder: {cause}; choose another --workdir") from None
     if not place.is_dir():
         raise UserError(f"cannot write to the run folder: {place} is a file; choose another --workdir")
     if not os.access(place, os.W_OK | os.X_OK):

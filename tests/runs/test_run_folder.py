@@ -14,6 +14,7 @@ from tiny_run import steps_saved, tiny, written
 from gpt_jax.data import token_cache
 from gpt_jax.data.tokenizer import save, train_tokenizer
 from gpt_jax.errors import UserError
+from gpt_jax.runs.folder import open_folder
 from gpt_jax.runs.load import load_run
 from gpt_jax.runs.metrics import read_lines
 from gpt_jax.runs.wall_time import running_seconds, wall_time
@@ -227,6 +228,13 @@ def test_a_folder_in_use_is_refused_by_the_name_of_its_holder(corpus, tmp_path):
         with pytest.raises(UserError, match=rf"{tmp_path} is in use by process {os.getpid()} on .* since 20"):
             train_and_evaluate(tiny(corpus), tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_the_cause():
+    with pytest.raises(UserError) as caught, open_folder(Path("/proc/none/run")):
+        pass
+    wanted = "cannot write to the run folder: /proc/none: No such file or directory; choose another --workdir"
+    assert str(caught.value) == wanted
 
 
 def test_what_fails_before_the_run_begins_leaves_no_folder(corpus, tmp_path):
