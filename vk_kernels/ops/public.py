@@ -38,10 +38,6 @@ def public(reference: Callable[..., R]) -> Callable[[Callable[..., Any]], Callab
         @functools.wraps(reference)
         def operation(*arguments: Any, implementation: str | None = None, **options: Any) -> Any:
             target = target_of(implementation)
-            try:
-                signature.bind(*arguments, **options)
-            except TypeError as error:
-                raise TypeError(f"{kernels.__name__}: {error}") from None
             arguments = tuple(map(_operand, arguments))
             options = {name: _operand(option) for name, option in options.items()}
             try:
@@ -49,6 +45,7 @@ def public(reference: Callable[..., R]) -> Callable[[Callable[..., Any]], Callab
                     return reference(*arguments, **options)
                 return kernels(target, *arguments, **options)
             except (AttributeError, TypeError, ValueError) as error:
+                _check_call(kernels.__name__, signature, arguments, options)
                 error.add_note(_describe(kernels.__name__, arguments, options))
                 raise
 
@@ -75,6 +72,14 @@ def _operand(x: Any) -> Any:
     if data.shape != (2,):
         raise ValueError(f"rng must be one key of two numbers, as jax.random.key's by default, found {x}")
     return data
+
+
+def _check_call(name: str, signature: inspect.Signature, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Raises TypeError for an operand that is missing or unknown; after a failure, as it takes as long as a short call."""
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
 
 
 def _describe(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
