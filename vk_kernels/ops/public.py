@@ -75,7 +75,7 @@ def _operand(x: Any) -> Any:
 
 
 def _check_call(name: str, signature: inspect.Signature, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Raises TypeError for an operand that is missing or unknown; after a failure, as it takes as long as a short call."""
+    """Raises TypeError for an operand that is missing or unknown; only after a failure, for it takes its time."""
     try:
         signature.bind(*arguments, **options)
     except TypeError as error:
