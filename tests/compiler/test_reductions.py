@@ -135,8 +135,11 @@ def test_nan_and_infinities_in_reductions(device, shape):
         agree(device, fn, a)
 
 
-@pytest.mark.parametrize("shape", [(6, 9), (33, 70), (4, 1000), (300, 7)], ids=str)
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),  # bfloat16 in few: how its rows are gone over does not follow from it
+    [*((shape, F32) for shape in [(6, 9), (33, 70), (4, 1000), (300, 7)]), ((33, 70), BF16), ((4, 1000), BF16)],
+    ids=str,
+)
 def test_reductions_with_what_surrounds_them(device, shape, dtype):
     x = normal(*shape, dtype=dtype)
     scale = normal(shape[1], dtype=dtype, seed=1)

@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
 # tiny is odd wherever it can be; megabyte has arrays over 1 MB; the others are training steps.
 SIZES = {
     "tiny": Sizes(3, 21, 36, 3, 53),
-    "megabyte": Sizes(4, 150, 516, 12, 301),
+    "megabyte": Sizes(4, 150, 1032, 12, 301),
     "chat": Sizes(16, 256, 256, 8, 4000),
     "124M": Sizes(4, 1024, 768, 12, 50257),
 }
