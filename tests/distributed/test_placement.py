@@ -120,6 +120,7 @@ def test_the_parts_of_a_batch_keep_the_bits_of_dropout(alone):
     assert norm == pytest.approx(alone[1][0], rel=3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("vulkan", marks=pytest.mark.vulkan)])
 def test_an_operation_on_some_rows_draws_their_bits(implementation, request):
     if implementation == "vulkan":

@@ -19,6 +19,7 @@ def config():
     return config
 
 
+@pytest.mark.slow
 def test_the_state_is_that_of_the_seed_bit_for_bit(config):
     begin_compiling(config)
     state = fresh_state(config)
