@@ -95,9 +95,10 @@ def test_a_process_that_can_no_longer_watch_ends_with_a_line(ended):
 
 
 def test_a_silent_process_is_named(ended, monkeypatch):
-    meet(2)
+    processes = meet(2)  # kept: without a name the first one that ends goes, and its connection with it
     monkeypatch.setattr(channel.Peer, "send", lambda self, **message: None)
     wait_until(lambda: len(ended) == 2)
+    assert len(processes) == 2
     assert {line.split(" (")[0] for line in ended} == {"process 0", "process 1"}
     assert all("was silent for" in line for line in ended)
 
