@@ -2,12 +2,14 @@
 
 import ast
 
+import pytest
 from sources import ROOT, python_files, read_source
 
 NEVER = {"Of", "What", "Where"}
 WITHOUT_SUBJECT = {"That", "Those", "As", "In", "For", "With"}
 
 
+@pytest.mark.slow  # reads the whole tree
 def test_no_docstring_begins_without_its_subject():
     found = []
     for folder in ("vk_kernels", "gpt_jax", "benchmarks", "examples", "configs", "tests"):

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 
+import pytest
 from sources import ROOT, python_files, read_source
 
 # One meaning in two places, or a meaning that its place makes plain.
@@ -22,6 +23,7 @@ MODULES = {
 }
 
 
+@pytest.mark.slow  # reads the whole tree
 def test_no_class_is_called_as_another():
     found = defaultdict(list)
     for file in python_files("vk_kernels", "gpt_jax", "benchmarks"):

@@ -145,6 +145,7 @@ def test_the_chat_template_refuses_what_training_would(messages, message):
         rendered([{"role": role, "content": text} for role, text in messages])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_run_is_exported_with_its_card(run, tmp_path, capsys):
     target = tmp_path / "models" / "chat"
     export(find_run(f"{run}@2"), str(target), **OPTIONS)

@@ -113,7 +113,7 @@ def test_a_is_drawn_as_in_peft():
     ("backend", "dtype"),
     [
         ("xla", "float32"),
-        ("xla", "bfloat16"),
+        pytest.param("xla", "bfloat16", marks=pytest.mark.slow),
         pytest.param("vulkan", "float32", marks=needs_vulkan),
     ],
 )
@@ -135,6 +135,7 @@ def formula(kernel, bias, a, b, x, mask):
     return x @ kernel + bias[None, None] + LORA.alpha / LORA.rank * dropped @ a @ b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_value_and_gradients_are_those_of_the_formula(backend):
     config = with_lora(TWO_BLOCKS, dropout=0.25)

@@ -32,6 +32,7 @@ def compiler_missing() -> str:
     return ""
 
 
+pytestmark = pytest.mark.slow
 needs_compiler = pytest.mark.skipif(bool(compiler_missing()), reason=compiler_missing())
 
 
