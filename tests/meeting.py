@@ -12,13 +12,25 @@ from gpt_jax.distributed import channel
 from gpt_jax.distributed.processes import Processes, join
 
 channel.end_process = lambda *_: None  # for good: a thread may come to it when its test is over, and end all tests
+_met: list[Processes] = []
 
 
 def meet(count: int, port: int | None = None, **options) -> list[Processes]:
     port = port or channel.free_port()
     with ThreadPoolExecutor(count) as pool:
         found = [pool.submit(join, f"127.0.0.1:{port},{count},{i}", join_seconds=5, **options) for i in range(count)]
-        return [each.result() for each in found]
+        processes = [each.result() for each in found]
+    _met.extend(processes)
+    return processes
+
+
+def part() -> None:
+    """Ends the watching of all that met so far: in a test of less patience they would lose each other too."""
+    for process in _met:
+        process.channel._closing = True
+    for process in _met:
+        process.channel._thread.join()
+    _met.clear()
 
 
 def everywhere(processes: list[Processes], act) -> list:

@@ -18,6 +18,7 @@ from gpt_jax.distributed.settings import AUTO, Place, parse_devices, parse_distr
 from gpt_jax.errors import UserError
 
 _OPEN_MPI = frozenset(("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
+_OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"  # where process 0 is; newer ones do not say it
 _JAX_SILENCE = 600  # seconds: JAX's own watch ends processes by abort, so ours, which names the lost one, comes first
 
 
@@ -204,17 +205,18 @@ def _place_of_launcher() -> Place:
     from vk_kernels.jax_compat import place_in_cluster
 
     by_hand = "give HOST:PORT,PROCESSES,ID"
+    found, unread = None, ""
     try:
         found = place_in_cluster()
     except (ImportError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"config.distributed=auto cannot read the launcher's variables ({type(error).__name__}: {error}): {by_hand}"
-        ) from None
-    if found is None and _OPEN_MPI.issubset(os.environ):  # 5 and later
+        unread = f"{type(error).__name__}: {error}"
+    if found is None and _OPEN_MPI.issubset(os.environ) and _OPEN_MPI_4 not in os.environ:  # jax 0.12 asks for mpi4py
         raise UserError(
             "config.distributed=auto: this Open MPI does not say where process 0 is: give HOST:PORT,$"
             "OMPI_COMM_WORLD_SIZE,$OMPI_COMM_WORLD_RANK, as mpirun sh -c '...' sees them"
         )
+    if unread:
+        raise UserError(f"config.distributed=auto cannot read the launcher's variables ({unread}): {by_hand}")
     if found is None:
         raise UserError(
             "config.distributed=auto finds neither SLURM's nor Open MPI's variables: start with srun or mpirun, or "
