@@ -83,6 +83,7 @@ run_main(main)
     assert done.stderr.startswith("error: cannot write to standard output: No space left on device; ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_characters_that_the_output_lacks_are_replaced(encoding):
     done = command("run | tail -1", PYTHONIOENCODING=encoding)

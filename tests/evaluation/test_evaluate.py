@@ -127,6 +127,7 @@ def test_two_models_compare_in_one_table_and_nothing_of_their_folders_is_written
         ]
 
 
+@pytest.mark.slow
 def test_data_that_is_not_what_the_run_had_is_told(run, command, tmp_path):
     dialogues = validation_dialogues(run)
     size = sum(len(turn.text.encode()) for dialogue in dialogues for turn in dialogue.turns)
@@ -355,6 +356,7 @@ def test_a_source_of_which_nothing_counts_is_told(run, command, tmp_path):
     assert json.loads(out)["models"][0]["total"]["loss"] == "NaN"
 
 
+@pytest.mark.slow
 def test_a_model_without_data_or_markers_says_what_to_give(command):
     model = f"hf:{Path(__file__).parents[1] / 'huggingface' / 'models' / 'old'}"
     with pytest.raises(UserError, match=r"hf:.* has no data of its own: give --data=FILE or --validation_of=RUN"):

@@ -37,7 +37,8 @@ def logits_of(donor, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(run(donor.params, jnp.asarray(tokens, jnp.int32)))
 
 
-@pytest.mark.parametrize("name", ["tied", *(pytest.param(name, marks=pytest.mark.slow) for name in ("untied", "old"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tied", "untied", "old"])
 def test_a_model_answers_as_transformers_recorded(name):
     donor, expected = read_donor(f"hf:{MODELS / name}"), ANSWERS[name]
     start = len(expected["tokens"][0]) - len(expected["greedy"])

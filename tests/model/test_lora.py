@@ -112,7 +112,7 @@ def test_a_is_drawn_as_in_peft():
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        ("xla", "float32"),
+        pytest.param("xla", "float32", marks=pytest.mark.slow),
         pytest.param("xla", "bfloat16", marks=pytest.mark.slow),
         pytest.param("vulkan", "float32", marks=needs_vulkan),
     ],
