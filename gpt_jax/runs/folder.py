@@ -19,6 +19,12 @@ REPORT = "report"  # .md, .json and .html
 PROFILE = "profile"  # the folder of `config.log.profile_step`
 
 
+def unwritable(workdir: Path, error: OSError) -> UserError:
+    """The error for a run folder that the system refuses."""
+    cause = f"{error.filename or workdir}: {error.strerror or error}"
+    return UserError(f"cannot write to the run folder: {cause}; choose another --workdir")
+
+
 @contextlib.contextmanager
 def open_folder(workdir: Path) -> Iterator[Log]:
     """A run's folder, made if it is missing, for this process alone; gives its log.
@@ -40,8 +46,7 @@ def open_folder(workdir: Path) -> Iterator[Log]:
                 f"{workdir} is in use by {error}: wait for it to end, or choose another --workdir"
             ) from None
         except OSError as error:
-            cause = f"{error.filename or workdir}: {error.strerror or error}"
-            raise UserError(f"cannot write to the run folder: {cause}; choose another --workdir") from None
+            raise unwritable(workdir, error) from None
         warnings = logging.StreamHandler(file)
         logging.getLogger("gpt_jax").addHandler(warnings)
         stack.callback(logging.getLogger("gpt_jax").removeHandler, warnings)

@@ -13,6 +13,7 @@ from gpt_jax.data.corpus import check_source
 from gpt_jax.data.token_cache import NEW_TOKENIZER, sources_of
 from gpt_jax.errors import UserError
 from gpt_jax.model.lora import LoraConfig, check_targets
+from gpt_jax.runs.folder import unwritable
 from gpt_jax.runs.info import read_config, read_info
 from gpt_jax.runs.tracker_services import check_service
 from gpt_jax.runs.webhook import resolve as resolve_webhook
@@ -67,8 +68,7 @@ def check_folder(workdir: Path) -> None:
     try:
         place = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
     except OSError as error:  # a name too long for the system
-        cause = f"{error.filename or workdir}: {error.strerror or error}"
-        raise UserError(f"cannot write to the run folder: {cause}; choose another --workdir") from None
+        raise unwritable(workdir, error) from None
     if not place.is_dir():
         raise UserError(f"cannot write to the run folder: {place} is a file; choose another --workdir")
     if not os.access(place, os.W_OK | os.X_OK):

@@ -65,7 +65,7 @@ def public(reference: Callable[..., R]) -> Callable[[Callable[..., Any]], Callab
 def _operand(x: Any) -> Any:
     """An array of numpy's as JAX takes it, float64 as float32; of a typed key the two numbers; all else as it is."""
     if isinstance(x, np.ndarray):
-        return jnp.asarray(x)
+        return x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)  # no copy beside the device's own
     if not (isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)):
         return x
     data = jax.random.key_data(x)
