@@ -238,7 +238,14 @@ def test_texts_that_take_turns_in_the_slots_record_nothing_anew(backend, greedy_
     prompts = [[5, 6, 7], [9] * 4, [3], [8] * 9, [1], [2]]
     once = generate(greedy_decoder, prompts, options)
     made, record = [], Executable._record
-    monkeypatch.setattr(Executable, "_record", lambda self, bound: made.append(self) or record(self, bound))
+
+    def record_and_tell(self, bound):
+        # One more for the same buffers, where a call comes before the device is done with the last, lets calls overlap.
+        if all(recording.inputs != bound for recording in self._recordings):
+            made.append(self)
+        return record(self, bound)
+
+    monkeypatch.setattr(Executable, "_record", record_and_tell)
     assert generate(greedy_decoder, prompts, options) == once
     assert not made
 
