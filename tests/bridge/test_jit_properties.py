@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from profiles import NIGHT
+from profiles import NIGHT, PROFILE
 from vulkan_devices import SELECTOR, needs_vulkan
 
 from vk_kernels.tools.conformance.compare import check
@@ -146,14 +146,9 @@ def function_of(program: Program) -> Callable[..., Any]:
 STEP = st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 3), st.integers(0, 5), st.integers(0, 5))
 PROGRAMS = st.lists(st.lists(STEP, min_size=1, max_size=9), min_size=TOGETHER, max_size=TOGETHER)
 SHAPES = st.lists(st.sampled_from([1, 2, 3, 5, 0, 40]), max_size=3).filter(lambda shape: math.prod(shape) <= MOST)
-PROFILE = settings(
-    settings.get_profile("night" if NIGHT else "ci"),
-    max_examples=1500 if NIGHT else 16,
-    suppress_health_check=[HealthCheck.too_slow],
-)
 
 
-@PROFILE
+@settings(PROFILE, max_examples=1500 if NIGHT else 16)
 @given(PROGRAMS, SHAPES, SHAPES)
 def test_functions_give_what_xla_gives_and_so_do_their_gradients(programs, first, second):
     args = tuple(draw(shape, np.dtype(np.float32), i) for i, shape in enumerate((first, second)))

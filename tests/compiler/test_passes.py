@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import NIGHT, PROFILE
 from test_from_jaxpr import graph_of
 
 from vk_kernels import ops
@@ -55,7 +56,7 @@ def test_what_others_read_too_stays_as_it_is():
     st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 9), st.integers(0, 9)), max_size=30),
     st.sampled_from((2048, 2304, 1 << 20)),
 )
-@settings(max_examples=200, deadline=None)
+@settings(PROFILE, max_examples=2000 if NIGHT else 200)
 def test_arrays_that_live_at_one_time_do_not_overlap_and_each_is_in_one_block(found, block):
     lifetimes = [Lifetime(n, min(a, b), max(a, b)) for n, a, b in found]
     offsets, total = place(lifetimes, block)
@@ -115,7 +116,7 @@ def test_memory_is_read_before_it_is_written_again():
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.text("abcdef", max_size=3), st.text("abcdef", max_size=2)), max_size=12)
 )
-@settings(max_examples=200, deadline=None)
+@settings(PROFILE, max_examples=2000 if NIGHT else 200)
 def test_stages_keep_the_order_of_what_meets(found):
     steps = [(level, [dispatch(reads, writes)]) for level, reads, writes in sorted(found, key=lambda item: item[0])]
     stages = [stage for (stage,) in assign_stages(steps)]

@@ -5,6 +5,7 @@ import time
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+from profiles import NIGHT, PROFILE
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from gpt_jax.data import tokenizer as tk
@@ -37,7 +38,7 @@ def test_training_is_deterministic(trained):
 @hypothesis.given(st.text(st.characters(exclude_categories=["Cs"])))
 @hypothesis.example("naïve 真 \t\r\n\x00 é e\u0301 🇫🇷 ﬁ \u200b\ufeff  ")
 @hypothesis.example("".join(MARKERS) + " <|user|> x<|assistant|>")
-@hypothesis.settings(deadline=None)
+@hypothesis.settings(PROFILE, max_examples=1000 if NIGHT else 100)
 def test_any_text_round_trips_and_makes_no_marker(trained, text):
     ids = tk.encode(trained, text)
     assert tk.decode(trained, ids) == text

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import NIGHT, PROFILE
 
 from gpt_jax.data.dialogue import Turn
 from gpt_jax.data.tokenizer import encode_prompt, train_tokenizer
@@ -35,7 +36,7 @@ def test_the_oldest_pairs_go_and_the_system_text_stays():
     assert fitted.told() == "the conversation is longer than the model sees: the oldest 2 turns were left out"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(PROFILE, max_examples=600 if NIGHT else 60)
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=9).filter(lambda sizes: len(sizes) % 2),
     st.integers(0, 20),

@@ -2,14 +2,18 @@
 
 import pytest
 from fake_decoder import make_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import NIGHT, PROFILE
 
 from gpt_jax.data.tokenizer import decode, encode, vocabulary_bytes
 from gpt_jax.inference.text_stream import TextStream
 
 TOKENIZER = make_tokenizer()
 VOCABULARY = vocabulary_bytes(TOKENIZER, TOKENIZER.get_vocab_size() + 3)
+
+
+EXAMPLES = 1000 if NIGHT else 100
 
 
 def pieces(ids, stop=(), size=1) -> list[str]:
@@ -24,11 +28,13 @@ def test_the_bytes_of_a_token_are_those_that_it_decodes_to():
     assert VOCABULARY[-3:] == [b""] * 3
 
 
+@settings(PROFILE, max_examples=EXAMPLES)
 @given(st.lists(st.integers(0, 279), max_size=30), st.integers(1, 5))
 def test_the_pieces_are_the_text_of_all_tokens_whatever_their_cut(ids, size):
     assert "".join(pieces(ids, size=size)) == decode(TOKENIZER, ids)
 
 
+@settings(PROFILE, max_examples=EXAMPLES)
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.integers(1, 5))
 def test_the_stop_string_that_is_whole_first_ends_the_text(text, stop, size):
     found = [(text.index(each) + len(each), text.index(each)) for each in stop if each in text]
