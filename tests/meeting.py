@@ -1,12 +1,12 @@
 """Processes of a run that meet in threads of a test's own process."""
 
 import dataclasses
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
+from waiting import PATIENCE
 
 from gpt_jax.distributed import channel
 from gpt_jax.distributed.processes import Processes, join
@@ -15,10 +15,11 @@ channel.end_process = lambda *_: None  # for good: a thread may come to it when 
 _met: list[Processes] = []
 
 
-def meet(count: int, port: int | None = None, **options) -> list[Processes]:
-    port = port or channel.free_port()
-    with ThreadPoolExecutor(count) as pool:
-        found = [pool.submit(join, f"127.0.0.1:{port},{count},{i}", join_seconds=5, **options) for i in range(count)]
+def meet(count: int, **options) -> list[Processes]:
+    with channel.hold_port() as port, ThreadPoolExecutor(count) as pool:
+        found = [
+            pool.submit(join, f"127.0.0.1:{port},{count},{i}", join_seconds=PATIENCE, **options) for i in range(count)
+        ]
         processes = [each.result() for each in found]
     _met.extend(processes)
     return processes
@@ -36,13 +37,6 @@ def part() -> None:
 def everywhere(processes: list[Processes], act) -> list:
     with ThreadPoolExecutor(len(processes)) as pool:
         return [each.result() for each in [pool.submit(act, process) for process in processes]]
-
-
-def wait_until(condition) -> None:
-    until = time.monotonic() + 5
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.01)
-    assert condition()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import contextlib
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import httpx
 import uvicorn
 from fake_decoder import FakeDecoder
 from stub_run import stub_run
+from waiting import PATIENCE, wait_for
 
 from gpt_jax.inference.engine import Engine
 from gpt_jax.serving.app import make_app
@@ -42,16 +42,9 @@ def serve(
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
-            with httpx.Client(base_url=url, timeout=20) as client:
+            with httpx.Client(base_url=url, timeout=PATIENCE) as client:
                 wait_for(lambda: server.started)
                 yield Stub(url, client, run.engine, decoder)
         finally:
             server.should_exit = True
             thread.join()
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pyte
+from waiting import PATIENCE
 
 
 class Terminal:
@@ -51,7 +52,7 @@ class Terminal:
         """The text on the screen."""
         return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
 
-    def wait_for(self, condition: str | Callable[[str], bool], seconds: float = 120) -> str:
+    def wait_for(self, condition: str | Callable[[str], bool], seconds: float = PATIENCE) -> str:
         """Reads until the screen shows a text, or as a function says; returns the screen."""
         holds = (lambda text: condition in text) if isinstance(condition, str) else condition
         deadline = time.monotonic() + seconds
@@ -60,7 +61,7 @@ class Terminal:
             self._read()
         return self.text()
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """The command's exit code, once it has ended."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None:

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from gpt_jax.distributed.settings import Place
@@ -412,12 +412,28 @@ def _connect(place: Place, until: float) -> socket.socket:
             time.sleep(_TRY_AGAIN)
 
 
+@contextlib.contextmanager
+def hold_port(host: str = "127.0.0.1") -> Iterator[int]:
+    """Gives a port of an address of this machine that nobody uses, and keeps it from other programs.
+
+    Whoever asks to use addresses again, as `_listen` does, may listen there meanwhile. Linux alone lets it: elsewhere
+    the port is only found.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as holder:
+        if sys.platform == "linux":
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(address)
+        port = holder.getsockname()[1]
+        if sys.platform != "linux":
+            holder.close()
+        yield port
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """A port of an address of this machine that nobody uses."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.bind(address)
-        return probe.getsockname()[1]
+    with hold_port(host) as port:
+        return port
 
 
 def _processes(indices: list[int]) -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from gpt_jax.distributed.channel import BEAT, SAVING, SILENCE, free_port
+from gpt_jax.distributed.channel import BEAT, SAVING, SILENCE, hold_port
 
 LAUNCHER = "GPT_JAX_LAUNCHER"  # variable of a launched process: the process id of its launcher
 _PR_SET_PDEATHSIG = 1
@@ -29,7 +29,6 @@ def launch(count: int, command: Sequence[str] | None = None) -> int:
     command: what to run; None: the command line of this process.
     """
     command = [sys.executable, *sys.orig_argv[1:]] if command is None else [*command]
-    place = f"127.0.0.1:{free_port()},{count}"
     environment = {**os.environ, LAUNCHER: str(os.getpid())}
     children: list[subprocess.Popen[bytes]] = []
     previous = {}
@@ -40,6 +39,7 @@ def launch(count: int, command: Sequence[str] | None = None) -> int:
                 child.send_signal(number)
 
     with contextlib.ExitStack() as stack:
+        place = f"127.0.0.1:{stack.enter_context(hold_port())},{count}"  # to the end: process 0 listens after seconds
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count)]
         for number in _FORWARDED:
             if signal.getsignal(number) != signal.SIG_IGN:

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from vulkan_devices import SELECTOR, needs_vulkan
+from waiting import PATIENCE
 
 from vk_kernels.bridge.host_exchange import SLOTS, HostExchange, Packing
 from vk_kernels.errors import LinkError
@@ -37,7 +38,7 @@ def exchanges(devices, specs=SPECS, **options) -> list[HostExchange]:
     name = uuid.uuid4().hex
 
     def make(index: int) -> HostExchange:
-        links = HostLinks(name, index, len(devices), timeout=20)
+        links = HostLinks(name, index, len(devices), timeout=PATIENCE)
         packings = [Packing((k,), lambda x: x) for k in range(len(specs))]
         return HostExchange(devices[index], links, specs, packings, **options)
 

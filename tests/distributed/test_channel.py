@@ -5,10 +5,12 @@ import json
 import socket
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from meeting import everywhere, meet, part, wait_until
+from meeting import everywhere, meet, part
+from waiting import PATIENCE, wait_for
 
 from gpt_jax.distributed import channel
 from gpt_jax.distributed.processes import Processes, join
@@ -18,12 +20,12 @@ from gpt_jax.errors import UserError
 
 @pytest.fixture
 def ended(monkeypatch):
-    """Lines with which processes would have ended."""
+    """Lines with which processes would have ended. None is lost for its silence, which may be the machine's."""
     lines: list[str] = []
     part()
     monkeypatch.setattr(channel, "end_process", lines.append)
     monkeypatch.setattr(channel, "BEAT", 0.05)
-    monkeypatch.setattr(channel, "SILENCE", 0.6)
+    monkeypatch.setattr(channel, "SILENCE", 3 * PATIENCE)
     yield lines
     part()
 
@@ -60,7 +62,7 @@ def test_processes_meet_gather_and_agree(ended):
 def test_a_step_that_is_announced_is_known_to_all_when_that_returns(ended):
     first, *others = processes = meet(3)
     others[1].channel.request("stop")
-    wait_until(lambda: "stop" in first.channel._requests)
+    wait_for(lambda: "stop" in first.channel._requests)
     assert first.channel.take_requests() == {"stop"}
     first.channel.announce("stop", 7)
     for step in (3, 5):  # a second one before the first is done
@@ -76,7 +78,7 @@ def test_a_process_whose_connection_ends_is_named_by_all(ended):
     first, second, third = meet(3)
     first.when_lost(lambda line: f"{line}; go on")
     cut(third)
-    wait_until(lambda: len(ended) == 3)
+    wait_for(lambda: len(ended) == 3)
     (told,) = (line for line in ended if line.endswith("; go on"))
     assert told.startswith("process 2 (pid ")
     assert "ended without a word" in told
@@ -88,7 +90,7 @@ def test_a_process_that_can_no_longer_watch_ends_with_a_line(ended):
     first, second = meet(2)
     first.when_lost(lambda line: [][0])  # what is to be done before the end fails: it ends all the same
     second.channel._peers[0].send(kind="gather")  # a message without what belongs to it
-    wait_until(lambda: len(ended) == 2)
+    wait_for(lambda: len(ended) == 2)
     for line in ended:
         assert line.startswith("process 0 (pid ")
         assert "cannot listen to the others: KeyError('number')" in line
@@ -97,8 +99,9 @@ def test_a_process_that_can_no_longer_watch_ends_with_a_line(ended):
 
 def test_a_silent_process_is_named(ended, monkeypatch):
     meet(2)
+    monkeypatch.setattr(channel, "SILENCE", 0.6)
     monkeypatch.setattr(channel.Peer, "send", lambda self, **message: None)
-    wait_until(lambda: len(ended) == 2)
+    wait_for(lambda: len(ended) == 2)
     assert {line.split(" (")[0] for line in ended} == {"process 0", "process 1"}
     assert all("was silent for" in line for line in ended)
 
@@ -107,9 +110,21 @@ def test_the_error_of_one_process_ends_the_others_with_its_line(ended):
     processes = meet(2)
     with pytest.raises(UserError), processes[1]:
         raise UserError("no such file")
-    wait_until(lambda: ended)
+    wait_for(lambda: ended)
     assert "process 1 (pid " in ended[0]
     assert ended[0].endswith("ended: no such file")
+
+
+def refusals(places: list[str]) -> list[str]:
+    """The lines with which processes of these places end, each in a thread."""
+
+    def start(place: str) -> str:
+        with pytest.raises(UserError) as caught:
+            join(f"127.0.0.1:{port},{place}", join_seconds=PATIENCE)
+        return str(caught.value)
+
+    with channel.hold_port() as port, ThreadPoolExecutor(len(places)) as pool:
+        return list(pool.map(start, places))
 
 
 @pytest.mark.parametrize(
@@ -117,20 +132,38 @@ def test_the_error_of_one_process_ends_the_others_with_its_line(ended):
     [
         (["2,0", "3,1"], "was started as one of 3 processes, process 0 as one of 2"),
         (["3,0", "3,1", "3,1"], "two processes were started as process 1"),
-        (["3,0", "3,1"], "process 2 did not come to"),
     ],
 )
 def test_processes_that_are_not_of_one_run_are_told_apart(ended, places, said):
-    port = channel.free_port()
-
-    def start(place):
-        with pytest.raises(UserError) as caught:
-            join(f"127.0.0.1:{port},{place}", join_seconds=0.3)
-        return str(caught.value)
-
-    with ThreadPoolExecutor(3) as pool:
-        lines = list(pool.map(start, places))
+    lines = refusals(places)
     assert all(said in line for line in lines), lines
+
+
+def test_who_does_not_come_is_named_by_those_who_did(ended, monkeypatch):
+    """Process 0's time is over as soon as one of the two others has come."""
+    greet, over = channel._greet, set()
+
+    def greet_once(*arguments):
+        problem = greet(*arguments)
+        over.add(threading.get_ident())
+        return problem
+
+    clock = types.SimpleNamespace(
+        monotonic=lambda: time.monotonic() + 2 * PATIENCE * (threading.get_ident() in over), sleep=time.sleep
+    )
+    monkeypatch.setattr(channel, "_greet", greet_once)
+    monkeypatch.setattr(channel, "time", clock)
+    lines = refusals(["3,0", "3,1"])
+    assert all("process 2 did not come to" in line for line in lines), lines
+
+
+def test_a_port_that_is_held_is_process_0s_alone(ended):
+    with channel.hold_port() as port:
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", port))
+        with ThreadPoolExecutor(2) as pool:
+            both = list(pool.map(lambda i: join(f"127.0.0.1:{port},2,{i}", join_seconds=PATIENCE), range(2)))
+    everywhere(both, lambda process: process.channel.close())
 
 
 def test_a_port_in_use_and_a_stranger_behind_it_are_said(ended):
@@ -152,23 +185,22 @@ def test_a_port_in_use_and_a_stranger_behind_it_are_said(ended):
         with pytest.raises(UserError, match="is not process 0 of a run of this program"):
             join(f"{address},2,1")
         thread.join()
-    with pytest.raises(UserError, match=r"nobody answers at"):
-        join(f"127.0.0.1:{channel.free_port()},2,1", join_seconds=0)
+    with channel.hold_port() as port, pytest.raises(UserError, match=r"nobody answers at"):
+        join(f"127.0.0.1:{port},2,1", join_seconds=0)
     with pytest.raises(UserError, match=r"192\.0\.2\.1:1234: .* must be an address of the machine of process 0"):
         join("192.0.2.1:1234,2,0")
 
 
 def test_who_only_scans_the_port_of_process_0_keeps_nobody_from_it(ended):
-    port = channel.free_port()
     greeting = json.dumps({"kind": channel._GREETING, "hello": {"index": "1", "count": 2}}).encode()
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(join, f"127.0.0.1:{port},2,0", join_seconds=20)
+    with channel.hold_port() as port, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(join, f"127.0.0.1:{port},2,0", join_seconds=PATIENCE)
         for said in (b"GET / HTTP/1.1", b"[" * 60_000, b"1", greeting[: greeting.index(b",")] + b"}", greeting):
-            connection = channel._connect(Place(f"127.0.0.1:{port}", 2, 1), time.monotonic() + 5)
+            connection = channel._connect(Place(f"127.0.0.1:{port}", 2, 1), time.monotonic() + PATIENCE)
             with contextlib.closing(connection):
                 connection.sendall(said + b"\n")
                 assert connection.recv(1) == b""  # it hangs up
-        second = join(f"127.0.0.1:{port},2,1", join_seconds=5)
+        second = join(f"127.0.0.1:{port},2,1", join_seconds=PATIENCE)
         everywhere([first.result(), second], lambda p: p.channel.close())
 
 

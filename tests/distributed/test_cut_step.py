@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from vulkan_devices import SELECTOR, needs_vulkan
+from waiting import PATIENCE
 
 import vk_kernels
 from configs import chat
@@ -90,7 +91,9 @@ def run_cut(count: int, **more) -> list[tuple[list[dict[str, float]], list[bytes
     jit = functools.partial(vk_kernels.jit, device=SELECTOR)
 
     def run(step: CutStep, index: int):
-        step.make_exchange = lambda device, *kinds: HostExchange(device, HostLinks(name, index, count, 100), *kinds)
+        step.make_exchange = lambda device, *kinds: HostExchange(
+            device, HostLinks(name, index, count, PATIENCE), *kinds
+        )
         leaves = tuple(jax.tree.leaves(vk_kernels.device_put(state, SELECTOR)))
         found = []
         for i in range(STEPS):

@@ -3,9 +3,9 @@
 import os
 import re
 import signal
-import threading
 
 import pytest
+from waiting import wait_for
 
 from gpt_jax.distributed import launch as launcher
 from gpt_jax.distributed.channel import SAVING, SILENCE
@@ -37,9 +37,18 @@ def test_who_ended_a_run_is_named_once(capfd, script, code, said):
     assert re.fullmatch(rf"error: {said}\n", capfd.readouterr().err)
 
 
-def test_signals_reach_each_process_once_and_who_stays_is_ended(capfd, monkeypatch):
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-    assert run("trap 'echo caught $i; exit 0' USR1; while :; do sleep 0.05; done") == 0
+def test_signals_reach_each_process_once_and_who_stays_is_ended(capfd, monkeypatch, tmp_path):
+    wait = launcher._wait
+
+    def signal_and_wait(children):
+        wait_for(lambda: len(list(tmp_path.iterdir())) == len(children))  # all are ready for it
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait(children)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launcher, "_wait", signal_and_wait)
+        ready = f"trap 'echo caught $i; exit 0' USR1; touch {tmp_path}/$i"
+        assert run(f"{ready}; while :; do sleep 0.05; done") == 0
     assert capfd.readouterr().out == "caught 0\n"
     assert launcher._GRACE > SILENCE + SAVING  # process 0 saves, and is not ended meanwhile
     monkeypatch.setattr(launcher, "_GRACE", 0.2)

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 import pytest
 from fake_decoder import FakeDecoder, make_tokenizer
 from stub_run import stub_run
+from waiting import PATIENCE
 
 from gpt_jax import chat as terminal
 from gpt_jax.chat import chat, printable
@@ -250,7 +251,7 @@ def test_ctrl_c_during_step_leaves_the_name_of_the_parameters_that_answer(has_be
 
     def load(params):
         began.set()
-        assert go_on.wait(20)
+        assert go_on.wait(PATIENCE)
         loaded.append(params)
 
     with_checkpoints(monkeypatch, load)
@@ -259,13 +260,13 @@ def test_ctrl_c_during_step_leaves_the_name_of_the_parameters_that_answer(has_be
         if not has_begun:  # another task is before it
             other = threading.Thread(target=lambda: run.engine.run(lambda decoder: load("other")))
             other.start()
-            assert began.wait(20)
+            assert began.wait(PATIENCE)
         wait = Future.result
 
         def interrupted(future, timeout=None):
             if threading.current_thread() is not threading.main_thread():
                 return wait(future, timeout)
-            assert began.wait(20)
+            assert began.wait(PATIENCE)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:

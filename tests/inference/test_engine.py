@@ -7,6 +7,7 @@ from queue import SimpleQueue
 
 import pytest
 from fake_decoder import FakeDecoder, make_tokenizer
+from waiting import PATIENCE, wait_for
 
 from gpt_jax.data.tokenizer import encode, vocabulary_bytes
 from gpt_jax.errors import UserError
@@ -27,7 +28,7 @@ class Gate:
         self.allowed = threading.Semaphore(0)
 
     def __call__(self, number: int) -> None:
-        assert self.allowed.acquire(timeout=20)
+        assert self.allowed.acquire(timeout=PATIENCE)
 
     def open(self, chunks: int = 1000) -> None:
         self.allowed.release(chunks)
@@ -51,17 +52,10 @@ def read(events: SimpleQueue) -> tuple[str, str | None]:
     """The text of a request's events, and why it ended."""
     text = ""
     while True:
-        event = events.get(timeout=20)
+        event = events.get(timeout=PATIENCE)
         text += event.text
         if event.is_last:
             return text, event.reason or event.error
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_requests_share_the_batch_and_each_gets_its_own_text():
@@ -249,8 +243,10 @@ def test_closing_fails_what_is_on_its_way():
     engine.submit(ask("a", max_tokens=100), running.put)
     engine.submit(ask("b"), waiting.put)
     gate.open(1)
-    threading.Timer(0.05, gate.open).start()
+    opening = threading.Thread(target=lambda: (wait_for(lambda: engine._closing), gate.open()))
+    opening.start()
     engine.close()
+    opening.join()
     assert read(running)[1] == read(waiting)[1] == "the server is stopping"
 
 

@@ -8,7 +8,8 @@ import shutil
 import threading
 
 import pytest
-from serving_stub import serve, wait_for
+from serving_stub import serve
+from waiting import wait_for
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
