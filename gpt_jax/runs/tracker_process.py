@@ -164,6 +164,8 @@ def serve(lines: Iterable[bytes], say: Callable[[str], None], services: Mapping[
         return SAID
     told = set()
     for line in calls:
+        if not line.endswith(b"\n"):
+            break  # the trainer was killed while it wrote
         message = json.loads(line)
         call = message.pop("call")
         try:

@@ -55,7 +55,7 @@ class FakeService:
 
 def lines_of(folder: Path, *calls: dict) -> list[bytes]:
     start = {"service": "fake", "run": tracked(folder)._asdict()}
-    return [json.dumps(line).encode() for line in (start, *calls)]
+    return [json.dumps(line).encode() + b"\n" for line in (start, *calls)]
 
 
 def scalars(step: int) -> dict:
@@ -84,6 +84,14 @@ def test_a_service_does_what_the_lines_say_and_ends_as_the_run_did(status, ends,
     assert len(said) == 1  # of two failures
     assert "scalars failed at step 2, it goes on trying: ConnectionError: the server" in said[0]
     capsys.readouterr()
+
+
+def test_a_trainer_that_is_killed_in_the_middle_of_a_line_has_crashed(tmp_path):
+    write_json(tmp_path / "run.json", {"status": "running"})
+    service, said = FakeService(tracked(tmp_path)), []
+    *lines, last = lines_of(tmp_path, scalars(1), scalars(4))
+    assert serve([*lines, last[:20]], said.append, {"fake": lambda run: service}) == 0
+    assert (service.calls, said) == ([(1, {"train/loss": 1.0}), "crashed"], [])
 
 
 def test_a_service_that_cannot_begin_says_why(tmp_path, capsys):
