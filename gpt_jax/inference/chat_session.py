@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpt_jax.backend import describe, is_device_error
 from gpt_jax.config import text_problem
 from gpt_jax.config_file import NUMBER, WHOLE
 from gpt_jax.data.dialogue import Turn
 from gpt_jax.errors import UserError
+from gpt_jax.inference.engine import EngineFailed
 from gpt_jax.inference.sampling import SamplingOptions
 from gpt_jax.inference.served_run import ServedRun
 from gpt_jax.storage.files import explain, replacing
@@ -98,6 +100,8 @@ class ChatSession:
                     answer += event.text
                     if event.text:
                         yield event.text
+            except EngineFailed as error:  # the device failed behind an answer that was cut short
+                raise DeviceFailed(str(error)) from None
             finally:
                 if answer.strip():
                     self.turns = [*turns, Turn("assistant", answer.strip())]
@@ -160,8 +164,15 @@ class ChatSession:
         return f"{len(turns)} turns from {path}"
 
     def _step(self, argument: str) -> str:
-        if argument:
-            self.run.load_step(argument)
+        try:
+            if argument:
+                self.run.load_step(argument)
+        except EngineFailed as error:
+            raise DeviceFailed(str(error)) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_device_error(error):
+                raise
+            raise UserError(f"/step: {describe(error)}; {self.run.description} stays") from None
         return self.run.description
 
     def _help(self, argument: str) -> str:

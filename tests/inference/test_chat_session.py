@@ -18,7 +18,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.inference import served_run
 from gpt_jax.inference.chat_session import COMMANDS, ChatSession
 from gpt_jax.inference.sampling import SamplingOptions
-from vk_kernels.errors import DeviceLostError
+from vk_kernels.errors import DeviceLostError, OutOfMemoryError
 
 OPTIONS = SamplingOptions(temperature=0.5, max_tokens=60)
 
@@ -293,6 +293,33 @@ def test_a_device_that_fails_ends_the_chat_in_a_line(capsys):
     with stub_run(echo, pace=fail) as (run, _):
         assert chat(ChatSession(run, OPTIONS), iter(["one", "two"]), show=True) == 1
     assert capsys.readouterr().err == "error: the device was lost\n"
+
+
+def test_a_device_that_fails_behind_an_answer_that_was_cut_short_ends_the_chat_in_a_line(capsys):
+    def fail(number):
+        if number:
+            raise DeviceLostError("the device was lost")
+
+    with stub_run(echo, pace=fail) as (run, _):
+        session = ChatSession(run, OPTIONS)
+        pieces = session.ask("a question of some length")
+        next(pieces)
+        run.engine._thread.join(20)
+        pieces.close()
+        assert chat(session, iter(["two"]), show=True) == 1
+    assert capsys.readouterr().err == "error: the device was lost\n"
+
+
+def test_a_checkpoint_for_which_there_is_no_room_leaves_the_one_that_answers(capsys, monkeypatch):
+    def load(params):
+        raise OutOfMemoryError("out of device memory")
+
+    with_checkpoints(monkeypatch, load)
+    with stub_run(echo) as (run, _):
+        session = ChatSession(run, OPTIONS)
+        assert chat(session, iter(["/step 2", "one"]), show=True) == 0
+        assert [turn.role for turn in session.turns] == ["user", "assistant"]
+    assert capsys.readouterr().err == "error: /step: out of device memory; a stub stays\n"
 
 
 def test_a_pipe_that_is_no_text_is_a_line(monkeypatch):
