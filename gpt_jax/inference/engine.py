@@ -105,7 +105,7 @@ class Engine:
       open_decoder: makes the decoder, in the thread: a backend's settings are of the thread that entered them. What the
         decoder needs until the end is registered with the stack that it is given.
       open_text: a `Detokenizer` that stops at the given strings.
-      max_waiting: how many requests may wait for a slot.
+      max_waiting: how many requests may wait for a slot, beside those for which one is free.
 
     Raises:
       What `open_decoder` raises.
@@ -126,6 +126,7 @@ class Engine:
         self._running: dict[int, Generation] = {}  # by slot
         self._tasks: deque[tuple[Callable[[Any], Any], Future]] = deque()
         self._closing = False
+        self._slots = 0  # of the decoder
         opened: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._own_decoder, args=(open_decoder, opened), name="engine", daemon=True
@@ -153,6 +154,11 @@ class Engine:
         """The number of requests that have a slot."""
         return len(self._running)
 
+    @property
+    def capacity(self) -> int:
+        """The most requests that it has at a time, with a slot or without."""
+        return self._slots + self.max_waiting
+
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> Generation:
         """Puts a request into the queue.
 
@@ -166,8 +172,8 @@ class Engine:
         generation = Generation(self, request, deliver)
         with self._changed:
             self._check()
-            if len(self._waiting) >= self.max_waiting:
-                raise QueueFull(f"{len(self._waiting)} requests wait already, which is the limit: try again later")
+            if len(self._waiting) + len(self._running) >= self.capacity:
+                raise QueueFull(f"{self.max_waiting} requests wait already, which is the limit: try again later")
             self._waiting.append(generation)
             self._changed.notify_all()
         return generation
@@ -236,6 +242,7 @@ class Engine:
             except BaseException as error:
                 opened.set_exception(error)
                 return
+            self._slots = decoder.slots
             opened.set_result(None)
             failure = "the server is stopping"
             try:

@@ -194,6 +194,11 @@ class Routes:
         prompt_tokens: int,
     ) -> Response:
         """Answers prompts, each with the number of the choice that it is for."""
+        most = self._run.engine.capacity
+        if len(prompts) > most:
+            raise RequestError(
+                f"{len(prompts)} texts are asked for at once, and this server takes {most}: ask for fewer"
+            )
         ends = marker_ids(self._run.tokenizer)
         seed = options.seed or 0
         texts = RequestedTexts(

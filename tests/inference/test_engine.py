@@ -99,6 +99,18 @@ def test_the_queue_is_bounded_and_first_come_is_first_served():
     assert order == ["a", "b", "c"]
 
 
+def test_who_finds_a_free_slot_does_not_wait():
+    gate, ended = Gate(), []
+    engine, _ = open_engine(slots=2, max_waiting=0, pace=gate)
+    with engine:
+        for name in "ab":
+            engine.submit(ask(name), lambda event: ended.append(event) if event.is_last else None)
+        with pytest.raises(QueueFull, match="0 requests wait already"):
+            engine.submit(ask("c"), print)
+        gate.open()
+        wait_for(lambda: len(ended) == 2)
+
+
 def test_a_reader_that_reads_nothing_holds_nobody_up():
     engine, _ = open_engine(lambda prompt, options: "word " * 20, slots=2)
     with engine:

@@ -185,6 +185,14 @@ def test_completions_of_texts_and_tokens(echo):
     assert echo.client.post("/v1/completions", json={"prompt": ""}).json()["choices"][0]["text"].startswith("<|end_of")
 
 
+def test_more_texts_than_the_server_ever_takes_are_refused_for_good(echo):
+    response = echo.client.post("/v1/completions", json={"prompt": ["a"] * 64, "n": 2})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == (
+        "128 texts are asked for at once, and this server takes 104: ask for fewer"
+    )
+
+
 def test_completions_stream_and_tell_log_probabilities(stub):
     asked = {"prompt": "x", "max_tokens": 50, "logprobs": 2, "stream": True}
     chunks = events(stub.client.post("/v1/completions", json=asked))
