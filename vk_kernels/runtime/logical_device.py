@@ -76,5 +76,6 @@ class LogicalDevice:
 
 
 def _cache_dir(info: DeviceInfo) -> Path:
-    """The folder of the pipelines that this device's driver compiled."""
+    """The folder of the pipelines that this device's driver compiled. Raises SettingError as `most_bytes`."""
+    disk_cache.most_bytes()  # here: a mistake in it need not wait for the first kernel
     return disk_cache.root() / f"{info.vendor_id:04x}-{info.device_id:04x}-{info.cache_uuid}-{info.driver_version:x}"
