@@ -5,14 +5,17 @@ It is VK_KERNELS_DEVICE where that is set, else the CPU device, which every mach
 
 import dataclasses
 import functools
+import gc
 import os
 
 import pytest
 
 from vk_kernels.errors import NoDeviceError
+from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.features import CooperativeMatrix, Features
 from vk_kernels.runtime.instance import layer_installed
 from vk_kernels.runtime.kernel import manifest
+from vk_kernels.runtime.memory import MemoryStats
 from vk_kernels.runtime.physical_device import DeviceInfo, choose, list_devices
 
 SELECTOR = os.environ.get("VK_KERNELS_DEVICE") or "cpu"
@@ -35,6 +38,13 @@ def skip_reason() -> str:
 def layer_skip_reason() -> str:
     """Why no test of the validation layer can run here; empty where they can."""
     return skip_reason() or ("" if layer_installed() else "no Khronos validation layer is installed")
+
+
+def memory_at_rest(device: Device) -> MemoryStats:
+    """The memory in use when all submissions are done, and garbage holds none, be it another test's."""
+    gc.collect()
+    device.finish()
+    return device.memory_stats()
 
 
 def with_cooperative_matrices(info: DeviceInfo) -> DeviceInfo:

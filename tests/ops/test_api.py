@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 from profiles import NIGHT
-from vulkan_devices import SELECTOR, needs_vulkan
+from vulkan_devices import SELECTOR, memory_at_rest, needs_vulkan
 
 import vk_kernels
 from vk_kernels import ops
@@ -231,7 +231,7 @@ def test_mixed_calls_keep_memory_and_files_flat(on_vulkan):
     def run(rounds):
         for _ in range(rounds):
             jax.block_until_ready([call(*operands) for call, operands in calls])
-        stats = device.memory_stats()
+        stats = memory_at_rest(device)
         return stats.used, stats.buffers, stats.reserved, len(os.listdir("/proc/self/fd"))
 
     assert run(2) == run((10_000 if NIGHT else 250) // len(calls) + 1)
