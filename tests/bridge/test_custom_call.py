@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 from vulkan_devices import SELECTOR, memory_at_rest, needs_vulkan
+from waiting import PATIENCE
 
 import vk_kernels
 from vk_kernels.bridge.custom_call import counts
@@ -31,10 +32,7 @@ from vk_kernels.runtime.open_devices import open_device
 from vk_kernels.runtime.physical_device import list_devices
 from vk_kernels.runtime.vulkan import vk
 
-pytestmark = [
-    needs_vulkan,
-    pytest.mark.timeout(120),  # a deadlock fails, and does not hang the suite
-]
+pytestmark = needs_vulkan
 
 TARGET = CallSite(SELECTOR)
 
@@ -400,7 +398,7 @@ def run_process(code, **environment):
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=2 * PATIENCE,  # a deadlock fails
     )
 
 

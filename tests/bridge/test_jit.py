@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from run_graph import normal
-from vulkan_devices import SELECTOR, needs_vulkan
+from vulkan_devices import SELECTOR, memory_at_rest, needs_vulkan
 
 import vk_kernels
 from vk_kernels import ops
@@ -153,20 +153,26 @@ def test_results_are_taken_as_arguments_without_a_copy():
 # Donation.
 
 
-def test_donated_memory_is_used_again():
+@pytest.mark.parametrize("is_done", [True, False], ids=["done", "busy"])
+def test_donated_memory_is_used_again(is_done, monkeypatch):
+    """Be the device done before the next call, or never: a call makes a recording of its own then, up to some."""
     device = open_device(SELECTOR)
+    if not is_done:
+        monkeypatch.setattr(device, "completed", lambda: 0)
     step = vjit(lambda state, x: (jax.tree.map(lambda s: s * 0.5 + x, state), x.sum()), donate_argnums=0)
     state = vk_kernels.device_put({"a": np.ones((8, 40), np.float32), "b": np.zeros((8, 40), np.float32)}, SELECTOR)
     addresses = {(leaf.buffer.handle_address, leaf.buffer.offset) for leaf in jax.tree.leaves(state)}
     expected = jax.tree.map(np.asarray, state)
-    used = []
-    for _ in range(12):
+    used = {}
+    for i in range(12):
         state, _ = step(state, X)
         expected = jax.tree.map(lambda s: s * np.float32(0.5) + X, expected)
         assert {(leaf.buffer.handle_address, leaf.buffer.offset) for leaf in jax.tree.leaves(state)} == addresses
-        gc.collect()
-        used.append(device.memory_stats().used)
-    assert used[-1] == used[RECORDINGS + 1]
+        if is_done:
+            device.finish()
+        if i in (2, RECORDINGS + 1, 11):
+            used[i] = memory_at_rest(device).used
+    assert used[11] == used[2 if is_done else RECORDINGS + 1]
     for name, value in expected.items():
         np.testing.assert_allclose(state[name], value, rtol=1e-6)
 
@@ -545,11 +551,8 @@ def test_states_that_are_no_more_leave_the_memory():
         state = vk_kernels.device_put(np.zeros((1024, 256), np.float32), SELECTOR)
         for _ in range(2):
             state, total = step(state, np.float32(1))
-        total.block_until_ready()  # what a submission uses stays until it is done
         del state, total
-        gc.collect()
-        device.collect()
-        used.append(device.memory_stats().used)
+        used.append(memory_at_rest(device).used)
     assert used[-1] == used[0]
 
 
