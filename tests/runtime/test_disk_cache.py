@@ -75,7 +75,7 @@ def test_who_writes_keeps_to_the_bound_whoever_writes_beside(tmp_path, monkeypat
         for thread in threads:
             thread.join()
     assert len(most) == len(data)
-    assert 0.7 * MB < max(most) < 1.4 * MB
+    assert 0.7 * MB < max(most) < 2 * MB  # of 4 MB: about every third file looks, in whatever order they come
 
 
 @pytest.mark.parametrize("text", ["1 GB", "-1", "many", "1e3", "\u0661"])
