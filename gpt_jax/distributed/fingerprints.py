@@ -21,9 +21,20 @@ def fingerprints(params: Any) -> Any:
     return jax.tree.map(fingerprint, params)
 
 
-def are_alike(processes: Processes, device: str) -> bool:
-    """Whether the devices of all processes are of one kind, as each describes its own."""
-    return len(set(processes.gather(device))) == 1
+class Alike:
+    """Whether the devices of all processes are of one kind, as each describes its own: they are asked once.
+
+    All processes ask at the same point of their work.
+    """
+
+    def __init__(self, processes: Processes, kind: str) -> None:
+        self._processes, self.kind = processes, kind
+        self._found: bool | None = None
+
+    def __bool__(self) -> bool:
+        if self._found is None:
+            self._found = len(set(self._processes.gather(self.kind))) == 1
+        return self._found
 
 
 def processor() -> str:

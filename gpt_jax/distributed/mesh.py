@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt_jax.distributed.fingerprints import agree_on_bits, are_alike, fingerprints, processor
+from gpt_jax.distributed.fingerprints import Alike, agree_on_bits, fingerprints, processor
 from gpt_jax.distributed.placement import OneDevice, Share
 from gpt_jax.distributed.processes import ALONE, Processes
 
@@ -28,8 +28,8 @@ class OnMesh(OneDevice):
         devices = sorted(devices, key=lambda device: (device.process_index, device.id))
         mine = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
         self.share = Share(mine[0], len(mine), len(devices))
-        self._processes, self._kind = processes, f"{devices[mine[0]].device_kind} {processor()}"
-        self._are_alike: bool | None = None  # asked once
+        self._processes = processes
+        self.alike = Alike(processes, f"{devices[mine[0]].device_kind} {processor()}")
         self._mesh = Mesh(np.array(devices), (_AXIS,))
         self._is_split = shard == "fsdp"
         self._on_all = NamedSharding(self._mesh, PartitionSpec())
@@ -85,9 +85,7 @@ class OnMesh(OneDevice):
     def settle(self, state: Any, step: int) -> Any:
         if self._processes.count == 1:
             return state
-        if self._are_alike is None:
-            self._are_alike = are_alike(self._processes, self._kind)
-        if not self._are_alike:
+        if not self.alike:
             return self.put(self.broadcast(self.whole(state)))
         # Of what is split, each process has another part.
         own = jax.tree.map(lambda x: x.addressable_data(0) if x.is_fully_replicated else None, state.params)

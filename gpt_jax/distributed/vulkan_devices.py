@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 import vk_kernels
-from gpt_jax.distributed.fingerprints import agree_on_bits, are_alike, fingerprints
+from gpt_jax.distributed.fingerprints import Alike, agree_on_bits, fingerprints
 from gpt_jax.distributed.placement import OneDevice, Share
 from gpt_jax.distributed.processes import Processes
 from vk_kernels.bridge.host_exchange import HostExchange, Packing
@@ -25,8 +25,7 @@ class VulkanDevices(OneDevice):
 
     def __init__(self, processes: Processes, device: str = ""):
         """device: its kind and driver, by which processes know whether theirs are alike."""
-        self._kind = device
-        self._are_alike: bool | None = None  # asked once
+        self.alike = Alike(processes, device)
         self.share = Share(first=processes.index, held=1, total=processes.count)
         self._processes = processes
         self._links: HostLinks | None = None
@@ -90,9 +89,7 @@ class VulkanDevices(OneDevice):
         }
 
     def settle(self, state: Any, step: int) -> Any:
-        if self._are_alike is None:
-            self._are_alike = are_alike(self._processes, self._kind)
-        if self._are_alike:
+        if self.alike:
             agree_on_bits(self._processes, _fingerprints(state.params), step)
             return state
         return vk_kernels.device_put(self.broadcast(state))

@@ -85,7 +85,7 @@ def test_devices_of_different_kinds_go_on_from_process_0s_state(both, monkeypatc
     state, other = states_that_differ()
 
     def settle(devices: VulkanDevices, index: int) -> State:
-        devices._kind = ("one vendor's", "another's")[index]
+        devices.alike.kind = ("one vendor's", "another's")[index]
         devices.settle(other if index else state, 4)
         found = devices.settle(other if index else state, 5)
         assert devices._processes.channel.gathered == 1  # the kinds, asked once for all checkpoints
