@@ -18,7 +18,8 @@ from gpt_jax.distributed.channel import BEAT, SAVING, SILENCE, hold_port
 
 LAUNCHER = "GPT_JAX_LAUNCHER"  # variable of a launched process: the process id of its launcher
 _PR_SET_PDEATHSIG = 1
-_FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+_STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_FORWARDED = [*_STOPPING, *(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))]
 _GRACE = SILENCE + SAVING + 5 * BEAT  # seconds: after one has died, the others have ended by then by themselves
 _POLL = 0.05  # seconds
 
@@ -32,8 +33,11 @@ def launch(count: int, command: Sequence[str] | None = None) -> int:
     environment = {**os.environ, LAUNCHER: str(os.getpid())}
     children: list[subprocess.Popen[bytes]] = []
     previous = {}
+    stops: list[int] = []
 
     def forward(number: int, _: object) -> None:
+        if number in _STOPPING:
+            stops.append(number)
         for child in children:
             with contextlib.suppress(OSError):
                 child.send_signal(number)
@@ -51,6 +55,8 @@ def launch(count: int, command: Sequence[str] | None = None) -> int:
             output = {} if index == 0 else {"stdout": said[index - 1], "stderr": said[index - 1]}
             # A group of its own: Ctrl-C comes to the launcher alone, which forwards it once.
             children.append(subprocess.Popen(arguments, env=environment, process_group=0, **output))
+            for number in stops[:]:  # that came before there was this one
+                children[-1].send_signal(number)
         _wait(children)
         return _outcome(children, said)
 

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 
 import pytest
 from waiting import wait_for
@@ -35,6 +36,21 @@ def test_a_run_is_good_when_all_of_its_processes_are(capfd):
 def test_who_ended_a_run_is_named_once(capfd, script, code, said):
     assert run(script) == code
     assert re.fullmatch(rf"error: {said}\n", capfd.readouterr().err)
+
+
+def test_a_signal_that_comes_before_the_processes_do_stops_them_too(capfd, monkeypatch):
+    popen, started = subprocess.Popen, []
+
+    def signalled(*arguments, **options):
+        if not started:
+            os.kill(os.getpid(), signal.SIGTERM)
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", signalled)
+    assert run("exec sleep 20") == 128 + signal.SIGTERM
+    assert [child.returncode for child in started] == [-signal.SIGTERM] * 2
+    assert re.fullmatch(r"error: process 0 \(pid \d+\) was ended by SIGTERM\n", capfd.readouterr().err)
 
 
 def test_signals_reach_each_process_once_and_who_stays_is_ended(capfd, monkeypatch, tmp_path):
