@@ -25,6 +25,7 @@ from gpt_jax import BEGAN
 from gpt_jax.cli import imports_done, require_jax, run_main
 from gpt_jax.config import leaves, validate
 from gpt_jax.config_file import define_config_flag, describe_changes
+from gpt_jax.data.token_cache import check_sources
 from gpt_jax.distributed.launch import end_with_launcher, launch
 from gpt_jax.distributed.processes import join
 from gpt_jax.errors import UserError
@@ -95,6 +96,7 @@ def main(argv: Sequence[str]) -> int:
         if flag.using_default_value and (why := why_complete(config, workdir)) is not None:
             print(why)
             return 0
+        check_sources(config.data)
     exit_on_interrupt()
     require_jax()
     from gpt_jax.backend import processes_to_launch  # after the config: a typo need not wait for jax

@@ -219,6 +219,12 @@ def sources_of(data_config: Any) -> tuple[str, ...]:
     return tuple(data_config.get("mixture") or ()) or (data_config.source,)
 
 
+def check_sources(data_config: Any) -> None:
+    """Raises UserError for a source, one to validate on too, that is not there; reads nothing of it."""
+    for source in (*sources_of(data_config), *filter(None, [data_config.validation])):
+        corpus.check_source(source)
+
+
 def _request(data_config: Any, vocab_size: int, tokenizer_file: str | Path | None) -> _Request:
     fraction = data_config.validation_fraction
     if not 0 < fraction < 1:

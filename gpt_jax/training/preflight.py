@@ -9,8 +9,7 @@ from tokenizers import Tokenizer
 
 from gpt_jax.checkpoint import CHECKPOINTS, check_donor, check_newest
 from gpt_jax.data import tokenizer
-from gpt_jax.data.corpus import check_source
-from gpt_jax.data.token_cache import NEW_TOKENIZER, sources_of
+from gpt_jax.data.token_cache import NEW_TOKENIZER, check_sources
 from gpt_jax.errors import UserError
 from gpt_jax.model.lora import LoraConfig, check_targets
 from gpt_jax.runs.folder import unwritable
@@ -46,10 +45,7 @@ def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> dict[
     check_folder(workdir)
     read_info(workdir)
     read_config(workdir)
-    for source in sources_of(config.data):
-        check_source(source)
-    if config.data.validation:
-        check_source(config.data.validation)
+    check_sources(config.data)
     check_patterns(config, abstract_state.params)
     position = check_newest(workdir / CHECKPOINTS, saved_part(abstract_state, config))
     if position is None and config.init_from:

@@ -6,6 +6,7 @@ import pytest
 from absl import flags
 
 from configs import chat_tiny, finetune
+from gpt_jax import main
 from gpt_jax.cli import parse_flags
 from gpt_jax.config import FIELDS, validate, with_defaults
 from gpt_jax.config_file import define_config_flag, load_config
@@ -296,3 +297,16 @@ def test_a_complete_run_says_how_it_goes_on(tmp_path, monkeypatch):
     write_json(run / "run.json", {"status": "interrupted", "last_checkpoint": 100})
     config.num_steps = 100
     assert why_complete(config, run) is None
+
+
+@pytest.mark.parametrize("setting", ["data.source={}", "data.mixture=('{}',)", "data.validation={}"])
+def test_data_that_is_not_there_is_told_before_jax_is_imported(setting, tmp_path, monkeypatch):
+    """And before a model is traced, in this process and in those that it would start."""
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    monkeypatch.setattr(main, "require_jax", lambda: pytest.fail("jax is imported"))
+    words = ["main", "--config=configs/chat_tiny.py", f"--config.{setting.format(tmp_path / 'chats.jsonl')}"]
+    main.define_flags(values, words)
+    parse_flags(words, values)
+    with pytest.raises(UserError, match=r"chats\.jsonl' does not exist"):
+        main.main(["main"])
