@@ -5,12 +5,15 @@ import errno
 import os
 import re
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from gpt_jax.errors import UserError
 
+_ABANDONED = 3600.0  # seconds without a change of a file that nobody writes any more
 _REMEDIES = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of the quota there",
@@ -89,6 +92,7 @@ def sync_folder(folder: Path) -> None:
 def replacing(path: Path) -> Iterator[TextIO]:
     """A text file that takes the place of `path` in one go when it is whole and on the disk.
 
+    Of several writers, in threads or processes, each has a file of its own, and the last one's stays.
     A link stays one, and what it leads to is replaced. Mode, group and owner stay, the latter two where the system lets
     this user give them. What is no file, as /dev/stdout, is written to.
 
@@ -101,7 +105,8 @@ def replacing(path: Path) -> Iterator[TextIO]:
             yield file
         return
     before = _writable_file(target)
-    temporary = target.with_name(f"{target.name}.tmp")  # a kill may leave it, and the next time takes its place
+    _remove_leftovers(target)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             yield file
@@ -114,6 +119,17 @@ def replacing(path: Path) -> Iterator[TextIO]:
     finally:
         with contextlib.suppress(OSError):  # its folder may be gone or read-only
             temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes what writers of a file that were killed left beside it, when that is some time ago."""
+    name, until = re.compile(rf"{re.escape(target.name)}\.\d+-\d+\.tmp"), time.time() - _ABANDONED
+    with contextlib.suppress(OSError):  # the folder is gone, or not ours to read: the write will say so
+        with os.scandir(target.parent) as entries:
+            left = [entry for entry in entries if name.fullmatch(entry.name)]
+        for entry in left:
+            if entry.stat(follow_symlinks=False).st_mtime < until:
+                os.unlink(entry.path)
 
 
 def _writable_file(path: Path) -> os.stat_result | None:

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import json
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -163,3 +165,37 @@ def test_files_of_a_run_keep_their_links_and_modes(tmp_path, name, write):
     assert link.is_symlink()
     assert real.read_text() != '{"step": 9}\n'
     assert mode(real) == 0o600
+
+
+def test_each_of_several_writers_writes_a_whole_file(tmp_path):
+    """As a report that is asked for while a run ends: they shared a file, and half of each came to stand there."""
+    file, damaged, failed = tmp_path / "run.json", [], []
+
+    def write_often(number: int) -> None:
+        try:
+            for _ in range(30):
+                write(file, json.dumps({"number": number, "more": "x" * 40_000 * number}))
+        except StorageError as error:
+            failed.append(error)
+
+    write_often(0)
+    writers = [threading.Thread(target=write_often, args=(number,)) for number in range(3)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        try:
+            json.loads(file.read_text())
+        except ValueError as error:
+            damaged.append(error)
+    assert (failed, damaged) == ([], [])
+    assert [left.name for left in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_what_a_kill_left_goes_after_a_while_and_nothing_else(tmp_path):
+    names = ["a.md.12-12.tmp", "a.md.13-14.tmp", "a.md.tmp", "a.md.old.tmp", "ba.md.12-12.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+        if name != "a.md.13-14.tmp":  # being written
+            os.utime(tmp_path / name, (0, 0))
+    write(tmp_path / "a.md")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a.md", *names[1:]])
