@@ -96,7 +96,8 @@ def main(argv: Sequence[str]) -> int:
         if flag.using_default_value and (why := why_complete(config, workdir)) is not None:
             print(why)
             return 0
-        check_sources(config.data)
+        if not config.distributed:  # else the other processes are to hear of it
+            check_sources(config.data)
     exit_on_interrupt()
     require_jax()
     from gpt_jax.backend import processes_to_launch  # after the config: a typo need not wait for jax

@@ -310,3 +310,6 @@ def test_data_that_is_not_there_is_told_before_jax_is_imported(setting, tmp_path
     parse_flags(words, values)
     with pytest.raises(UserError, match=r"chats\.jsonl' does not exist"):
         main.main(["main"])
+    values.config.distributed = "127.0.0.1:1,2,1"  # of several processes, the others are to hear of it
+    with pytest.raises(pytest.fail.Exception, match="jax is imported"):
+        main.main(["main"])
