@@ -29,7 +29,7 @@ class RequestedTexts:
         self._metrics, self._begun = metrics, loop.time()
         self._has_begun = False
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._deadline, self._seconds = loop.time() + seconds, seconds
+        self.deadline, self._seconds = loop.time() + seconds, seconds
         self._generations = []
         try:
             for index, request in enumerate(requests):
@@ -56,7 +56,7 @@ class RequestedTexts:
         left = len(self.requests)
         while left:
             try:
-                async with asyncio.timeout_at(self._deadline):
+                async with asyncio.timeout_at(self.deadline):
                     index, event = await self._events.get()
             except TimeoutError:
                 raise RequestError(f"not answered within {self._seconds:g} s", code="timeout", status=504) from None

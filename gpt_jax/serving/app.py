@@ -37,6 +37,7 @@ from gpt_jax.serving.limits import (
     EventStream,
     KnownHosts,
     Limits,
+    WholeAnswer,
     check_key,
     read_json,
     unless_client_leaves,
@@ -219,7 +220,7 @@ class Routes:
             answer = await unless_client_leaves(whole_answer(texts, form, head, prompt_tokens), request.receive)
         finally:
             texts.cancel()
-        return Response(status_code=_CLIENT_LEFT) if answer is None else JSONResponse(answer)
+        return Response(status_code=_CLIENT_LEFT) if answer is None else WholeAnswer(answer, texts.deadline)
 
     def _prompt(self, prompt: str | list[int]) -> list[int]:
         """The ids of a prompt of /v1/completions."""

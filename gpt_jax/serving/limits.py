@@ -30,6 +30,7 @@ DEFAULT_LIMITS = Limits()
 # Times the limit that a body may go on, read and dropped: where bytes are unread when a connection is closed, the
 # answer that says why may be lost.
 _DROPPED = 16
+_PART = 2**16  # bytes of an answer that are sent at a time
 
 
 async def read_json(request: Request, limits: Limits) -> Any:
@@ -120,6 +121,26 @@ async def unless_client_leaves(work: Awaitable[Any], receive: Callable[[], Await
 async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+class WholeAnswer(JSONResponse):
+    """An answer in one piece, given up at a time of the loop's clock if it has not been read by then.
+
+    It is sent in parts, each when the one before is on its way: what a client does not read is kept no longer than it.
+    """
+
+    def __init__(self, content: Any, until: float) -> None:
+        self._until = until
+        super().__init__(content)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body = bytes(self.body)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._until):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                for start in range(0, len(body), _PART):
+                    part = body[start : start + _PART]
+                    await send({"type": "http.response.body", "body": part, "more_body": start + _PART < len(body)})
 
 
 class EventStream(Response):

@@ -1,5 +1,6 @@
 """A server among clients that are slow, gone, wrong or many: limits, keys, places, and what it tells of itself."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -12,7 +13,7 @@ import pytest
 from serving_stub import Stub, serve
 from waiting import PATIENCE, wait_for
 
-from gpt_jax.serving.limits import _DROPPED, Limits
+from gpt_jax.serving.limits import _DROPPED, Limits, WholeAnswer
 from vk_kernels.errors import DeviceLostError
 
 ASK = {"messages": [{"role": "user", "content": "a question"}]}
@@ -221,6 +222,28 @@ def test_a_reader_that_does_not_read_holds_nobody_up():
             while b"[DONE]" not in received:
                 received += connection.recv(100_000)
             connection.close()
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_an_answer_that_nobody_reads_is_given_up_in_time(is_read):
+    answer, sent = {"text": "x" * 300_000}, []
+
+    async def send(message):
+        sent.append(message)
+        if not is_read and len(sent) == 3:
+            await asyncio.sleep(PATIENCE)
+
+    async def answered() -> None:
+        until = asyncio.get_running_loop().time() + (PATIENCE if is_read else 0.05)
+        await asyncio.wait_for(WholeAnswer(answer, until)({"type": "http"}, None, send), PATIENCE / 2)
+
+    asyncio.run(answered())
+    start, *parts = sent
+    body = b"".join(part["body"] for part in parts)
+    length = int(dict(start["headers"])[b"content-length"])
+    assert max(len(part["body"]) for part in parts) < 100_000
+    assert (len(body) == length, parts[-1]["more_body"]) == (is_read, not is_read)
+    assert not is_read or json.loads(body) == answer
 
 
 def test_what_is_not_answered_in_time_is_told():
