@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from gpt_jax.output import make_log, print_line, silence
 from gpt_jax.runs.folder import open_folder
@@ -35,7 +36,7 @@ def command(shell: str, **variables: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
 

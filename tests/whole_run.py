@@ -59,6 +59,25 @@ def command(corpus: Path, workdir: Path, *changes: str) -> list[str]:
     return [sys.executable, "-m", "gpt_jax.main", f"--workdir={workdir}", *config_flags_of(corpus, *changes)]
 
 
+PAUSED = """
+import runpy, sys, time
+from gpt_jax.training.trainer import Trainer
+requests, place = Trainer.requests, int(sys.argv.pop(1))
+def wait_for_a_signal(self, stop):
+    while self.step == place and stop.received is None:
+        time.sleep(0.01)
+    return requests(self, stop)
+Trainer.requests = wait_for_a_signal
+runpy.run_module("gpt_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def paused_command(step: int, corpus: Path, workdir: Path, *changes: str) -> list[str]:
+    """As `command`, of a run that waits after so many steps until it is killed or told to stop: none comes too late."""
+    arguments = [f"--workdir={workdir}", *config_flags_of(corpus, *changes)]
+    return [sys.executable, "-c", PAUSED, str(step), *arguments]
+
+
 def configuration(corpus: Path, *changes: str) -> ConfigDict:
     """The config that `command` runs."""
     values, arguments = flags.FlagValues(), ["main", *config_flags_of(corpus, *changes)]

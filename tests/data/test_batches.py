@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 from small_cache import prepare
+from waiting import PATIENCE
 
 from gpt_jax.data import token_cache
 from gpt_jax.data.batches import MASKED, evaluation_batches, loader, windows
@@ -74,7 +75,7 @@ def test_closed_loader_leaves_no_thread_and_no_process():
     next(iterator)
     (thread,) = set(threading.enumerate()) - before
     iterator.close()
-    thread.join(timeout=10)
+    thread.join(timeout=PATIENCE)
     assert not thread.is_alive()
 
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -109,10 +108,9 @@ def test_tokenizer_is_trained_on_the_training_split_alone(excerpt, tmp_path):
     assert tk.train_tokenizer(texts, 1500).to_str() == prepared.tokenizer.to_str()
 
 
-def test_second_call_uses_the_cache_at_once(prepared, cache):
+def test_second_call_uses_the_cache_at_once(prepared, cache, monkeypatch):
+    monkeypatch.setattr(token_cache.corpus, "read_corpus", pytest.fail)  # no text is read, or made tokens of
     lines = []
-    start = time.monotonic()
     again = token_cache.prepare(config(cache), VOCABULARY, lines.append)
-    assert time.monotonic() - start < 2
     assert f"using the token cache {folder_of(prepared)}" in lines[0]
     np.testing.assert_array_equal(again.train[0].ids, prepared.train[0].ids)

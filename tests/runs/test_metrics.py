@@ -1,3 +1,4 @@
+import gc
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import pytest
 from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+from waiting import PATIENCE
 
 from configs import chat, gpt2_124m
 from gpt_jax.errors import UserError
@@ -124,20 +126,24 @@ def test_lines_of_a_killed_process_are_on_disk(tmp_path):
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
-    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
+    assert subprocess.run(command, cwd=ROOT, timeout=PATIENCE).returncode == -signal.SIGKILL
     assert steps_of(tmp_path / "metrics.jsonl") == list(range(100))
 
 
 def test_a_train_line_is_cheap(tmp_path):
+    """By the function calls that it makes, wherever it runs: 50 us on an idle machine."""
     values = {"loss": 8.3, "finite": True} | {f"grad_norm/h_{layer}": 0.1 + layer for layer in range(14)}
-    best = math.inf
+    found = []
     with MetricsWriter(tmp_path) as writer:
-        for _ in range(5):  # the best of a few, as the machine may be busy
-            start = time.perf_counter()
-            for step in range(100):
-                writer.write(step, "train", values)
-            best = min(best, (time.perf_counter() - start) / 100)
-    assert best < 300e-6  # about 50e-6 on an idle machine
+        writer.write(1, "train", values)
+        gc.disable()
+        sys.setprofile(lambda _frame, event, _what: found.append(event))
+        try:
+            writer.write(2, "train", values)
+        finally:
+            sys.setprofile(None)
+            gc.enable()
+    assert sum(event in ("call", "c_call") for event in found) <= 60  # 39 of Python 3.11
 
 
 def test_tensorboard_gets_logging_steps_texts_settings_alerts_and_the_purge(tmp_path):
@@ -253,7 +259,9 @@ def test_no_commit_outside_git(tmp_path, monkeypatch):
 def test_git_facts(tmp_path):
     def git(*arguments):
         identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
-        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True, timeout=60)
+        subprocess.run(
+            ["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True, timeout=PATIENCE
+        )
 
     git("init")
     (tmp_path / "package").mkdir()

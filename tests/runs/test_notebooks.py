@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from synthetic_run import write_run
 from vulkan_devices import SELECTOR, needs_vulkan
+from waiting import PATIENCE
 
 from gpt_jax.runs.metrics import MetricsWriter
 
@@ -51,7 +52,8 @@ def run_cells(name: str, monkeypatch: pytest.MonkeyPatch, **variables: object) -
 
 def test_loss_curves(tmp_path, monkeypatch):
     """In a kernel of its own, as Jupyter runs it."""
-    import nbformat  # here: it takes seconds, and every selection of tests imports this file
+    import matplotlib.font_manager  # noqa: F401 its cache of fonts is there then: a kernel that takes long to make it warns
+    import nbformat  # here: these take seconds, and every selection of tests imports this file
     from nbclient import NotebookClient
 
     workdirs = [
@@ -61,7 +63,8 @@ def test_loss_curves(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT_JAX_RUNS", os.pathsep.join(map(str, workdirs)))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the kernel starts in notebooks/
     notebook = nbformat.read(NOTEBOOKS / "loss_curves.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    limits = {"timeout": 2 * PATIENCE, "startup_timeout": 2 * PATIENCE}
+    NotebookClient(notebook, **limits, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     assert all(cell.outputs for cell in cells), "a cell shows nothing"

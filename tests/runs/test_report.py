@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from absl import flags
 from synthetic_run import CONFIG, SPIKE_LAYER, SPIKE_STEP, loss_at, write_run
+from waiting import PATIENCE
 
 from gpt_jax import report as report_command
 from gpt_jax.errors import UserError
@@ -190,7 +191,7 @@ def test_notes_of_a_sick_run(tmp_path):
 def test_command_line(workdir, tmp_path):
     def command(*arguments):
         line = [sys.executable, "-m", "gpt_jax.report", *map(str, arguments)]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
     printed = command(workdir, workdir, f"--out={tmp_path}")
     assert (printed.returncode, printed.stderr) == (0, "")

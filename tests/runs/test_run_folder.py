@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from gpt_jax.runs.metrics import read_lines
 from gpt_jax.runs.wall_time import running_seconds, wall_time
 from gpt_jax.storage.files import StorageError
 from gpt_jax.storage.lock import lock
+from gpt_jax.training import trainer
 from gpt_jax.training.history import why_complete
 from gpt_jax.training.train import train_and_evaluate
 from gpt_jax.training.trainer import Trainer
@@ -352,9 +354,22 @@ def test_a_run_that_gets_no_better_ends_early_and_says_so(copy, corpus, monkeypa
     assert "stopped early" in why_complete(config, copy)
 
 
-def test_how_long_it_will_take_follows_from_steps_that_did_not_compile(finished):
+def test_how_long_it_will_take_follows_from_steps_that_did_not_compile(finished, monkeypatch):
     lines = {line["step"]: line for line in read_lines(finished / "metrics.jsonl") if line["split"] == "train"}
     assert "step_ms" in lines[1]
     assert "eta_seconds" not in lines[1]
-    assert 0 < lines[4]["eta_seconds"] < 1e-3 * lines[1]["step_ms"]
+    assert lines[4]["eta_seconds"] == pytest.approx(8 * 1e-3 * lines[4]["step_ms"])
     assert "compiled in it" in (finished / "log.txt").read_text()
+
+    clock = iter([100.0, 101.0, 105.0])  # when steps 1, 2 and 4 are done
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    run = object.__new__(Trainer)
+    run.config, run.log = tiny(finished), lambda line: None
+    run.writer = SimpleNamespace(check_in_place=lambda: None)
+    run.clock = SimpleNamespace(take=dict)
+    run.placement, run.backend = SimpleNamespace(measures=dict), SimpleNamespace(peak_bytes=lambda: None)
+    run.peak_flops, run.adapter_size = None, None
+    run.first_step, run.logged_step, run.logged_time = 0, 0, 0.0
+    values = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0}
+    found = [run.progress(step, values).get("eta_seconds") for step in (1, 2, 4)]
+    assert found == [None, 10 * 1.0, 8 * 2.0]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
+from waiting import PATIENCE, wait_for
 
 from configs import chat_tiny
 from gpt_jax.config_file import describe_changes
@@ -173,7 +174,7 @@ def test_a_tracker_that_is_killed_in_the_middle_is_told_once_and_the_run_goes_on
         tracker.scalars(1, {"train/loss": 1.0}, 0.0)
         tracker._process.send_signal(signal.SIGKILL)
         tracker._process.wait()
-        tracker._reader.join(10)
+        tracker._reader.join()
         for step in range(2, 2000):
             tracker.scalars(step, {"train/loss": 1.0}, 0.0)
             tracker.alert(step, "spike", "high", 0.0)
@@ -194,7 +195,7 @@ def test_a_queue_drops_and_tells_each_thing_once():
     logged, sent, gate = [], [], threading.Event()
 
     def send(item: int) -> None:
-        gate.wait(10)
+        gate.wait(PATIENCE)
         if item % 2:
             raise OSError(f"odd\n{item % 4}")
         sent.append(item)
@@ -205,7 +206,7 @@ def test_a_queue_drops_and_tells_each_thing_once():
     assert outbox.close(0.01) is False
     assert outbox.dropped in (39, 40)
     gate.set()
-    assert outbox.close(10) is True
+    assert outbox.close(PATIENCE) is True
     assert sent[:2] == [0, 2]
     assert sorted(logged) == [
         "it failed: odd 1",
@@ -240,7 +241,7 @@ def test_mlflow_wants_a_server(tmp_path, monkeypatch):
 class Answering(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-        if self.server.hangs.wait(0 if len(self.server.bodies) < 3 else 10):
+        if self.server.hangs.wait(0 if len(self.server.bodies) < 3 else PATIENCE):
             return
         self.send_response(200 if len(self.server.bodies) == 1 else 503)
         self.end_headers()
@@ -263,14 +264,19 @@ def server():
 
 def test_alerts_are_posted_and_a_server_that_fails_or_hangs_is_told_once(server, monkeypatch):
     logged = []
-    monkeypatch.setattr(webhook, "TIMEOUT", 0.2)
+    for name in ("TIMEOUT", "PATIENCE"):
+        monkeypatch.setattr(webhook, name, PATIENCE)
     hook = webhook.Webhook(
         f"http://127.0.0.1:{server.server_port}/secret", {"run": "id", "name": "chat"}, logged.append
     )
     hook.scalars(1, {}, 0.0)
-    for step in (1000, 2000, 3000):
+    for step in (1000, 2000):
         hook.alert(step, "spike", "gradient norm 50", 0.0)
+    wait_for(lambda: hook._outbox._items.unfinished_tasks == 0)
+    monkeypatch.setattr(webhook, "TIMEOUT", 0.2)  # the server hangs from here on
+    hook.alert(3000, "spike", "gradient norm 50", 0.0)
     hook.close()
+    wait_for(lambda: len(server.bodies) == 3)
     assert [body["step"] for body in server.bodies] == [1000, 2000, 3000]
     assert server.bodies[0] == {
         "text": "chat: alert at step 1,000, spike: gradient norm 50",

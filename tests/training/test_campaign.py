@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PART = ["--kills=1", "--inputs=4", "--damage=1", "--full-disk=1", "--folder-pairs=1", "--minutes=1"]
+PART = ["--seed=1", "--kills=1", "--inputs=4", "--damage=1", "--full-disk=1", "--folder-pairs=1", "--minutes=1"]
 KINDS = ("bad input", "kill -9", "damage", "two processes")  # a disk is filled only where one can be mounted
 
 

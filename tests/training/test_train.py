@@ -19,10 +19,10 @@ from ml_collections import ConfigDict
 from whole_run import (
     ROOT,
     assert_same_results,
-    command,
     configuration,
     environment,
     flatten,
+    paused_command,
     results,
     run,
     train_lines,
@@ -82,7 +82,7 @@ def test_a_finished_run_started_again_does_nothing_more(straight, corpus, tmp_pa
 
 def start(corpus: Path, workdir: Path) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command(corpus, workdir), cwd=ROOT, env=environment(), text=True, **pipes)
+    return subprocess.Popen(paused_command(15, corpus, workdir), cwd=ROOT, env=environment(), text=True, **pipes)
 
 
 def trains_again(workdir: Path) -> bool:
@@ -105,7 +105,7 @@ def test_killed_and_stopped_by_signals_and_resumed_it_is_bit_identical(straight,
     process = start(corpus, workdir)
     wait_until(functools.partial(trains_again, workdir), process)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 143, err
     assert "Traceback" not in err
     assert "initialised from this run's checkpoint at step" in out

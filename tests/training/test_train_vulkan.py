@@ -10,8 +10,8 @@ from vulkan_devices import SELECTOR, needs_vulkan
 from whole_run import (
     ROOT,
     assert_same_results,
-    command,
     environment,
+    paused_command,
     run,
     train_lines,
     wait_until,
@@ -75,7 +75,7 @@ def test_a_profile_tells_device_time_by_dispatch(vulkan):
 def test_killed_and_resumed_is_bit_identical_also_when_its_steps_are_cut_from_then_on(vulkan, corpus, tmp_path):
     workdir = tmp_path / "run"
     process = subprocess.Popen(
-        command(corpus, workdir, "--config.backend=vulkan"),
+        paused_command(15, corpus, workdir, "--config.backend=vulkan"),
         cwd=ROOT,
         env=environment(VK_KERNELS_DEVICE=SELECTOR),
         stdout=subprocess.DEVNULL,
