@@ -13,6 +13,7 @@ import contextlib
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -80,6 +81,7 @@ class Device(LogicalDevice):
         super().__init__(instance, info, physical, tuple(dict.fromkeys(families)))
         self.submit_ms = 0.0  # a program is cut into submissions that take no longer, see `Executable`; 0: it is one
         self.program_lock = threading.RLock()  # held while a program is prepared: its arguments must not be moved
+        self.executables: weakref.WeakSet[Any] = weakref.WeakSet()  # `Executable`s
         self._lock = threading.Lock()  # of the two below
         self._kernels: dict[Any, Kernel] = {}
         self._idle: list[CommandRecorder] = []
@@ -91,6 +93,7 @@ class Device(LogicalDevice):
             self.exchange_queue = Queue(self, timeout, families[1], self.queue)
             self.memory = Memory(self.queue, direct)
             self.memory.staging = Staging(self.memory, self.pooled_recorder)
+            self.memory.reclaim = self._drop_recordings
         except BaseException:
             self._destroy()
             raise
@@ -169,6 +172,18 @@ class Device(LogicalDevice):
         with self.pooled_recorder() as recorder:
             recorder.dispatch(kernel, buffers, push_constants, groups, label)
             recorder.submit().wait(timeout)
+
+    def _drop_recordings(self) -> None:
+        """Has all programs drop their recordings, and with them the arrays that nobody else has any more.
+
+        Where another thread runs one, nothing is dropped: it may hold what this one would wait for.
+        """
+        if self.program_lock.acquire(blocking=False):
+            try:
+                for executable in list(self.executables):
+                    executable.drop_recordings()
+            finally:
+                self.program_lock.release()
 
     # Its queue.
 

@@ -9,6 +9,7 @@ when kernels are compiled and memory is in place. From then on consecutive stage
 took no longer together; a stage that took longer is one alone. Where the cuts are changes no result.
 """
 
+import contextlib
 import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,7 @@ class Executable:
         self._recordings: deque[_Recording] = deque(maxlen=RECORDINGS)  # by use, the last used last
         self._copied: set[int] = set()  # inputs that come in other memory each time: copied into a slot
         self._misses: Counter[int] = Counter()
+        device.executables.add(self)
 
     def __call__(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Array]:
         """Submits the program; returns at once the outputs that are not in an input's memory, computed or not.
@@ -194,10 +196,16 @@ class Executable:
                 break
         else:
             recording = self._evict_held_outputs(fitting[0]) if full and fitting else self._record(bound)
-        if recording is not self._recordings[-1]:
-            self._recordings.remove(recording)
+        if not self._recordings or recording is not self._recordings[-1]:
+            with contextlib.suppress(ValueError):  # `drop_recordings` came in between
+                self._recordings.remove(recording)
             self._recordings.append(recording)
         return recording
+
+    def drop_recordings(self) -> None:
+        """Drops all recordings, and with them inputs and outputs that nobody else has. The next call makes one anew."""
+        self._recordings.clear()
+        self._last = [buffer if i in self._aliased else None for i, buffer in enumerate(self._last)]
 
     def release_donated(self) -> None:
         """Drops the recordings that are bound to the last call's donated buffers, and with them the buffers."""
@@ -219,13 +227,7 @@ class Executable:
     def _record(self, bound: list[Buffer | None]) -> _Recording:
         """Makes a recording for these buffers, and keeps it."""
         self._check_apart(bound)
-        if self._recordings:  # an input in other memory each time is not worth a recording each time
-            last = self._recordings[-1].inputs
-            for i, (buffer, before) in enumerate(zip(bound, last, strict=True)):
-                if i not in self._aliased and buffer is not None and buffer is not before:
-                    self._misses[i] += 1
-                    if self._misses[i] > RECORDINGS:
-                        self._copied.add(i)
+        self._count_misses(bound)
         if any(bound[i] is not None for i in self._copied):
             bound = [None if i in self._copied else x for i, x in enumerate(bound)]
         inputs = self.program.inputs
@@ -240,6 +242,15 @@ class Executable:
         made = _Recording(recorder, bound, slots, [x for x in outputs if x is not None], self._types)
         self._recordings.append(made)
         return made
+
+    def _count_misses(self, bound: Sequence[Buffer | None]) -> None:
+        """Has an input that comes in other memory each time copied: it is not worth a recording each time."""
+        last = self._recordings[-1].inputs if self._recordings else bound
+        for i, (buffer, before) in enumerate(zip(bound, last, strict=True)):
+            if i not in self._aliased and buffer is not None and buffer is not before:
+                self._misses[i] += 1
+                if self._misses[i] > RECORDINGS:
+                    self._copied.add(i)
 
     def _recorded(self, inputs: Sequence[Buffer], outputs: Sequence[Buffer | None]) -> "CommandRecorder | Chain":
         recorders = []

@@ -7,6 +7,7 @@ given back joins its block's free list when the device is done with it (`Queue.r
 import bisect
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -238,7 +239,9 @@ class Memory:
     mapped host memory for staging.
     """
 
-    staging: Copies  # of what the host cannot map; whoever makes the memory sets it
+    # Whoever makes the memory sets these.
+    staging: Copies  # of what the host cannot map
+    reclaim: Callable[[], None]  # gives up what is kept for speed alone, where there is no room
 
     def __init__(self, queue: Queue, direct: bool):
         self.queue, self.device = queue, queue.device
@@ -344,10 +347,12 @@ class Memory:
         step = 4 if self._exact else ALIGNMENT
         reserved = max(1, -(-nbytes // step)) * step
         self.queue.collect()
-        try:
-            return self._allocated(nbytes, reserved, kind)
-        except OutOfMemoryError:  # what was freed may still be in use
-            self.queue.finish()
+        for make_room in (lambda: None, self.reclaim):
+            try:
+                return self._allocated(nbytes, reserved, kind)
+            except OutOfMemoryError:
+                make_room()
+                self.queue.finish()  # what was freed may still be in use
         return self._allocated(nbytes, reserved, kind)
 
     def _allocated(self, nbytes: int, reserved: int, kind: str) -> Buffer:
