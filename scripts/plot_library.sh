@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes gpt_jax/runs/page_files/echarts.min.js: the charts that a report has, of Apache ECharts, in one file without a
-# network. The whole of ECharts is 1.1 MB, and this part 0.65. Needs node and npm.
+# network. The whole of ECharts is 1.1 MB, and this part 0.63. Needs node and npm.
 set -euo pipefail
 ECHARTS=6.1.0 ESBUILD=0.28.2
 target="$(cd "$(dirname "$0")/.." && pwd)/gpt_jax/runs/page_files"
