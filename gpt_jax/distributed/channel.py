@@ -42,6 +42,7 @@ class Peer:
         self.hello: dict[str, Any] = {}
         self.heard = time.monotonic()
         self.said_goodbye = False
+        self.unread: list[dict[str, Any]] = []  # came with the welcome, behind it
         self._received = b""
         self._sending = threading.Lock()
 
@@ -200,6 +201,9 @@ class Channel:
 
     def _watch(self) -> None:
         """Beats, listens, and ends the process when another one is lost."""
+        for peer in self._peers.values():
+            for message in peer.unread:
+                self._take(peer, message)
         next_beat = time.monotonic()
         while not self._closing:
             before = time.monotonic()
@@ -383,12 +387,12 @@ def _join(place: Place, hello: dict[str, Any], until: float) -> Channel:
             raise UserError(f"config.distributed: process 0 at {place.address} ended before all processes had come")
         if not messages and time.monotonic() > until + 5:
             raise UserError(f"config.distributed: no process 0 answers at {place.address}, where something listens")
-        for message in messages:
+        for number, message in enumerate(messages, 1):
             if message.get("kind") == "failed":
                 raise UserError(f"config.distributed={place.address}: {message['line']}")
             if message.get("kind") == "welcome":
                 peer.connection.settimeout(SILENCE)
-                peer.hello = message["hellos"][0]
+                peer.hello, peer.unread = message["hellos"][0], messages[number:]
                 return Channel(place.index, {0: peer}, message["hellos"])
             if message.get("kind") != "beat":
                 raise UserError(stranger)

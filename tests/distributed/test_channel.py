@@ -106,6 +106,25 @@ def test_a_silent_process_is_named(ended, monkeypatch):
     assert all("was silent for" in line for line in ended)
 
 
+def test_an_error_that_comes_right_behind_the_welcome_is_told(ended):
+    hellos = [{"index": i, "count": 2, "pid": 10 + i, "host": "here", "machine": "m"} for i in range(2)]
+    messages = [{"kind": "welcome", "hellos": hellos}, {"kind": "failed", "line": "process 0 ended: no config"}]
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as pool:
+
+        def welcome():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
+
+        told = pool.submit(welcome)
+        place = Place(f"127.0.0.1:{listening.getsockname()[1]}", 2, 1)
+        channel.open_channel(place, {"host": "here", "machine": "m", "pid": 11}, join_seconds=PATIENCE)
+        told.result()
+        wait_for(lambda: ended)
+    assert ended[0] == "process 0 ended: no config"
+
+
 def test_the_error_of_one_process_ends_the_others_with_its_line(ended):
     processes = meet(2)
     with pytest.raises(UserError), processes[1]:
