@@ -26,6 +26,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.mkdtemp(prefix="compiled-")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    # jax writes an entry in its place. Who reads it meanwhile, or what a killed run left of it, compiles, and warns: no
+    # command may fail its test for that.
+    ignored = "ignore:Error reading persistent compilation cache entry"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), ignored)))
 # Python's bytecode is kept too, whatever PYTHONDONTWRITEBYTECODE says: without it each worker takes ten seconds to
 # compile hypothesis and the tests, with pytest's assertions, and each command a second.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
