@@ -44,7 +44,7 @@ def validate(generated: Generated) -> None:
                 [find_tool("spirv-val"), "--target-env", "vulkan1.2", file.name],
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=300,
             )
             assert found.returncode == 0, found.stdout + found.stderr
 

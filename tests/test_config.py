@@ -336,7 +336,7 @@ def ended(tmp_path_factory) -> list[tuple[int, str]]:
     folder = tmp_path_factory.mktemp("commands")
     commands = json.dumps([arguments for arguments, _ in MISTAKES])
     command = [sys.executable, "-c", FORKS, commands, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
     assert not (folder / "run").exists()
     return [(int(code), (folder / f"{place}.err").read_text()) for place, code in enumerate(done.stdout.split())]
 
@@ -356,5 +356,5 @@ def test_command_line_mistakes_say_how_to_mend_them(place, ended):
 
 def test_a_command_line_without_a_config_says_what_to_give():
     command = [sys.executable, "-m", "gpt_jax.main"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     check_mistake(done.returncode, done.stderr, "give --config=configs/chat.py")

@@ -83,7 +83,7 @@ def test_two_fresh_builds_are_identical(excerpt, tmp_path):
     prepared = token_cache.prepare(config(tmp_path / "one", **fields), 1500, log=lambda line: None)
     environment = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
     command = [sys.executable, "-c", BUILD, str(excerpt), str(tmp_path / "two")]
-    subprocess.run(command, env=environment, check=True, timeout=120)
+    subprocess.run(command, env=environment, check=True, timeout=300)
     one, two = tmp_path / "one", tmp_path / "two"
     built = {path.relative_to(one) for path in one.rglob("*") if path.is_file()}
     assert built == {path.relative_to(two) for path in two.rglob("*") if path.is_file()}

@@ -129,7 +129,7 @@ token_cache.prepare(ConfigDict(fields), 300, log=lambda line: None)
 
 def test_a_killed_run_leaves_no_half_cache(chats):
     cache = chats.parent / "cache"
-    run = subprocess.run([sys.executable, "-c", KILLED, str(chats), str(cache)], timeout=120)
+    run = subprocess.run([sys.executable, "-c", KILLED, str(chats), str(cache)], timeout=300)
     assert run.returncode == -9
     (partial,) = cache.glob("*.partial")
     assert len(list(cache.iterdir())) == 2  # and the tokenizer
@@ -327,7 +327,7 @@ print(*peaks)
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from /proc")
 def test_memory_does_not_grow_with_the_source(tmp_path):
-    """Holding the ids of the larger source takes 33 MB more (tried)."""
+    """It grew by 4 to 5 MB; holding the ids of the larger source takes 33 MB more (tried)."""
     paths = []
     for name, dialogues in (("small.txt", 250), ("large.txt", 1_500)):
         paths.append(tmp_path / name)
@@ -337,8 +337,8 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
     assert paths[1].stat().st_size > 6e6
     run = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path), *map(str, paths)],
-        capture_output=True, text=True, check=True, timeout=200,
-        env={**os.environ, "RAYON_NUM_THREADS": "2"},  # each of the tokenizer's threads holds texts
+        capture_output=True, text=True, check=True, timeout=300,
+        env={**os.environ, "RAYON_NUM_THREADS": "1"},  # each of the tokenizer's threads holds texts
     )  # fmt: skip
     small, large = map(int, run.stdout.split())
-    assert large - small < 8_000  # KiB
+    assert large - small < 16_000  # KiB

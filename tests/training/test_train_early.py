@@ -219,7 +219,7 @@ def test_a_variable_that_jax_cannot_use_is_named_in_one_line(program, variables,
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     [line] = done.stderr.splitlines()

@@ -106,7 +106,7 @@ def test_mistakes_about_runs_and_data_cost_one_line(straight, corpus, tmp_path):
 def test_sampling_from_a_run_on_the_command_line(straight):
     """Prompts in a pipe; the same one by the same seed has the same answer."""
     ask = [sys.executable, "-m", "gpt_jax.sample", f"--workdir={straight}", "--seed=1", "--max_tokens=5", "--json"]
-    options = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": 120, "check": False}
+    options = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": 300, "check": False}
     done = subprocess.run(ask, input="moon?\n\nmoon?\n", **options)
     assert done.returncode == 0, done.stderr
     first, second = map(json.loads, done.stdout.splitlines())
