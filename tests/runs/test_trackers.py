@@ -54,6 +54,14 @@ class FakeService:
 # ---- the library's side
 
 
+@pytest.fixture
+def alarms(monkeypatch) -> list[int]:
+    """The seconds after which a library's process would be ended, which is the tests' own here."""
+    asked: list[int] = []
+    monkeypatch.setattr(signal, "alarm", asked.append)
+    return asked
+
+
 def lines_of(folder: Path, *calls: dict) -> list[bytes]:
     start = {"service": "fake", "run": tracked(folder)._asdict()}
     return [json.dumps(line).encode() + b"\n" for line in (start, *calls)]
@@ -64,7 +72,7 @@ def scalars(step: int) -> dict:
 
 
 @pytest.mark.parametrize(("status", "ends"), [("completed", "completed"), ("running", "crashed"), ("failed", "failed")])
-def test_a_service_does_what_the_lines_say_and_ends_as_the_run_did(status, ends, tmp_path, capsys):
+def test_a_service_does_what_the_lines_say_and_ends_as_the_run_did(status, ends, tmp_path, capsys, alarms):
     write_json(tmp_path / "run.json", {"status": status})
     made, said = [], []
     calls = [scalars(1), scalars(2), scalars(3), scalars(4)]
@@ -74,7 +82,7 @@ def test_a_service_does_what_the_lines_say_and_ends_as_the_run_did(status, ends,
         lines_of(tmp_path, *calls), said.append, {"fake": lambda run: made.append(FakeService(run)) or made[0]}
     )
     [service] = made
-    assert (code, service.run) == (0, tracked(tmp_path))
+    assert (code, service.run, alarms) == (0, tracked(tmp_path), [60])
     assert service.calls == [
         (1, {"train/loss": 1.0}),
         (4, {"train/loss": 1.0}),
@@ -87,7 +95,7 @@ def test_a_service_does_what_the_lines_say_and_ends_as_the_run_did(status, ends,
     capsys.readouterr()
 
 
-def test_a_trainer_that_is_killed_in_the_middle_of_a_line_has_crashed(tmp_path):
+def test_a_trainer_that_is_killed_in_the_middle_of_a_line_has_crashed(tmp_path, alarms):
     write_json(tmp_path / "run.json", {"status": "running"})
     service, said = FakeService(tracked(tmp_path)), []
     *lines, last = lines_of(tmp_path, scalars(1), scalars(4))
