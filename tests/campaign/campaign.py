@@ -55,7 +55,9 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="campaign-"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # what Python keeps beside a config file is nothing that a command left
+    # What Python keeps beside a config file is nothing that a command left. Commands are forks of this process, which
+    # has read the variable of that name already.
+    sys.dont_write_bytecode = True
     os.environ["VK_KERNELS_DEVICE"] = os.environ.get("VK_KERNELS_DEVICE", "cpu")
     print(f"seed {options['seed']}, in {folder}", flush=True)
     outcomes: list[tuple[str, str]] = []

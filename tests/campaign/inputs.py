@@ -233,7 +233,7 @@ def inputs(tiny: Tiny, straight: Path, folder: Path, rng: random.Random, count: 
     rng.shuffle(cases)
     for bad in cases[:count]:
         before = _content(folder)
-        ended = Process(bad.command, bad.arguments).wait(60)
+        ended = Process(bad.command, bad.arguments).wait()
         problem = ended.problem(1, 2)
         left = _content(folder) - before
         if not problem and left:
