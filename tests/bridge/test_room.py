@@ -1,4 +1,4 @@
-"""Where a device has no room left, recordings that were kept for the next call go: callers have all that they hold."""
+"""Where a device has no room left, what is kept for next calls goes: callers have all that they hold."""
 
 import jax
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
+from vk_kernels import ops
 from vk_kernels.errors import OutOfMemoryError
 from vk_kernels.runtime.memory import Memory
 from vk_kernels.runtime.open_devices import open_device
@@ -62,6 +63,15 @@ def test_what_other_functions_keep_goes_too_and_a_state_stays(room):
         state, total = grow(state, ones)
         del x
     assert (state[0][7], total) == (9, 4)
+
+
+def test_a_function_of_many_shapes_needs_room_for_one_at_a_time(room):
+    twice = vk_kernels.jit(lambda x: ops.gelu(ops.gelu(x)), device=SELECTOR)
+    assert twice.cost(jax.ShapeDtypeStruct((SIZE,), np.float32)).arena_bytes == 4 * SIZE
+    room(4)
+    for number in [*range(5), *range(5)]:
+        y = twice(np.full(SIZE - 256 * number, number + 9, np.float32))
+        assert (y.shape, y[0], y[-1]) == ((SIZE - 256 * number,), number + 9, number + 9)
 
 
 @pytest.mark.parametrize("is_new", [True, False])

@@ -93,7 +93,7 @@ class Device(LogicalDevice):
             self.exchange_queue = Queue(self, timeout, families[1], self.queue)
             self.memory = Memory(self.queue, direct)
             self.memory.staging = Staging(self.memory, self.pooled_recorder)
-            self.memory.reclaim = self._drop_recordings
+            self.memory.make_room = self._make_room
         except BaseException:
             self._destroy()
             raise
@@ -173,15 +173,15 @@ class Device(LogicalDevice):
             recorder.dispatch(kernel, buffers, push_constants, groups, label)
             recorder.submit().wait(timeout)
 
-    def _drop_recordings(self) -> None:
-        """Has all programs drop their recordings, and with them the arrays that nobody else has any more.
+    def _make_room(self) -> None:
+        """Has all programs drop what they keep for their next calls: recordings, arrays that nobody else has, arenas.
 
         Where another thread runs one, nothing is dropped: it may hold what this one would wait for.
         """
         if self.program_lock.acquire(blocking=False):
             try:
                 for executable in list(self.executables):
-                    executable.drop_recordings()
+                    executable.make_room()
             finally:
                 self.program_lock.release()
 

@@ -95,10 +95,9 @@ class Executable:
             [kernel.writable for kernel in self._kernels],
             [command.disjoint_writes for command in program.commands],
         )
-        starts = range(0, program.arena_bytes, program.arena_block)
-        sizes = [min(program.arena_block, program.arena_bytes - start) for start in starts]
+        self.arena: list[Buffer] = []
         try:
-            self.arena = [device.buffer(size, sliced=True) for size in sizes]
+            self._make_arena()
             self._constants = [device.upload(array) for array in program.constants]
         except OutOfMemoryError as error:
             needed = f"a program takes {_total_bytes(program):,} bytes with its arguments"
@@ -114,6 +113,13 @@ class Executable:
         self._copied: set[int] = set()  # inputs that come in other memory each time: copied into a slot
         self._misses: Counter[int] = Counter()
         device.executables.add(self)
+
+    def _make_arena(self) -> None:
+        """Makes the arena's blocks, at first, and when `make_room` has dropped them: it keeps nothing between calls."""
+        whole, block = self.program.arena_bytes, self.program.arena_block
+        sizes = [min(block, whole - start) for start in range(0, whole, block)]
+        if len(self.arena) < len(sizes):
+            self.arena = [self.device.buffer(size, sliced=True) for size in sizes]
 
     def __call__(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Array]:
         """Submits the program; returns at once the outputs that are not in an input's memory, computed or not.
@@ -197,14 +203,18 @@ class Executable:
         else:
             recording = self._evict_held_outputs(fitting[0]) if full and fitting else self._record(bound)
         if not self._recordings or recording is not self._recordings[-1]:
-            with contextlib.suppress(ValueError):  # `drop_recordings` came in between
+            with contextlib.suppress(ValueError):  # `make_room` came in between
                 self._recordings.remove(recording)
             self._recordings.append(recording)
         return recording
 
-    def drop_recordings(self) -> None:
-        """Drops all recordings, and with them inputs and outputs that nobody else has. The next call makes one anew."""
+    def make_room(self) -> None:
+        """Drops the arena and all recordings, and with them inputs and outputs that nobody else has.
+
+        The next call makes anew what it needs.
+        """
         self._recordings.clear()
+        self.arena = []
         self._last = [buffer if i in self._aliased else None for i, buffer in enumerate(self._last)]
 
     def release_donated(self) -> None:
@@ -314,6 +324,7 @@ class Executable:
         end: int,
     ) -> None:
         """Records the commands from `start` to `end`, all of them compiled by then."""
+        self._make_arena()
         spaces = {"input": inputs, "output": outputs, "constant": self._constants}
         for i in range(start, end):
             command, kernel = self.program.commands[i], self._kernels[i]

@@ -241,7 +241,7 @@ class Memory:
 
     # Whoever makes the memory sets these.
     staging: Copies  # of what the host cannot map
-    reclaim: Callable[[], None]  # gives up what is kept for speed alone, where there is no room
+    make_room: Callable[[], None]  # gives up what is kept for speed alone, where there is no room
 
     def __init__(self, queue: Queue, direct: bool):
         self.queue, self.device = queue, queue.device
@@ -347,7 +347,7 @@ class Memory:
         step = 4 if self._exact else ALIGNMENT
         reserved = max(1, -(-nbytes // step)) * step
         self.queue.collect()
-        for make_room in (lambda: None, self.reclaim):
+        for make_room in (lambda: None, self.make_room):
             try:
                 return self._allocated(nbytes, reserved, kind)
             except OutOfMemoryError:
