@@ -20,6 +20,8 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 from vk_kernels.jax_compat import in_other_primitives
 
 _MOST_PLACES = 1024  # of a window: each is a slice of the array
+_LONGEST_RUN = 1024  # elements along which each thread goes from the first one on; longer runs are cut
+_LONGEST_BLOCK = 512  # elements of what they are cut into
 
 
 # PRNG.
@@ -99,6 +101,50 @@ def _bitcast(equation: JaxprEqn) -> Callable[..., Any] | None:
     if source.itemsize == to.itemsize:
         return None
     return narrow if source.itemsize > to.itemsize else widen
+
+
+# Runs: cumsum and the like.
+
+
+def _running(
+    combine: Callable[..., Any], identity: Callable[[np.dtype], Any], equation: JaxprEqn
+) -> Callable[..., Any] | None:
+    """A long run by blocks: each has a run of its own, and the blocks' last elements another, which comes before.
+
+    In one run every element reads all before it, so that time would grow with the square of the length.
+    """
+    axis, reverse = equation.params["axis"], equation.params["reverse"]
+    shape, dtype = equation.invars[0].aval.shape, np.dtype(equation.invars[0].aval.dtype)
+    length = shape[axis]
+    if length <= _LONGEST_RUN:
+        return None
+    block = min(_LONGEST_BLOCK, 1 << (length.bit_length() + 1) // 2)
+    blocks = -(-length // block)
+    # As in one run, what is in between is in f32.
+    wide = np.dtype(np.float32) if jnp.issubdtype(dtype, np.floating) else dtype
+    nothing = np.asarray(identity(wide), wide)
+
+    def padded(x: jax.Array, low: int, high: int) -> jax.Array:
+        return lax.pad(x, nothing, [(low, high, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)])
+
+    def run(x: jax.Array, along: int) -> jax.Array:
+        return equation.primitive.bind(x, axis=along, reverse=reverse)
+
+    def in_blocks(x: jax.Array) -> jax.Array:
+        x = padded(x.astype(wide), 0, blocks * block - length)
+        inside = run(x.reshape(*shape[:axis], blocks, block, *shape[axis + 1 :]), axis + 1)
+        ends = lax.index_in_dim(inside, 0 if reverse else block - 1, axis + 1, keepdims=False)
+        before = run(ends, axis)
+        before = padded(before, -1, 1) if reverse else padded(before, 1, -1)  # of the blocks before each
+        whole = combine(lax.broadcast_in_dim(before, inside.shape, _all_but(axis + 1, inside.ndim)), inside)
+        whole = whole.reshape(*shape[:axis], blocks * block, *shape[axis + 1 :])
+        return lax.slice_in_dim(whole, 0, length, axis=axis).astype(dtype)
+
+    return in_blocks
+
+
+def _all_but(axis: int, rank: int) -> tuple[int, ...]:
+    return tuple(i for i in range(rank) if i != axis)
 
 
 # Windows: every place of a window is a strided slice of the padded array.
@@ -424,6 +470,11 @@ DECOMPOSITIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
     "random_seed": _random_seed,
     "random_split": _random_split,
     "reduce": _reduce,
+    "cumlogsumexp": functools.partial(_running, jnp.logaddexp, _least),
+    "cummax": functools.partial(_running, lax.max, _least),
+    "cummin": functools.partial(_running, lax.min, _most),
+    "cumprod": functools.partial(_running, lax.mul, lambda _: 1),
+    "cumsum": functools.partial(_running, lax.add, lambda _: 0),
     "reduce_window": _reduce_window,
     "reduce_window_max": functools.partial(_window_extreme, _least, lax.max),
     "reduce_window_min": functools.partial(_window_extreme, _most, lax.min),
