@@ -1,4 +1,4 @@
-"""Where a device has no room left, what is kept for next calls goes: callers have all that they hold."""
+"""A device without room gives up what is kept for next calls: callers have all that they hold."""
 
 import jax
 import numpy as np
