@@ -85,8 +85,7 @@ def _check_sizes(device: Device, what: str, sizes: Sequence[tuple[object, int]])
     for name, nbytes in sizes:
         if nbytes > limit:
             raise BufferSizeError(
-                f"{what}: {name} takes {nbytes:,} bytes, and a buffer there at most {limit:,} "
-                "(maxStorageBufferRange); make the batch smaller"
+                f"{what}: {name} takes {nbytes:,} bytes, and a buffer there at most {limit:,} (maxStorageBufferRange)"
             )
 
 
