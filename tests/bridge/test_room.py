@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from vulkan_devices import SELECTOR, needs_vulkan
+from vulkan_devices import SELECTOR, memory_at_rest, needs_vulkan
 
 import vk_kernels
 from vk_kernels import ops
@@ -20,6 +20,8 @@ SIZE = 1 << 18  # elements
 def room(monkeypatch):
     """Gives the device room for so many arrays of SIZE, beside what is in use."""
     device = open_device(SELECTOR)
+    device._make_room()  # of what other tests' functions keep, which would be given up in the midst of one
+    memory_at_rest(device)
     allocated = Memory._allocated
 
     def with_room_for(count: int) -> None:
