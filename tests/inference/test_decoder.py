@@ -209,7 +209,7 @@ def test_a_text_that_joins_while_a_chunk_is_ahead_is_as_it_is_alone(greedy_decod
 
 
 def test_no_sample_but_the_first_compiles_anything(backend, greedy_decoder, monkeypatch, caplog):
-    """As a run makes them: parameters that change, prompts and options of any kind that one prefill takes."""
+    """As a run makes them, be they few or many: parameters that change, prompts and options that one prefill takes."""
     made, compiled = [], jit.Compiled.__init__
     monkeypatch.setattr(jit.Compiled, "__init__", lambda self, *args: made.append(self) or compiled(self, *args))
 
@@ -219,7 +219,8 @@ def test_no_sample_but_the_first_compiles_anything(backend, greedy_decoder, monk
         return generate(greedy_decoder, prompts, [SamplingOptions(max_tokens=9, **options)] * len(prompts))
 
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        sample(1, [[1, 2], [3]], seed=1)
+        for prompts in ([[1, 2], [3]], [[1]] * 3):  # few, and more: a decoder has a program for each
+            sample(1, prompts, seed=1)
         made.clear()
         caplog.clear()
         hot = sample(2, [[7] * 16, [1], [2, 3], [4], [5, 5], [6]], temperature=0)
