@@ -26,7 +26,8 @@ from absl import flags
 from gpt_jax.backend import print_device_error
 from gpt_jax.config import BACKENDS, text_problem
 from gpt_jax.errors import UserError
-from gpt_jax.inference.chat_session import COMMANDS, ChatSession, DeviceFailed, read_chat, split_command
+from gpt_jax.inference.chat_session import COMMANDS, ChatSession, read_chat, split_command
+from gpt_jax.inference.engine import EngineFailed
 from gpt_jax.inference.sampling import SamplingOptions
 from gpt_jax.inference.sampling_flags import define_sampling_flags, options_of_flags
 from gpt_jax.inference.served_run import open_run
@@ -100,7 +101,7 @@ def chat(session: ChatSession, lines: Iterator[str], *, show: bool) -> int:
             if not show:
                 raise
             tell("^C")
-        except DeviceFailed as error:
+        except EngineFailed as error:
             tell(f"error: {error}")
             return 1
     return code

@@ -18,8 +18,7 @@ from gpt_jax.distributed.channel import BEAT, SAVING, SILENCE, hold_port
 
 LAUNCHER = "GPT_JAX_LAUNCHER"  # variable of a launched process: the process id of its launcher
 _PR_SET_PDEATHSIG = 1
-_STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-_FORWARDED = [*_STOPPING, *(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))]
+_FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 _GRACE = SILENCE + SAVING + 5 * BEAT  # seconds: after one has died, the others have ended by then by themselves
 _POLL = 0.05  # seconds
 
@@ -36,7 +35,7 @@ def launch(count: int, command: Sequence[str] | None = None) -> int:
     stops: list[int] = []
 
     def forward(number: int, _: object) -> None:
-        if number in _STOPPING:
+        if signal.Signals(number).name != "SIGUSR1":  # which saves, and is over
             stops.append(number)
         for child in children:
             with contextlib.suppress(OSError):

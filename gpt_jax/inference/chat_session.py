@@ -22,10 +22,6 @@ from gpt_jax.inference.served_run import ServedRun
 from gpt_jax.storage.files import explain, replacing
 
 
-class DeviceFailed(Exception):
-    """The device failed while it answered; the message is one line."""
-
-
 class ChatCommand(NamedTuple):
     """A line that begins with a slash.
 
@@ -60,7 +56,7 @@ class ChatSession:
 
         Raises:
           UserError: the text is none, or too long; then nothing was said.
-          DeviceFailed: there will be no answer.
+          EngineFailed: there will be no answer.
         """
         if problem := text_problem(text):
             raise UserError(f"what was typed {problem}")
@@ -75,7 +71,7 @@ class ChatSession:
 
         Raises:
           UserError: nothing was asked yet.
-          DeviceFailed: as `ask`.
+          EngineFailed: as `ask`.
         """
         if not self._asked:
             raise UserError("there is no question to answer again")
@@ -96,12 +92,10 @@ class ChatSession:
             try:
                 for event in self.run.engine.stream(request):
                     if event.error is not None:
-                        raise DeviceFailed(event.error)
+                        raise EngineFailed(event.error)
                     answer += event.text
                     if event.text:
                         yield event.text
-            except EngineFailed as error:  # the device failed behind an answer that was cut short
-                raise DeviceFailed(str(error)) from None
             finally:
                 if answer.strip():
                     self.turns = [*turns, Turn("assistant", answer.strip())]
@@ -167,8 +161,6 @@ class ChatSession:
         try:
             if argument:
                 self.run.load_step(argument)
-        except EngineFailed as error:
-            raise DeviceFailed(str(error)) from None
         except (RuntimeError, MemoryError) as error:
             if not is_device_error(error):
                 raise
