@@ -136,15 +136,11 @@ def _running(
         ends = lax.index_in_dim(inside, 0 if reverse else block - 1, axis + 1, keepdims=False)
         before = run(ends, axis)
         before = padded(before, -1, 1) if reverse else padded(before, 1, -1)  # of the blocks before each
-        whole = combine(lax.broadcast_in_dim(before, inside.shape, _all_but(axis + 1, inside.ndim)), inside)
+        whole = combine(jnp.broadcast_to(jnp.expand_dims(before, axis + 1), inside.shape), inside)
         whole = whole.reshape(*shape[:axis], blocks * block, *shape[axis + 1 :])
         return lax.slice_in_dim(whole, 0, length, axis=axis).astype(dtype)
 
     return in_blocks
-
-
-def _all_but(axis: int, rank: int) -> tuple[int, ...]:
-    return tuple(i for i in range(rank) if i != axis)
 
 
 # Windows: every place of a window is a strided slice of the padded array.

@@ -24,7 +24,7 @@ from vk_kernels.runtime.array import Array, ArrayType
 from vk_kernels.runtime.command_buffer import Chain, TimedChain
 from vk_kernels.runtime.lifetime import DonationState, referenced_elsewhere
 from vk_kernels.runtime.memory import Buffer
-from vk_kernels.runtime.program import BufferSlice, Command, Program, find_barriers
+from vk_kernels.runtime.program import Command, Program, find_barriers
 
 if TYPE_CHECKING:
     from vk_kernels.runtime.command_buffer import CommandRecorder, Timing
@@ -97,7 +97,7 @@ class Executable:
         )
         self.arena: list[Buffer] = []
         try:
-            self._make_arena()
+            self._find_or_make_arena()
             self._constants = [device.upload(array) for array in program.constants]
         except OutOfMemoryError as error:
             needed = f"a program takes {_total_bytes(program):,} bytes with its arguments"
@@ -114,12 +114,14 @@ class Executable:
         self._misses: Counter[int] = Counter()
         device.executables.add(self)
 
-    def _make_arena(self) -> None:
-        """Makes the arena's blocks, at first, and when `make_room` has dropped them: it keeps nothing between calls."""
-        whole, block = self.program.arena_bytes, self.program.arena_block
-        sizes = [min(block, whole - start) for start in range(0, whole, block)]
-        if len(self.arena) < len(sizes):
-            self.arena = [self.device.buffer(size, sliced=True) for size in sizes]
+    def _find_or_make_arena(self) -> list[Buffer]:
+        """The arena's blocks, made at first, and when `make_room` has dropped them: it keeps nothing between calls."""
+        arena = self.arena
+        if not arena:
+            whole, block = self.program.arena_bytes, self.program.arena_block
+            sizes = [min(block, whole - start) for start in range(0, whole, block)]
+            arena = self.arena = [self.device.buffer(size, sliced=True) for size in sizes]
+        return arena
 
     def __call__(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list[Array]:
         """Submits the program; returns at once the outputs that are not in an input's memory, computed or not.
@@ -324,21 +326,19 @@ class Executable:
         end: int,
     ) -> None:
         """Records the commands from `start` to `end`, all of them compiled by then."""
-        self._make_arena()
+        arena, block = self._find_or_make_arena(), self.program.arena_block
         spaces = {"input": inputs, "output": outputs, "constant": self._constants}
         for i in range(start, end):
             command, kernel = self.program.commands[i], self._kernels[i]
             if self.barriers[i] and i > start:
                 recorder.barrier()
             operands = [
-                self._in_arena(place) if place.space == "arena" else spaces[place.space][place.index]
+                arena[place.index // block].slice(place.index % block, place.nbytes)
+                if place.space == "arena"
+                else spaces[place.space][place.index]
                 for place in command.operands
             ]
             recorder.dispatch(kernel, operands, command.push_constants, command.groups, command.label)
-
-    def _in_arena(self, place: BufferSlice) -> Buffer:
-        block, offset = divmod(place.index, self.program.arena_block)
-        return self.arena[block].slice(offset, place.nbytes)
 
     def time(self, arguments: Mapping[int, Buffer | np.ndarray]) -> list["Timing"]:
         """Device time of each command, run one at a time; the arguments, by number, stay as they are."""
