@@ -15,6 +15,7 @@ With --check K the losses of K steps are compared with those of one device that 
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -29,7 +30,7 @@ from train_step import WARM_UP, case_of
 
 HERE = Path(__file__).resolve().parent
 BATCHES = 8
-ROW = "{:<16} {:<9} {:<9} {:>9} {:>12} {:>8} {:>12} {:>11} {:>10}"
+ROW = "{:<16} {:<9} {:<9} {:>7} {:>9} {:>12} {:>8} {:>12} {:>11} {:>10}"
 
 
 def run_process(options: argparse.Namespace) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def run_process(options: argparse.Namespace) -> dict[str, Any]:
     from program import fresh_leaves, make_step, random_batch
 
     import vk_kernels
+    from gpt_jax.distributed.buckets import BUCKET_BYTES
     from gpt_jax.training.cut_step import make_cut_step
     from gpt_jax.training.programs import abstract_state
     from vk_kernels.bridge.host_exchange import HostExchange
@@ -70,7 +72,14 @@ def run_process(options: argparse.Namespace) -> dict[str, Any]:
 
         shapes = abstract_state(config)
         config.exchange_dtype = options.dtype
-        step: Any = make_cut_step(config, shapes, make_exchange, vk_kernels.jit, first_text=index * size)
+        step: Any = make_cut_step(
+            config,
+            shapes,
+            make_exchange,
+            vk_kernels.jit,
+            first_text=index * size,
+            bucket_bytes=int(options.bucket * 1e6) or BUCKET_BYTES,
+        )
     else:
         step, shapes, _ = make_step(whole)
         step = vk_kernels.jit(step, donate_argnums=0)
@@ -149,10 +158,9 @@ def run_xla(options: argparse.Namespace) -> dict[str, Any]:
 
 def start(options: argparse.Namespace, devices: list[str], **more: Any) -> list[dict[str, Any]]:
     """Runs a process on each of some devices; returns what each found. Raises RuntimeError with what one said."""
-    settings = {**vars(options), "name": uuid.uuid4().hex, "count": len(devices), **more}
-    arguments = [
-        f"--{name}={settings[name]}" for name in ("case", "steps", "check", "dtype", "name", "count", "shares")
-    ]
+    settings = {**vars(options), "name": uuid.uuid4().hex, "count": len(devices), "bucket": 0, **more}
+    passed_on = ("case", "steps", "check", "dtype", "name", "count", "shares", "bucket")
+    arguments = [f"--{name}={settings[name]}" for name in passed_on]
     arguments += [f"--xla={settings['xla']}"] if settings["xla"] else []
     arguments += [f"--warm={settings['warm']}", "--overlap" if options.overlap else "--no-overlap"]
     started = [
@@ -173,23 +181,21 @@ def start(options: argparse.Namespace, devices: list[str], **more: Any) -> list[
 
 
 def compare_speed(options: argparse.Namespace, devices: list[str]) -> None:
-    print(ROW.format("case", "devices", "wire", "ms", "tokens/s", "scaling", "exchange ms", "waiting ms", "moved MB"))
+    names = "case", "devices", "wire", "bucket", "ms", "tokens/s", "scaling", "exchange ms", "waiting ms", "moved MB"
+    print(ROW.format(*names))
     [alone] = start(options, devices[:1], shares=1, check=0)
     rate = alone["tokens"] / alone["ms"] * 1e3
-    print(ROW.format(options.case, "1", "-", f"{alone['ms']:.2f}", f"{rate:,.0f}", "1.00", "-", "-", "-"), flush=True)
-    for dtype in filter(None, options.dtype.split(",")):
-        warm = 1 + int(1e3 * WARM_UP / alone["ms"])
-        found = start(options, devices, shares=1, check=0, dtype=dtype, warm=warm)
+    row = f"{alone['ms']:.2f}", f"{rate:,.0f}", "1.00", "-", "-", "-"
+    print(ROW.format(options.case, "1", "-", "-", *row), flush=True)
+    warm = 1 + int(1e3 * WARM_UP / alone["ms"])
+    for dtype, bucket in itertools.product(filter(None, options.dtype.split(",")), options.buckets.split(",")):
+        found = start(options, devices, shares=1, check=0, dtype=dtype, warm=warm, bucket=bucket)
         first, every = found[0], sum(each["tokens"] for each in found)
         ms = max(each["ms"] for each in found)
-        print(
-            ROW.format(
-                options.case, ",".join(devices), dtype, f"{ms:.2f}", f"{every / ms * 1e3:,.0f}",
-                f"{every / ms * 1e3 / rate:.2f}", f"{1e3 * first['exposed']:.2f}", f"{1e3 * first['waited']:.2f}",
-                f"{first['nbytes'] / 1e6:,.1f}",
-            ),
-            flush=True,
-        )  # fmt: skip
+        row = [options.case, ",".join(devices), dtype, "-" if bucket == "0" else bucket, f"{ms:.2f}"]
+        row += [f"{every / ms * 1e3:,.0f}", f"{every / ms * 1e3 / rate:.2f}"]
+        row += [f"{1e3 * first['exposed']:.2f}", f"{1e3 * first['waited']:.2f}", f"{first['nbytes'] / 1e6:,.1f}"]
+        print(ROW.format(*row), flush=True)
         same = len({each["bits"] for each in found}) == 1
         print(f"  on {', '.join(each['device'] for each in found)}; states bit-equal: {same}", flush=True)
 
@@ -202,7 +208,7 @@ def compare_rivals(options: argparse.Namespace, count: int) -> None:
             [alone] if shares == 1 else start(options, [""], shares=shares, check=0, xla=rival.removeprefix("xla-"))
         )
         each = found["tokens"] / found["ms"]
-        row = f"{found['ms']:.2f}", f"{1e3 * each:,.0f}", f"{each / rate:.2f}", "-", "-", "-"
+        row = "-", f"{found['ms']:.2f}", f"{1e3 * each:,.0f}", f"{each / rate:.2f}", "-", "-", "-"
         print(ROW.format(options.case, shares, rival.removeprefix("xla-")[:9], *row), flush=True)
 
 
@@ -231,8 +237,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50, help="0: no times")
     parser.add_argument("--check", type=int, default=0, help="steps whose losses are compared")
     parser.add_argument("--dtype", default="float32,bfloat16", help="of gradients on their way")
+    parser.add_argument("--buckets", default="0", help="MB of a bucket, several one after another; 0: the trainer's")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--rivals", default="", help="of xla-replicated,xla-fsdp")
+    parser.add_argument("--bucket", type=float, help=argparse.SUPPRESS)
     for name, kind in (("xla", str), ("name", str), ("index", int), ("count", int), ("shares", int), ("warm", int)):
         parser.add_argument(f"--{name}", type=kind, default=0 if kind is int else "", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -168,6 +168,7 @@ def make_cut_step(
     jit: Callable[..., Any],
     *,
     first_text: int = 0,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> CutStep:
     """The step with what a config says. state: its shapes and dtypes. first_text: see `make_model`."""
     return CutStep(
@@ -181,4 +182,5 @@ def make_cut_step(
         accumulate_steps=config.accumulate_steps,
         is_trained=trained_parameters(config),
         dtype=config.exchange_dtype,
+        bucket_bytes=bucket_bytes,
     )

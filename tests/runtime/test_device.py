@@ -98,6 +98,14 @@ def test_features_and_limits_are_asked_for():
 
 
 @needs_vulkan
+def test_every_device_is_in_one_device_group_at_least_its_own():
+    devices = list_devices()
+    assert all(info.index in info.group for info in devices)
+    assert all(devices[other].group == info.group for info in devices for other in info.group)
+    assert all(re.fullmatch(r"|[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", info.pci) for info in devices)
+
+
+@needs_vulkan
 def test_an_extension_can_be_left_out():
     assert "VK_KHR_push_descriptor" not in list_devices(without=["VK_KHR_push_descriptor"])[0].features
 

@@ -56,6 +56,15 @@ def test_doctor_tests_a_cpu_device_that_nobody_asked_for(capsys, monkeypatch):
 
 
 @needs_vulkan
+def test_doctor_says_where_a_device_is_and_which_others_read_its_memory():
+    alone = dataclasses.replace(list_devices()[0], index=1, group=(1,), pci="")
+    assert not any("PCI" in line or "device group" in line for line in doctor.describe(alone))
+    linked = dataclasses.replace(alone, group=(0, 1, 3), pci="0000:17:00.0")
+    said = "  PCI 0000:17:00.0; a device group with 0, 3: they read each other's memory"
+    assert said in list(doctor.describe(linked))
+
+
+@needs_vulkan
 def test_doctor_fails_for_a_device_that_is_not_there(capsys):
     assert doctor.main(["--device", "absent"]) == 2
     assert "no Vulkan device is called 'absent'" in capsys.readouterr().out

@@ -112,6 +112,16 @@ class Instance:
             self.fn.vkEnumeratePhysicalDevices, "VkPhysicalDevice", self.handle, doing="listing Vulkan devices"
         )
 
+    def device_groups(self) -> list[list[Any]]:
+        """The physical devices of each device group: those that can be one logical device, and share memory."""
+        listed = vulkan.enumerate_all(
+            self.fn.vkEnumeratePhysicalDeviceGroups,
+            "VkPhysicalDeviceGroupProperties",
+            self.handle,
+            doing="listing device groups",
+        )
+        return [[group.physicalDevices[i] for i in range(group.physicalDeviceCount)] for group in listed]
+
     def close(self) -> None:
         if self._messenger != ffi.NULL:
             self.fn.vkDestroyDebugUtilsMessengerEXT(self.handle, self._messenger, ffi.NULL)

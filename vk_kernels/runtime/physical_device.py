@@ -7,7 +7,14 @@ from typing import Any
 
 from vk_kernels.errors import NoDeviceError
 from vk_kernels.runtime import vulkan
-from vk_kernels.runtime.features import DeviceLimits, Features, device_properties, query_features, query_limits
+from vk_kernels.runtime.features import (
+    DeviceLimits,
+    Features,
+    device_extensions,
+    device_properties,
+    query_features,
+    query_limits,
+)
 from vk_kernels.runtime.instance import NO_DRIVER, Instance
 from vk_kernels.runtime.vulkan import ffi, vk
 
@@ -19,7 +26,8 @@ _KINDS = {2: "discrete", 1: "integrated", 3: "virtual", 0: "other", 4: "cpu"}
 class DeviceInfo:
     """A device that the loader lists. `index` selects it; `memory` is its largest local heap in bytes.
 
-    `unusable` says why the runtime cannot use it, and is empty where it can.
+    `unusable` says why the runtime cannot use it, and is empty where it can. `pci` is its address, empty where the
+    driver does not say. `group` has the indices of the device group that it is in: they can read each other's memory.
     """
 
     index: int
@@ -35,6 +43,8 @@ class DeviceInfo:
     features: Features = field(repr=False)
     limits: DeviceLimits = field(repr=False)
     unusable: str = ""
+    pci: str = ""
+    group: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.index}: {self.name} ({self.kind}, Vulkan {self.api_version}, {self.driver})"
@@ -62,12 +72,17 @@ def survey(instance: Instance, without: frozenset[str]) -> list[tuple[DeviceInfo
     if not found:
         raise NoDeviceError(NO_DRIVER)
     found.sort(key=lambda item: item[0])
+    handles = [physical for _, physical, _ in found]
+    groups = [tuple(i for i, one in enumerate(handles) if one in group) for group in instance.device_groups()]
     return [
-        _describe(instance.fn, i, physical, properties, without) for i, (_, physical, properties) in enumerate(found)
+        _describe(instance.fn, i, physical, properties, without, next((g for g in groups if i in g), ()))
+        for i, (_, physical, properties) in enumerate(found)
     ]
 
 
-def _describe(fn, index: int, physical: Any, properties: Any, without: frozenset[str]) -> tuple[DeviceInfo, Any, int]:
+def _describe(
+    fn, index: int, physical: Any, properties: Any, without: frozenset[str], group: tuple[int, ...]
+) -> tuple[DeviceInfo, Any, int]:
     family, timestamp_bits = _compute_queue(fn, physical)
     old = properties.apiVersion < 1 << 22 | 2 << 12
     features = Features(frozenset()) if old else query_features(fn, physical, without)
@@ -98,8 +113,19 @@ def _describe(fn, index: int, physical: Any, properties: Any, without: frozenset
         features=features,
         limits=query_limits(fn, physical, features, timestamp_bits),
         unusable=unusable,
+        pci=_pci_address(fn, physical),
+        group=group,
     )
     return info, physical, family
+
+
+def _pci_address(fn, physical: Any) -> str:
+    """The address as `lspci -D` writes it; empty where the driver does not say."""
+    if "VK_EXT_pci_bus_info" not in device_extensions(fn, physical):
+        return ""
+    bus = vulkan.struct("VkPhysicalDevicePCIBusInfoPropertiesEXT")
+    fn.vkGetPhysicalDeviceProperties2(physical, vulkan.struct("VkPhysicalDeviceProperties2", pNext=bus))
+    return f"{bus.pciDomain:04x}:{bus.pciBus:02x}:{bus.pciDevice:02x}.{bus.pciFunction}"
 
 
 def _compute_queue(fn, physical: Any) -> tuple[int, int]:

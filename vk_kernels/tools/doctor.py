@@ -102,6 +102,10 @@ def describe(info: DeviceInfo) -> Iterator[str]:
     if info.unusable:
         yield f"  not usable: {info.unusable}"
         return
+    others = [str(index) for index in info.group if index != info.index]
+    linked = f"a device group with {', '.join(others)}: they read each other's memory" if others else ""
+    if info.pci or linked:
+        yield f"  {'; '.join(filter(None, (info.pci and f'PCI {info.pci}', linked)))}"
     smallest, largest = limits.subgroup_size_range
     sizes = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
     largest_buffer = f"{limits.storage_buffer_range / 2**20:,.0f} MiB"
