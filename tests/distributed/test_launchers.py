@@ -1,5 +1,7 @@
 """The place of a process, as SLURM's and Open MPI's variables say it."""
 
+import sys
+
 import pytest
 
 from gpt_jax.distributed.processes import join, place_of
@@ -33,6 +35,7 @@ def launched(monkeypatch):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
 
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # which would look for the launcher itself, and end the process
     return launch
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from meeting import State, states_that_differ
-from vulkan_devices import needs_vulkan
+from vulkan_devices import SELECTOR, needs_vulkan
 
 from gpt_jax.distributed.processes import Processes
 from gpt_jax.distributed.vulkan_devices import VulkanDevices
@@ -64,7 +64,7 @@ def test_sums_are_of_all_processes(both):
 
 @needs_vulkan
 def test_a_bit_that_differs_is_found_and_named_before_it_is_saved(both, monkeypatch):
-    monkeypatch.setenv("VK_KERNELS_DEVICE", "cpu")
+    monkeypatch.setenv("VK_KERNELS_DEVICE", SELECTOR)
     state, other = states_that_differ()
     for found in both(lambda devices, _: devices.settle(state, 3)):
         assert found is state
@@ -81,7 +81,7 @@ def test_a_bit_that_differs_is_found_and_named_before_it_is_saved(both, monkeypa
 
 @needs_vulkan
 def test_devices_of_different_kinds_go_on_from_process_0s_state(both, monkeypatch):
-    monkeypatch.setenv("VK_KERNELS_DEVICE", "cpu")
+    monkeypatch.setenv("VK_KERNELS_DEVICE", SELECTOR)
     state, other = states_that_differ()
 
     def settle(devices: VulkanDevices, index: int) -> State:
