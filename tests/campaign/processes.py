@@ -44,6 +44,7 @@ AT_ONCE = 10.0  # seconds in which the others end when one was killed, on a busy
 CHECKPOINT = 10.0  # seconds that the checkpoint on its way may take beside
 BACKENDS = ("xla", "vulkan")
 EVERY = 10  # steps between checkpoints
+AHEAD = 15  # steps within which a fault comes
 Enter = Callable[[], None]  # takes a process to its host
 
 
@@ -65,7 +66,7 @@ class Runs:
     def __init__(self, folder: Path, steps: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         corpus = write_chats(folder / "chats.jsonl")
-        self.folder, self.config = folder, folder / "processes_config.py"
+        self.folder, self.steps, self.config = folder, steps, folder / "processes_config.py"
         self.config.write_text(CONFIG.format(corpus=str(corpus), steps=steps, every=EVERY))
         self._ports = itertools.count(10_000 + os.getpid() % 10_000)
 
@@ -175,7 +176,11 @@ class Faults:
         self.name = f"{backend} on {'2 hosts' if two else '1 host'}"
         self.faulty, self.straight = (f"{backend}-{2 if two else 1}-{kind}" for kind in ("faulty", "straight"))
         self.kinds = ("kill", "stop", "cut") if two else ("kill", "stop")
-        ended = ends(self.begin(self.straight))
+        processes, began = self.begin(self.straight), time.time()
+        while not self.runs.steps_since(self.straight, began) and not any(process.poll() for process in processes):
+            time.sleep(0.002)
+        self.start_seconds = time.time() - began
+        ended = ends(processes)
         table.add(f"{self.name}: a run without a fault", is_whole(ended), said(ended))
 
     def begin(self, name: str) -> list[Process]:
@@ -185,7 +190,10 @@ class Faults:
         """Begins the run again, waits for a random moment of it, and has one of its processes be lost."""
         fault, victim = self.drawn.choice(self.kinds), self.drawn.randrange(2)
         in_start = self.drawn.random() < 0.2
-        steps, seconds = self.drawn.randrange(1, 15), self.drawn.uniform(0, 10)
+        steps, seconds = self.drawn.randrange(1, AHEAD), self.drawn.uniform(0, self.start_seconds)
+        if self.runs.steps - max(self.runs.steps_since(self.faulty, 0), default=0) <= AHEAD:  # too near its end
+            self.finish()
+            self.faulty += "-"
         processes = self.begin(self.faulty)
         began, until = time.time(), time.time() + LIMIT
         made: list[int] = []
