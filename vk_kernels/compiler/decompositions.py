@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 
+from vk_kernels.compiler import merge_sort
 from vk_kernels.jax_compat import in_other_primitives
 
 _MOST_PLACES = 1024  # of a window: each is a slice of the array
@@ -478,5 +479,7 @@ DECOMPOSITIONS: dict[str, Callable[[JaxprEqn], Callable[..., Any] | None]] = {
     "reshape": _reshape,
     "select_and_gather_add": _select_and_gather_add,
     "select_and_scatter_add": _select_and_scatter_add,
+    "sort": merge_sort.sort,
     "stack": _stack,
+    "top_k": merge_sort.top_k,
 }
