@@ -113,6 +113,10 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
     except flags.UnrecognizedFlagError as error:
         if "config" in flag_values and error.flagname.startswith("config."):
             raise UserError(f"--{error.flagname} changes a config: give --config=FILE before it") from None
+        if "config" in flag_values and hasattr(flag_values["config"].value, error.flagname):
+            raise UserError(
+                f"there is no flag --{error.flagname}; a config's value is --config.{error.flagname}"
+            ) from None
         raise UserError(str(error)) from None
     except flags.Error as error:
         if left_out := _LEFT_OUT.match(str(error)):

@@ -44,8 +44,8 @@ def panels(contents: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> "Render
 
     found = []
     for title, rows in contents:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column()
+        grid = Table.grid(padding=(0, 2), expand=True)
+        grid.add_column(no_wrap=True)
         grid.add_column(overflow="ellipsis", no_wrap=True, ratio=1)
         for name, value in rows:
             grid.add_row(name, Text(printable(value)))

@@ -280,6 +280,8 @@ FLAGS = [
     ([CHAT, "--config.sample.prompts=[1,2]"], "config.sample.prompts[0] must be text, found 1"),
     ([CHAT, "--config.sample.prompts=[1, 2"], "Error while parsing"),
     (["--config.batch_size=4"], "--config.batch_size changes a config: give --config=FILE before it"),
+    (["--num_steps=4"], "Unknown command line flag 'num_steps'"),
+    ([CHAT, "--seed=4"], "there is no flag --seed; a config's value is --config.seed"),
     (["--config.batch_size=4", CHAT], "before a value for --config"),
     ([CHAT, "--confg.seed=1"], "Unknown command line flag"),
 ]

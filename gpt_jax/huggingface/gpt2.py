@@ -256,7 +256,8 @@ def config_of(model: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
     if model.soft_cap is not None:
         raise UserError(
             f"model.soft_cap is {model.soft_cap:g}, and GPT-2's format has no soft cap of attention scores: train with "
-            "--config=configs/chat_gpt2.py, or go on from this run by --config.init_from=RUN --config.model.soft_cap=0"
+            "--config=configs/chat_gpt2.py, or go on from this run by --config=configs/finetune.py "
+            "--config.init_from=RUN --config.model.soft_cap=0"
         )
     return {
         "architectures": ["GPT2LMHeadModel"],

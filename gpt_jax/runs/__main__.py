@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -147,7 +148,8 @@ def compare(names: Sequence[str]) -> None:
         print_json([dict(zip(("", *names), row, strict=True)) for row in rows])
         return
     cells = [[name, *(_shown(name, value) or "-" for value in values)] for name, *values in rows]
-    print(render(("", *names), cells, names))
+    titles = [each.run for each in found]  # of `best` and the like, too
+    print(render(("", *titles), cells, titles))
 
 
 def compared(found: Sequence[Summary]) -> list[list[Any]]:
@@ -167,6 +169,8 @@ def _shown(name: str, value: Any) -> str:
         return ""
     if name == "elapsed_seconds":
         return format_duration(value) or ""
+    if name == "written":
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
     if isinstance(value, tuple):
         return " ".join(map(str, value))
     if isinstance(value, dict):

@@ -13,7 +13,7 @@ from gpt_jax.runs.content import Report, ReportBlock, Section, Text, make_table
 from gpt_jax.runs.formats import format_duration, format_number, format_size
 from gpt_jax.runs.load import RunData, run_labels
 from gpt_jax.runs.sections import final_figures
-from gpt_jax.runs.wall_time import elapsed_seconds, running_seconds, wall_time
+from gpt_jax.runs.wall_time import elapsed_seconds, measured, running_seconds, step_times, wall_time
 
 X_NAMES = ("step", "tokens", "minutes")
 SAMPLE_STEPS = 3  # of a prompt: the first, one in the middle, the last
@@ -46,10 +46,10 @@ def figures(runs: Runs) -> list[ReportBlock]:
         "steps": lambda run: f"{run.last_step:,}",
         "best validation loss": lambda run: dict(final_figures(run)).get("best validation loss"),
         "last training loss": lambda run: _mean_of_last(run),
-        "median gradient norm": lambda run: _median(run, "grad_norm"),
-        "median step, ms": lambda run: _median(run, "step_ms"),
-        "tokens a second": lambda run: _median(run, "tokens_per_second", ",.0f"),
-        "MFU": lambda run: _median(run, "mfu", ".1%"),
+        "median gradient norm": lambda run: _median(run.series("train", "grad_norm")[1]),
+        "median step, ms": lambda run: _median(step_times(run)),
+        "tokens a second": lambda run: _median(measured(run, "tokens_per_second"), ",.0f"),
+        "MFU": lambda run: _median(measured(run, "mfu"), ".1%"),
         "time": lambda run: format_duration(elapsed_seconds(run)),
         "parameters": lambda run: f"{run.info['parameters']:,}" if run.info.get("parameters") else None,
         "device memory": lambda run: format_size(peak_memory(run, "device")),
@@ -99,11 +99,15 @@ def samples(runs: Runs) -> list[ReportBlock]:
     for prompt in dict.fromkeys(itertools.chain(*asked)):
         if sum(prompt in each for each in asked) < 2:
             continue
-        steps = sorted({step for each in answers for at, step in each if at == prompt})
-        shown = sorted({steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(SAMPLE_STEPS, len(steps)))})
+        shown = sorted({step for each in answers for step in _spread([step for at, step in each if at == prompt])})
         rows = [(step, *(each.get((prompt, step), "-") for each in answers)) for step in shown]
         blocks += [Text(prompt), *make_table(("step", *(label for label, _ in runs)), rows)]
     return blocks or [Text("No prompt was asked in two of the runs.")]
+
+
+def _spread(steps: list[int]) -> list[int]:
+    """Some of the steps, evenly from the first to the last."""
+    return [steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(SAMPLE_STEPS, len(steps)))]
 
 
 def _curves(runs: Runs, name: str, title: str, y_name: str, log: bool = False) -> list[ReportBlock]:
@@ -130,6 +134,5 @@ def _mean_of_last(run: RunData) -> str | None:
     return format_number(loss[-TRAIN_WINDOW:].mean()) if len(loss) else None
 
 
-def _median(run: RunData, name: str, form: str | None = None) -> str | None:
-    _, values = run.series("train", name)
+def _median(values: np.ndarray, form: str | None = None) -> str | None:
     return format_number(float(np.median(values)), form) if len(values) else None

@@ -98,6 +98,7 @@ class RunInfo:
         device: dict[str, Any] | None = None,
         peak_bytes: Callable[[], int | None] | None = None,
         spent_seconds: float = 0.0,
+        began: float | None = None,
         **facts: Any,
     ) -> None:
         """Begins the run of the folder, or goes on with it: then its id, start and time spent stay.
@@ -107,13 +108,14 @@ class RunInfo:
           device: platform, kind and count of the devices; None: those that JAX sees.
           peak_bytes: gives the most memory used so far on one of them; None: as JAX knows it.
           spent_seconds: by this run before, as its checkpoint says: a part that was killed has not told the file.
+          began: when this part of the run did, of `time.perf_counter`; None: now.
           **facts: more to save, as JSON values: parameters, tokenizer, data, ...
         """
         self._path = Path(workdir) / INFO_FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         earlier = read_info(self._path.parent)
         self._peak_bytes = peak_bytes or device_peak_bytes
-        self._begun = time.monotonic()
+        self._begun = time.perf_counter() if began is None else began
         self._spent_before = max(earlier.get("elapsed_seconds", 0.0), spent_seconds)
         self.fields: dict[str, Any] = {
             "run_id": earlier.get("run_id") or new_run_id(),
@@ -143,7 +145,7 @@ class RunInfo:
     def update(self, **facts: Any) -> None:
         """Adds or changes facts, brings the time and memory used up to date, and saves."""
         self.fields |= facts
-        self.fields["elapsed_seconds"] = self._spent_before + time.monotonic() - self._begun
+        self.fields["elapsed_seconds"] = self._spent_before + time.perf_counter() - self._begun
         self.fields["peak_memory_bytes"] = {"host": host_peak_bytes(), "device": self._peak_bytes()}
         write_json(self._path, self.fields)
 

@@ -8,6 +8,7 @@ import numpy as np
 from gpt_jax.runs.analysis import evaluations, worst_steps
 from gpt_jax.runs.load import SPIKE, RunData
 from gpt_jax.runs.status import CRASHED, RUNNING
+from gpt_jax.runs.wall_time import compiled
 
 
 def _note_status(run: RunData) -> str | None:
@@ -115,7 +116,9 @@ def _note_data_wait(run: RunData) -> str | None:
 
 def _note_speed(run: RunData) -> str | None:
     steps, step = run.series("train", "step_ms")
-    steady, slow = steps[1:], step[1:] > 2 * np.median(step[1:]) if len(step) > 1 else np.empty(0, bool)
+    usual = ~compiled(run, steps)
+    steady, step = steps[usual], step[usual]
+    slow = step > 2 * np.median(step) if len(step) else np.empty(0, bool)
     if not slow.any():
         return None
     where = ", ".join(f"{s:,}" for s in steady[slow][:5])

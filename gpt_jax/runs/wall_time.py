@@ -53,6 +53,36 @@ def number(record: dict[str, Any], name: str) -> float:
     return float(value) if isinstance(value, int | float) and np.isfinite(value) else 0.0
 
 
+def step_times(run: RunData) -> np.ndarray:
+    """Milliseconds a step by the progress lines, but for steps that compiled; where no others have a line, by the times
+    of the lines of all steps, (N,)."""
+    steps, ms = run.series("train", "step_ms")
+    kept = ms[~compiled(run, steps)]
+    times = run.tables["train"]["time"] if len(ms) and not len(kept) else np.empty(0)
+    return 1e3 * np.diff(times) if len(times) > 1 else kept if len(kept) else ms
+
+
+def measured(run: RunData, name: str) -> np.ndarray:
+    """The values of progress lines, but for those whose steps compiled; all of them where there are no others."""
+    steps, values = run.series("train", name)
+    kept = values[~compiled(run, steps)]
+    return kept if len(kept) else values
+
+
+def compiled(run: RunData, steps: np.ndarray) -> np.ndarray:
+    """Whether the steps between each line of progress and the one before have the first one of a process, (N,)."""
+    before = np.concatenate([np.zeros(1), steps[:-1]]) if len(steps) else steps
+    found = np.zeros(len(steps), bool)
+    for start in _first_steps(run):
+        found |= (before <= start) & (start < steps)
+    return found
+
+
+def _first_steps(run: RunData) -> set[int]:
+    """The steps after which a process made its first one."""
+    return {event["step"] for event in run.events if str(event.get("text", "")).startswith("resumed")} | {0}
+
+
 def _starts(run: RunData) -> list[dict[str, Any]]:
     """The starts that say how long they took, by time."""
     known = [event for event in run.events if "start_seconds" in event and number(event, "time") > 0]
@@ -64,9 +94,9 @@ def _steps(run: RunData) -> tuple[float, float, float]:
     logged, step_ms = run.series("train", "step_ms")
     if not len(logged):
         return 0.0, 0.0, 0.0
-    median = float(np.median(step_ms))
+    median = float(np.median(step_times(run)))
     data_ms = dict(zip(*run.series("train", "data_ms"), strict=True))
-    starts = {event["step"] for event in run.events if str(event.get("text", "")).startswith("resumed")} | {0}
+    starts = _first_steps(run)
     steps = data = compilation = 0.0
     timed, before = 0, 0
     for step, ms in zip(logged, step_ms, strict=True):

@@ -23,7 +23,7 @@ _REMEDIES = {
     errno.EACCES: "give this user the right to write there, or choose another folder",
     errno.EPERM: "give this user the right to write there, or choose another folder",
     errno.EROFS: "make the file system writable, or choose another folder",
-    errno.ENOENT: "the folder was removed or its disk is gone, put it back or choose another one",
+    errno.ENOENT: "check the path: it is not there, or no more",
     errno.ENOTDIR: "a file stands where a folder should be, move it away",
     errno.EISDIR: "a folder stands where the file should be, move it away",
     errno.ELOOP: "the link leads to itself, remove it",

@@ -135,6 +135,7 @@ def train_and_evaluate(
         info = RunInfo(
             workdir,
             spent_seconds=0.0 if position is None else position["elapsed_seconds"],
+            began=began,
             **facts(config, backend, corpus, state, from_donor=kept is not None),
             **facts_of_processes(processes, config),
             config_file=config_file,

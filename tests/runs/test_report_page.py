@@ -140,6 +140,18 @@ def test_the_bar_adds_up_to_the_time_in_which_a_process_ran(tmp_path):
     assert sum(parts.values()) == pytest.approx((10 + 87) + 20 + (10 + 86))
 
 
+def test_a_run_whose_only_line_of_progress_is_of_its_first_step_has_the_time_of_its_steps(tmp_path):
+    lines = [{"step": 0, "split": "event", "text": "started", "time": 1010.0, "start_seconds": 10.0}]
+    for step in range(1, 7):
+        logged = {"step_ms": 14_000.0, "data_ms": 0.0} if step == 1 else {}
+        lines.append({"step": step, "split": "train", "time": 1023.4 + 0.6 * step, "loss": 5.0, **logged})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = load.load_run(tmp_path)
+    parts = {name: seconds for name, seconds in wall_time.wall_time(run) if seconds > 1e-6}
+    assert parts == pytest.approx({"start": 10.0, "compilation": 13.4, "steps": 6 * 0.6})
+    assert wall_time.step_times(run) == pytest.approx([600.0] * 5)
+
+
 def test_a_resumed_run_is_one_curve_over_the_time_that_it_ran(tmp_path):
     elapsed = wall_time.running_seconds(killed_run(tmp_path))
     assert (np.diff(elapsed) > 0).all()
@@ -151,6 +163,20 @@ def test_an_old_run_has_a_bar_of_what_it_recorded(run):
     parts = dict(wall_time.wall_time(run))
     assert set(parts) == {"compilation", "steps", "waiting for data", "evaluation", "samples", "checkpoints"}
     assert math.fsum(parts.values()) == pytest.approx(0.9 + 599 * 0.01 + 6 * 0.5 + 6 * 0.2 + 13 * 0.03)
+
+
+def test_a_comparison_has_samples_of_every_run(run):
+    def sampled(*steps: int) -> load.RunData:
+        samples = [{"prompt": "moon?", "step": step, "text": f"at {step}"} for step in steps]
+        return load.dataclasses.replace(run, samples=samples)
+
+    [_, table] = comparison.samples([("a", sampled(60, 75)), ("b", sampled(20)), ("c", sampled(6))])
+    assert [list(row) for row in table.rows] == [
+        [6, "-", "-", "at 6"],
+        [20, "-", "at 20", "-"],
+        [60, "at 60", "-", "-"],
+        [75, "at 75", "-", "-"],
+    ]
 
 
 def test_a_tokenizer_is_shown_by_what_it_does(tmp_path):

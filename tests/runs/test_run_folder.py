@@ -310,7 +310,7 @@ def test_a_folder_removed_or_replaced_meanwhile_ends_the_run(corpus, tmp_path, d
     workdir = tmp_path / "run"
     disk.fail_at(6, lambda: shutil.rmtree(workdir))
     with pytest.raises(
-        StorageError, match=r"cannot write .*metrics.jsonl: No such file or directory; the folder was rem"
+        StorageError, match=r"cannot write .*metrics.jsonl: No such file or directory; check the path: it is not there"
     ):
         train_and_evaluate(tiny(corpus), workdir)
     assert not workdir.exists()

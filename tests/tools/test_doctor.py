@@ -1,12 +1,15 @@
 """The doctor and the check: what they report, and that they notice what is wrong."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from vulkan_devices import SELECTOR, needs_vulkan
+from waiting import PATIENCE
 
 from vk_kernels import ops
 from vk_kernels.bridge.use import target_of
@@ -67,7 +70,16 @@ def test_doctor_says_where_a_device_is_and_which_others_read_its_memory():
 @needs_vulkan
 def test_doctor_fails_for_a_device_that_is_not_there(capsys):
     assert doctor.main(["--device", "absent"]) == 2
-    assert "no Vulkan device is called 'absent'" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no Vulkan device is called 'absent'" in said
+    assert "install" not in said  # a driver does not mend a name
+
+
+def test_a_tool_whose_reader_is_gone_ends_quietly():
+    code = "from vk_kernels.tools.arguments import run_tool; run_tool(lambda: print('line\\n' * 100_000) or 0)"
+    command = f'set -o pipefail; {sys.executable} -c "{code}" | head -1'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "line\n", "")
 
 
 @needs_vulkan

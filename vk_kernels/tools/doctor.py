@@ -173,7 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NoDeviceError as error:
         print(f"\n{error}")
         cpus = [info for info in devices if info.kind == "cpu" and not info.unusable]
-        if options.device or os.environ.get("VK_KERNELS_DEVICE") or not cpus:
+        asked = options.device or os.environ.get("VK_KERNELS_DEVICE")
+        if asked and asked not in ("gpu", "cpu"):  # a mistake in a name, which no driver mends
+            return BAD_INPUT
+        if asked or not cpus:
             _print_cure()
             return BAD_INPUT if options.device else 1
         chosen = cpus[0]
