@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
+from profiles import PROFILE
 from run_graph import BF16, F32, SPECIAL, sample
 from vulkan_devices import SELECTOR, needs_vulkan
 
@@ -18,7 +19,7 @@ from vk_kernels.errors import UnsupportedError
 INT8 = np.dtype(np.int8)
 
 
-@settings(max_examples=30, deadline=None)
+@PROFILE
 @given(data=st.data(), rows=st.integers(1, 3), length=st.integers(1, 70), num_keys=st.integers(1, 3))
 def test_places_are_those_of_a_stable_sort(data, rows, length, num_keys):
     """Blocks of 8; words at both ends of their range, and few of them, so that many are equal."""
@@ -60,6 +61,12 @@ def test_no_kernel_compares_more_than_a_block(length):
     graph = make_graph(jax.make_jaxpr(lambda x: (jnp.sort(x), lax.top_k(x, 3)))(np.zeros(length, np.float32)))
     lengths = [node.inputs[0].shape[-1] for node in graph.nodes if node.op in ("sort", "top_k")]
     assert lengths == [merge_sort.BLOCK] * 2
+
+
+@pytest.mark.parametrize("shape", [(0, 2000), (3, 0), (2000, 0)], ids=str)
+@needs_vulkan
+def test_what_has_no_elements_is_sorted(shape):
+    agree(lambda x: (jnp.sort(x), jnp.argsort(x, axis=0)), np.zeros(shape, np.float32))
 
 
 def test_more_elements_than_places_have_numbers_are_refused():

@@ -182,7 +182,7 @@ def test_an_error_of_the_writer_is_known_without_waiting(tmp_path):
         directory.rmdir()
         checkpointer.save(1, {"w": jnp.zeros(3)}, {})
         wait_for(checkpointer._pending)
-        with pytest.raises(StorageError, match=r"checkpoints/1: No such file or directory; the folder was removed"):
+        with pytest.raises(StorageError, match=r"checkpoints/1: No such file or directory; check the path"):
             checkpointer.check()
         checkpointer.check()  # it is said once
     assert not directory.exists()
@@ -214,7 +214,7 @@ def test_a_folder_that_goes_is_named_whatever_orbax_says(tmp_path, monkeypatch):
     monkeypatch.setattr(ocp.Checkpointer, "save", missed)
     with open_(run / "checkpoints") as checkpointer:
         checkpointer.save(1, {"w": jnp.zeros(3)}, {})
-        with pytest.raises(StorageError, match=r"checkpoints/1: No such file or directory; the folder was removed"):
+        with pytest.raises(StorageError, match=r"checkpoints/1: No such file or directory; check the path"):
             checkpointer.wait()
     assert not run.exists()
 
