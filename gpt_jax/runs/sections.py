@@ -32,7 +32,7 @@ from gpt_jax.runs.formats import format_duration, format_number, format_size
 from gpt_jax.runs.load import NORM, RunData, forward_order
 from gpt_jax.runs.metrics import LOSS_OF
 from gpt_jax.runs.notes import NOTES
-from gpt_jax.runs.wall_time import elapsed_seconds
+from gpt_jax.runs.wall_time import elapsed_seconds, measured
 
 RANGE_ENDS = (500, 1000, 2500, 5000, 10_000, 25_000, 50_000)
 MILESTONES = (8, 7, 6.5, 6, 5.5, 5, 4.5, 4, 3.5, 3, 2.5, 2, 1.5, 1)
@@ -389,7 +389,7 @@ SECTIONS: dict[str, Callable[[RunData], list[ReportBlock]]] = {
 
 
 def _median_mfu(run: RunData) -> str | None:
-    _, mfu = run.series("train", "mfu")
+    mfu = measured(run, "mfu")
     return f"{np.median(mfu):.1%}" if len(mfu) else None
 
 

@@ -57,9 +57,10 @@ def step_times(run: RunData) -> np.ndarray:
     """Milliseconds a step by the progress lines, but for steps that compiled; where no others have a line, by the times
     of the lines of all steps, (N,)."""
     steps, ms = run.series("train", "step_ms")
-    kept = ms[~compiled(run, steps)]
-    times = run.tables["train"]["time"] if len(ms) and not len(kept) else np.empty(0)
-    return 1e3 * np.diff(times) if len(times) > 1 else kept if len(kept) else ms
+    times = run.tables["train"]["time"] if len(ms) else np.empty(0)
+    if len(times) > 1 and compiled(run, steps).all():
+        return 1e3 * np.diff(times)
+    return measured(run, "step_ms")
 
 
 def measured(run: RunData, name: str) -> np.ndarray:

@@ -170,7 +170,8 @@ def make_cut_step(
     first_text: int = 0,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> CutStep:
-    """The step with what a config says. state: its shapes and dtypes. first_text: see `make_model`."""
+    """The step with what a config says. state: its shapes and dtypes. first_text: see `make_model`.
+    bucket_bytes: see `Buckets`."""
     return CutStep(
         state,
         make_exchange,

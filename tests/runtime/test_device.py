@@ -17,7 +17,7 @@ from vk_kernels.runtime import vulkan
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.features import CooperativeMatrix, DeviceLimits, Features, _cooperative_matrices2
 from vk_kernels.runtime.instance import validation_mode
-from vk_kernels.runtime.physical_device import DeviceInfo, choose, list_devices
+from vk_kernels.runtime.physical_device import DeviceInfo, choose, list_devices, list_places
 
 LIMITS = DeviceLimits(*[0] * 16)
 
@@ -99,10 +99,11 @@ def test_features_and_limits_are_asked_for():
 
 @needs_vulkan
 def test_every_device_is_in_one_device_group_at_least_its_own():
-    devices = list_devices()
-    assert all(info.index in info.group for info in devices)
-    assert all(devices[other].group == info.group for info in devices for other in info.group)
-    assert all(re.fullmatch(r"|[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", info.pci) for info in devices)
+    places = list_places()
+    assert len(places) == len(list_devices())
+    assert all(i in place.group for i, place in enumerate(places))
+    assert all(places[other].group == place.group for place in places for other in place.group)
+    assert all(re.fullmatch(r"|[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", place.pci) for place in places)
 
 
 @needs_vulkan

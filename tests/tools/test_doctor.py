@@ -15,7 +15,7 @@ from vk_kernels import ops
 from vk_kernels.bridge.use import target_of
 from vk_kernels.errors import FeatureError, NoDeviceError, SettingError
 from vk_kernels.runtime.instance import NO_DRIVER
-from vk_kernels.runtime.physical_device import list_devices
+from vk_kernels.runtime.physical_device import DevicePlace, list_devices
 from vk_kernels.tools import build_shaders, check_ops, doctor
 from vk_kernels.tools.arguments import run_tool
 from vk_kernels.tools.conformance.__main__ import main as conformance
@@ -60,11 +60,11 @@ def test_doctor_tests_a_cpu_device_that_nobody_asked_for(capsys, monkeypatch):
 
 @needs_vulkan
 def test_doctor_says_where_a_device_is_and_which_others_read_its_memory():
-    alone = dataclasses.replace(list_devices()[0], index=1, group=(1,), pci="")
-    assert not any("PCI" in line or "device group" in line for line in doctor.describe(alone))
-    linked = dataclasses.replace(alone, group=(0, 1, 3), pci="0000:17:00.0")
+    info = dataclasses.replace(list_devices()[0], index=1)
+    alone, linked = DevicePlace("", (1,)), DevicePlace("0000:17:00.0", (0, 1, 3))
+    assert not any("PCI" in line or "device group" in line for line in doctor.describe(info, alone))
     said = "  PCI 0000:17:00.0; a device group with 0, 3: they read each other's memory"
-    assert said in list(doctor.describe(linked))
+    assert said in list(doctor.describe(info, linked))
 
 
 @needs_vulkan

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from vk_kernels.errors import NoDeviceError
 from vk_kernels.runtime import vulkan
@@ -26,8 +26,7 @@ _KINDS = {2: "discrete", 1: "integrated", 3: "virtual", 0: "other", 4: "cpu"}
 class DeviceInfo:
     """A device that the loader lists. `index` selects it; `memory` is its largest local heap in bytes.
 
-    `unusable` says why the runtime cannot use it, and is empty where it can. `pci` is its address, empty where the
-    driver does not say. `group` has the indices of the device group that it is in: they can read each other's memory.
+    `unusable` says why the runtime cannot use it, and is empty where it can.
     """
 
     index: int
@@ -43,11 +42,17 @@ class DeviceInfo:
     features: Features = field(repr=False)
     limits: DeviceLimits = field(repr=False)
     unusable: str = ""
-    pci: str = ""
-    group: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.index}: {self.name} ({self.kind}, Vulkan {self.api_version}, {self.driver})"
+
+
+class DevicePlace(NamedTuple):
+    """The place of a device. pci: its address, empty where the driver does not say. group: the indices of the device
+    group that it is in, which can read each other's memory."""
+
+    pci: str
+    group: tuple[int, ...]
 
 
 def list_devices(without: Iterable[str] = ()) -> list[DeviceInfo]:
@@ -62,29 +67,43 @@ def list_devices(without: Iterable[str] = ()) -> list[DeviceInfo]:
         instance.close()
 
 
+def list_places() -> list[DevicePlace]:
+    """The place of every device, in the order of `list_devices`, which a start need not ask for.
+
+    Raises NoDeviceError as that does.
+    """
+    instance = Instance()
+    try:
+        handles = [physical for physical, _ in _ranked(instance)]
+        groups = [tuple(i for i, one in enumerate(handles) if one in group) for group in instance.device_groups()]
+        return [
+            DevicePlace(_pci_address(instance.fn, physical), next((group for group in groups if i in group), ()))
+            for i, physical in enumerate(handles)
+        ]
+    finally:
+        instance.close()
+
+
 def survey(instance: Instance, without: frozenset[str]) -> list[tuple[DeviceInfo, Any, int]]:
     """(info, physical device, queue family) of every device, best first."""
-    ranks = list(_KINDS)
-    found = []
-    for physical in instance.physical_devices():
-        properties = device_properties(instance.fn, physical)
-        found.append((ranks.index(properties.deviceType), physical, properties))
-    if not found:
-        raise NoDeviceError(NO_DRIVER)
-    found.sort(key=lambda item: item[0])
-    handles = [physical for _, physical, _ in found]
-    groups = [tuple(i for i, one in enumerate(handles) if one in group) for group in instance.device_groups()]
     return [
-        _describe(instance.fn, i, physical, properties, without, next((g for g in groups if i in g), ()))
-        for i, (_, physical, properties) in enumerate(found)
+        _describe(instance.fn, i, physical, properties, without)
+        for i, (physical, properties) in enumerate(_ranked(instance))
     ]
 
 
-def _describe(
-    fn, index: int, physical: Any, properties: Any, without: frozenset[str], group: tuple[int, ...]
-) -> tuple[DeviceInfo, Any, int]:
+def _ranked(instance: Instance) -> list[tuple[Any, Any]]:
+    """(physical device, properties) of every device, best first."""
+    ranks = list(_KINDS)
+    found = [(physical, device_properties(instance.fn, physical)) for physical in instance.physical_devices()]
+    if not found:
+        raise NoDeviceError(NO_DRIVER)
+    return sorted(found, key=lambda item: ranks.index(item[1].deviceType))
+
+
+def _describe(fn, index: int, physical: Any, properties: Any, without: frozenset[str]) -> tuple[DeviceInfo, Any, int]:
     family, timestamp_bits = _compute_queue(fn, physical)
-    old = properties.apiVersion < 1 << 22 | 2 << 12
+    old = _is_old(properties)
     features = Features(frozenset()) if old else query_features(fn, physical, without)
     driver = vulkan.struct("VkPhysicalDeviceDriverProperties")
     if not old:
@@ -113,15 +132,19 @@ def _describe(
         features=features,
         limits=query_limits(fn, physical, features, timestamp_bits),
         unusable=unusable,
-        pci=_pci_address(fn, physical),
-        group=group,
     )
     return info, physical, family
 
 
+def _is_old(properties: Any) -> bool:
+    """Whether a device has less than Vulkan 1.2: it is not asked by what came later."""
+    return properties.apiVersion < 1 << 22 | 2 << 12
+
+
 def _pci_address(fn, physical: Any) -> str:
     """The address as `lspci -D` writes it; empty where the driver does not say."""
-    if "VK_EXT_pci_bus_info" not in device_extensions(fn, physical):
+    old = _is_old(device_properties(fn, physical))
+    if old or "VK_EXT_pci_bus_info" not in device_extensions(fn, physical):
         return ""
     bus = vulkan.struct("VkPhysicalDevicePCIBusInfoPropertiesEXT")
     fn.vkGetPhysicalDeviceProperties2(physical, vulkan.struct("VkPhysicalDeviceProperties2", pNext=bus))

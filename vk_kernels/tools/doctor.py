@@ -16,7 +16,7 @@ import numpy as np
 
 from vk_kernels.bridge.use import use
 from vk_kernels.errors import FeatureError, NoDeviceError
-from vk_kernels.runtime.physical_device import DeviceInfo, choose, list_devices
+from vk_kernels.runtime.physical_device import DeviceInfo, DevicePlace, choose, list_devices, list_places
 from vk_kernels.tools import check_ops
 from vk_kernels.tools.arguments import BAD_INPUT, ArgumentParser, run_tool
 from vk_kernels.tools.op_cases import BF16, CASES, F32, SIZES, OpCase
@@ -95,17 +95,17 @@ def _group(path: Path) -> str:
         return str(path.stat().st_gid)
 
 
-def describe(info: DeviceInfo) -> Iterator[str]:
+def describe(info: DeviceInfo, place: DevicePlace) -> Iterator[str]:
     """A device, line by line."""
     limits = info.limits
     yield f"{info}"
     if info.unusable:
         yield f"  not usable: {info.unusable}"
         return
-    others = [str(index) for index in info.group if index != info.index]
+    others = [str(index) for index in place.group if index != info.index]
     linked = f"a device group with {', '.join(others)}: they read each other's memory" if others else ""
-    if info.pci or linked:
-        yield f"  {'; '.join(filter(None, (info.pci and f'PCI {info.pci}', linked)))}"
+    if place.pci or linked:
+        yield f"  {'; '.join(filter(None, (place.pci and f'PCI {place.pci}', linked)))}"
     smallest, largest = limits.subgroup_size_range
     sizes = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
     largest_buffer = f"{limits.storage_buffer_range / 2**20:,.0f} MiB"
@@ -165,8 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
     print("\nDevices, best first")
-    for info in devices:
-        print("\n".join(describe(info)))
+    for info, place in zip(devices, list_places(), strict=True):
+        print("\n".join(describe(info, place)))
     try:
         chosen = choose(devices, options.device)
         print(f"\nUsed: {chosen.name}")
@@ -174,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{error}")
         cpus = [info for info in devices if info.kind == "cpu" and not info.unusable]
         asked = options.device or os.environ.get("VK_KERNELS_DEVICE")
-        if asked and asked not in ("gpu", "cpu"):  # a mistake in a name, which no driver mends
+        if asked and asked.lower() not in ("gpu", "cpu") and not any(info.unusable for info in devices):
+            # A mistake in a name, which no driver mends.
             return BAD_INPUT
         if asked or not cpus:
             _print_cure()
