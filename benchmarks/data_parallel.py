@@ -51,22 +51,22 @@ def run_process(options: argparse.Namespace) -> dict[str, Any]:
 
     device = open_device()
     if not options.overlap:
-        device.exchange_queue = device.queue
+        device.exchange_queue = device.send_queue = device.receive_queue = device.queue
     config = case_of(options.case).load()
     index, count, size = options.index, options.count, config.batch_size
     whole = config.copy_and_resolve_references()
-    whole.batch_size = size * options.shares
+    whole.batch_size = size * max(count, options.shares)
 
     def batch(seed: int) -> dict[str, np.ndarray]:
         rows = slice(index * size, (index + 1) * size) if count > 1 else slice(None)
-        return {name: x[rows] for name, x in random_batch(whole if options.shares > 1 else config, seed).items()}
+        return {name: x[rows] for name, x in random_batch(whole, seed).items()}
 
     traffic = None
     if count > 1:
 
-        def make_exchange(device: Any, *kinds: Any) -> HostExchange:
+        def make_exchange(device: Any, specs: Any) -> HostExchange:
             nonlocal traffic
-            exchange = HostExchange(device, HostLinks(options.name, index, count, 600), *kinds)
+            exchange = HostExchange(device, HostLinks(options.name, index, count, 600), specs)
             traffic = exchange.traffic
             return exchange
 

@@ -11,7 +11,7 @@ from vk_kernels.runtime.queue import Queue
 @contextlib.contextmanager
 def held(device: Device) -> Iterator[Callable[[], None]]:
     """Nothing that is submitted from here on runs before the function that this gives is called, or the end."""
-    gate, is_open = Queue(device, device.queue.timeout, device.queue.family, device.queue), []
+    gate, is_open = Queue(device, device.queue.timeout, device.queue.place, device.queue), []
     device.queue.follow(gate, 1)
 
     def let_go() -> None:

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vk_kernels.bridge.host_exchange import Packing
-
 BUCKET_BYTES = 32 << 20
 
 
@@ -53,17 +51,15 @@ class Buckets:
                 room, start = room - (stop - start), stop
 
     @property
-    def packings(self) -> list[Packing]:
-        """The packing of each bucket, from the tree's leaves."""
-        return [self._packing(bucket) for bucket in self.pieces]
+    def sizes(self) -> list[int]:
+        """The elements of each bucket."""
+        return [sum(piece.stop - piece.start for piece in bucket) for bucket in self.pieces]
 
-    def _packing(self, pieces: Sequence[ArrayPiece]) -> Packing:
-        def pack(*leaves: jax.Array) -> jax.Array:
-            flat = (leaf.reshape(-1) for leaf in leaves)
-            parts = [leaf[start:stop] for leaf, (_, start, stop) in zip(flat, pieces, strict=True)]
-            return jnp.concatenate(parts).astype(self.dtype)
-
-        return Packing(tuple(piece.leaf for piece in pieces), pack)
+    def pack(self, tree: Any) -> list[jax.Array]:
+        """The buckets of such a tree, flat."""
+        flat = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
+        parts = [[flat[leaf][start:stop] for leaf, start, stop in pieces] for pieces in self.pieces]
+        return [jnp.concatenate(part).astype(self.dtype) for part in parts]
 
     def unpack(self, buckets: Sequence[jax.Array]) -> Any:
         """The tree of such buckets, in the dtypes of its leaves."""

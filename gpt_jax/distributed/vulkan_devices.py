@@ -10,7 +10,7 @@ import vk_kernels
 from gpt_jax.distributed.fingerprints import Alike, agree_on_bits, fingerprints
 from gpt_jax.distributed.placement import OneDevice, Share
 from gpt_jax.distributed.processes import Processes
-from vk_kernels.bridge.host_exchange import HostExchange, Packing
+from vk_kernels.bridge.host_exchange import HostExchange
 from vk_kernels.bridge.jit import jit
 from vk_kernels.runtime.array_spec import ArraySpec
 from vk_kernels.runtime.device import Device
@@ -40,14 +40,14 @@ class VulkanDevices(OneDevice):
             self._links = HostLinks(mine.name, mine.local_index, mine.local_count, WAIT)
         return self._links
 
-    def make_exchange(self, device: Device, specs: Sequence[ArraySpec], packings: Sequence[Packing]) -> HostExchange:
+    def make_exchange(self, device: Device, specs: Sequence[ArraySpec]) -> HostExchange:
         """Makes the sum of gradients over all processes; all of them call it."""
         between = None
         if self._processes.host_count > 1:
             from gpt_jax.distributed.between_hosts import BetweenHosts  # here: runs on one host need no collectives
 
             between = BetweenHosts(self._processes)
-        self._exchange = HostExchange(device, self.links, specs, packings, between)
+        self._exchange = HostExchange(device, self.links, specs, between)
         return self._exchange
 
     def broadcast(self, state: Any) -> Any:

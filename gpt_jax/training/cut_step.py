@@ -10,7 +10,7 @@ batch does, up to the order in which numbers are added up.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,32 +31,41 @@ from gpt_jax.training.steps import (
     target_count,
 )
 from gpt_jax.training.trainable import IsTrained, all_trained, partition, trained_parameters
-from vk_kernels.bridge.host_exchange import Packing
 from vk_kernels.bridge.profile import Cost, Profile
 from vk_kernels.runtime.array_spec import ArraySpec
 
-# Sums of arrays over all processes. It is made for the types of the arrays, on the device that they are on.
-Exchange = Callable[[Sequence[Any]], Sequence[Any]]
-MakeExchange = Callable[[Any, Sequence[ArraySpec], Sequence[Packing]], Exchange]  # device, types, what is added up
+
+class Exchange(Protocol):
+    """Sums of arrays over all processes. It is made for the types of the arrays, on the device that they are on."""
+
+    def __call__(self, arrays: Sequence[Any]) -> Sequence[Any]:
+        """The sums, computed or not: whatever is submitted from here on waits for them."""
+
+    def finish(self) -> None:
+        """Returns when the sums are computed."""
+
+
+MakeExchange = Callable[[Any, Sequence[ArraySpec]], Exchange]  # device, types
 
 
 def gradient_step(
-    leaves: Leaves, batch: Batch, *, structure: Any, is_trained: IsTrained, **options: Any
+    leaves: Leaves, batch: Batch, *, structure: Any, is_trained: IsTrained, buckets: Buckets, **options: Any
 ) -> tuple[jax.Array, ...]:
-    """(the step's number, parameters), rows -> the gradient's leaves, the sum of losses and the number of targets.
+    """(the step's number, parameters), rows -> the gradient in buckets; (sum of losses, number of targets) in f32.
 
     structure: of the parameters. options: of `loss_and_gradient`.
     """
     step, *params = leaves
     trained, frozen = partition(jax.tree.unflatten(structure, params), is_trained)
     loss, grads = loss_and_gradient(trained, batch, step, jnp.float32(1), frozen=frozen, **options)
-    return *jax.tree.leaves(grads), loss, target_count(batch)
+    # The loss and the number of targets come last, and never in fewer bits.
+    return *buckets.pack(grads), jnp.stack([loss, target_count(batch)])
 
 
 def update_step(
     leaves: Leaves, sums: tuple[jax.Array, ...], *, structure: Any, buckets: Buckets, **options: Any
 ) -> tuple[Leaves, Metrics]:
-    """(state, what all processes' `gradient_step` add up to, as it was packed) -> (state, metrics).
+    """(state, what all processes' `gradient_step` add up to) -> (state, metrics).
 
     structure: of the state. options: of `apply_gradient`.
     """
@@ -94,12 +103,8 @@ class CutStep:
         self.make_exchange = make_exchange
         trained, _ = partition(state.params, is_trained)
         buckets = Buckets(trained, model.config.layer_names, dtype, bucket_bytes)
-        leaves = jax.tree.leaves(trained)
-        number = ArraySpec((), np.dtype(np.float32))
-        self.specs = [*(ArraySpec(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves), number, number]
-        # The loss and the number of targets come last, and never in fewer bits.
-        losses = Packing((len(leaves), len(leaves) + 1), lambda loss, count: jnp.stack([loss, count]))
-        self.packings = [*buckets.packings, losses]
+        number = ArraySpec((2,), np.dtype(np.float32))
+        self.specs = [*(ArraySpec((size,), np.dtype(buckets.dtype)) for size in buckets.sizes), number]
         structure = jax.tree.structure(state)
         places = jax.tree.unflatten(structure, range(structure.num_leaves))
         self._read = [places.step, *jax.tree.leaves(places.params)]  # leaves that the gradient needs
@@ -107,6 +112,7 @@ class CutStep:
             gradient_step,
             structure=jax.tree.structure(state.params),
             is_trained=is_trained,
+            buckets=buckets,
             model=model,
             seed=seed,
             accumulate_steps=accumulate_steps,
@@ -119,26 +125,26 @@ class CutStep:
             schedule=schedule,
             is_trained=is_trained,
         )
-        self._gradient = jit(gradient)
+        # What is exchanged first need not wait for the rest.
+        groups = [(k,) for k in range(len(self.specs))]
+        self._gradient = jit(gradient, compiler_options={"output_groups": groups})
         self._update = jit(update, donate_argnums=0)
 
     def __call__(self, leaves: Leaves, batch: Batch) -> tuple[Leaves, Any]:
         read = self._inputs(leaves)
         if self.exchange is None:
             gradient = self._gradient.lower(read, batch)
-            device = gradient.device
-            if device.exchange_queue is not device.queue:  # what is exchanged first need not wait for the rest
-                gradient.compile().executable.cut_after([packing.inputs for packing in self.packings])
-            self.exchange = self.make_exchange(device, self.specs, self.packings)
+            self.exchange = self.make_exchange(gradient.device, self.specs)
             self._update.lower(leaves, tuple(self._sums()))  # compiled before the first wait for the others
-        return self._update(leaves, tuple(self.exchange(self._gradient(read, batch))))
+        updated = self._update(leaves, tuple(self.exchange(self._gradient(read, batch))))
+        self.exchange.finish()
+        return updated
 
     def _inputs(self, leaves: Leaves) -> Leaves:
         return tuple(leaves[number] for number in self._read)
 
     def _sums(self) -> list[jax.ShapeDtypeStruct]:
-        specs = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in self.specs]
-        return [jax.eval_shape(pack, *map(specs.__getitem__, inputs)) for inputs, pack in self.packings]
+        return [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in self.specs]
 
     def lower(self, leaves: Leaves, batch: Batch) -> tuple[Any, Any]:
         """The programs of both submissions."""

@@ -35,8 +35,8 @@ def test_buckets_are_of_one_size_from_the_last_layer_to_the_first_and_give_the_t
         [ArrayPiece(0, 7, 10), ArrayPiece(2, 0, 1), ArrayPiece(1, 0, 3)],
         [ArrayPiece(1, 3, 6)],
     ]
-    leaves = jax.tree.leaves(tree)
-    packed = [pack(*map(leaves.__getitem__, inputs)) for inputs, pack in buckets.packings]
+    packed = buckets.pack(tree)
+    assert buckets.sizes == [7, 7, 3]
     assert [part.shape for part in packed] == [(7,), (7,), (3,)]
     jax.tree.map(np.testing.assert_array_equal, buckets.unpack(packed), tree)
 
@@ -44,9 +44,8 @@ def test_buckets_are_of_one_size_from_the_last_layer_to_the_first_and_give_the_t
 def test_buckets_of_bfloat16_are_half_as_large_and_come_back_in_float32():
     tree = {"head": jnp.arange(10.0)}
     buckets = Buckets(tree, ("head",), "bfloat16", 20)
-    [[inputs, pack]] = buckets.packings
-    packed = [pack(tree["head"])]
-    assert (inputs, packed[0].dtype) == ((0,), jnp.bfloat16)
+    packed = buckets.pack(tree)
+    assert [(part.shape, part.dtype) for part in packed] == [((10,), jnp.bfloat16)]
     assert buckets.unpack(packed)["head"].dtype == jnp.float32
 
 
@@ -91,9 +90,7 @@ def run_cut(count: int, **more) -> list[tuple[list[dict[str, float]], list[bytes
     jit = functools.partial(vk_kernels.jit, device=SELECTOR)
 
     def run(step: CutStep, index: int):
-        step.make_exchange = lambda device, *kinds: HostExchange(
-            device, HostLinks(name, index, count, PATIENCE), *kinds
-        )
+        step.make_exchange = lambda device, specs: HostExchange(device, HostLinks(name, index, count, PATIENCE), specs)
         leaves = tuple(jax.tree.leaves(vk_kernels.device_put(state, SELECTOR)))
         found = []
         for i in range(STEPS):
@@ -115,7 +112,7 @@ def run_cut(count: int, **more) -> list[tuple[list[dict[str, float]], list[bytes
         found = list(threads.map(run, steps, range(count)))
     for step in steps:
         [compiled] = step._gradient._compiled.values()
-        assert len(compiled.executable._cuts) > len(step.packings) // 2  # buckets are ready one after another
+        assert len(compiled.executable._cuts) > len(step.specs) // 2  # buckets are ready one after another
     return found
 
 

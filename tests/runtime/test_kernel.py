@@ -507,8 +507,8 @@ def test_validation_catches_a_missing_barrier():
 @needs_layer
 def test_validation_catches_a_missing_barrier_between_submissions(monkeypatch):
     nothing = vulkan.struct("VkMemoryBarrier")  # makes nothing visible
-    barriers = *command_buffer._barriers()[:2], nothing
-    monkeypatch.setattr(command_buffer, "_barriers", lambda: barriers)
+    barriers = *command_buffer._barriers(computes=True)[:2], nothing
+    monkeypatch.setattr(command_buffer, "_barriers", lambda computes: barriers)
     with Device.open(SELECTOR, validation=True) as device:
         a, b = device.buffer(4000), device.buffer(4000)
         with device.pooled_recorder() as recorder:

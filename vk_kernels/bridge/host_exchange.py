@@ -1,23 +1,30 @@
 """Sums of arrays over the devices of a host, one process each, through memory that all of them import.
 
-An array is cut into as many slices as there are processes, and each process adds up one of them. On its way it is
+On its way an array is
 
-    out      copied by the device into shared memory, but for the device's own slice;
-    reduced  the device adds up its slice of all processes, in the order of their numbers, and copies it there too;
-    gathered the device copies the other slices of the sum out of shared memory.
+    sent      copied by the device into shared memory;
+    received  copied out of there, what the others sent of what this device adds up;
+    reduced   added up by the device, in the order of the processes' numbers.
 
-A device moves (n - 1) / n of the bytes out, reads as many to add up, writes 1 / n and gathers (n - 1) / n. Whoever adds
-up does it in f32 and in one order, and all take the sum from where it lies: so it has the same bits on all devices,
-of whatever vendor or speed. While one array is added up, the next is on its way out, and the last one comes back.
+Of two processes each adds up whole arrays (one-shot). Of more, or where there are more hosts, an array is cut into as
+many slices as there are processes, and each adds up one of them (two-shot). Then the sum is
 
-A device does all this on its `exchange_queue`, each array as soon as it is computed, while its other queue computes
-what comes behind it.
+    gathered  put into shared memory, slice by slice, and copied out of there by all the others.
+
+A device moves the same bytes either way if there are two: all of an array out, and as many in; of n, (n - 1) / n out,
+as many in to add up, 1 / n out and (n - 1) / n in. Whoever adds up does it in f32 and in one order: so the sum has the
+same bits on all devices, of whatever vendor or speed. While one array is added up, the next is on its way out.
+
+A device computes on its `queue`, sends on `send_queue` and receives on `receive_queue`, which move memory beside all
+computation and both ways at once where it has engines of its own for that, and adds up on `exchange_queue`: each array
+as soon as it is computed.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +39,19 @@ from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.executable import Executable
 from vk_kernels.runtime.host_links import HostLinks
 from vk_kernels.runtime.memory import ALIGNMENT, Buffer
+from vk_kernels.runtime.queue import Queue
 from vk_kernels.runtime.shared_memory import PAGE, SharedMemory, SharedRange, can_import
 
 SLOTS = 5  # arrays that have room in shared memory at a time, see `_send`
-OUT, REDUCED, DONE = range(3)  # stages that a process announces, of an array or, the last one, of all
+SENT, REDUCED, DONE = range(3)  # stages that a process announces, of an array or, the last one, of all
 
 
 @dataclass
 class Traffic:
     """Counts of all exchanges so far, in seconds and bytes.
 
-    seconds: from calls to returns, the computation of the arrays in it. exposed: the part of it after all of them were
-    computed. waited: for other processes. nbytes: out of this device and into it.
+    seconds: from calls to the end of `finish`, the computation of the arrays in it. exposed: the part of it after all
+    of them were computed. waited: for other processes. nbytes: out of this device and into it.
     """
 
     exchanges: int = 0
@@ -53,34 +61,28 @@ class Traffic:
     nbytes: int = 0
 
 
-class Packing(NamedTuple):
-    """One flat array that is made of some of those of a call: `pack` of those with the numbers `inputs`."""
-
-    inputs: tuple[int, ...]
-    pack: Callable[..., jax.Array]
-
-
 class _Bucket:
-    """A flat array on its way: its slices, and the commands that move it.
+    """A flat array on its way, and the commands that move it.
 
-    bounds: where the slices begin and end, in bytes. flat: the device's own part of the sum. result: the sum.
+    slices: (start, bytes) of what each process adds up. received: what others sent, by process, where that does not
+    stay in shared memory. result: the sum.
     """
 
-    def __init__(self, device: Device, spec: ArraySpec, count: int):
+    def __init__(self, device: Device, spec: ArraySpec, count: int, is_whole: bool):
         self.spec = spec
         each = -(-spec.nbytes // count // ALIGNMENT) * ALIGNMENT
-        self.bounds = [min(i * each, spec.nbytes) for i in range(count + 1)]
-        self.flat, self.result = device.buffer(spec.nbytes), device.buffer(spec.nbytes)
-        self.sources: list[Buffer] = []  # that the commands were recorded for
-        self.ready = 0  # the submission that computes the last of them
-        self.sent = False  # whether `out` was submitted, and not waited for
-        self.out: CommandRecorder
+        starts = [min(i * each, spec.nbytes) for i in range(count + 1)]
+        parts = [(start, end - start) for start, end in itertools.pairwise(starts)]
+        self.slices = [(0, spec.nbytes)] * count if is_whole else parts
+        self.result = device.buffer(spec.nbytes)
+        self.received: dict[int, Buffer] = {}
+        self.source: Buffer | None = None  # that the commands were recorded for
+        self.ready = 0  # the submission that computes it
+        self.is_sent = False  # whether `send` was submitted, and not waited for
+        self.send: CommandRecorder
+        self.receive: CommandRecorder
         self.reduce: CommandRecorder
         self.gather: CommandRecorder
-
-    def nbytes(self, i: int) -> int:
-        """The size of slice i."""
-        return self.bounds[i + 1] - self.bounds[i]
 
 
 class HostExchange:
@@ -95,43 +97,47 @@ class HostExchange:
         device: Device,
         links: HostLinks,
         specs: Sequence[ArraySpec],
-        packings: Sequence[Packing],
         between: Callable[[np.ndarray, int], None] | None = None,
         imports: bool | None = None,
     ):
-        """specs: of a call's arrays. packings: of what is added up, in the order in which it is ready. imports: whether
-        the device works on the shared memory itself; None: if it can.
+        """specs: of a call's arrays, flat ones, in the order in which they are ready. imports: whether the device works
+        on the shared memory itself; None: if it can.
 
         Raises OutOfMemoryError where host or device has no room, LinkError for a process that does not come along.
         """
         self.device, self.links, self.between = device, links, between
-        self._queue = device.exchange_queue
         self.imports = can_import(device) if imports is None else imports
         self.traffic = Traffic()
-        self._packings = packings
-        count, own = links.count, links.index
-        self._specs = specs
-        shapes = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs]
-        flat = [jax.eval_shape(pack, *map(shapes.__getitem__, inputs)) for inputs, pack in packings]
-        self._types = [array_type(each.shape, np.dtype(each.dtype), False) for each in flat]
-        self._buckets = [_Bucket(device, kind.spec, count) for kind in self._types]
-        self._packers = [self._compile(pack, *map(shapes.__getitem__, inputs)) for inputs, pack in packings]
+        count = links.count
+        self._one_shot = count <= 2 and between is None
+        # Kernels read what was received from where it lies if the same queue moves memory: nothing is gained by a copy.
+        self._copies_in = device.receive_queue is not device.exchange_queue
+        self._types = [array_type(spec.shape, spec.dtype, False) for spec in specs]
+        self._buckets = [_Bucket(device, spec, count, self._one_shot) for spec in specs]
         self._adders: dict[Any, Executable] = {}
-        self._busy = False  # whether the last exchange may still be gathering, here or elsewhere
-        most = max((bucket.nbytes(0) for bucket in self._buckets), default=0)
+        self._began = self._computed = 0.0
+        self._end: tuple[Queue, int] = device.queue, 0  # the last call's last submission
+        most = max((nbytes for bucket in self._buckets for _, nbytes in bucket.slices), default=0)
         stride = max(1, -(-most // PAGE)) * PAGE
         slots = min(SLOTS, len(self._buckets))
-        shared = self._share(max(1, slots) * count * (count + 1) * stride)
+        in_slot = count if self._one_shot else count * (count + 1)
+        shared = self._share(max(1, slots) * in_slot * stride)
 
-        def ranges(places: Sequence[int], slot: int) -> list[SharedRange]:
-            first = slot * count * (count + 1)
-            return [SharedRange(device, shared, (first + place) * stride, stride, self.imports) for place in places]
+        def ranges(slot: int, places: dict[int, int]) -> dict[int, SharedRange]:
+            first = slot * in_slot
+            return {
+                key: SharedRange(device, shared, (first + place) * stride, stride, self.imports)
+                for key, place in places.items()
+            }
 
-        # In a slot, first each owner's slices of all processes, then the sum's slices.
-        everyone = range(count)
-        self._sent = [ranges([owner * count + own for owner in everyone], slot) for slot in range(slots)]
-        self._received = [ranges([own * count + other for other in everyone], slot) for slot in range(slots)]
-        self._sums = [ranges([count * count + owner for owner in everyone], slot) for slot in range(slots)]
+        # In a slot, what each process sends; or first what each sends to each, then the sum's slices.
+        own, peers = links.index, links.peers
+        sent = dict.fromkeys(peers, own) if self._one_shot else {peer: peer * count + own for peer in peers}
+        received = {peer: peer if self._one_shot else own * count + peer for peer in peers}
+        sums = {} if self._one_shot else {owner: count * count + owner for owner in range(count)}
+        self._sent = [ranges(slot, sent) for slot in range(slots)]
+        self._received = [ranges(slot, received) for slot in range(slots)]
+        self._sums = [ranges(slot, sums) for slot in range(slots)]
 
     def _share(self, nbytes: int) -> SharedMemory:
         """Memory that process 0 makes, the same on all."""
@@ -142,80 +148,98 @@ class HostExchange:
         return shared
 
     def __call__(self, arrays: Sequence[Array]) -> list[Array]:
-        """The sums, flat, of arrays of the types that were announced; they stay as they are until the next call.
+        """The sums of arrays of the types that were announced; they stay as they are until the next call.
+
+        They may be on their way still: what is submitted to the device's `queue` from here on waits for them. `finish`
+        must come before the arrays are given up, and before the next call.
 
         Raises LinkError, naming the process that ended, hangs or adds up something else.
         """
-        began = time.perf_counter()
-        for i, (array, spec) in enumerate(zip(arrays, self._specs, strict=True)):
-            if array.type.spec != spec:
-                raise ValueError(f"array {i} is {array.type}, announced was {spec}")
-        for k, (inputs, _) in enumerate(self._packings):
-            self._record(k, [arrays[i].buffer for i in inputs])
-        self._computed, self._last_ready = 0.0, max(bucket.ready for bucket in self._buckets)
-        if self._busy:
+        self._began = time.perf_counter()
+        for i, (array, bucket) in enumerate(zip(arrays, self._buckets, strict=True)):
+            if array.type.spec != bucket.spec:
+                raise ValueError(f"array {i} is {array.type}, announced was {bucket.spec}")
+            self._record(i, array.buffer)
+        self._computed, last_ready = 0.0, max(bucket.ready for bucket in self._buckets)
+        if self.traffic.exchanges:
             self._await(DONE)  # the shared memory is free again
-        self._busy = True
         for k in range(len(self._buckets) + 1):
             if k < len(self._buckets):
-                self._send(k)
-            if k > 0:
-                self._return(k - 1)
-        end = self._buckets[-1].gather.last_use
-        self._queue.wait(end)
-        if self._queue is not self.device.queue:
-            self.device.queue.follow(self._queue, end)
-        self.links.announce(DONE)
-        self.traffic.exchanges += 1
-        self.traffic.seconds += time.perf_counter() - began
-        self.traffic.exposed += time.perf_counter() - self._computed
-        self.traffic.nbytes += self.nbytes
+                self._send(k, last_ready)
+            if k > 0 and not self._one_shot:
+                self._gather(k - 1)
+        last = self._buckets[-1]
+        self._end = (last.reduce.queue, last.reduce.last_use)
+        if not self._one_shot:
+            self._end = (last.gather.queue, last.gather.last_use)
+        if self._end[0] is not self.device.queue:
+            self.device.queue.follow(*self._end)
         return [Array(bucket.result, kind) for bucket, kind in zip(self._buckets, self._types, strict=True)]
+
+    def finish(self) -> None:
+        """Returns when the last call's sums are there, and says so to the other processes."""
+        queue, value = self._end
+        queue.wait(value)
+        self.links.announce(DONE)
+        now = time.perf_counter()
+        self.traffic.exchanges += 1
+        self.traffic.seconds += now - self._began
+        self.traffic.exposed += now - self._computed
+        self.traffic.nbytes += self.nbytes
 
     @property
     def nbytes(self) -> int:
         """Bytes that an exchange moves out of this device and into it."""
         own, count = self.links.index, self.links.count
-        return sum(2 * bucket.spec.nbytes + (count - 2) * bucket.nbytes(own) for bucket in self._buckets)
+        return sum(2 * bucket.spec.nbytes + (count - 2) * bucket.slices[own][1] for bucket in self._buckets)
 
-    def _send(self, k: int) -> None:
-        """Brings an array into shared memory, and has the device add up its slice once all are there.
+    def _send(self, k: int, last_ready: int) -> None:
+        """Brings an array into shared memory, and has the device add up its part once all are there.
 
-        The next array is on its way by then, if it is computed. Its slot is free: that others reduced array k - 2 says
-        that they gathered all up to k - 4, which they had submitted before.
+        The next array follows without a word of the host. Its slot is free: that others sent array k - 1 says that they
+        added up all until k - 3; that they reduced k - 2, that they gathered all until k - 4, submitted before.
         """
-        bucket, slot, own = self._buckets[k], k % SLOTS, self.links.index
+        bucket, own = self._buckets[k], self.links.index
+        sent, received = self._sent[k % SLOTS], self._received[k % SLOTS]
+        self._submit_send(bucket)
+        if k + 1 < len(self._buckets) and (self._copies_in or self._buckets[k + 1].ready <= self.device.completed()):
+            self._submit_send(self._buckets[k + 1])
         self.device.wait(bucket.ready)
-        if bucket.ready == self._last_ready and not self._computed:
+        if bucket.ready == last_ready and not self._computed:
             self._computed = time.perf_counter()
-        if not bucket.sent:
-            self._submit_out(bucket)
-        self._queue.wait(bucket.out.last_use)
-        bucket.sent = False
-        if k + 1 < len(self._buckets) and self._buckets[k + 1].ready <= self.device.completed():
-            self._submit_out(self._buckets[k + 1])
-        for other in self.links.peers:
-            self._sent[slot][other].publish(bucket.nbytes(other))
-        self._meet(k, OUT)
-        for other in self.links.peers:
-            self._received[slot][other].fetch(bucket.nbytes(own))
-        bucket.reduce.submit()
+        bucket.send.queue.wait(bucket.send.last_use)
+        bucket.is_sent = False
+        if self._one_shot and k >= 2:
+            before = self._buckets[k - 2].reduce
+            before.queue.wait(before.last_use)
+        for peer in self.links.peers:
+            sent[peer].publish(bucket.slices[peer][1])
+        self._meet(k, SENT)
+        for peer in self.links.peers:
+            received[peer].fetch(bucket.slices[own][1])
+        if self._copies_in:
+            bucket.receive.submit()
+            bucket.reduce.submit((bucket.receive.queue, bucket.receive.last_use))
+        else:
+            bucket.reduce.submit()
 
-    def _submit_out(self, bucket: _Bucket) -> None:
-        bucket.out.submit(None if self._queue is self.device.queue else (self.device.queue, bucket.ready))
-        bucket.sent = True
+    def _submit_send(self, bucket: _Bucket) -> None:
+        if not bucket.is_sent:
+            queue = self.device.queue
+            bucket.send.submit(None if bucket.send.queue is queue else (queue, bucket.ready))
+            bucket.is_sent = True
 
-    def _return(self, k: int) -> None:
+    def _gather(self, k: int) -> None:
         """Brings an array's sum into the device, once all have added up their slices."""
         bucket, sums, own = self._buckets[k], self._sums[k % SLOTS], self.links.index
-        self._queue.wait(bucket.reduce.last_use)
-        sums[own].publish(bucket.nbytes(own))
+        bucket.reduce.queue.wait(bucket.reduce.last_use)
+        sums[own].publish(bucket.slices[own][1])
         if self.between:
-            part = sums[own].array[: bucket.nbytes(own)].view(bucket.spec.dtype)
-            self.between(part, bucket.nbytes(0) // bucket.spec.dtype.itemsize)
+            part = sums[own].array[: bucket.slices[own][1]].view(bucket.spec.dtype)
+            self.between(part, bucket.slices[0][1] // bucket.spec.dtype.itemsize)
         self._meet(k, REDUCED)
         for owner in self._gathered:
-            sums[owner].fetch(bucket.nbytes(owner))
+            sums[owner].fetch(bucket.slices[owner][1])
         bucket.gather.submit()
 
     @property
@@ -233,40 +257,47 @@ class HostExchange:
         self.links.await_all(token, f"adding up over {self.links.count} devices {doing}".strip())
         self.traffic.waited += time.perf_counter() - began
 
-    def _record(self, k: int, sources: list[Buffer]) -> None:
-        """Records the commands that move an array; they serve as long as its parts come in the same memory."""
-        bucket, slot, own, peers = self._buckets[k], k % SLOTS, self.links.index, self.links.peers
-        bucket.ready = max(source.last_use for source in sources)
-        if bucket.sources == sources:
+    def _record(self, k: int, source: Buffer) -> None:
+        """Records the commands that move an array; they serve as long as it comes in the same memory."""
+        bucket, slot, own, device = self._buckets[k], k % SLOTS, self.links.index, self.device
+        bucket.ready = source.last_use
+        if bucket.source is source:
             return
-        bucket.sources = sources
-        bucket.out, bucket.reduce, bucket.gather = (CommandRecorder(self._queue, replay=True) for _ in range(3))
-        self._packers[k].record(bucket.out, sources, [bucket.flat])
-        for other in peers:
-            bucket.out.copy(bucket.flat, self._sent[slot][other].buffer, bucket.nbytes(other), bucket.bounds[other])
-        start, nbytes = bucket.bounds[own], bucket.nbytes(own)
+        bucket.source = source
+        queues = device.send_queue, device.receive_queue, device.exchange_queue, device.receive_queue
+        recorders = [CommandRecorder(queue, replay=True) for queue in queues]
+        bucket.send, bucket.receive, bucket.reduce, bucket.gather = recorders
+        for peer, sent in self._sent[slot].items():
+            start, nbytes = bucket.slices[peer]
+            bucket.send.copy(source, sent.buffer, nbytes, start)
+        start, nbytes = bucket.slices[own]
         if nbytes:
-            parts = [received.buffer.slice(0, nbytes) for received in self._received[slot]]
-            parts[own], total = bucket.flat.slice(start, nbytes), bucket.result.slice(start, nbytes)
-            self._adder(nbytes, bucket.spec.dtype).record(bucket.reduce, parts, [total])
-            bucket.reduce.copy(total, self._sums[slot][own].buffer)
-        for owner in self._gathered:
-            total, nbytes = self._sums[slot][owner].buffer, bucket.nbytes(owner)
-            bucket.gather.copy(total, bucket.result, nbytes, 0, bucket.bounds[owner])
-        for recorder in (bucket.out, bucket.reduce, bucket.gather):
+            parts = {own: source.slice(start, nbytes)}
+            for peer, received in self._received[slot].items():
+                parts[peer] = received.buffer.slice(0, nbytes)
+                if self._copies_in:
+                    copy = bucket.received[peer] = bucket.received.get(peer) or device.buffer(nbytes)
+                    bucket.receive.copy(parts[peer], copy)
+                    parts[peer] = copy
+            total = bucket.result.slice(start, nbytes)
+            self._adder(nbytes, bucket.spec.dtype).record(bucket.reduce, [parts[i] for i in sorted(parts)], [total])
+            if not self._one_shot:
+                bucket.reduce.copy(total, self._sums[slot][own].buffer)
+        if not self._one_shot:
+            for owner in self._gathered:
+                start, nbytes = bucket.slices[owner]
+                bucket.gather.copy(self._sums[slot][owner].buffer, bucket.result, nbytes, 0, start)
+        for recorder in recorders:
             recorder.end()
 
     def _adder(self, nbytes: int, dtype: np.dtype) -> Executable:
-        """The program that adds up a slice of all processes, in f32 and in their order."""
+        """The program that adds up a part of all processes, in f32 and in their order."""
         part = jax.ShapeDtypeStruct((nbytes // dtype.itemsize,), dtype)
         if part not in self._adders:
-            self._adders[part] = self._compile(_add_up, *[part] * self.links.count)
+            closed = jax.make_jaxpr(_add_up)(*[part] * self.links.count)
+            program = compile_graph(optimize(closed), self.device, [False] * self.links.count)
+            self._adders[part] = Executable(self.device, program, [type_of_aval(aval) for aval in closed.out_avals])
         return self._adders[part]
-
-    def _compile(self, fn: Callable[..., jax.Array], *specs: jax.ShapeDtypeStruct) -> Executable:
-        closed = jax.make_jaxpr(fn)(*specs)
-        program = compile_graph(optimize(closed), self.device, [False] * len(specs))
-        return Executable(self.device, program, [type_of_aval(aval) for aval in closed.out_avals])
 
 
 def _add_up(*parts: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import functools
 import gc
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any, overload
 
@@ -53,6 +53,7 @@ def jit(
     donate_argnames: str | Iterable[str] | None = None,
     keep_unused: bool = False,
     device: int | str | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
     **others: Any,
 ) -> Any:
     """`fn` as one submission to a Vulkan device; without `fn`, a decorator with these options.
@@ -66,6 +67,8 @@ def jit(
       keep_unused: whether arguments that the function does not read go to the device all the same, and are gone where
         they are donated.
       device: as for `vk_kernels.use`.
+      compiler_options: a dict of this compiler's options. output_groups: sequences of numbers of leaves of the result;
+        each group is done with a submission of its own, as soon as it can be. None: the fewest submissions.
       others: the other options of `jax.jit`, in_shardings and the like; any but their default is a TypeError.
 
     Returns:
@@ -89,6 +92,7 @@ def jit(
         donate_argnames=donate_argnames,
         keep_unused=keep_unused,
         device=device,
+        compiler_options=compiler_options,
         others=others,
     )
     return functools.partial(Jitted, options=options) if fn is _NOT_GIVEN else Jitted(fn, options)
@@ -304,7 +308,9 @@ class Jitted:
             closed = traced.jaxpr
             if len(closed.in_avals) > len(jax.tree.leaves(traced.args_info)) or any(map(is_traced, closed.consts)):
                 return None
-            found = Compiled(traced, key[0], open_device(device), self._options.keep_unused)
+            found = Compiled(
+                traced, key[0], open_device(device), self._options.keep_unused, self._options.output_groups
+            )
         self._compiled[key], found.lock = found, self._lock
         return found
 

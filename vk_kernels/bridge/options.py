@@ -12,7 +12,6 @@ _NOT_TAKEN = {
     "out_shardings": (None, "results lie on the one Vulkan device that the function runs on"),
     "backend": (None, "device= names a Vulkan device"),
     "inline": (False, "under jax.jit a function stays a call of its own"),
-    "compiler_options": (None, "they are for XLA"),
     "abstracted_axes": (None, "a function is compiled for each shape"),
 }
 
@@ -27,6 +26,7 @@ class Options:
     donate_argnames: tuple[str, ...] | None
     keep_unused: bool
     device: int | str | None
+    output_groups: tuple[tuple[int, ...], ...]
 
 
 def check_options(
@@ -37,6 +37,7 @@ def check_options(
     donate_argnames: Any,
     keep_unused: Any,
     device: Any,
+    compiler_options: Any,
     others: Mapping[str, Any],
 ) -> Options:
     """The options. Raises TypeError for one that `jit` does not take, or a value that means nothing."""
@@ -57,7 +58,28 @@ def check_options(
         donate_argnames=_names("donate_argnames", donate_argnames),
         keep_unused=keep_unused,
         device=device,
+        output_groups=_output_groups(compiler_options),
     )
+
+
+def _output_groups(given: Any) -> tuple[tuple[int, ...], ...]:
+    """What compiler options say of groups of outputs, () if nothing."""
+    options = {} if given is None else given
+    if not isinstance(options, Mapping):
+        raise TypeError(f"compiler_options is a dict of options of this compiler, not {given!r}")
+    for name in options:
+        if name != "output_groups":
+            raise TypeError(f"vk_kernels.jit does not take {name!r} in compiler_options: it has output_groups alone")
+    message = "output_groups is a sequence of sequences of numbers of leaves of the result"
+    found = options.get("output_groups", ())
+    try:
+        groups = tuple(tuple(operator.index(j) for j in group) for group in found)
+    except TypeError:
+        raise TypeError(f"{message}, not {found!r}") from None
+    numbers = [j for group in groups for j in group]
+    if any(j < 0 for j in numbers):
+        raise TypeError(f"{message}, from 0, not {found!r}")
+    return groups
 
 
 def _index(x: Any, message: str) -> int:

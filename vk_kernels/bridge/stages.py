@@ -31,8 +31,15 @@ class Compiled:
     FloatingPointError under jax_debug_nans or jax_debug_infs for a result that has one.
     """
 
-    def __init__(self, traced: Any, tree: Any, device: Device, keep_unused: bool = False):
-        """traced: a `jax.stages.Traced`. tree: the structure of (args, kwargs)."""
+    def __init__(
+        self,
+        traced: Any,
+        tree: Any,
+        device: Device,
+        keep_unused: bool = False,
+        output_groups: Sequence[Sequence[int]] = (),
+    ):
+        """traced: a `jax.stages.Traced`. tree: the structure of (args, kwargs). output_groups: see `jit`."""
         self.device, self.in_tree = device, tree
         self.lock = threading.RLock()  # held by whoever runs it
         self._name, self.args_info, self.out_info = traced.fun_name, traced.args_info, traced.out_info
@@ -44,10 +51,12 @@ class Compiled:
         self.donated = [i for i, given in enumerate(is_donated) if given]
         self.out_tree = jax.tree.structure(traced.out_info)
         self.out_types = list(map(type_of_aval, closed.out_avals))
-        self.program: Program = compile_graph(self.graph, device, is_donated)
+        self.program: Program = compile_graph(self.graph, device, is_donated, output_groups)
         made = [kind for j, kind in enumerate(self.out_types) if j not in self.program.aliases]
         unused = frozenset() if keep_unused else self.program.unused_inputs()
         self.executable = Executable(device, self.program, made, unused)
+        if output_groups:
+            self.executable.cut_after(output_groups)
         signature = Signature(
             in_tree=tree,
             in_types=self.in_types,

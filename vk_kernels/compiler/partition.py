@@ -1,13 +1,14 @@
 """Partition: which nodes become one kernel.
 
 A kernel op is a step of its own; generated kernels are made of roots, the values in memory (`roots`), each with all
-that it alone needs. In order: `find_roots`, `find_depths`, `reductions_first`, `form_kernels`.
+that it alone needs. In order: `find_roots`, `find_depths`, `soonest_depths`, `reductions_first`, `form_kernels`.
 
 The depth of a root is the longest way from it to the end of the program, counted in steps. Roots of one depth need
 nothing of each other, and become one step together (horizontal fusion): each is computed as late as it can be. But
-inputs that are only converted to a smaller type, as a model's parameters to bfloat16, are all converted first; and
+inputs that are only converted to a smaller type, as a model's parameters to bfloat16, are all converted first;
 elementwise roots come forward to the long reductions of all that they load (an optimizer's update to its norms), so
-that it is read once. No more roots stand side by side in a kernel than it can bind, or than is good for a compiler.
+that it is read once; and outputs that the caller wants soon come as soon as they can. No more roots stand side by side
+in a kernel than it can bind, or than is good for a compiler.
 """
 
 import functools
@@ -81,8 +82,16 @@ def common_scope(scopes: Iterable[str]) -> str:
     return "/".join(shared)
 
 
-def partition(graph: Graph, most_buffers: int = MOST_BUFFERS, most_reductions: int = MOST_REDUCTIONS) -> Partition:
+def partition(
+    graph: Graph,
+    most_buffers: int = MOST_BUFFERS,
+    most_reductions: int = MOST_REDUCTIONS,
+    output_groups: Sequence[Sequence[int]] = (),
+) -> Partition:
     """Cuts a graph into steps; a generated one binds `most_buffers` and has `most_reductions` at most.
+
+    output_groups: outputs, by number, that are made together, as soon as the last of each group can be; without one, an
+    output that nothing waits for is made at the end.
 
     What one root needs may be more than MOST_BUFFERS, but never more than fewer `most_buffers`: a device's limit.
     """
@@ -90,8 +99,9 @@ def partition(graph: Graph, most_buffers: int = MOST_BUFFERS, most_reductions: i
     graph = _with_constants(graph)
     graph = replace(graph, nodes=[part for node in graph.nodes for part in _in_a_tree(node, most)])
     roots = find_roots(graph, most_buffers)
-    depths = find_depths(roots)
-    depths = find_depths(roots, reductions_first(roots, depths))
+    soon = soonest_depths(roots, find_depths(roots), output_groups)
+    depths = find_depths(roots, soon)
+    depths = find_depths(roots, soon | reductions_first(roots, depths))
     steps = form_kernels(roots, depths, most_buffers, most_reductions)
     outputs = tuple(map(roots.base, graph.outputs))
     read = {x for step in steps for x in step.inputs} | set(outputs)
@@ -148,6 +158,21 @@ def find_depths(roots: Roots, least: Mapping[Node, int] | None = None) -> dict[N
         node: deepest if _is_smaller(node) and roots.base(node.inputs[0]) in inputs else depth
         for node, depth in depths.items()
     }
+
+
+def soonest_depths(roots: Roots, depths: Mapping[Node, int], output_groups: Sequence[Sequence[int]]) -> dict[Node, int]:
+    """Of the roots that make groups of outputs, the greatest depth that all of the group's can have."""
+    levels: dict[Node, int] = {}  # the longest way to each root from the start of the program
+    for node, values in roots.needs.items():
+        steps = ((roots.makers.get(x), int(x in roots.loaded or bool(node.call))) for x in values)
+        levels[node] = max((levels[maker] + step for maker, step in steps if maker), default=0)
+    deepest, found = max(depths.values(), default=0), {}
+    for group in output_groups:
+        makers = [roots.makers.get(roots.base(roots.graph.outputs[j])) for j in group]
+        own = [maker for maker in makers if maker]
+        level = max((levels[maker] for maker in own), default=0)
+        found |= dict.fromkeys(own, deepest - level)
+    return found
 
 
 def _is_smaller(node: Node) -> bool:

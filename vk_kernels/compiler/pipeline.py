@@ -34,15 +34,17 @@ def optimize(closed: ClosedJaxpr) -> Graph:
     return rematerialize(graph)  # large activations computed again instead of kept
 
 
-def compile_graph(graph: Graph, device: "Device", donated: Sequence[bool]) -> Program:
+def compile_graph(
+    graph: Graph, device: "Device", donated: Sequence[bool], output_groups: Sequence[Sequence[int]] = ()
+) -> Program:
     """The program of a graph: what is fused into which kernel, the kernels, their order and every array's memory.
 
-    donated: whether each input may be overwritten. Raises ValueError or FeatureError, naming the line, for what the
-    kernels or the device cannot do.
+    donated: whether each input may be overwritten. output_groups: see `partition`. Raises ValueError or FeatureError,
+    naming the line, for what the kernels or the device cannot do.
     """
     buffers = min(MOST_BUFFERS, device.limits.storage_buffers)
     # lavapipe takes minutes to compile a kernel with 32 reductions.
     reductions = 4 if device.info.kind == "cpu" else MOST_REDUCTIONS
     graph = select_kernels(graph, device.info)  # primitives of which kernels ship: these, where they are faster
     graph = split_ops(graph, device.info)  # results that are needed at other times are made by ops of their own
-    return make_program(partition(graph, buffers, reductions), device, donated)
+    return make_program(partition(graph, buffers, reductions, output_groups), device, donated)

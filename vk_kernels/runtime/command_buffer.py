@@ -24,9 +24,12 @@ _POOL_SETS, _POOL_DESCRIPTORS = 256, 2048  # of each descriptor pool, where ther
 
 
 @functools.cache
-def _barriers() -> tuple[Any, Any, Any]:
-    """VkMemoryBarriers between dispatches, between all commands, and at the end of a recording."""
-    read, write = vk.VK_ACCESS_SHADER_READ_BIT, vk.VK_ACCESS_SHADER_WRITE_BIT
+def _barriers(computes: bool) -> tuple[Any, Any, Any]:
+    """VkMemoryBarriers between dispatches, between all commands, and at the end of a recording.
+
+    computes: whether the queue does more than transfers: it must know the accesses.
+    """
+    read, write = (vk.VK_ACCESS_SHADER_READ_BIT, vk.VK_ACCESS_SHADER_WRITE_BIT) if computes else (0, 0)
     writes = write | vk.VK_ACCESS_TRANSFER_WRITE_BIT
     uses = writes | read | vk.VK_ACCESS_TRANSFER_READ_BIT
     host = vk.VK_ACCESS_HOST_READ_BIT | vk.VK_ACCESS_HOST_WRITE_BIT
@@ -72,7 +75,8 @@ class CommandRecorder:
         device = self.device = queue.device
         self.queue = queue
         self.last_use = 0  # the newest submission
-        self._barriers = _barriers()
+        self._barriers = _barriers(queue.place.computes)
+        self._compute = vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT if queue.place.computes else 0
         self._hazards = hazards
         self._tracker = UsageTracker() if replay else None
         self._capacity = timestamps
@@ -82,7 +86,7 @@ class CommandRecorder:
         if timestamps and not device.limits.timestamp_bits:
             raise VulkanError(f"{device.info.name} has no timestamps")
         queue.collect()
-        info = vulkan.struct("VkCommandPoolCreateInfo", queueFamilyIndex=queue.family)
+        info = vulkan.struct("VkCommandPoolCreateInfo", queueFamilyIndex=queue.place.family)
         self._pool = device.create("CommandPool", info)
         allocate = vulkan.struct("VkCommandBufferAllocateInfo", commandPool=self._pool, commandBufferCount=1)
         command = ffi.new("VkCommandBuffer*")
@@ -253,7 +257,7 @@ class CommandRecorder:
 
     def barrier(self) -> None:
         """Everything before it is done, and its writes visible, before anything after it starts."""
-        stages, barrier = vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT, self._barriers[0]
+        stages, barrier = self._compute, self._barriers[0]
         if self._transfers:
             stages, barrier = stages | vk.VK_PIPELINE_STAGE_TRANSFER_BIT, self._barriers[1]
         self.device.fn.vkCmdPipelineBarrier(self._command, stages, stages, 0, 1, barrier, 0, ffi.NULL, 0, ffi.NULL)
@@ -308,7 +312,7 @@ class CommandRecorder:
         if self._ended:
             return
         fn, command = self.device.fn, self._command
-        compute, transfer = vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT, vk.VK_PIPELINE_STAGE_TRANSFER_BIT
+        compute, transfer = self._compute, vk.VK_PIPELINE_STAGE_TRANSFER_BIT
         after = compute | transfer | vk.VK_PIPELINE_STAGE_HOST_BIT
         barrier = self._barriers[2]
         fn.vkCmdPipelineBarrier(command, compute | transfer, after, 0, 1, barrier, 0, ffi.NULL, 0, ffi.NULL)

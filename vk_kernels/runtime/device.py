@@ -27,7 +27,7 @@ from vk_kernels.runtime.instance import Instance, validation_mode
 from vk_kernels.runtime.kernel import Kernel
 from vk_kernels.runtime.logical_device import LogicalDevice
 from vk_kernels.runtime.memory import Buffer, Memory, MemoryStats
-from vk_kernels.runtime.physical_device import DeviceInfo, choose, exchange_family, survey
+from vk_kernels.runtime.physical_device import DeviceInfo, QueuePlaces, choose, queue_places, survey
 from vk_kernels.runtime.queue import Queue
 from vk_kernels.runtime.staging import Staging
 from vk_kernels.spirv.reflect import reflect
@@ -62,8 +62,8 @@ class Device(LogicalDevice):
             _, physical, family = found[info.index]
             if timeout is None:
                 timeout = CPU_TIMEOUT if info.kind == "cpu" else TIMEOUT
-            families = family, exchange_family(instance.fn, physical, family)
-            return cls(instance, info, physical, families, direct, timeout)
+            places = queue_places(instance.fn, physical, family)
+            return cls(instance, info, physical, places, direct, timeout)
         except BaseException:
             instance.close()
             raise
@@ -73,12 +73,11 @@ class Device(LogicalDevice):
         instance: Instance,
         info: DeviceInfo,
         physical: Any,
-        families: tuple[int, int],
+        places: QueuePlaces,
         direct: bool,
         timeout: float,
     ):
-        """families: of the queue and of the exchange queue, the same or another."""
-        super().__init__(instance, info, physical, tuple(dict.fromkeys(families)))
+        super().__init__(instance, info, physical, places)
         self.submit_ms = 0.0  # a program is cut into submissions that take no longer, see `Executable`; 0: it is one
         self.program_lock = threading.RLock()  # held while a program is prepared: its arguments must not be moved
         self.executables: weakref.WeakSet[Any] = weakref.WeakSet()  # `Executable`s
@@ -88,9 +87,13 @@ class Device(LogicalDevice):
         self.compilers = ThreadPoolExecutor(thread_name_prefix="compile")  # a driver compiles a kernel on one core
         try:
             self.check_validation(f"opening {self.info.name}")
-            self.queue = Queue(self, timeout, families[0])
-            # For transfers beside the work of the first; what it uses and when is up to who submits to it.
-            self.exchange_queue = Queue(self, timeout, families[1], self.queue)
+            self.queue = Queue(self, timeout, places.work)
+            # For work and transfers beside that of the first; what they use and when is up to who submits to them.
+            self.exchange_queue = Queue(self, timeout, places.exchange, self.queue)
+            made = {places.exchange: self.exchange_queue}
+            for place in (places.send, places.receive):
+                made[place] = made.get(place) or Queue(self, timeout, place)
+            self.send_queue, self.receive_queue = made[places.send], made[places.receive]
             self.memory = Memory(self.queue, direct)
             self.memory.staging = Staging(self.memory, self.pooled_recorder)
             self.memory.make_room = self._make_room
@@ -185,7 +188,12 @@ class Device(LogicalDevice):
             finally:
                 self.program_lock.release()
 
-    # Its queue.
+    # Its queues.
+
+    @property
+    def _queues(self) -> list[Queue]:
+        """Each once."""
+        return list(dict.fromkeys((self.queue, self.exchange_queue, self.send_queue, self.receive_queue)))
 
     def completed(self) -> int:
         """The newest submission that is done, and with it all before it."""
@@ -230,8 +238,8 @@ class Device(LogicalDevice):
             self.closed = True
         _open_devices.discard(self)
         try:
-            self.exchange_queue.wait_idle()
-            self.queue.wait_idle()
+            for queue in reversed(self._queues):
+                queue.wait_idle()
         except DeviceLostError:
             # The objects of a lost device may and must still be destroyed, once the driver lets go of its work: it
             # returns in finite time then.
@@ -241,7 +249,7 @@ class Device(LogicalDevice):
             self.fn = vulkan.ClosedFunctions(self.info.name)
             return
         self.memory.close()
-        for queue in (self.queue, self.exchange_queue):
+        for queue in self._queues:
             queue.forget_retired()
         self._destroy()
         try:
@@ -263,7 +271,7 @@ class Device(LogicalDevice):
         self.closed = True
         self.fn = vulkan.ClosedFunctions(self.info.name)
         self._lock = threading.Lock()  # a thread that did not come along may hold it
-        for queue in (self.queue, self.exchange_queue):
+        for queue in self._queues:
             queue.disown()
 
     def __enter__(self) -> "Device":

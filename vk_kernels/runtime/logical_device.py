@@ -6,7 +6,7 @@ from typing import Any
 from vk_kernels.runtime import disk_cache, vulkan
 from vk_kernels.runtime.features import enabling
 from vk_kernels.runtime.instance import Instance
-from vk_kernels.runtime.physical_device import DeviceInfo
+from vk_kernels.runtime.physical_device import DeviceInfo, QueuePlaces
 from vk_kernels.runtime.vulkan import ffi
 
 
@@ -14,12 +14,15 @@ class LogicalDevice:
     """A VkDevice with every feature of ours that it has enabled. It owns its instance.
 
     `fn`: the device's functions. `cache_dir`: where the pipelines that its driver compiled are kept. `families`: of its
-    queues, the first of them `queue_family`.
+    queues, the first of them that of its work.
     """
 
-    def __init__(self, instance: Instance, info: DeviceInfo, physical: Any, families: tuple[int, ...]):
+    def __init__(self, instance: Instance, info: DeviceInfo, physical: Any, places: QueuePlaces):
         self.instance, self.info, self.physical = instance, info, physical
-        self.families, self.queue_family = families, families[0]
+        self._counts = {
+            place.family: max(other.index + 1 for other in places if other.family == place.family) for place in places
+        }
+        self.families = tuple(self._counts)
         self.features, self.limits = info.features, info.limits
         self.closed = False
         self.cache_dir = _cache_dir(info)
@@ -32,10 +35,12 @@ class LogicalDevice:
     def _create(self) -> Any:
         gpu_validation = self.instance.validation == "gpu"
         head, _chain, extensions = enabling(self.instance.fn, self.physical, self.features, gpu_validation)
-        priority = ffi.new("float[]", [1.0])
+        priorities = ffi.new("float[]", [1.0] * max(self._counts.values()))
         queues = [
-            vulkan.struct("VkDeviceQueueCreateInfo", queueFamilyIndex=family, queueCount=1, pQueuePriorities=priority)
-            for family in self.families
+            vulkan.struct(
+                "VkDeviceQueueCreateInfo", queueFamilyIndex=family, queueCount=count, pQueuePriorities=priorities
+            )
+            for family, count in self._counts.items()
         ]
         info = vulkan.struct(
             "VkDeviceCreateInfo",

@@ -21,6 +21,16 @@ from vk_kernels.runtime.vulkan import ffi, vk
 # VkPhysicalDeviceType -> our name; the order is the order of choice. A CPU device is taken only when asked for.
 _KINDS = {2: "discrete", 1: "integrated", 3: "virtual", 0: "other", 4: "cpu"}
 
+_TRANSFER = vk.VK_QUEUE_TRANSFER_BIT
+_WORK = (  # kinds of work that a queue family says it takes
+    vk.VK_QUEUE_GRAPHICS_BIT
+    | vk.VK_QUEUE_COMPUTE_BIT
+    | vk.VK_QUEUE_VIDEO_DECODE_BIT_KHR
+    | vk.VK_QUEUE_VIDEO_ENCODE_BIT_KHR
+    | vk.VK_QUEUE_OPTICAL_FLOW_BIT_NV
+    | _TRANSFER
+)
+
 
 @dataclass(frozen=True)
 class DeviceInfo:
@@ -45,6 +55,26 @@ class DeviceInfo:
 
     def __str__(self) -> str:
         return f"{self.index}: {self.name} ({self.kind}, Vulkan {self.api_version}, {self.driver})"
+
+
+class QueuePlace(NamedTuple):
+    """A queue by its family and its index there. computes: whether it takes more than transfers."""
+
+    family: int
+    index: int = 0
+    computes: bool = True
+
+
+class QueuePlaces(NamedTuple):
+    """The queues of a device: for its work, and for exchanges beside it: for what is added up, sent and received.
+
+    They may be the same.
+    """
+
+    work: QueuePlace
+    exchange: QueuePlace
+    send: QueuePlace
+    receive: QueuePlace
 
 
 class DevicePlace(NamedTuple):
@@ -156,20 +186,32 @@ def _compute_queue(fn, physical: Any) -> tuple[int, int]:
     return next(iter(_compute_families(fn, physical)), (-1, 0))
 
 
-def exchange_family(fn, physical: Any, family: int) -> int:
-    """Another queue family for compute work, which runs beside the first; the first where there is no other."""
-    return next((i for i, _ in _compute_families(fn, physical) if i != family), family)
+def queue_places(fn, physical: Any, family: int) -> QueuePlaces:
+    """The queues that a device is used by. family: that of its work."""
+    found = _queue_families(fn, physical)
+    computes = next((i for i, _ in _compute_families(fn, physical) if i != family), family)
+    # What does nothing but transfers has engines of its own for them. Video's families transfer, too.
+    copies = next((i for i, each in enumerate(found) if each.queueFlags & _WORK == _TRANSFER), None)
+    work, exchange = QueuePlace(family), QueuePlace(computes)
+    if copies is None:
+        return QueuePlaces(work, exchange, exchange, exchange)
+    last = min(1, found[copies].queueCount - 1)
+    return QueuePlaces(work, exchange, QueuePlace(copies, 0, False), QueuePlace(copies, last, False))
 
 
 def _compute_families(fn, physical: Any) -> list[tuple[int, int]]:
     """(index, timestamp bits) of each queue family for compute."""
+    families = enumerate(_queue_families(fn, physical))
+    return [(i, each.timestampValidBits) for i, each in families if each.queueFlags & vk.VK_QUEUE_COMPUTE_BIT]
+
+
+def _queue_families(fn, physical: Any) -> list[Any]:
+    """The VkQueueFamilyProperties of a device."""
     count = ffi.new("uint32_t*")
     fn.vkGetPhysicalDeviceQueueFamilyProperties(physical, count, ffi.NULL)
     families = ffi.new("VkQueueFamilyProperties[]", count[0])
     fn.vkGetPhysicalDeviceQueueFamilyProperties(physical, count, families)
-    return [
-        (i, families[i].timestampValidBits) for i in range(count[0]) if families[i].queueFlags & vk.VK_QUEUE_COMPUTE_BIT
-    ]
+    return [families[i] for i in range(count[0])]
 
 
 def choose(devices: Sequence[DeviceInfo], selector: int | str | None = None) -> DeviceInfo:

@@ -12,6 +12,7 @@ from typing import Any
 from vk_kernels.errors import DeviceTimeoutError
 from vk_kernels.runtime import vulkan
 from vk_kernels.runtime.logical_device import LogicalDevice
+from vk_kernels.runtime.physical_device import QueuePlace
 from vk_kernels.runtime.vulkan import ffi, vk
 
 _last_use = attrgetter("last_use")
@@ -20,15 +21,15 @@ _last_use = attrgetter("last_use")
 class Queue:
     """A queue of a logical device. Thread-safe. `timeout`: seconds that a wait takes at most."""
 
-    def __init__(self, device: LogicalDevice, timeout: float, family: int, beside: "Queue | None" = None):
-        """beside: another one, made before; of the same family, it is the same queue with a timeline of its own."""
-        self.device, self.timeout, self.family = device, timeout, family
-        self._lock = beside._lock if beside and beside.family == family else threading.Lock()
+    def __init__(self, device: LogicalDevice, timeout: float, place: QueuePlace, beside: "Queue | None" = None):
+        """beside: another one, made before; at the same place, it is the same queue with a timeline of its own."""
+        self.device, self.timeout, self.place = device, timeout, place
+        self._lock = beside._lock if beside and beside.place == place else threading.Lock()
         self._retired: deque[tuple[int, Callable[[], None]]] = deque()
         self._submitted = self._completed = 0
         self._newest: deque[tuple[int, str]] = deque(maxlen=64)  # (submission, its kernels), for messages
         queue = ffi.new("VkQueue*")
-        device.fn.vkGetDeviceQueue(device.handle, family, 0, queue)
+        device.fn.vkGetDeviceQueue(device.handle, place.family, place.index, queue)
         self._queue = queue[0]
         timeline = vulkan.struct("VkSemaphoreTypeCreateInfo", semaphoreType=vk.VK_SEMAPHORE_TYPE_TIMELINE)
         self._timeline = device.create("Semaphore", vulkan.struct("VkSemaphoreCreateInfo", pNext=timeline))
