@@ -42,7 +42,6 @@ def run_process(options: argparse.Namespace) -> dict[str, Any]:
     from program import fresh_leaves, make_step, random_batch
 
     import vk_kernels
-    from gpt_jax.distributed.buckets import BUCKET_BYTES
     from gpt_jax.training.cut_step import make_cut_step
     from gpt_jax.training.programs import abstract_state
     from vk_kernels.bridge.host_exchange import HostExchange
@@ -78,7 +77,7 @@ def run_process(options: argparse.Namespace) -> dict[str, Any]:
             make_exchange,
             vk_kernels.jit,
             first_text=index * size,
-            bucket_bytes=int(options.bucket * 1e6) or BUCKET_BYTES,
+            bucket_bytes=int(options.bucket * 1e6) or None,
         )
     else:
         step, shapes, _ = make_step(whole)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 BUCKET_BYTES = 32 << 20
+FEWEST = 4  # buckets: what of a small model is exchanged behind its gradient, and not after it
 
 
 class ArrayPiece(NamedTuple):
@@ -27,9 +28,9 @@ class Buckets:
     All buckets but the last have the same size; a leaf may lie in several.
     """
 
-    def __init__(self, tree: dict[str, Any], layers: Sequence[str], dtype: Any, nbytes: int = BUCKET_BYTES):
+    def __init__(self, tree: dict[str, Any], layers: Sequence[str], dtype: Any, nbytes: int | None = None):
         """tree: by layer, arrays or their shapes. layers: all, in the order of the forward pass. dtype: of the
-        buckets. nbytes: of each."""
+        buckets. nbytes: of each; None: BUCKET_BYTES, or less where that makes too few."""
         places = jax.tree.unflatten(jax.tree.structure(tree), range(len(jax.tree.leaves(tree))))
         order = [leaf for layer in reversed(layers) for leaf in reversed(jax.tree.leaves(places.get(layer)))]
         leaves = jax.tree.leaves(tree)
@@ -37,7 +38,9 @@ class Buckets:
             raise ValueError(f"the layers {sorted(tree)} are not among {list(layers)}")
         self.dtype, self._structure = jnp.dtype(dtype), jax.tree.structure(tree)
         self._leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-        most = max(1, nbytes // self.dtype.itemsize)
+        size = sum(leaf.size for leaf in leaves)
+        most = max(1, (nbytes or BUCKET_BYTES) // self.dtype.itemsize)
+        most = most if nbytes else min(most, max(1, -(-size // FEWEST)))
         self.pieces: list[list[ArrayPiece]] = [[]]
         room = most
         for number in order:

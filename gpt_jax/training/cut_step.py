@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from gpt_jax.distributed.buckets import BUCKET_BYTES, Buckets
+from gpt_jax.distributed.buckets import Buckets
 from gpt_jax.model.gpt import GPT, make_model
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import (
@@ -96,7 +96,7 @@ class CutStep:
         accumulate_steps: int = 1,
         is_trained: IsTrained = all_trained,
         dtype: str = "float32",
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ):
         """state: its shapes and dtypes. jit: of `vk_kernels`. dtype: of gradients on their way."""
         self.exchange: Exchange | None = None
@@ -174,7 +174,7 @@ def make_cut_step(
     jit: Callable[..., Any],
     *,
     first_text: int = 0,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
 ) -> CutStep:
     """The step with what a config says. state: its shapes and dtypes. first_text: see `make_model`.
     bucket_bytes: see `Buckets`."""

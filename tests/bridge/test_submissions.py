@@ -129,3 +129,26 @@ def test_a_repeated_call_runs_little_python(count, most):
         sys.setprofile(None)
         gc.enable()
     assert sum(event in ("call", "c_call") for event in found) <= most
+
+
+@needs_vulkan
+def test_groups_of_outputs_are_done_one_after_another():
+    def sums(x, w):
+        found = []
+        for _ in range(4):
+            x = jnp.tanh(x @ w)
+            found.append(x.sum(0))
+        return found
+
+    x, w = np.linspace(-1, 1, 64 * 48, dtype=np.float32).reshape(64, 48), np.eye(48, dtype=np.float32)
+    whole, cut = (
+        vk_kernels.jit(sums, device=SELECTOR, compiler_options=options)(x, w)
+        for options in (None, {"output_groups": [(0, 1), (2,), (3,)]})
+    )
+    assert len({out.buffer.last_use for out in whole}) == 1
+    first, second, third, last = (out.buffer.last_use for out in cut)
+    assert first == second < third < last
+    for one, other in zip(whole, cut, strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match=r"output_groups \(\(4,\),\): the result has 4 leaves"):
+        vk_kernels.jit(sums, device=SELECTOR, compiler_options={"output_groups": [[4]]})(x, w)

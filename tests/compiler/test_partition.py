@@ -45,6 +45,23 @@ def check_order(found: Partition) -> None:
     assert all(x in made for x in found.outputs)
 
 
+def test_groups_of_outputs_are_made_as_soon_as_they_can_be_and_all_others_at_the_end():
+    def layers(x, weights):
+        sums = []
+        for w in weights:
+            x = jnp.tanh(x @ w)
+            sums.append(x.sum(0))
+        return x, sums
+
+    arguments = layers, X, [np.ones((48, 48), np.float32)] * 4
+    late, soon = steps_of(*arguments), steps_of(*arguments, output_groups=[(1, 2), (3, 4)])
+    for found, levels in ((late, [4, 4, 4, 4]), (soon, [2, 2, 4, 4])):
+        check_order(found)
+        levels_of = {out: step.level for step in found.steps for out in step.outputs}
+        deepest = max(levels_of.values())
+        assert [levels_of[out] - deepest + 4 for out in found.outputs[1:]] == levels
+
+
 def test_an_optimizer_reads_each_gradient_in_one_step_only():
     """However many parameters there are, and however long the way to a number that all of them are scaled by."""
     shapes = [(8 + i, 16) for i in range(60)]

@@ -49,6 +49,14 @@ def test_buckets_of_bfloat16_are_half_as_large_and_come_back_in_float32():
     assert buckets.unpack(packed)["head"].dtype == jnp.float32
 
 
+def test_a_small_tree_has_four_buckets_and_a_large_one_those_of_32_mb():
+    small = {"head": jax.ShapeDtypeStruct((1001,), jnp.float32)}
+    assert Buckets(small, ("head",), "float32").sizes == [251, 251, 251, 248]
+    large = {"head": jax.ShapeDtypeStruct((40 << 20,), jnp.float32)}
+    assert Buckets(large, ("head",), "bfloat16").sizes == [10 << 20] * 4
+    assert Buckets(large, ("head",), "float32").sizes == [8 << 20] * 5
+
+
 def test_a_layer_that_the_model_does_not_have_is_refused():
     with pytest.raises(ValueError, match=r"the layers \['head', 'tail'\] are not among \['head'\]"):
         Buckets({"head": np.zeros(2), "tail": np.zeros(2)}, ("head",), "float32")

@@ -13,11 +13,11 @@ from waiting import PATIENCE
 
 from vk_kernels.errors import DeviceLostError, NoDeviceError, SettingError, VulkanError
 from vk_kernels.runtime import device as device_module
-from vk_kernels.runtime import vulkan
+from vk_kernels.runtime import physical_device, vulkan
 from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.features import CooperativeMatrix, DeviceLimits, Features, _cooperative_matrices2
 from vk_kernels.runtime.instance import validation_mode
-from vk_kernels.runtime.physical_device import DeviceInfo, choose, list_devices, list_places
+from vk_kernels.runtime.physical_device import DeviceInfo, QueuePlace, choose, list_devices, list_places, queue_places
 
 LIMITS = DeviceLimits(*[0] * 16)
 
@@ -38,6 +38,31 @@ GPU, OLD, CPU = info(0, "Big GPU 9000", "discrete"), info(1, "Old GPU", "integra
 def test_the_selector_is_an_index_a_kind_or_part_of_a_name(selector, wanted, monkeypatch):
     monkeypatch.delenv("VK_KERNELS_DEVICE", raising=False)
     assert choose([GPU, OLD, CPU], selector) is wanted
+
+
+COPIES = QueuePlace(1, 0, False)
+GRAPHICS, COMPUTE, TRANSFER, SPARSE, VIDEO = 1, 2, 4, 8, 32
+
+
+@pytest.mark.parametrize(
+    ("families", "places"),
+    [
+        ([(GRAPHICS | COMPUTE | TRANSFER, 1)], [QueuePlace(0)] * 4),
+        ([(GRAPHICS | COMPUTE, 1), (TRANSFER | SPARSE, 1)], [QueuePlace(0), QueuePlace(0), COPIES, COPIES]),
+        (
+            [(GRAPHICS | COMPUTE, 16), (TRANSFER, 2), (COMPUTE, 8), (TRANSFER | VIDEO, 1)],
+            [QueuePlace(0), QueuePlace(2), COPIES, QueuePlace(1, 1, False)],
+        ),
+        ([(TRANSFER | VIDEO, 1), (COMPUTE, 2)], [QueuePlace(1)] * 4),
+    ],
+)
+def test_an_exchange_has_queues_of_other_families_where_there_are_some(families, places, monkeypatch):
+    found = []
+    for flags, count in families:
+        found.append(vulkan.struct("VkQueueFamilyProperties", queueFlags=flags, queueCount=count))
+    monkeypatch.setattr(physical_device, "_queue_families", lambda fn, physical: found)
+    work = next(i for i, (flags, _) in enumerate(families) if flags & COMPUTE)
+    assert list(queue_places(None, None, work)) == places
 
 
 def test_the_environment_selects_and_an_argument_wins_over_it(monkeypatch):

@@ -51,6 +51,8 @@ class Compiled:
         self.donated = [i for i, given in enumerate(is_donated) if given]
         self.out_tree = jax.tree.structure(traced.out_info)
         self.out_types = list(map(type_of_aval, closed.out_avals))
+        if any(j >= len(self.out_types) for group in output_groups for j in group):
+            raise ValueError(f"output_groups {output_groups}: the result has {len(self.out_types)} leaves")
         self.program: Program = compile_graph(self.graph, device, is_donated, output_groups)
         made = [kind for j, kind in enumerate(self.out_types) if j not in self.program.aliases]
         unused = frozenset() if keep_unused else self.program.unused_inputs()
