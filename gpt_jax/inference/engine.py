@@ -121,7 +121,10 @@ class Engine:
         self.max_waiting = max_waiting
         self.failure: str | None = None  # the line of a device that failed
         self._open_text = open_text
-        self._changed = threading.Condition()  # guards all below
+        # Guards all below. Callers take it by itself: Ctrl-C between a Condition's taking of its lock and the block under
+        # it would leave the lock taken.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._waiting: deque[Generation] = deque()
         self._running: dict[int, Generation] = {}  # by slot
         self._tasks: deque[tuple[Callable[[Any], Any], Future]] = deque()
@@ -170,13 +173,16 @@ class Engine:
           EngineFailed: the device has failed, or the engine is closed.
         """
         generation = Generation(self, request, deliver)
-        with self._changed:
+        self._submit(generation)
+        return generation
+
+    def _submit(self, generation: Generation) -> None:
+        with self._lock:
             self._check()
             if len(self._waiting) + len(self._running) >= self.capacity:
                 raise QueueFull(f"{self.max_waiting} requests wait already, which is the limit: try again later")
             self._waiting.append(generation)
             self._changed.notify_all()
-        return generation
 
     def stream(self, request: Request) -> Iterator[Event]:
         """The events of a request; closing the iterator, or an exception while it waits, cancels it.
@@ -185,8 +191,9 @@ class Engine:
           QueueFull, EngineFailed: as `submit`.
         """
         events: SimpleQueue[Event] = SimpleQueue()
-        generation = self.submit(request, events.put)
-        try:
+        generation = Generation(self, request, events.put)
+        try:  # from here on, not from its return: an interrupt in between would leave the request to itself
+            self._submit(generation)
             while True:
                 event = events.get()
                 yield event
@@ -205,18 +212,18 @@ class Engine:
           EngineFailed: as `submit`. And what the task raises.
         """
         done: Future[Any] = Future()
-        with self._changed:
-            self._check()
-            self._tasks.append((task, done))
-            self._changed.notify_all()
         try:
+            with self._lock:
+                self._check()
+                self._tasks.append((task, done))
+                self._changed.notify_all()
             return done.result()
         finally:
             done.cancel()
 
     def close(self) -> None:
         """Fails what is on its way with a line, and gives the decoder up. May be called again."""
-        with self._changed:
+        with self._lock:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
@@ -226,7 +233,7 @@ class Engine:
             raise EngineFailed(self.failure or "the engine is closed")
 
     def _cancel(self, generation: Generation) -> None:
-        with self._changed:
+        with self._lock:
             generation.cancelled = True
             if generation in self._waiting:
                 self._waiting.remove(generation)

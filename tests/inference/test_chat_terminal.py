@@ -66,7 +66,8 @@ def test_a_chat_in_a_terminal():
         terminal.type(CTRL_C)
         terminal.wait_for(lambda text: text.count("^C") >= 2 and text.endswith("you>"))
         terminal.type("/top_q 1\r")
-        terminal.wait_for("error: there is no command /top_q: did you mean /top_p?")
+        error = "error: there is no command /top_q: did you mean /top_p?"
+        terminal.wait_for(lambda text: error in text and text.endswith("you>"))
         terminal.type("still here\r")
         terminal.wait_for(lambda text: "you said still here\n" in text and text.endswith("you>"))
         terminal.type(CTRL_D)

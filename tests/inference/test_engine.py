@@ -149,6 +149,45 @@ def test_a_stream_that_is_closed_is_cancelled():
         wait_for(lambda: engine.running == 0 and not made[0].texts)
 
 
+def interrupt_the_next(engine: Engine, monkeypatch) -> None:
+    """Ctrl-C just when something has come into the queue."""
+    told = engine._changed.notify_all
+
+    def tell_and_interrupt():
+        monkeypatch.undo()
+        told()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._changed, "notify_all", tell_and_interrupt)
+
+
+def test_an_interrupt_as_a_stream_begins_leaves_no_text_behind(monkeypatch):
+    gate = Gate()
+    engine, _ = open_engine(lambda prompt, options: "long " * 60, pace=gate)
+    with engine:
+        interrupt_the_next(engine, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            next(engine.stream(ask("a", max_tokens=300)))
+        gate.open(1)
+        wait_for(lambda: not engine.waiting and not engine.running)
+        gate.open()
+
+
+def test_an_interrupt_as_a_task_begins_takes_it_back(monkeypatch):
+    gate, done = Gate(), []
+    engine, _ = open_engine(lambda prompt, options: "long " * 60, pace=gate)
+    with engine:
+        queue = SimpleQueue()
+        engine.submit(ask("a", max_tokens=300), queue.put)
+        wait_for(lambda: engine.running)
+        interrupt_the_next(engine, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(lambda decoder: done.append("first"))
+        gate.open()
+        engine.run(lambda decoder: done.append("second"))
+    assert done == ["second"]
+
+
 def test_a_stop_string_ends_the_text_and_frees_its_slot():
     engine, made = open_engine(lambda prompt, options: "one two three four five", chunk=3)
     with engine:
