@@ -121,8 +121,8 @@ class Engine:
         self.max_waiting = max_waiting
         self.failure: str | None = None  # the line of a device that failed
         self._open_text = open_text
-        # Guards all below. Callers take it by itself: a Condition that Ctrl-C meets once it has taken its lock, before the
-        # block under it, would leave it taken.
+        # Guards all below. Callers take it by itself: a Condition that Ctrl-C meets once it has taken its lock, before
+        # the block under it, would leave it taken.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._waiting: deque[Generation] = deque()
