@@ -158,7 +158,7 @@ def test_donated_memory_is_used_again(is_done, monkeypatch):
     """Be the device done before the next call, or never: a call makes a recording of its own then, up to some."""
     device = open_device(SELECTOR)
     if not is_done:
-        monkeypatch.setattr(device, "completed", lambda: 0)
+        monkeypatch.setattr(device.queue, "is_done", lambda value: False)
     step = vjit(lambda state, x: (jax.tree.map(lambda s: s * 0.5 + x, state), x.sum()), donate_argnums=0)
     state = vk_kernels.device_put({"a": np.ones((8, 40), np.float32), "b": np.zeros((8, 40), np.float32)}, SELECTOR)
     addresses = {(leaf.buffer.handle_address, leaf.buffer.offset) for leaf in jax.tree.leaves(state)}

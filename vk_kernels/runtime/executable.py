@@ -9,8 +9,6 @@ when kernels are compiled and memory is in place. From then on consecutive stage
 took no longer together; a stage that took longer is one alone. Where the cuts are changes no result.
 """
 
-import contextlib
-import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from itertools import repeat
@@ -152,7 +150,8 @@ class Executable:
                 self._check_size(i, x.size)
                 copies.append((x, slot))
                 continue
-            self._check_size(i, x.nbytes)
+            if x.nbytes != self._sizes[i]:
+                self._check_size(i, x.nbytes)
             if mapped is None:
                 slot.write(x)
             else:
@@ -196,16 +195,16 @@ class Executable:
             self._recordings.remove(recording)
         fitting = [x for x in self._recordings if x.inputs is bound or x.inputs == bound]
         full = len(self._recordings) == RECORDINGS
-        has_slots = bool(fitting and fitting[0].slots)
-        # Slots that the device still reads, and outputs that a caller holds, are better left alone.
-        done = self.device.completed() if has_slots and not full else math.inf
+        is_done = self.device.queue.is_done
         for recording in fitting:
-            if recording.recorder.last_use <= done and not referenced_elsewhere(recording.results):
+            # Slots that the device still reads, and outputs that a caller holds, are better left alone.
+            is_free = full or not recording.slots or is_done(recording.recorder.last_use)
+            if is_free and not referenced_elsewhere(recording.results):
                 break
         else:
             recording = self._evict_held_outputs(fitting[0]) if full and fitting else self._record(bound)
         if not self._recordings or recording is not self._recordings[-1]:
-            with contextlib.suppress(ValueError):  # `make_room` came in between
+            if recording in self._recordings:  # unless `make_room` came in between
                 self._recordings.remove(recording)
             self._recordings.append(recording)
         return recording

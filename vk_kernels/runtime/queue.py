@@ -33,6 +33,7 @@ class Queue:
         self._queue = queue[0]
         timeline = vulkan.struct("VkSemaphoreTypeCreateInfo", semaphoreType=vk.VK_SEMAPHORE_TYPE_TIMELINE)
         self._timeline = device.create("Semaphore", vulkan.struct("VkSemaphoreCreateInfo", pNext=timeline))
+        self._counter = ffi.new("uint64_t*")
         self._prepare_submission()
 
     @property
@@ -109,12 +110,16 @@ class Queue:
 
     def completed(self) -> int:
         """The newest submission that is done, and with it all before it."""
-        value = ffi.new("uint64_t*")
+        value = self._counter  # of all threads: whichever value one reads there, that submission is done
         result = self.device.fn.vkGetSemaphoreCounterValue(self.device.handle, self._timeline, value)
         if result < 0:
             vulkan.check(result, f"running {self._running(self._submitted)} on {self.device.info.name}")
         self._completed = max(self._completed, value[0])
         return self._completed
+
+    def is_done(self, value: int) -> bool:
+        """Whether a submission is done; the driver is asked only if that is not known."""
+        return value <= self._completed or value <= self.completed()
 
     def wait(self, value: int, timeout: float | None = None) -> None:
         """Returns when submission `value` is done.
