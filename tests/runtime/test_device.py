@@ -57,9 +57,7 @@ GRAPHICS, COMPUTE, TRANSFER, SPARSE, VIDEO = 1, 2, 4, 8, 32
     ],
 )
 def test_an_exchange_has_queues_of_other_families_where_there_are_some(families, places, monkeypatch):
-    found = []
-    for flags, count in families:
-        found.append(vulkan.struct("VkQueueFamilyProperties", queueFlags=flags, queueCount=count))
+    found = [physical_device._QueueFamily(flags, count, 64) for flags, count in families]
     monkeypatch.setattr(physical_device, "_queue_families", lambda fn, physical: found)
     work = next(i for i, (flags, _) in enumerate(families) if flags & COMPUTE)
     assert list(queue_places(None, None, work)) == places

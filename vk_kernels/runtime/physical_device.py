@@ -191,27 +191,34 @@ def queue_places(fn, physical: Any, family: int) -> QueuePlaces:
     found = _queue_families(fn, physical)
     computes = next((i for i, _ in _compute_families(fn, physical) if i != family), family)
     # What does nothing but transfers has engines of its own for them. Video's families transfer, too.
-    copies = next((i for i, each in enumerate(found) if each.queueFlags & _WORK == _TRANSFER), None)
+    copies = next((i for i, each in enumerate(found) if each.flags & _WORK == _TRANSFER), None)
     work, exchange = QueuePlace(family), QueuePlace(computes)
     if copies is None:
         return QueuePlaces(work, exchange, exchange, exchange)
-    last = min(1, found[copies].queueCount - 1)
+    last = min(1, found[copies].count - 1)
     return QueuePlaces(work, exchange, QueuePlace(copies, 0, False), QueuePlace(copies, last, False))
 
 
 def _compute_families(fn, physical: Any) -> list[tuple[int, int]]:
     """(index, timestamp bits) of each queue family for compute."""
     families = enumerate(_queue_families(fn, physical))
-    return [(i, each.timestampValidBits) for i, each in families if each.queueFlags & vk.VK_QUEUE_COMPUTE_BIT]
+    return [(i, each.timestamp_bits) for i, each in families if each.flags & vk.VK_QUEUE_COMPUTE_BIT]
 
 
-def _queue_families(fn, physical: Any) -> list[Any]:
-    """The VkQueueFamilyProperties of a device."""
+class _QueueFamily(NamedTuple):
+    flags: int
+    count: int
+    timestamp_bits: int
+
+
+def _queue_families(fn, physical: Any) -> list[_QueueFamily]:
+    """What a device says of its queue families."""
     count = ffi.new("uint32_t*")
     fn.vkGetPhysicalDeviceQueueFamilyProperties(physical, count, ffi.NULL)
     families = ffi.new("VkQueueFamilyProperties[]", count[0])
     fn.vkGetPhysicalDeviceQueueFamilyProperties(physical, count, families)
-    return [families[i] for i in range(count[0])]
+    found = (families[i] for i in range(count[0]))  # they live no longer than `families`
+    return [_QueueFamily(each.queueFlags, each.queueCount, each.timestampValidBits) for each in found]
 
 
 def choose(devices: Sequence[DeviceInfo], selector: int | str | None = None) -> DeviceInfo:
