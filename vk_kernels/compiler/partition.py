@@ -161,7 +161,7 @@ def find_depths(roots: Roots, least: Mapping[Node, int] | None = None) -> dict[N
 
 
 def soonest_depths(roots: Roots, depths: Mapping[Node, int], output_groups: Sequence[Sequence[int]]) -> dict[Node, int]:
-    """Of the roots that make groups of outputs, the greatest depth that all of the group's can have."""
+    """The depth of the roots that make groups of outputs: the greatest that all of a group can have."""
     levels: dict[Node, int] = {}  # the longest way to each root from the start of the program
     for node, values in roots.needs.items():
         steps = ((roots.makers.get(x), int(x in roots.loaded or bool(node.call))) for x in values)

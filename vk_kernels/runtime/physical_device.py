@@ -212,7 +212,7 @@ class _QueueFamily(NamedTuple):
 
 
 def _queue_families(fn, physical: Any) -> list[_QueueFamily]:
-    """What a device says of its queue families."""
+    """The queue families of a device, in its order."""
     count = ffi.new("uint32_t*")
     fn.vkGetPhysicalDeviceQueueFamilyProperties(physical, count, ffi.NULL)
     families = ffi.new("VkQueueFamilyProperties[]", count[0])
