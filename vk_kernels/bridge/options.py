@@ -63,7 +63,7 @@ def check_options(
 
 
 def _output_groups(given: Any) -> tuple[tuple[int, ...], ...]:
-    """What compiler options say of groups of outputs, () if nothing."""
+    """The groups of outputs that compiler options name; none: ()."""
     options = {} if given is None else given
     if not isinstance(options, Mapping):
         raise TypeError(f"compiler_options is a dict of options of this compiler, not {given!r}")
