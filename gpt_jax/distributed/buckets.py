@@ -38,9 +38,9 @@ class Buckets:
             raise ValueError(f"the layers {sorted(tree)} are not among {list(layers)}")
         self.dtype, self._structure = jnp.dtype(dtype), jax.tree.structure(tree)
         self._leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-        size = sum(leaf.size for leaf in leaves)
-        most = max(1, (nbytes or BUCKET_BYTES) // self.dtype.itemsize)
-        most = most if nbytes else min(most, max(1, -(-size // FEWEST)))
+        if nbytes is None:
+            nbytes = min(BUCKET_BYTES, -(-sum(leaf.size for leaf in leaves) // FEWEST) * self.dtype.itemsize)
+        most = max(1, nbytes // self.dtype.itemsize)
         self.pieces: list[list[ArrayPiece]] = [[]]
         room = most
         for number in order:

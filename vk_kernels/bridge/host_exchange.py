@@ -39,7 +39,6 @@ from vk_kernels.runtime.device import Device
 from vk_kernels.runtime.executable import Executable
 from vk_kernels.runtime.host_links import HostLinks
 from vk_kernels.runtime.memory import ALIGNMENT, Buffer
-from vk_kernels.runtime.queue import Queue
 from vk_kernels.runtime.shared_memory import PAGE, SharedMemory, SharedRange, can_import
 
 SLOTS = 5  # arrays that have room in shared memory at a time, see `_send`
@@ -116,7 +115,6 @@ class HostExchange:
         self._buckets = [_Bucket(device, spec, count, self._one_shot) for spec in specs]
         self._adders: dict[Any, Executable] = {}
         self._began = self._computed = 0.0
-        self._end: tuple[Queue, int] = device.queue, 0  # the last call's last submission
         most = max((nbytes for bucket in self._buckets for _, nbytes in bucket.slices), default=0)
         stride = max(1, -(-most // PAGE)) * PAGE
         slots = min(SLOTS, len(self._buckets))
@@ -168,24 +166,25 @@ class HostExchange:
                 self._send(k, last_ready)
             if k > 0 and not self._one_shot:
                 self._gather(k - 1)
-        last = self._buckets[-1]
-        self._end = (last.reduce.queue, last.reduce.last_use)
-        if not self._one_shot:
-            self._end = (last.gather.queue, last.gather.last_use)
-        if self._end[0] is not self.device.queue:
-            self.device.queue.follow(*self._end)
+        last = self._last
+        if last.queue is not self.device.queue:
+            self.device.queue.follow(last.queue, last.last_use)
         return [Array(bucket.result, kind) for bucket, kind in zip(self._buckets, self._types, strict=True)]
 
     def finish(self) -> None:
         """Returns when the last call's sums are there, and says so to the other processes."""
-        queue, value = self._end
-        queue.wait(value)
+        self._last.queue.wait(self._last.last_use)
         self.links.announce(DONE)
         now = time.perf_counter()
         self.traffic.exchanges += 1
         self.traffic.seconds += now - self._began
         self.traffic.exposed += now - self._computed
         self.traffic.nbytes += self.nbytes
+
+    @property
+    def _last(self) -> CommandRecorder:
+        """The commands that a call ends with."""
+        return self._buckets[-1].reduce if self._one_shot else self._buckets[-1].gather
 
     @property
     def nbytes(self) -> int:

@@ -21,10 +21,10 @@ from vk_kernels.runtime.vulkan import ffi, vk
 # VkPhysicalDeviceType -> our name; the order is the order of choice. A CPU device is taken only when asked for.
 _KINDS = {2: "discrete", 1: "integrated", 3: "virtual", 0: "other", 4: "cpu"}
 
-_TRANSFER = vk.VK_QUEUE_TRANSFER_BIT
+_COMPUTE, _TRANSFER = vk.VK_QUEUE_COMPUTE_BIT, vk.VK_QUEUE_TRANSFER_BIT
 _WORK = (  # kinds of work that a queue family says it takes
     vk.VK_QUEUE_GRAPHICS_BIT
-    | vk.VK_QUEUE_COMPUTE_BIT
+    | _COMPUTE
     | vk.VK_QUEUE_VIDEO_DECODE_BIT_KHR
     | vk.VK_QUEUE_VIDEO_ENCODE_BIT_KHR
     | vk.VK_QUEUE_OPTICAL_FLOW_BIT_NV
@@ -183,13 +183,14 @@ def _pci_address(fn, physical: Any) -> str:
 
 def _compute_queue(fn, physical: Any) -> tuple[int, int]:
     """(index, timestamp bits) of the first queue family for compute; -1 where there is none."""
-    return next(iter(_compute_families(fn, physical)), (-1, 0))
+    families = enumerate(_queue_families(fn, physical))
+    return next(((i, each.timestamp_bits) for i, each in families if each.flags & _COMPUTE), (-1, 0))
 
 
 def queue_places(fn, physical: Any, family: int) -> QueuePlaces:
     """The queues that a device is used by. family: that of its work."""
     found = _queue_families(fn, physical)
-    computes = next((i for i, _ in _compute_families(fn, physical) if i != family), family)
+    computes = next((i for i, each in enumerate(found) if each.flags & _COMPUTE and i != family), family)
     # What does nothing but transfers has engines of its own for them. Video's families transfer, too.
     copies = next((i for i, each in enumerate(found) if each.flags & _WORK == _TRANSFER), None)
     work, exchange = QueuePlace(family), QueuePlace(computes)
@@ -197,12 +198,6 @@ def queue_places(fn, physical: Any, family: int) -> QueuePlaces:
         return QueuePlaces(work, exchange, exchange, exchange)
     last = min(1, found[copies].count - 1)
     return QueuePlaces(work, exchange, QueuePlace(copies, 0, False), QueuePlace(copies, last, False))
-
-
-def _compute_families(fn, physical: Any) -> list[tuple[int, int]]:
-    """(index, timestamp bits) of each queue family for compute."""
-    families = enumerate(_queue_families(fn, physical))
-    return [(i, each.timestamp_bits) for i, each in families if each.flags & vk.VK_QUEUE_COMPUTE_BIT]
 
 
 class _QueueFamily(NamedTuple):
