@@ -147,11 +147,12 @@ class Executable:
         for i, (slot, mapped) in slots.items():
             x = arguments[i]
             if isinstance(x, Buffer):
-                self._check_size(i, x.size)
+                if x.size != self._sizes[i]:
+                    raise self._wrong_size(i, x.size)
                 copies.append((x, slot))
                 continue
             if x.nbytes != self._sizes[i]:
-                self._check_size(i, x.nbytes)
+                raise self._wrong_size(i, x.nbytes)
             if mapped is None:
                 slot.write(x)
             else:
@@ -159,11 +160,10 @@ class Executable:
                 mapped[...] = x
         self._copy(copies)
 
-    def _check_size(self, i: int, found: int) -> None:
-        """Raises ValueError for an argument of `found` bytes: no kernel may read past the end of what it is given."""
-        if found != self._sizes[i]:
-            array = self.program.inputs[i]
-            raise ValueError(f"input {i} of the program is {array}, {array.nbytes:,} bytes, found {found:,} bytes")
+    def _wrong_size(self, i: int, found: int) -> ValueError:
+        """The error for an argument of `found` bytes: no kernel may read past the end of what it is given."""
+        array = self.program.inputs[i]
+        return ValueError(f"input {i} of the program is {array}, {array.nbytes:,} bytes, found {found:,} bytes")
 
     def _copy(self, copies: Sequence[tuple[Buffer, Buffer]]) -> None:
         if copies:
@@ -181,8 +181,8 @@ class Executable:
         for i, x in arguments.items():
             buffer = x.owner if isinstance(x, Buffer) and i not in self._copied else None
             if bound[i] is not buffer:
-                if buffer is not None:
-                    self._check_size(i, x.size)
+                if buffer is not None and x.size != self._sizes[i]:
+                    raise self._wrong_size(i, x.size)
                 bound = bound.copy() if bound is self._last else bound
                 bound[i] = buffer
             if i in self._aliased:
@@ -343,7 +343,9 @@ class Executable:
         """Device time of each command, run one at a time; the arguments, by number, stay as they are."""
         inputs: list[Buffer | None] = [None] * len(self.program.inputs)
         for i, x in arguments.items():
-            self._check_size(i, x.size if isinstance(x, Buffer) else x.nbytes)
+            found = x.size if isinstance(x, Buffer) else x.nbytes
+            if found != self._sizes[i]:
+                raise self._wrong_size(i, found)
             inputs[i] = self.device.buffer(x.size) if isinstance(x, Buffer) else self.device.upload(x)
         self._copy([(x, inputs[i]) for i, x in arguments.items() if isinstance(x, Buffer)])
         outputs = [
