@@ -9,7 +9,8 @@ of its gradient's computation and the end of the exchange, which overlaps with n
 other processes, beside computation or not; moved is what the exchange moves out of a device and into it. "scaling" is
 the tokens a second of all over those of one device alone. --no-overlap: all of the exchange comes after the gradient.
 
-Rivals are XLA with its own collectives (NCCL), one process for all devices: xla-replicated and xla-fsdp, beside one.
+Rivals are XLA with its own collectives (NCCL), one process for all devices, beside the same on one: xla-replicated,
+xla-fsdp, and with the fused attention of train_step.py's rival of that name cudnn-replicated, cudnn-fsdp.
 
 With --check K the losses of K steps are compared with those of one device that has the whole batch.
 """
@@ -26,7 +27,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from train_step import WARM_UP, case_of
+from train_step import WARM_UP, case_of, fuse_attention, matmul_precision
 
 HERE = Path(__file__).resolve().parent
 BATCHES = 8
@@ -134,7 +135,11 @@ def run_xla(options: argparse.Namespace) -> dict[str, Any]:
         )
     config = case_of(options.case).load()
     config.batch_size *= options.shares
-    mesh = OnMesh(jax.devices()[: options.shares], options.xla)
+    compiler, mode = options.xla.split("-")
+    if compiler == "cudnn":
+        fuse_attention()
+    jax.config.update("jax_default_matmul_precision", matmul_precision(config))
+    mesh = OnMesh(jax.devices()[: options.shares], mode)
     shapes = abstract_state(config)
     step = on_leaves(make_train_step(config, mesh), jax.tree.structure(shapes))
     step = jax.jit(step, donate_argnums=0, **mesh.step_options(shapes))
@@ -200,15 +205,15 @@ def compare_speed(options: argparse.Namespace, devices: list[str]) -> None:
 
 
 def compare_rivals(options: argparse.Namespace, count: int) -> None:
-    [alone] = start(options, [""], shares=1, check=0, xla="replicated")
-    rate = alone["tokens"] / alone["ms"]
-    for rival, shares in (("xla-replicated", 1), *((rival, count) for rival in options.rivals.split(","))):
-        [found] = (
-            [alone] if shares == 1 else start(options, [""], shares=shares, check=0, xla=rival.removeprefix("xla-"))
-        )
-        each = found["tokens"] / found["ms"]
-        row = "-", f"{found['ms']:.2f}", f"{1e3 * each:,.0f}", f"{each / rate:.2f}", "-", "-", "-"
-        print(ROW.format(options.case, shares, rival.removeprefix("xla-")[:9], *row), flush=True)
+    rates: dict[str, float] = {}  # tokens a millisecond on one device, by compiler
+    for rival in options.rivals.split(","):
+        compiler, _, mode = rival.partition("-")
+        for shares in (count,) if compiler in rates else (1, count):
+            rival = f"{compiler}-{mode if shares > 1 else 'replicated'}"
+            [found] = start(options, [""], shares=shares, check=0, xla=rival)
+            each = found["tokens"] / found["ms"]
+            row = f"{found['ms']:.2f}", f"{1e3 * each:,.0f}", f"{each / rates.setdefault(compiler, each):.2f}"
+            print(ROW.format(options.case, shares, compiler, mode, *row, "-", "-", "-"), flush=True)
 
 
 def compare_losses(options: argparse.Namespace, devices: list[str]) -> bool:
@@ -238,7 +243,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32,bfloat16", help="of gradients on their way")
     parser.add_argument("--buckets", default="0", help="MB of a bucket, several one after another; 0: the trainer's")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--rivals", default="", help="of xla-replicated,xla-fsdp")
+    parser.add_argument("--rivals", default="", help="of xla-replicated,xla-fsdp,cudnn-replicated,cudnn-fsdp")
     parser.add_argument("--bucket", type=float, help=argparse.SUPPRESS)
     for name, kind in (("xla", str), ("name", str), ("index", int), ("count", int), ("shares", int), ("warm", int)):
         parser.add_argument(f"--{name}", type=kind, default=0 if kind is int else "", help=argparse.SUPPRESS)

@@ -148,12 +148,17 @@ def vulkan_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dic
     return run, finish
 
 
+def matmul_precision(config: Any) -> str:
+    """XLA's precision of products that a config asks for: no TF32 in f32, which Vulkan has no use for either."""
+    return "default" if config.model.dtype == "bfloat16" else "highest"
+
+
 def xla_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[str, Any]]]:
     import jax
     from program import fresh_leaves, make_step
 
     step, shapes, _ = make_step(config)
-    precision = "default" if config.model.dtype == "bfloat16" else "highest"
+    precision = matmul_precision(config)
     jitted = jax.jit(step, donate_argnums=0)
     state = jax.device_put(fresh_leaves(shapes))
 
@@ -177,7 +182,8 @@ def can_fuse_attention(config: Any) -> bool:
     return model.dtype == "bfloat16" and not model.soft_cap and not model.dropout_rate
 
 
-def cudnn_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[str, Any]]]:
+def fuse_attention() -> None:
+    """Makes the model's attention cuDNN's, in this process."""
     import jax
 
     from vk_kernels import ops
@@ -186,7 +192,11 @@ def cudnn_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict
         q, k, v = (qkv[:, :, i] for i in range(3))  # each (B, T, H, D)
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
-    ops.packed_attention = fused  # in a process of its own
+    ops.packed_attention = fused
+
+
+def cudnn_side(config: Any) -> tuple[Callable[[Any], Any], Callable[[bool], dict[str, Any]]]:
+    fuse_attention()
     return xla_side(config)
 
 
