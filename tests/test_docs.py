@@ -20,7 +20,7 @@ SETTING = re.compile(r"\bconfig\.(?!py|json|x=)([a-z_]+(?:\.[a-z_0-9]+)?)\b")
 
 def prose(page: Path) -> str:
     """A page without its blocks of code."""
-    return re.sub(r"^```.*?^```$|^(?: {4}|\t).*$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^```[\s\S]*?^```$|^(?: {4}|\t).*$", "", page.read_text(), flags=re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:
