@@ -75,6 +75,16 @@ def test_doctor_fails_for_a_device_that_is_not_there(capsys):
     assert "install" not in said  # a driver does not mend a name
 
 
+@needs_vulkan
+def test_doctor_says_what_to_install_for_a_vendor_without_a_driver(capsys):
+    present = " ".join(info.name for info in doctor.list_devices()).lower()
+    vendor = next(vendor for vendor in doctor.VENDORS if vendor not in present)
+    assert doctor.main(["--device", vendor]) == 2
+    said = capsys.readouterr().out
+    assert f"no Vulkan device is called '{vendor}'" in said
+    assert any(line.strip() in said for line in doctor.how_to_install())
+
+
 def test_a_tool_whose_reader_is_gone_ends_quietly():
     code = "from vk_kernels.tools.arguments import run_tool; run_tool(lambda: print('line\\n' * 100_000) or 0)"
     command = f'set -o pipefail; {sys.executable} -c "{code}" | head -1'

@@ -47,6 +47,8 @@ FEATURES = (
     "VK_KHR_push_descriptor",
 )
 
+VENDORS = ("nvidia", "amd", "radeon", "intel", "apple")
+
 VARIANT_SIZE = "chat"  # the sizes that kernels are chosen for here
 
 
@@ -174,8 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{error}")
         cpus = [info for info in devices if info.kind == "cpu" and not info.unusable]
         asked = options.device or os.environ.get("VK_KERNELS_DEVICE")
-        if asked and asked.lower() not in ("gpu", "cpu") and not any(info.unusable for info in devices):
-            # A mistake in a name, which no driver mends.
+        if asked and not _may_lack_a_driver(asked, devices):
             return BAD_INPUT
         if asked or not cpus:
             _print_cure()
@@ -196,6 +197,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     print("\nSelf-test (python -m vk_kernels.tools.check_ops tests more)")
     return 0 if check_ops.report(one_case_each(), ("tiny",), device) else 1
+
+
+def _may_lack_a_driver(asked: str, devices: Sequence[DeviceInfo]) -> bool:
+    """Whether a driver may mend that no device is called so; else the name is a mistake."""
+    if any(info.unusable for info in devices) or asked.lower() in ("gpu", "cpu"):
+        return True
+    named = {vendor for vendor in VENDORS if vendor in asked.lower()}
+    return bool(named) and not any(vendor in info.name.lower() for vendor in named for info in devices)
 
 
 def _print_cure() -> None:
