@@ -27,7 +27,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from train_step import WARM_UP, case_of, fuse_attention, matmul_precision
+from train_step import WARM_UP, case_of, fuse_attention, matmul_precision, reason
 
 HERE = Path(__file__).resolve().parent
 BATCHES = 8
@@ -161,7 +161,7 @@ def run_xla(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def start(options: argparse.Namespace, devices: list[str], **more: Any) -> list[dict[str, Any]]:
-    """Runs a process on each of some devices; returns what each found. Raises RuntimeError with what one said."""
+    """Runs a process on each of some devices; returns what each found. Raises RuntimeError with what went wrong."""
     settings = {**vars(options), "name": uuid.uuid4().hex, "count": len(devices), "bucket": 0, **more}
     passed_on = ("case", "steps", "check", "dtype", "name", "count", "shares", "bucket")
     arguments = [f"--{name}={settings[name]}" for name in passed_on]
@@ -177,7 +177,14 @@ def start(options: argparse.Namespace, devices: list[str], **more: Any) -> list[
         )
         for index, device in enumerate(devices)
     ]
-    said = [process.communicate() for process in started]
+    ends = time.monotonic() + options.limit
+    try:
+        said = [process.communicate(timeout=max(0.0, ends - time.monotonic())) for process in started]
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"took over {options.limit:.0f} s") from None
+    finally:
+        for process in started:
+            process.kill()  # nothing to one that has ended
     for process, (_, errors) in zip(started, said, strict=True):
         if process.returncode:
             raise RuntimeError(errors.strip() or f"ended with {process.returncode}")
@@ -204,16 +211,24 @@ def compare_speed(options: argparse.Namespace, devices: list[str]) -> None:
         print(f"  on {', '.join(each['device'] for each in found)}; states bit-equal: {same}", flush=True)
 
 
-def compare_rivals(options: argparse.Namespace, count: int) -> None:
+def compare_rivals(options: argparse.Namespace, count: int) -> bool:
+    """Whether all of them ran."""
+    ok = True
     rates: dict[str, float] = {}  # tokens a millisecond on one device, by compiler
     for rival in options.rivals.split(","):
         compiler, _, mode = rival.partition("-")
         for shares in (count,) if compiler in rates else (1, count):
             rival = f"{compiler}-{mode if shares > 1 else 'replicated'}"
-            [found] = start(options, [""], shares=shares, check=0, xla=rival)
+            try:
+                [found] = start(options, [""], shares=shares, check=0, xla=rival)
+            except RuntimeError as error:
+                print(f"{options.case:<16} {shares:<9} {rival} failed: {reason(str(error))}", flush=True)
+                ok = False
+                break
             each = found["tokens"] / found["ms"]
             row = f"{found['ms']:.2f}", f"{1e3 * each:,.0f}", f"{each / rates.setdefault(compiler, each):.2f}"
             print(ROW.format(options.case, shares, compiler, mode, *row, "-", "-", "-"), flush=True)
+    return ok
 
 
 def compare_losses(options: argparse.Namespace, devices: list[str]) -> bool:
@@ -244,6 +259,7 @@ def main() -> int:
     parser.add_argument("--buckets", default="0", help="MB of a bucket, several one after another; 0: the trainer's")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--rivals", default="", help="of xla-replicated,xla-fsdp,cudnn-replicated,cudnn-fsdp")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that a row may take")
     parser.add_argument("--bucket", type=float, help=argparse.SUPPRESS)
     for name, kind in (("xla", str), ("name", str), ("index", int), ("count", int), ("shares", int), ("warm", int)):
         parser.add_argument(f"--{name}", type=kind, default=0 if kind is int else "", help=argparse.SUPPRESS)
@@ -257,7 +273,7 @@ def main() -> int:
         if options.steps:
             compare_speed(options, devices)
         if options.rivals:
-            compare_rivals(options, len(devices))
+            ok &= compare_rivals(options, len(devices))
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

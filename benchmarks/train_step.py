@@ -239,8 +239,14 @@ def measure(
     except subprocess.TimeoutExpired:
         return {"error": f"took over {timeout:.0f} s"}
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+        return {"error": reason(done.stderr)}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def reason(errors: str) -> str:
+    """The line of what a process wrote that says why it ended: the last with an exception, or the last one."""
+    lines = errors.strip().splitlines() or ["no message"]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)), lines[-1])
 
 
 def have(side: str) -> bool:
