@@ -29,8 +29,8 @@ from gpt_jax.inference.sampling import (
     make_controls,
     seen_in_prompts,
 )
-from gpt_jax.model.cached import Cache, Weights, decode_step, decoding_weights, empty_cache, prefill
 from gpt_jax.model.gpt import GPT, ModelConfig
+from gpt_jax.model.kv_cache import Cache, Weights, decode_step, decoding_weights, empty_cache, prefill
 from vk_kernels.ops import Controls, Texts
 from vk_kernels.ops.extend_texts import UNDRAWN
 

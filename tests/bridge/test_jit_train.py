@@ -13,8 +13,8 @@ from whole_run import configuration
 
 import vk_kernels
 from gpt_jax.inference.decoder import decode_chunk, empty_state
-from gpt_jax.model.cached import decoding_weights
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+from gpt_jax.model.kv_cache import decoding_weights
 from gpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.training.steps import diagnostics_step, eval_step, init_state, nonfinite_places, train_step
 

@@ -131,7 +131,7 @@ def test_drawn_prompts_side_by_side_go_on_as_without_a_cache(greedy_decoder, pro
 def test_in_bf16_each_token_is_the_likeliest_without_a_cache_too(backend):
     """But for rounding: below the largest logit by no more than twice what the uncached logits of bf16 are off."""
     if backend.name == "vulkan" and open_device().info.kind == "cpu":
-        pytest.skip("takes a processor's driver a minute to compile; test_cached.py has the logits")
+        pytest.skip("takes a processor's driver a minute to compile; test_kv_cache.py has the logits")
     half = GPT(dataclasses.replace(CONFIG, dtype="bfloat16"))
     decoder = Decoder(half, backend.put(parameters()), backend, slots=4, chunk=4)
     texts, _ = decode_all(decoder, PROMPTS, [SamplingOptions(temperature=0)] * 4, max_tokens=40)

@@ -13,8 +13,8 @@ import vk_kernels
 from configs import chat
 from gpt_jax.errors import UserError
 from gpt_jax.leaf_names import name_of, named_leaves
-from gpt_jax.model.cached import decoding_weights
 from gpt_jax.model.gpt import GPT, Linear, ModelConfig, init_params
+from gpt_jax.model.kv_cache import decoding_weights
 from gpt_jax.model.lora import (
     LINEAR_LAYERS,
     LoraConfig,

@@ -10,8 +10,8 @@ from run_plan import assert_accurate
 from vulkan_devices import SELECTOR, needs_vulkan
 
 import vk_kernels
-from gpt_jax.model.cached import decode_step, decoding_weights, empty_cache, prefill
 from gpt_jax.model.gpt import GPT, ModelConfig, init_params
+from gpt_jax.model.kv_cache import decode_step, decoding_weights, empty_cache, prefill
 
 CONFIG = ModelConfig(
     vocab_size=37,
