@@ -4,6 +4,7 @@ A setting of `config.model` that has no value (None) is the donor's. It knows no
 start of it.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from gpt_jax.runs.info import read_config
 from gpt_jax.storage.checkpoint_files import CHECKPOINTS, saved_steps
 from gpt_jax.training.donor import Donor, find_donor
 
+logger = logging.getLogger(__name__)
+
 _FREE = ("dropout_rate", "dtype", "remat")  # settings of a model that its parameters go with whatever they are
 _CHOSEN = (*_FREE, "soft_cap", "vocab_size", "block_size")  # settings that may be others than the donor's
 _OF_THE_STATE = ("optimizer.frozen", "lora.rank", "lora.alpha", "lora.targets")  # they say what a checkpoint holds
+_OF_THE_LOSS = ("data.targets", "data.weights")  # they say what a loss means: `best` and patience compare all of a run
 
 
 def fill_in(config: ConfigDict, workdir: Path | None) -> ConfigDict:
@@ -74,13 +78,21 @@ def follow_num_steps(config: ConfigDict, workdir: Path, given: Mapping[str, Any]
 
 def _go_on(config: ConfigDict, saved: Mapping[str, Any], workdir: Path) -> None:
     """Takes what is open, and the donor, from the run's own config; refuses what its checkpoints do not go with."""
-    config.init_from = saved["init_from"] or ""
+    began_with = saved["init_from"] or ""
+    if config.init_from not in (None, "", began_with):
+        logger.warning(
+            "config.init_from=%s is not read: the run in %s goes on from its own checkpoint%s",
+            *(config.init_from, workdir, f", and began with {began_with}" if began_with else ""),
+        )
+    config.init_from = began_with
     for name, value in config.model.items():
         if value is None:
             config.model[name] = saved[f"model.{name}"]
     fixed = [f"model.{name}" for name in config.model if name not in _FREE]
+    fixed += _OF_THE_STATE
+    fixed += [name for name in _OF_THE_LOSS if name != "data.weights" or not config.data.validation]
     values = dict(leaves(config))
-    for name in (*fixed, *_OF_THE_STATE):
+    for name in fixed:
         if saved[name] is not None and _plain(values[name]) != _plain(saved[name]):
             raise UserError(
                 f"the run in {workdir} does not fit this config: {name} was {_plain(saved[name])}, now "

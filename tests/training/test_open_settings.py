@@ -122,12 +122,19 @@ def test_a_donor_without_a_config_needs_all_of_the_model(donor):
 
 
 def test_a_run_that_goes_on_has_its_own_model_and_donor(donor, tmp_path):
-    run = write_run(tmp_path / "run", init_from=str(donor), model__num_layers=3)
+    run = write_run(tmp_path / "run", init_from=str(donor), model__num_layers=3, data__targets="assistant")
     filled = fill_in(finetuning("elsewhere"), run)
     assert (filled.init_from, filled.model.num_layers) == (str(donor), 3)
 
 
-FIXED = {"model__num_heads": 2, "model__soft_cap": 0.0, "model__block_size": 64, "optimizer__frozen": ("wte",)}
+FIXED = {
+    "model__num_heads": 2,
+    "model__soft_cap": 0.0,
+    "model__block_size": 64,
+    "optimizer__frozen": ("wte",),
+    "data__targets": "assistant",
+    "data__weights": (1, 2),
+}
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -138,6 +145,26 @@ def test_what_a_checkpoint_is_made_for_does_not_change(tmp_path, name):
     with pytest.raises(UserError, match=rf"does not fit this config: {name.replace('__', '.')} was .*, now ") as caught:
         fill_in(config, run)
     assert "\n" not in str(caught.value)
+
+
+def test_losses_on_data_of_their_own_do_not_depend_on_the_weights(tmp_path):
+    run = write_run(tmp_path / "run", data__validation="more.jsonl")
+    config = chat_tiny.get_config()
+    config.data.update(validation="more.jsonl", weights=(1, 2))
+    assert fill_in(config, run).data.weights == (1, 2)
+
+
+def test_a_donor_that_is_not_read_is_told(donor, tmp_path, caplog):
+    run = write_run(tmp_path / "run", init_from=str(donor))
+    filled = fill_in(finetuning("another", data__targets="all"), run)
+    assert filled.init_from == str(donor)
+    [told] = caplog.messages
+    assert told == f"config.init_from=another is not read: the run in {run} goes on from its own checkpoint, and " + (
+        f"began with {donor}"
+    )
+    fill_in(filled, run)
+    fill_in(chat_tiny.get_config(), run)
+    assert caplog.messages == [told]
 
 
 # ---- the short command
