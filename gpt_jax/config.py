@@ -299,11 +299,6 @@ def _check_adapters(values: Mapping[str, Any]) -> None:
             f"config.lora.rank is {values['lora.rank']}, and config.init_from is empty: adapters stand beside a model "
             "that was trained, so say which, --config.init_from=RUN"
         )
-    if values["lora.rank"] and values["data.tokenizer"] == "new":
-        raise UserError(
-            "config.data.tokenizer is new, and adapters (config.lora) leave the donor's embeddings as they are, which "
-            "are of its own words: leave data.tokenizer empty, or train all parameters with lora.rank=0"
-        )
 
 
 def check(name: str, value: Any, called: str = "") -> None:

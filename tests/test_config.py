@@ -119,10 +119,6 @@ BAD_VALUES = [
         "and 256",
     ),
     ({"lora.rank": 8}, "config.lora.rank is 8, and config.init_from is empty: adapters stand beside a model that was"),
-    (
-        {"lora.rank": 8, "init_from": "runs/donor", "data.tokenizer": "new"},
-        "config.data.tokenizer is new, and adapters (config.lora) leave the donor's embeddings as they are",
-    ),
     ({"lora.dropout": 1.0}, f"config.lora.dropout {NUMBER}[0, 1), found 1.0"),
     ({"data.validation_fraction": 0.0}, f"config.data.validation_fraction {NUMBER}(0, 1), found 0.0"),
     ({"data.mixture": ("a", "")}, "config.data.mixture[1] must be text of 1 or more characters, found ''"),

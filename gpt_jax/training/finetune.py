@@ -19,6 +19,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.runs.info import read_info
 from gpt_jax.storage.checkpoint_files import CHECKPOINTS, saved_steps
 from gpt_jax.training.donor import find_donor
+from gpt_jax.training.trainable import trained_parameters
 
 FROM_DONOR = "from the donor"  # in run.json: where the run's tokenizer is from
 _VOCABULARY_AXIS = {"wte": 0, "head": 1}  # of the parameters that have a row or column a token
@@ -59,6 +60,32 @@ def check_same_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
             f"version of the program that began the run, or in a new --workdir with --config.init_from={workdir}; "
             "if the file was changed since, put it back, or remove it to have it written again"
         )
+
+
+def check_new_tokens(config: ConfigDict, of_donor: Tokenizer | Path, params: Mapping[str, Any]) -> None:
+    """Raises UserError where tokens that the donor does not know would have rows that nothing trains.
+
+    Args:
+      of_donor: its tokenizer, or the file of it, which may be missing.
+      params: the model's own parameters, or their shapes.
+    """
+    file, is_trained = config.data.tokenizer, trained_parameters(config)
+    still = [name for name in _VOCABULARY_AXIS if name in params and not is_trained(name)]
+    if not file or not still:
+        return
+    told = "tokens"
+    if file != NEW_TOKENIZER:
+        if isinstance(of_donor, Path) and not of_donor.is_file():
+            return
+        known = load_tokenizer(of_donor) if isinstance(of_donor, Path) else of_donor
+        if not (new := load_tokenizer(file).get_vocab().keys() - known.get_vocab().keys()):
+            return
+        told = f"{len(new):,} tokens"
+    why = "adapters (config.lora.rank) leave" if config.lora.rank else "config.optimizer.frozen leaves"
+    raise UserError(
+        f"config.data.tokenizer is {file}, with {told} that are not the donor's, and {why} {' and '.join(still)} as "
+        "begun, so that their rows would never be trained: leave data.tokenizer empty, or have these trained"
+    )
 
 
 def map_token_rows(

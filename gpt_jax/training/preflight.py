@@ -18,7 +18,7 @@ from gpt_jax.runs.tracker_services import check_service
 from gpt_jax.runs.webhook import resolve as resolve_webhook
 from gpt_jax.training.adapters import saved_part
 from gpt_jax.training.donor import find_donor
-from gpt_jax.training.finetune import tokenizer_to_keep
+from gpt_jax.training.finetune import check_new_tokens, tokenizer_to_keep
 from gpt_jax.training.trainable import check_patterns
 
 _TRAINED = (None, "", NEW_TOKENIZER)  # values that name no file
@@ -55,6 +55,7 @@ def check_start(config: ConfigDict, workdir: Path, abstract_state: Any) -> dict[
                 check_donor(donor.checkpoint, abstract_state.params)
         except UserError as error:
             raise UserError(f"config.init_from={config.init_from}: {error}") from None
+        check_new_tokens(config, donor.tokenizer, abstract_state.params)
     check_tokenizer(config, tokenizer_to_keep(config, workdir))
     return position
 

@@ -17,6 +17,7 @@ from gpt_jax.training import train
 from gpt_jax.training.donor import find_donor, forget_donor
 from gpt_jax.training.finetune import (
     FROM_DONOR,
+    check_new_tokens,
     check_same_tokenizer,
     fit_positions,
     map_token_rows,
@@ -137,6 +138,41 @@ def test_a_bare_checkpoint_is_taken_at_the_users_word(donor, words):
     moved, line = map_token_rows(saved, fresh, make_config(init_from=str(donor), data__tokenizer="new"), words)
     assert moved == {}
     assert "no row of a token is taken" in line
+
+
+def test_tokens_that_are_new_need_rows_that_are_trained(donor, words, others, tmp_path):
+    tk.save(others, tmp_path / "others.json")
+    tied = {"wte": parameters(SIZE, 0)["wte"]}
+    new, rest = f"{len(others.get_vocab().keys() - words.get_vocab().keys())} tokens", "leave data.tokenizer empty"
+    adapters, frozen = {"lora__rank": 2}, {"optimizer__frozen": ("wte",)}
+    for changes, why in ((adapters, "adapters (config.lora.rank) leave"), (frozen, "config.optimizer.frozen leaves")):
+        for file, told in ((str(tmp_path / "others.json"), new), ("new", "tokens")):
+            config = make_config(init_from=str(donor), data__tokenizer=file, **changes)
+            with pytest.raises(UserError) as caught:
+                check_new_tokens(config, words, tied)
+            expected = f"config.data.tokenizer is {file}, with {told} that are not the donor's, and {why} wte as begun"
+            assert str(caught.value).startswith(expected)
+            assert rest in str(caught.value)
+        for file in ("", str(donor / "tokenizer.json")):
+            check_new_tokens(make_config(init_from=str(donor), data__tokenizer=file, **changes), words, tied)
+        taken = make_config(init_from=str(donor), data__tokenizer=str(tmp_path / "others.json"), **changes)
+        check_new_tokens(taken, tmp_path / "missing.json", tied)  # it is taken to be the donor's
+    check_new_tokens(make_config(init_from=str(donor), data__tokenizer="new"), words, tied)
+    both = make_config(data__tokenizer="new", optimizer__frozen=("wte", "head"))
+    with pytest.raises(UserError, match="leaves wte and head as begun"):
+        check_new_tokens(both, words, parameters(SIZE, 0))
+
+
+def test_adapters_with_other_words_are_refused_before_any_work(donor, others, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "prepare", lambda *_: pytest.fail("the data is read"))
+    monkeypatch.setattr("gpt_jax.training.preflight.check_donor", lambda *_: None)
+    tk.save(others, tmp_path / "others.json")
+    config = make_config(
+        init_from=str(donor), data__tokenizer=str(tmp_path / "others.json"), lora__rank=2, backend="xla"
+    )
+    with pytest.raises(UserError, match="so that their rows would never be trained"):
+        train.train_and_evaluate(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
