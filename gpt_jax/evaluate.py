@@ -37,9 +37,9 @@ from gpt_jax.evaluation.encoding import Encoding
 from gpt_jax.evaluation.likelihood import Likelihood, measure
 from gpt_jax.evaluation.open_model import OpenedModel, open_model
 from gpt_jax.evaluation.questions import Question
-from gpt_jax.evaluation.results import as_json, as_tables
+from gpt_jax.evaluation.results import as_json, as_tables, may_replace
 from gpt_jax.evaluation.scorer import Scorer
-from gpt_jax.evaluation.sources import NamedTexts, all_texts, validation_texts
+from gpt_jax.evaluation.sources import NamedTexts, all_texts, validation_sources, validation_texts
 from gpt_jax.model.gpt import GPT, ModelConfig
 from gpt_jax.storage.files import replacing, writing
 from vk_kernels import VulkanError
@@ -69,6 +69,8 @@ def evaluate(names: Sequence[str]) -> None:
         choices={path: questions.read_choices(path) for path in FLAGS.choices},
         reference=open_model(FLAGS.validation_of) if FLAGS.validation_of else None,
     )
+    if asked.reference and asked.reference.data is None:
+        raise UserError(f"--validation_of={FLAGS.validation_of} has no data of its own: give a run")
     for source in FLAGS.data:
         check_source(source)
     results = []
@@ -144,7 +146,10 @@ def texts_to_measure(opened: OpenedModel, asked: Asked) -> NamedTexts | None:
     if FLAGS.data or asked.reference:
         texts = [all_texts(source, say) for source in FLAGS.data]
         if asked.reference:
-            texts.append(validation_texts(asked.reference.config, asked.reference.data, say))
+            config = asked.reference.config
+            twice = set(FLAGS.data) & set(validation_sources(config))  # two sets of texts, so two rows
+            called = "{}, of the validation".format if twice else str
+            texts.append(validation_texts(config, asked.reference.data, say, called=called))
         return itertools.chain.from_iterable(texts)
     if asked.last_word or asked.choices:
         return None
@@ -207,10 +212,14 @@ def check_flags() -> None:
         for text in FLAGS[name].value:
             if problem := text_problem(text):
                 raise UserError(f"--{name} {problem}")
+            if FLAGS[name].value.count(text) > 1:
+                raise UserError(f"--{name}={text} is given twice: give it once")
     if problem := text_problem(FLAGS.output):
         raise UserError(f"--output {problem}")
     if FLAGS.output and not Path(FLAGS.output).absolute().parent.is_dir():
         raise UserError(f"--output={FLAGS.output}: there is no folder {Path(FLAGS.output).parent}")
+    if FLAGS.output and not may_replace(Path(FLAGS.output)):
+        raise UserError(f"--output={FLAGS.output} is a file of something else, which would be lost: give another name")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_every_finding_is_in_their_table():
 
 
 def drawn_rooms():
-    """What README's map says, by folder: the text from the folder's line to the next one of its rank."""
+    """Parts of README's map by folder: the text from the folder's line to the next one of its rank."""
     (drawn,) = re.findall(r"^```text\n(gpt_jax/.*?)^```", README, re.MULTILINE | re.DOTALL)
     rooms, package, here = {}, "", ""
     for line in drawn.splitlines():

@@ -103,6 +103,21 @@ def is_validation(source: str, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
+def split_dialogues(dialogues: Iterable[Dialogue], fraction: float) -> Iterator[tuple[bool, Dialogue]]:
+    """Yields each dialogue behind whether it is validation data; see `is_validation`.
+
+    A part of a document whose next part is in the other split ends there: it is whole, so that an end marker closes it.
+    """
+    before: tuple[bool, Dialogue] | None = None
+    for dialogue in dialogues:
+        split = is_validation(dialogue.source, fraction)
+        if before:
+            yield before if before[0] == split else (before[0], Dialogue(*before[1]))
+        before = split, dialogue
+    if before:
+        yield before
+
+
 def source_fingerprint(source: str) -> str:
     """A string that changes when what `read_corpus(source)` reads changes.
 

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 from gpt_jax.data import corpus, tokenizer
 from gpt_jax.data.cache_folder import ChecksummedFile, map_array, open_or_build, read_facts, write_facts, writing_cache
-from gpt_jax.data.dialogue import Dialogue, Part
+from gpt_jax.data.dialogue import Dialogue
 from gpt_jax.data.names import TOKENIZER_FILE
 from gpt_jax.data.reading import Reading
 from gpt_jax.errors import UserError
@@ -360,48 +360,37 @@ def _open(folder: Path) -> _Entry:
 class _Split:
     """The files of one split while they are written."""
 
-    def __init__(self, outputs: dict[str, ChecksummedFile], dtype: np.dtype, end: int) -> None:
-        self.outputs, self.dtype, self.end = outputs, dtype, end
+    def __init__(self, outputs: dict[str, ChecksummedFile], dtype: np.dtype) -> None:
+        self.outputs, self.dtype = outputs, dtype
         self.stats = {"dialogues": 0, "bytes": 0, "tokens": 0}
 
     def write(self, dialogue: Dialogue, ids: np.ndarray, said: np.ndarray) -> None:
-        self.write_tokens(ids, said)
-        self.outputs["texts"].write(_digest_of_text(dialogue))
-        self.stats["dialogues"] += 1
-        self.stats["bytes"] += sum(len(turn.text.encode()) for turn in dialogue.turns)
-
-    def close_part(self) -> None:
-        """Ends a document whose next part is in the other split."""
-        self.write_tokens(np.array([self.end]), np.zeros(1, np.uint8))
-
-    def write_tokens(self, ids: np.ndarray, said: np.ndarray) -> None:
         self.outputs["tokens"].write(ids.astype(self.dtype))
         self.outputs["assistant"].write(said)
+        self.outputs["texts"].write(_digest_of_text(dialogue))
         self.stats["tokens"] += len(ids)
+        self.stats["dialogues"] += 1
+        self.stats["bytes"] += sum(len(turn.text.encode()) for turn in dialogue.turns)
 
 
 def _write_tokens(folder: Path, recipe: _Recipe, log: Log) -> None:
     dtype = np.dtype(np.uint16 if recipe.tokenizer.get_vocab_size() <= 2**16 else np.uint32)
-    *_, end = tokenizer.marker_ids(recipe.tokenizer)
     reading, sources = Reading(**recipe.how), set()
     with contextlib.ExitStack() as stack:
         outputs = {name: ChecksummedFile(stack.enter_context((folder / name).open("wb"))) for name in _ARRAYS}
         splits = {
-            split: _Split({kind: outputs[f"{split}.{kind}"] for kind in ("tokens", "assistant", "texts")}, dtype, end)
+            split: _Split({kind: outputs[f"{split}.{kind}"] for kind in ("tokens", "assistant", "texts")}, dtype)
             for split in _SPLITS
         }
-        unfinished: str | None = None  # split of a part, until the next one is written
         characters = logged = 0
-        for batch in _batches(corpus.read_corpus(recipe.source, reading)):
-            for dialogue, (ids, said) in zip(batch, tokenizer.encode_dialogues(recipe.tokenizer, batch), strict=True):
+        for batch in _batches(corpus.split_dialogues(corpus.read_corpus(recipe.source, reading), recipe.fraction)):
+            dialogues = [dialogue for _, dialogue in batch]
+            encoded = tokenizer.encode_dialogues(recipe.tokenizer, dialogues)
+            for (is_validation, dialogue), (ids, said) in zip(batch, encoded, strict=True):
                 if len(sources) <= _FEW:
                     sources.add(dialogue.source)
-                split = _SPLITS[corpus.is_validation(dialogue.source, recipe.fraction)]
-                if unfinished not in (None, split):
-                    splits[unfinished].close_part()
-                splits[split].write(dialogue, ids, said)
-                unfinished = split if isinstance(dialogue, Part) else None
-            characters += sum(_length(dialogue) for dialogue in batch)
+                splits[_SPLITS[is_validation]].write(dialogue, ids, said)
+            characters += sum(map(_length, dialogues))
             if characters - logged >= _LOG_CHARACTERS:
                 logged = characters
                 log(f"data: {characters:,} characters tokenised")
@@ -415,10 +404,10 @@ def _write_tokens(folder: Path, recipe: _Recipe, log: Log) -> None:
     write_facts(folder, FORMAT_VERSION, facts, checksums)
 
 
-def _batches(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
+def _batches(dialogues: Iterable[tuple[bool, Dialogue]]) -> Iterator[list[tuple[bool, Dialogue]]]:
     batch, characters = [], 0
-    for dialogue in dialogues:
-        batch.append(dialogue)
+    for split, dialogue in dialogues:
+        batch.append((split, dialogue))
         characters += _length(dialogue)
         if characters >= _BATCH_CHARACTERS:
             yield batch

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gpt_jax.tables import render
@@ -19,6 +20,17 @@ def as_json(results: Results) -> str:
     """All that was found; what is not finite as the strings "NaN" and "Infinity", which `float` reads back."""
     models = [_spelled(result) for result in results]
     return json.dumps({"format_version": FORMAT_VERSION, "models": models}, indent=2, allow_nan=False) + "\n"
+
+
+def may_replace(file: Path) -> bool:
+    """Whether results may take the place of what is there: nothing, an empty file, other results, or no file at all."""
+    if not file.is_file() or file.stat().st_size == 0:
+        return True
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() == {"format_version", "models"}
 
 
 def as_tables(results: Results) -> str:

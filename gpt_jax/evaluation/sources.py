@@ -1,11 +1,11 @@
 """Texts to evaluate, each with the source that its figures are told under."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from gpt_jax.data.corpus import is_validation, read_corpus
+from gpt_jax.data.corpus import read_corpus, split_dialogues
 from gpt_jax.data.dialogue import Dialogue
 from gpt_jax.data.reading import Reading
 from gpt_jax.data.token_cache import sources_of
@@ -32,12 +32,21 @@ def all_texts(source: str, log: Log) -> NamedTexts:
         raise UserError(f"data source {source!r} holds no dialogue and no text")
 
 
-def validation_texts(config: ConfigDict, recorded: Mapping[str, int], log: Log) -> NamedTexts:
+def validation_sources(config: ConfigDict) -> tuple[str, ...]:
+    """The sources that a run's validation data is of, or is a part of."""
+    own = config.data.get("validation", "")
+    return (own,) if own else sources_of(config.data)
+
+
+def validation_texts(
+    config: ConfigDict, recorded: Mapping[str, int], log: Log, *, called: Callable[[str], str] = str
+) -> NamedTexts:
     """The validation split of a run's data, read anew, so that it needs no cache.
 
     Args:
       recorded: the dialogues and bytes that it had when the run was trained, where that is known; another number now is
         told to `log`.
+      called: gives the name that a source is told under.
 
     Raises:
       UserError: as `read_corpus`, or there is none now.
@@ -46,14 +55,14 @@ def validation_texts(config: ConfigDict, recorded: Mapping[str, int], log: Log) 
     choices: dict[str, Any] = {name: data[name] for name in ("tool_calls", "on_error") if name in data}
     reading = Reading(**choices)
     found = {"dialogues": 0, "bytes": 0}
-    own = data.get("validation", "")
-    sources = [own] if own else sources_of(data)
+    own, sources = data.get("validation"), validation_sources(config)
     for source in sources:
-        for dialogue in read_corpus(source, reading):
-            if own or is_validation(dialogue.source, data.validation_fraction):
+        fraction = 1.0 if own else data.validation_fraction
+        for is_validation, dialogue in split_dialogues(read_corpus(source, reading), fraction):
+            if is_validation:
                 found["dialogues"] += 1
                 found["bytes"] += sum(len(turn.text.encode()) for turn in dialogue.turns)
-                yield _label(source, dialogue), dialogue
+                yield called(_label(source, dialogue)), dialogue
     _tell(reading, log)
     title = " and ".join(map(repr, sources))
     if not found["dialogues"]:

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from tiny_run import tiny
 from vulkan_devices import SELECTOR, needs_vulkan
 
 from gpt_jax import evaluate
 from gpt_jax.backend import enter_backend
 from gpt_jax.cli import parse_flags
+from gpt_jax.data import token_cache
 from gpt_jax.data.batches import MASKED
 from gpt_jax.data.corpus import is_validation, read_corpus
 from gpt_jax.data.dialogue import TEXT, Context, Dialogue, Part, Turn
@@ -23,13 +25,16 @@ from gpt_jax.data.tokenizer import encode, encode_dialogues, encode_prompt
 from gpt_jax.errors import UserError
 from gpt_jax.evaluation.encoding import Encoding
 from gpt_jax.evaluation.open_model import open_model
+from gpt_jax.evaluation.results import as_json, may_replace
 from gpt_jax.evaluation.scorer import Scorer
+from gpt_jax.evaluation.sources import validation_texts
 from gpt_jax.evaluation.windows import Window
 from gpt_jax.huggingface.donor import read_donor
 from gpt_jax.model.gpt import GPT, ModelConfig
 from vk_kernels import OutOfMemoryError
 
 BLOCK = 32
+OLD_GPT2 = f"hf:{Path(__file__).parents[1] / 'huggingface' / 'models' / 'old'}"
 
 
 @pytest.fixture
@@ -138,6 +143,45 @@ def test_data_that_is_not_what_the_run_had_is_told(run, command, tmp_path):
         assert ("warning" in told) == bool(expected)
         assert expected in told
     info.unlink()
+
+
+def test_parts_of_a_long_document_end_where_they_end_in_training(tmp_path):
+    """The tokens of a validation split and of what is evaluated are the same, markers too."""
+    (tmp_path / "book.txt").write_text("\n\n".join(f"Chapter {n} tells of {n * n} things." for n in range(12_000)))
+    config = tiny(tmp_path / "book.txt")
+    prepared = token_cache.prepare(config.data, config.model.vocab_size, lambda line: None)
+    encoding = Encoding(prepared.tokenizer, config.model.vocab_size)
+    recorded = {name: prepared.stats["validation"][name] for name in ("dialogues", "bytes")}
+    told = []
+    texts = [text for _, text in validation_texts(config, recorded, told.append)]
+    ids = np.concatenate([encoding.dialogue(text, "all")[0] for text in texts])
+    np.testing.assert_array_equal(ids, prepared.validation[0].ids)
+    assert [line for line in told if "warning" in line] == []
+    closed = sum(not isinstance(text, Part) for text in texts)
+    assert closed == np.count_nonzero(ids == encoding.start) > 3
+
+
+@pytest.mark.slow
+def test_two_sources_of_one_name_are_two_rows(run, command, tmp_path):
+    data = str(run.parent / "chats.jsonl")
+    found = json.loads(command(str(run), f"--data={data}", f"--validation_of={run}", "--json")[0])["models"][0]
+    counts = {each["source"]: each["documents"] for each in found["likelihood"]}
+    assert counts == {data: 60, f"{data}, of the validation": len(validation_dialogues(run))}
+
+
+@pytest.mark.parametrize("content", ['{"messages": []}\n', "a text", '{"format_version": 1}', "[1]"])
+def test_output_takes_the_place_of_results_alone(content, run, command, tmp_path):
+    file = tmp_path / "there"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"there is a file of something else, which would be lost: give another name"):
+        command(str(run), f"--output={file}", f"--data={run.parent / 'chats.jsonl'}")
+    assert file.read_text() == content
+    file.write_text("")
+    assert may_replace(file)
+    file.write_text(as_json([]))
+    assert may_replace(file)
+    assert may_replace(tmp_path / "none")
+    assert may_replace(Path("/dev/stdout"))
 
 
 QUESTIONS = [
@@ -256,6 +300,9 @@ MISTAKES = [
     (("{run}", "--data=nowhere"), "", "data source 'nowhere' does not exist"),
     (("{run}", "--data={file}"), "\n", "data source '{file}' holds no dialogue and no text"),
     (("{run}", "--validation_of=nowhere"), "", "there is no run nowhere"),
+    (("{run}", f"--validation_of={OLD_GPT2}"), "", f"{OLD_GPT2} has no data of its own: give a run"),
+    (("{run}", "--data={file}", "--data={file}"), "", "--data={file} is given twice: give it once"),
+    (("{run}", "--choices={file}", "--choices={file}"), "", "--choices={file} is given twice: give it once"),
     (("{run}", "--stride=33"), "", "--stride is 33, and {run} sees 32 tokens at once: lower it"),
     (("{run}", "--stride=0"), "", "--stride must be a whole number from 1 to"),
     (("{run}", "--batch_size=x"), "", "flag --batch_size=x: must be a whole number"),
@@ -358,10 +405,9 @@ def test_a_source_of_which_nothing_counts_is_told(run, command, tmp_path):
 
 @pytest.mark.slow
 def test_a_model_without_data_or_markers_says_what_to_give(command):
-    model = f"hf:{Path(__file__).parents[1] / 'huggingface' / 'models' / 'old'}"
     with pytest.raises(UserError, match=r"hf:.* has no data of its own: give --data=FILE or --validation_of=RUN"):
-        command(model, "--backend=xla")
+        command(OLD_GPT2, "--backend=xla")
     with pytest.raises(UserError, match=r"--prompts=chat: the tokenizer of hf:.* has no markers of turns"):
-        command(model, "--backend=xla", "--prompts=chat", "--data=default")
+        command(OLD_GPT2, "--backend=xla", "--prompts=chat", "--data=default")
     with pytest.raises(UserError, match=r"has no tokenizer: put its tokenizer.json there"):
-        command(model.replace("old", "tied"), "--backend=xla")
+        command(OLD_GPT2.replace("old", "tied"), "--backend=xla")
