@@ -31,17 +31,9 @@ from gpt_jax.inference.engine import EngineFailed, QueueFull
 from gpt_jax.inference.engine import Request as Prompt
 from gpt_jax.inference.sampling import SamplingOptions, choice_seed
 from gpt_jax.inference.served_run import ServedRun
+from gpt_jax.serving.access import KnownHosts, check_key
 from gpt_jax.serving.answers import ChatFormat, Format, RequestedTexts, TextFormat, streamed_answer, whole_answer
-from gpt_jax.serving.limits import (
-    DEFAULT_LIMITS,
-    EventStream,
-    KnownHosts,
-    Limits,
-    WholeAnswer,
-    check_key,
-    read_json,
-    unless_client_leaves,
-)
+from gpt_jax.serving.limits import DEFAULT_LIMITS, Limits, read_json
 from gpt_jax.serving.observed import Observed
 from gpt_jax.serving.openapi import schema
 from gpt_jax.serving.prometheus import CONTENT_TYPE, ServerMetrics
@@ -53,6 +45,7 @@ from gpt_jax.serving.requests import (
     parse,
 )
 from gpt_jax.serving.responses import error_body
+from gpt_jax.serving.sending import EventStream, WholeAnswer, unless_client_leaves
 
 PAGE = "page.html"
 # The page needs nothing from anywhere, and may reach nothing but this server.

@@ -13,7 +13,8 @@ import pytest
 from serving_stub import Stub, serve
 from waiting import PATIENCE, wait_for
 
-from gpt_jax.serving.limits import _DROPPED, Limits, WholeAnswer
+from gpt_jax.serving.limits import _DROPPED, Limits
+from gpt_jax.serving.sending import WholeAnswer
 from vk_kernels.errors import DeviceLostError
 
 ASK = {"messages": [{"role": "user", "content": "a question"}]}
