@@ -42,15 +42,18 @@ from gpt_jax.storage.new_folder import check_target, new_folder
 from gpt_jax.storage.upload import is_url, open_target
 
 FLAGS = flags.FLAGS
+DEFAULT_SHARD_SIZE = "5GB"
 
 
 def main(argv: Sequence[str]) -> None:
-    most = parse_size(FLAGS.max_shard_size)
+    most = None if FLAGS.max_shard_size is None else parse_size(FLAGS.max_shard_size)
     export(find_run(argv[1]), FLAGS.to, dtype=FLAGS.dtype, most=most, force=FLAGS.force, adapter=FLAGS.adapter)
 
 
-def export(found: FoundRun, to: str, *, dtype: str, most: int, force: bool, adapter: bool = False) -> None:
+def export(found: FoundRun, to: str, *, dtype: str, most: int | None, force: bool, adapter: bool = False) -> None:
     """Writes a checkpoint, or its adapters alone, to a folder or a URL, and says so.
+
+    most: bytes of a file of weights; None: DEFAULT_SHARD_SIZE.
 
     Raises:
       UserError: it cannot be exported, or files are there that are not to be replaced.
@@ -68,6 +71,9 @@ def export(found: FoundRun, to: str, *, dtype: str, most: int, force: bool, adap
         check_exportable(ConfigDict(saved))
     if adapter and dtype != "float32":
         raise UserError(f"--adapter writes adapters as they were trained, in float32: leave out --dtype={dtype}")
+    if adapter and most is not None:
+        raise UserError("--adapter writes one file, which is small: leave out --max_shard_size")
+    most = parse_size(DEFAULT_SHARD_SIZE) if most is None else most
     ours: Collection[str] = ADAPTER_FILES if adapter else MODEL_FILES
     target = open_target(to, replace=force, ours=ours) if is_url(to) else None
     if target is None:
@@ -109,7 +115,8 @@ def define_flags(flag_values: flags.FlagValues = FLAGS) -> None:
     here = {"flag_values": flag_values}
     flags.DEFINE_string("to", None, "Folder, or URL of a store: gs://, s3://, file://.", required=True, **here)
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the weights.", **here)
-    flags.DEFINE_string("max_shard_size", "5GB", "Size of a file of weights at most.", **here)
+    largest = f"Size of a file of weights at most. Default: {DEFAULT_SHARD_SIZE}."
+    flags.DEFINE_string("max_shard_size", None, largest, **here)
     flags.DEFINE_bool("adapter", False, "Whether of a run of adapters these alone are written, for peft.", **here)
     flags.DEFINE_bool("force", False, "Whether a model that is there already is replaced.", **here)
 

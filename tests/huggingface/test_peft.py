@@ -19,7 +19,7 @@ from gpt_jax.huggingface.donor import read_donor
 from gpt_jax.runs.find import find_run
 from gpt_jax.storage.files import StorageError
 
-OPTIONS = {"dtype": "float32", "most": 10**9, "force": False}
+OPTIONS = {"dtype": "float32", "most": None, "force": False}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,8 @@ def test_what_has_no_adapters_or_is_cast_is_refused_in_a_line(run, tmp_path):
         export(find_run(str(run / "base")), str(tmp_path / "out"), adapter=True, **OPTIONS)
     with pytest.raises(UserError, match=r"in float32: leave out --dtype=bfloat16"):
         export(find_run(str(run)), str(tmp_path / "out"), adapter=True, **OPTIONS | {"dtype": "bfloat16"})
+    with pytest.raises(UserError, match=r"one file, which is small: leave out --max_shard_size"):
+        export(find_run(str(run)), str(tmp_path / "out"), adapter=True, **OPTIONS | {"most": 10**9})
     assert not (tmp_path / "out").exists()
 
 
