@@ -41,7 +41,7 @@ DROPOUT = {"dropout_rate": 0.3, "site": 9}
 # 4 texts of 17 tokens: of one alone, XLA's error is small by chance.
 CASES = [
     *(((2, 1, 3, 1), CAP | DROPOUT), ((2, 3, 2, 5), CAP | DROPOUT), ((4, 17, 3, 5), CAP | DROPOUT)),
-    *(((1, 16, 2, 8), DROPOUT), ((2, 130, 2, 32), DROPOUT)),
+    *(((1, 16, 2, 8), DROPOUT), ((2, 130, 2, 32), DROPOUT), ((1, 128, 2, 32), CAP | DROPOUT)),
     *(((1, 64, 2, 64), CAP), ((1, 65, 1, 48), CAP), ((1, 130, 1, 128), CAP | DROPOUT)),
 ]
 # More for cooperative matrices: head dims between theirs, and softmax with and without the largest score.
@@ -511,6 +511,18 @@ def test_tiles_are_whole_where_all_that_they_have_is_inside(device, shape, whole
     backward = plan_attention_backward(info, [*[array] * 4, lse, array], [array] * 3, variant="coop2")
     made = {made.kernel: dict(made.spec)["WHOLE"] for made in (*forward.dispatches, *backward.dispatches)}
     assert [made[f"attention_{kernel}"] for kernel in ("forward", "dq", "dkv")] == whole
+
+
+@pytest.mark.parametrize(
+    ("shape", "whole"),
+    [((2, 128, 3, 32), True), ((1, 64, 1, 64), True), ((2, 96, 3, 32), False), ((2, 128, 3, 28), False)],
+)
+def test_plain_tiles_are_whole_where_all_that_they_have_is_inside(device, shape, whole):
+    array, lse = ArraySpec(shape, F32), ArraySpec((shape[0], shape[2], shape[1]), F32)
+    forward = plan_attention_forward(device.info, [array] * 3, [array, lse])
+    backward = plan_attention_backward(device.info, [*[array] * 4, lse, array], [array] * 3)
+    made = {made.kernel: dict(made.spec) for made in (*forward.dispatches, *backward.dispatches)}
+    assert [made[f"attention_{kernel}"]["WHOLE"] for kernel in ("forward", "dq", "dkv")] == [whole] * 3
 
 
 @pytest.mark.parametrize(("variant", "head_dim"), [("coop2", 32), ("coop1", 32), ("coop1", 64), ("plain", 64)])

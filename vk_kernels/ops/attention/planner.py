@@ -362,9 +362,9 @@ class _Launch(NamedTuple):
         """`spec`: constants beside those of all."""
         variant, rows = self.kernels[kernel]
         spec = {**self.spec, **(spec or {})}
-        if self.family == "coop2":  # whether no tile has a row or a column outside of the matrix
+        if self.family != "coop1":  # whether no tile has a row or a column outside of the matrix
             defines = _defines(kernel, variant)
-            inside = self.length % int(defines["STEP"]) == 0 and self.head_dim == int(defines["HEAD"])
+            inside = self.length % int(defines.get("STEP", _TILE)) == 0 and self.head_dim == int(defines["HEAD"])
             spec["WHOLE"] = inside and bool(self.spec["ALIGNED"])
         return dispatch(
             kernel,
