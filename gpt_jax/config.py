@@ -1,4 +1,5 @@
-"""Checks a config before any work is done, so that a mistake costs one line and not an hour.
+"""Checks a config before any work is done: names of settings, where a typo is answered with a suggestion, their values,
+and what goes with what.
 
 `FIELDS` is the one table of all settings: kind, range and meaning. What a setting must be is said there and nowhere
 else; `validate` adds what several settings must be to each other.

@@ -1,6 +1,7 @@
 """Pages name what is there: links, files, tests, settings, rooms; and README has a link to every page."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -77,30 +78,7 @@ def test_every_finding_is_in_their_table():
     assert [name for name in scripts if f"| `{name}` |" not in table] == []
 
 
-def drawn_rooms():
-    """Parts of README's map by folder: the text from the folder's line to the next one of its rank."""
-    (drawn,) = re.findall(r"^```text\n(gpt_jax/.*?)^```", README, re.MULTILINE | re.DOTALL)
-    rooms, package, here = {}, "", ""
-    for line in drawn.splitlines():
-        if found := re.match(r"(?:  )?(\w+)/ ", line):
-            package = package if line.startswith(" ") else found[1]
-            here = f"{package}/{found[1]}" if line.startswith(" ") else package
-        elif re.match(r"  \w+\.py", line):
-            here = package
-        rooms[here] = rooms.get(here, "") + line + "\n"
-    return rooms
-
-
-def test_every_room_is_on_the_map_and_every_name_on_it_is_there():
-    named = set(drawn_rooms())
-    missing = [name for name in named if not (ROOT / name).is_dir()]
-    rooms = {f"{file.parent.parent.name}/{file.parent.name}" for file in ROOT.glob("*/*/__init__.py")}
-    rooms = {room for room in rooms if room.startswith(("gpt_jax/", "vk_kernels/"))}
-    assert (missing, sorted(rooms - named)) == ([], [])
-
-
-@pytest.mark.parametrize("room", [room for room in drawn_rooms() if room.startswith(("gpt_jax", "vk_kernels"))])
-def test_every_file_is_in_its_room_on_the_map(room):
-    files = (ROOT / room).glob("*.py") if "/" not in room else (ROOT / room).rglob("*.py")
-    there = {file.name for file in files if file.stem[0] != "_" and file.parent.name != "conformance"}
-    assert set(re.findall(r"\w+\.py", drawn_rooms()[room])) == there
+def test_the_maps_are_as_the_files_say():
+    """If not: `python scripts/draw_map.py`."""
+    assert runpy.run_path(str(ROOT / "scripts" / "draw_map.py"))["drawn"](README) == README
+    assert README.count("\ngpt_jax/ ") == 2

@@ -1,4 +1,4 @@
-"""Batches: random access to shuffled windows of a stream of tokens.
+"""Batches: random access to shuffled windows of streams of tokens, mixed by weight, and which tokens are targets.
 
 Batch n is a pure function of (seed, n): nothing about the data's position needs saving but how many windows were seen.
 """

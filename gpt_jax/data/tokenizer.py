@@ -1,4 +1,4 @@
-"""Byte-level BPE with Hugging Face `tokenizers`: every byte is a token, so any text round-trips exactly.
+"""Byte-level BPE with Hugging Face `tokenizers`, in which any text round-trips; tokens of dialogues, and who says each.
 
 The markers are the first three ids of a tokenizer trained here: 0 `<|user|>`, 1 `<|assistant|>`,
 2 `<|end_of_text|>`. Text never encodes to them, even where it spells one out: only `encode_dialogues` and

@@ -1,4 +1,5 @@
-"""Connects the processes of a run: they tell each other small values, and that they are still there.
+"""Connects the processes of a run: they tell each other small values and, by heartbeats, that
+they are still there.
 
 Every process has one TCP connection to process 0, which passes on. A thread of each sends a beat every second and
 listens. A process whose connection ends, or that is silent for SILENCE seconds, because it was killed, hangs, was

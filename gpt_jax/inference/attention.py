@@ -1,4 +1,4 @@
-"""The attention of a trained model to a sentence, head by head."""
+"""The attention of a trained model to a sentence, head by head, for the notebook that draws it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""GPT-2 as a functional Flax (linen) module.
+"""GPT-2 as a functional Flax (linen) module, with its soft cap, dropout and statistics of attention by head.
 
 Source: Radford et al., "Language models are unsupervised multitask learners" (2019), and its published code.
 """

@@ -1,4 +1,4 @@
-"""Fills in what a config leaves open, from where it stands already: the folder of a run that goes on, or the donor.
+"""Fills in what a config leaves open, from the run that is resumed or the donor, and says what of them may change.
 
 A setting of `config.model` that has no value (None) is the donor's. It knows nothing of JAX, so that a mistake costs no
 start of it.

@@ -1,4 +1,4 @@
-"""The pure functions that a run is made of: loss, train step, evaluation, diagnostics.
+"""The pure functions of a run: loss; train step, which skips an update that is not finite; evaluation; diagnostics.
 
 They know nothing of files, clocks or devices; `programs.py` jits them, `trainer.py` runs the loop.
 """

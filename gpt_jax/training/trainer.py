@@ -1,4 +1,4 @@
-"""The training loop: from a config to a trained model, its metrics, samples and checkpoints.
+"""The training loop: steps, those that are skipped, and the evaluations, statistics, samples and checkpoints due.
 
 A run is a folder. Running the same folder again goes on where its newest good checkpoint stands, and on one
 machine gives the very bits that an uninterrupted run gives: the state, the place in the data and the clock are one

@@ -1,4 +1,4 @@
-"""Files that all processes of a user share, so that what takes long is made once. A file is whole or not there.
+"""The cache on disk of kernels and tiles, shared by all processes of a user. A file is whole or not there.
 
 Together they have a bound, over which those go that were not used for the longest. Processes agree on nothing for
 that: a file's time of change is when it was last used, whoever writes looks now and then whether all are too many, and

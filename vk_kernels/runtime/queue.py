@@ -1,4 +1,5 @@
-"""A queue: command buffers are submitted in order, and a timeline semaphore counts those that are done.
+"""A queue: command buffers are submitted in order, and a timeline semaphore counts those that are done,
+or a device that hangs or is lost is told.
 
 A submission is known by its value on the timeline, 1 for the first; whoever is used by one keeps the newest value.
 """

@@ -1,4 +1,4 @@
-"""Plans of matrix products: C = epilogue(op(A) op(B)), for one matrix or a batch of them. Knows no JAX.
+"""Plans of matrix products, C = epilogue(op(A) op(B)): which family of kernels a device has, which tile. Knows no JAX.
 
 Three families of kernels make the product; `plan_gemm` takes the first that the device can run:
   coop1   VK_KHR_cooperative_matrix: a subgroup multiplies 16 x 16 x 16 blocks of bf16
