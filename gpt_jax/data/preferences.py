@@ -6,7 +6,7 @@ turns before the answer both sides share: these are what is answered, so none of
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt_jax.data.row_keys import LISTS, PAIRS, side_of
 from gpt_jax.errors import UserError
@@ -20,8 +20,15 @@ def preferred_key(row: Mapping[str, Any]) -> str:
     return next((better for better, worse in _SIDES.items() if better in row and worse in row), "")
 
 
-def chosen_side(row: Mapping[str, Any], better: str, where: str) -> dict[str, Any]:
-    """The row with the chosen side as its answer, in the shape of a row without preferences.
+class Chosen(NamedTuple):
+    """A row without preferences, whose answer is the chosen side."""
+
+    row: dict[str, Any]
+    unread: dict[str, Any]  # of the row with preferences: what stood in the way of the chosen side
+
+
+def chosen_side(row: Mapping[str, Any], better: str, where: str) -> Chosen:
+    """Brings a row to the shape of one without preferences, with the chosen side as its answer.
 
     Raises:
       UserError: nothing says what is answered, or the prompt is another than that of the chosen dialogue.
@@ -30,19 +37,29 @@ def chosen_side(row: Mapping[str, Any], better: str, where: str) -> dict[str, An
     rest = {key: value for key, value in row.items() if key not in (better, worse)}
     chosen, rejected = (_messages(row[key]) for key in (better, worse))
     if isinstance(chosen, list) and (not chosen or side_of(chosen[0]) != "assistant"):
-        return _whole(rest, chosen, rejected, better, where)
-    asked = rest.pop("input", None)
+        read, plain = _whole(rest, chosen, rejected, better, where)
+    else:
+        read, plain = _answered(rest, chosen, f"{where}: found {better!r} and {worse!r}")
+    rest = {key: value for key, value in rest.items() if key not in read}
+    unread = {key: value for key, value in rest.items() if key in LISTS or (key in plain and plain[key] != value)}
+    return Chosen({**{key: value for key, value in rest.items() if key not in unread}, **plain}, unread)
+
+
+def _answered(rest: Mapping[str, Any], chosen: Any, found: str) -> tuple[set[str], dict[str, Any]]:
+    """The keys of `rest` that were read, and what stands in their place: what is answered, and the answer."""
+    asked = rest.get("input")
     if isinstance(asked, dict) and isinstance(asked.get("messages"), list):  # OpenAI's
         others = {key: value for key, value in asked.items() if key != "messages"}
-        return {**others, **rest, "prompt": asked["messages"], "completion": chosen}
-    rest = rest if asked is None else rest | {"input": asked}
+        return {"input"}, {**others, "prompt": asked["messages"], "completion": chosen}
+    if rest.get("prompt"):
+        return {"prompt"}, {"prompt": _messages(rest["prompt"]), "completion": chosen}
     for key in LISTS:
         if isinstance(rest.get(key), list):
-            return {"prompt": rest.pop(key), "completion": chosen, **rest}
+            return {key}, {"prompt": rest[key], "completion": chosen}
     for question, _, answer in PAIRS:
         if question in rest:
-            return {**rest, answer: chosen}
-    raise UserError(f"{where}: found {better!r} and {worse!r}, but no 'prompt' that they answer")
+            return {question}, {question: _messages(rest[question]), answer: chosen}
+    raise UserError(f"{found}, but no 'prompt' that they answer")
 
 
 def _messages(side: Any) -> Any:
@@ -55,14 +72,18 @@ def _messages(side: Any) -> Any:
     return side
 
 
-def _whole(rest: dict[str, Any], chosen: list[Any], rejected: Any, better: str, where: str) -> dict[str, Any]:
-    """A row whose chosen side is the whole dialogue, the prompt in it."""
-    prompt = rest.pop("prompt", None)
+def _whole(
+    rest: Mapping[str, Any], chosen: list[Any], rejected: Any, better: str, where: str
+) -> tuple[set[str], dict[str, Any]]:
+    """The same as `_answered` gives, of a row whose chosen side is the whole dialogue, the prompt in it."""
+    prompt = _messages(rest.get("prompt"))
     texts = [message.get("content", message.get("value")) for message in chosen if isinstance(message, dict)]
     if isinstance(prompt, str) and prompt.strip() and not any(prompt.strip() in str(text) for text in texts):
         raise UserError(f"{where}: the 'prompt' is not in the {better!r} dialogue, which begins with another turn")
-    if isinstance(prompt, list) and prompt and chosen[: len(prompt)] != prompt:
+    if isinstance(prompt, list) and chosen[: len(prompt)] != prompt:
         raise UserError(f"{where}: the 'prompt' is not how the {better!r} dialogue begins")
+    read = {"prompt"} if isinstance(prompt, str | list) else set()
+    read |= {key for key in LISTS if isinstance(rest.get(key), list) and chosen[: len(rest[key])] == rest[key]}
     shared, others = 0, rejected if isinstance(rejected, list) else []
     while shared < min(len(chosen) - 1, len(others)) and chosen[shared] == others[shared]:
         shared += 1
@@ -70,4 +91,4 @@ def _whole(rest: dict[str, Any], chosen: list[Any], rejected: Any, better: str, 
         {**message, "weight": 0} if number < shared and side_of(message) == "assistant" else message
         for number, message in enumerate(chosen)
     ]
-    return {**{key: value for key, value in rest.items() if key not in LISTS}, "messages": messages}
+    return read, {"messages": messages}

@@ -77,10 +77,13 @@ def read_row(row: Any, where: str, reading: Reading, read_text: TextReader) -> t
     for key in LISTS:
         if isinstance(inner := row.get(key), dict) and any(name in inner for name in LISTS):
             outer = {name: value for name, value in row.items() if name != key}
+            _note_unread({name: outer[name] for name in outer.keys() & inner.keys()}, {"id"}, "of rows", reading)
             return read_row({**outer, **inner}, f"{where}, {key}", reading, read_text)
     _refuse_what_no_turn_can_say(row, where)
     if better := preferred_key(row):
-        shape, dialogues = read_row(chosen_side(row, better, where), where, reading, read_text)
+        plain, unread = chosen_side(row, better, where)
+        shape, dialogues = read_row(plain, where, reading, read_text)
+        _note_unread(unread, set(), "of rows", reading)
         reading.rejected += 1
         return f"{better!r}, {shape}", dialogues
     identity = None if row.get("id") in (None, "") else f"id {row['id']}"
@@ -173,6 +176,7 @@ def _pair(row: Mapping[str, Any], used: set[str], where: str) -> tuple[list[Any]
                 {"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)
             ]
     if isinstance(row[question], list):  # of messages, which are what the answer is given to
+        used = used - {more}
         messages += [
             {**message, "weight": 0} if side_of(message) == "assistant" else message for message in row[question]
         ]

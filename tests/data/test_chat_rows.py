@@ -155,6 +155,8 @@ ROWS = {
         {"input": {"messages": [Q], "tools": []}, "preferred_output": [A], "non_preferred_output": [B]},
         chat("q", "a"),
     ),
+    "a prompt of one message": ({"prompt": Q, "chosen": "a", "rejected": "b"}, chat("q", "a")),
+    "dialogues with a prompt of one message": ({"prompt": Q, "chosen": [Q, A], "rejected": [Q, B]}, chat("q", "a")),
     "ShareGPT's preferences": (
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"},
                            {"from": "human", "value": "q"}],
@@ -198,6 +200,10 @@ REFUSED = {
     ),
     "preferences with a longer prompt": (
         {"prompt": [Q, A, Q], "chosen": [Q, A], "rejected": [Q, B]},
+        "the 'prompt' is not how the 'chosen' dialogue begins",
+    ),
+    "preferences with a prompt of one other message": (
+        {"prompt": B, "chosen": [Q, A], "rejected": [Q, B]},
         "the 'prompt' is not how the 'chosen' dialogue begins",
     ),
     "judgement": ({"prompt": "q", "completion": "a", "label": False}, "found 'label' beside 'completion'"),
@@ -271,6 +277,41 @@ def test_what_is_read_otherwise_or_not_at_all_is_said(tmp_path):
     assert read(tmp_path / "rows.jsonl", row | {"system": parts[1:]})[1][1:] == [
         "keys that were not read: 'citations' of parts (2), 'result' of tool calls (1), 'is_error' of parts (1)"
     ]
+
+
+PAIR, DIALOGUES = {"chosen": "a", "rejected": "b"}, {"chosen": [Q, A], "rejected": [Q, B]}
+NOT_READ = {  # rows whose chosen side is the answer to q, and the keys beside it that are not read
+    "messages beside whole dialogues": (DIALOGUES | {"messages": [Q, B]}, "messages"),
+    "conversations beside whole dialogues": (DIALOGUES | {"conversations": [Q, B]}, "conversations"),
+    "no list in conversations": (DIALOGUES | {"conversations": "q"}, "conversations"),
+    "how the chosen dialogue begins": (DIALOGUES | {"messages": [Q], "conversation": [Q, A]},),
+    "a prompt that is no text": (DIALOGUES | {"prompt": 3}, "prompt"),
+    "an answer": (PAIR | {"question": "q", "answer": "x"}, "answer"),
+    "a completion": (PAIR | {"prompt": "q", "completion": "x"}, "completion"),
+    "the chosen side once more": (PAIR | {"prompt": "q", "completion": "a"},),
+    "a completion after messages": (PAIR | {"messages": [Q], "completion": "x"}, "completion"),
+    "messages beside a prompt": (PAIR | {"prompt": "q", "messages": [Q, B]}, "messages"),
+    "a prompt beside OpenAI's": (
+        {"input": {"messages": [Q]}, "prompt": "x", "completion": "x", "messages": [Q, B],
+         "preferred_output": [A], "non_preferred_output": [B]},
+        "prompt", "completion", "messages",
+    ),
+    "an empty prompt": (PAIR | {"prompt": "", "messages": [Q]},),
+    "a context of messages": ({"question": [Q], "context": "c", "answer": "a"}, "context"),
+    "what stands in a dialogue and beside it": (
+        {"system": "", "source": "x", "conversation": {"source": "y", "messages": [Q, A]}}, "source", "source",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_stands_beside_the_side_that_is_read_is_counted(tmp_path, name):
+    row, *keys = NOT_READ[name]
+    reading = Reading()
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    [dialogue] = corpus.read_corpus(str(tmp_path / "rows.jsonl"), reading)
+    assert dialogue.turns == chat("q", "a")
+    assert sorted(reading.unread.elements()) == sorted(f"{key!r} of rows" for key in keys)
 
 
 def test_bad_rows_are_skipped_counted_and_listed_by_choice(tmp_path):
