@@ -52,13 +52,13 @@ def _answered(rest: Mapping[str, Any], chosen: Any, found: str) -> tuple[set[str
         others = {key: value for key, value in asked.items() if key != "messages"}
         return {"input"}, {**others, "prompt": asked["messages"], "completion": chosen}
     if rest.get("prompt"):
-        return {"prompt"}, {"prompt": _messages(rest["prompt"]), "completion": chosen}
+        return {"prompt"}, {"prompt": _prompt(rest["prompt"]), "completion": chosen}
     for key in LISTS:
         if isinstance(rest.get(key), list):
             return {key}, {"prompt": rest[key], "completion": chosen}
     for question, _, answer in PAIRS:
         if question in rest:
-            return {question}, {question: _messages(rest[question]), answer: chosen}
+            return {question}, {question: _prompt(rest[question]), answer: chosen}
     raise UserError(f"{found}, but no 'prompt' that they answer")
 
 
@@ -68,15 +68,23 @@ def _messages(side: Any) -> Any:
         return [side]
     if isinstance(side, str) and (parts := _HUMAN.split(side))[0].strip() == "" and len(parts) > 1:
         roles = {"Human": "user", "Assistant": "assistant"}
-        return [{"role": roles[role], "content": text} for role, text in zip(parts[1::2], parts[2::2], strict=True)]
+        turns = zip(parts[1::2], parts[2::2], strict=True)
+        return [{"role": roles[role], "content": text.strip()} for role, text in turns]
     return side
+
+
+def _prompt(prompt: Any) -> Any:
+    """A prompt, as `_messages` reads a side; the last `Assistant:` of a transcript is where the answer begins."""
+    messages = _messages(prompt)
+    opens = isinstance(prompt, str) and messages[-1:] == [{"role": "assistant", "content": ""}]
+    return messages[:-1] if opens else messages
 
 
 def _whole(
     rest: Mapping[str, Any], chosen: list[Any], rejected: Any, better: str, where: str
 ) -> tuple[set[str], dict[str, Any]]:
     """The same as `_answered` gives, of a row whose chosen side is the whole dialogue, the prompt in it."""
-    prompt = _messages(rest.get("prompt"))
+    prompt = _prompt(rest.get("prompt"))
     texts = [message.get("content", message.get("value")) for message in chosen if isinstance(message, dict)]
     if isinstance(prompt, str) and prompt.strip() and not any(prompt.strip() in str(text) for text in texts):
         raise UserError(f"{where}: the 'prompt' is not in the {better!r} dialogue, which begins with another turn")

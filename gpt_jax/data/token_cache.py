@@ -37,7 +37,7 @@ from gpt_jax.log import Log
 from gpt_jax.storage.checksum import crc32_of_file
 
 # Raise it when the same source and tokenizer would give other tokens or files than before.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 NEW_TOKENIZER = "new"  # in place of a tokenizer's path: trains one, where else the donor's would be taken
 TOKENIZER_CHARACTERS = 500_000_000  # what a BPE is trained on at most: its word table must fit in memory
@@ -120,7 +120,11 @@ class _Request:
         split: Any = ["validation", self.contents[self.validation]] if self.validation else self.fraction
         rest = [split, self.given.to_str() if self.given else self.vocab_size]
         how = self.how
-        older = [[4, content, how], *([version, content, how | _ONCE_IN_HOW] for version in (3, 2)), [1, content]]
+        older = [
+            *([version, content, how] for version in (5, 4)),
+            *([version, content, how | _ONCE_IN_HOW] for version in (3, 2)),
+            [1, content],
+        ]
         return [_digest([*first, *rest]) for first in ([FORMAT_VERSION, content, how], *older)]
 
 

@@ -151,6 +151,23 @@ ROWS = {
          "rejected": "\n\nHuman: q\n\nAssistant: a\n\nHuman: Human: r\n\nAssistant: c"},
         (Turn("user", "q"), Context("assistant", "a"), *chat("Human: r", "b")),
     ),
+    "Anthropic's preferences with the prompt apart": (
+        {"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r \n\nAssistant:", "chosen": " b", "rejected": " c"},
+        (Turn("user", "q"), Context("assistant", "a"), *chat("r", "b")),
+    ),
+    "Anthropic's preferences, the prompt apart and in both sides": (
+        {"prompt": "\n\nHuman: q\n\nAssistant: ",
+         "chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        chat("q", "a"),
+    ),
+    "a transcript that does not open the answer": (
+        {"prompt": "\n\nHuman: q\n\n", "chosen": [A], "rejected": [B]},
+        chat("q", "a"),
+    ),
+    "a transcript as the prompt of a pair": (
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "completion": "a"},
+        chat("Human: q\n\nAssistant:", "a"),
+    ),
     "OpenAI's preferences": (
         {"input": {"messages": [Q], "tools": []}, "preferred_output": [A], "non_preferred_output": [B]},
         chat("q", "a"),
