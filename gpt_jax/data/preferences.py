@@ -95,6 +95,8 @@ def _whole(
     shared, others = 0, rejected if isinstance(rejected, list) else []
     while shared < min(len(chosen) - 1, len(others)) and chosen[shared] == others[shared]:
         shared += 1
+    while shared and side_of(chosen[shared - 1]) == side_of(chosen[shared]) == "assistant":  # these are one answer
+        shared -= 1
     messages = [
         {**message, "weight": 0} if number < shared and side_of(message) == "assistant" else message
         for number, message in enumerate(chosen)

@@ -53,7 +53,9 @@ def _is_messages(value: Any) -> bool:
     )
 
 
-def read_row(row: Any, where: str, reading: Reading, read_text: TextReader) -> tuple[str, list[Dialogue]]:
+def read_row(
+    row: Any, where: str, reading: Reading, read_text: TextReader, better: str = ""
+) -> tuple[str, list[Dialogue]]:
     """Reads a row.
 
     Args:
@@ -61,6 +63,7 @@ def read_row(row: Any, where: str, reading: Reading, read_text: TextReader) -> t
       where: file and line, or dataset and number, for messages.
       reading: the choices; findings are added to it.
       read_text: reads a `text`, with markers or without.
+      better: the key by which a person knows the answer; '' where the row has it as it was written.
 
     Returns:
       What the row was taken for, and its dialogues or documents.
@@ -78,14 +81,14 @@ def read_row(row: Any, where: str, reading: Reading, read_text: TextReader) -> t
         if isinstance(inner := row.get(key), dict) and any(name in inner for name in LISTS):
             outer = {name: value for name, value in row.items() if name != key}
             _note_unread({name: outer[name] for name in outer.keys() & inner.keys()}, {"id"}, "of rows", reading)
-            return read_row({**outer, **inner}, f"{where}, {key}", reading, read_text)
+            return read_row({**outer, **inner}, f"{where}, {key}", reading, read_text, better)
     _refuse_what_no_turn_can_say(row, where)
-    if better := preferred_key(row):
-        plain, unread = chosen_side(row, better, where)
-        shape, dialogues = read_row(plain, where, reading, read_text)
+    if preferred := preferred_key(row):
+        plain, unread = chosen_side(row, preferred, where)
+        shape, dialogues = read_row(plain, where, reading, read_text, preferred)
         _note_unread(unread, set(), "of rows", reading)
         reading.rejected += 1
-        return f"{better!r}, {shape}", dialogues
+        return f"{preferred!r}, {shape}", dialogues
     identity = None if row.get("id") in (None, "") else f"id {row['id']}"
     shape, used = _shape(row, where)
     taken_for = " and ".join(repr(key) for key in row if key in used) if shape == "pair" else repr(shape)
@@ -105,10 +108,10 @@ def read_row(row: Any, where: str, reading: Reading, read_text: TextReader) -> t
         if not isinstance(messages, list):
             raise UserError(f"{where}: {shape!r} is {_kind(messages)}, not a list of turns")
     else:
-        messages, used = _pair(row, used, where)
+        messages, used = _pair(row, used, where, better)
     system = _system(row, where, reading)
     _note_unread(row, _READ_OF_ROWS | used, "of rows", reading)
-    turns = _turns(messages, system, where, shape if shape in LISTS else "turn", reading)
+    turns = _turns(messages, system, where, (better or shape) if shape in LISTS else "turn", reading)
     return taken_for, [finish(turns, where, identity)]
 
 
@@ -163,7 +166,7 @@ def _shape(row: Mapping[str, Any], where: str) -> tuple[str, set[str]]:
     )
 
 
-def _pair(row: Mapping[str, Any], used: set[str], where: str) -> tuple[list[Any], set[str]]:
+def _pair(row: Mapping[str, Any], used: set[str], where: str, better: str) -> tuple[list[Any], set[str]]:
     """The messages of a question and its answer, and the keys that were read."""
     question, more, answer = next(pair for pair in PAIRS if pair[0] in used and pair[2] in used)
     messages: list[Any] = []
@@ -175,8 +178,16 @@ def _pair(row: Mapping[str, Any], used: set[str], where: str) -> tuple[list[Any]
             messages += [
                 {"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)
             ]
+    said = row[answer]
+    if not isinstance(said, list):
+        said = [{"role": "assistant", "content": _text(said, better or answer, where)}]
     if isinstance(row[question], list):  # of messages, which are what the answer is given to
         used = used - {more}
+        if row[question] and said and side_of(row[question][-1]) == side_of(said[0]) == "assistant":
+            raise UserError(
+                f"{where}: the prompt ends with an assistant turn, which the answer would follow: end it with the "
+                "user's turn, or give the whole dialogue as 'messages'"
+            )
         messages += [
             {**message, "weight": 0} if side_of(message) == "assistant" else message for message in row[question]
         ]
@@ -184,9 +195,7 @@ def _pair(row: Mapping[str, Any], used: set[str], where: str) -> tuple[list[Any]
         texts = [_text(row[key], key, where) for key in (question, more) if key in row]
         if asked := "\n\n".join(text.strip() for text in texts if text.strip()):
             messages.append({"role": "user", "content": asked})
-    if isinstance(row[answer], list):
-        return messages + row[answer], used
-    return [*messages, {"role": "assistant", "content": _text(row[answer], answer, where)}], used
+    return messages + said, used
 
 
 def _chatml(text: str, where: str) -> list[dict[str, str]]:

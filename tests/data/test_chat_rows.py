@@ -146,6 +146,14 @@ ROWS = {
         {"chosen": [Q, A, Q, A], "rejected": [Q, B, Q, B]},
         chat("q", "a", "q", "a"),
     ),
+    "dialogues that differ in the second turn of an answer": (
+        {"chosen": [Q, A, B], "rejected": [Q, A, A]},
+        chat("q", "a\n\nb"),
+    ),
+    "a prompt that the assistant ends, and what the user says then": (
+        {"prompt": [Q, A], "completion": [Q, B]},
+        (Turn("user", "q"), Context("assistant", "a"), *chat("q", "b")),
+    ),
     "Anthropic's preferences": (
         {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: Human: r\n\nAssistant: b",
          "rejected": "\n\nHuman: q\n\nAssistant: a\n\nHuman: Human: r\n\nAssistant: c"},
@@ -223,6 +231,28 @@ REFUSED = {
         {"prompt": B, "chosen": [Q, A], "rejected": [Q, B]},
         "the 'prompt' is not how the 'chosen' dialogue begins",
     ),
+    "a prompt that the assistant ends": (
+        {"prompt": [Q, A], "completion": "b"},
+        "the prompt ends with an assistant turn, which the answer would follow: end it with the user's turn, or give",
+    ),
+    "a prompt that the assistant ends before messages": (
+        {"prompt": [Q, A], "completion": [B]},
+        "the prompt ends with an assistant turn",
+    ),
+    "a prompt of preferences that the assistant ends": (
+        {"conversations": [Q, A], "chosen": A, "rejected": B},
+        "the prompt ends with an assistant turn",
+    ),
+    "a transcript that the assistant ends": (
+        {"prompt": "\n\nHuman: q\n\nAssistant: Sure,", "chosen": "a", "rejected": "b"},
+        "the prompt ends with an assistant turn",
+    ),
+    "a number for the chosen side": ({"prompt": "q", "chosen": 5, "rejected": "x"}, "'chosen' is a number, not text"),
+    "a number for the preferred side": (
+        {"input": {"messages": [Q]}, "preferred_output": 5, "non_preferred_output": [B]},
+        "'preferred_output' is a number, not text",
+    ),
+    "a number in the chosen dialogue": ({"chosen": [Q, 5], "rejected": [Q, B]}, r"chosen\[1\]: found a number where"),
     "judgement": ({"prompt": "q", "completion": "a", "label": False}, "found 'label' beside 'completion'"),
     "half a weight": (said(Q, A | {"weight": 0.5}), r"messages\[1\]: 'weight' is 0.5, neither 0 nor 1"),
     "a text for messages": ({"messages": "[]"}, "'messages' is text, not a list of turns"),
