@@ -28,9 +28,10 @@ ROLES = {
     "function_response": "answer",
     "tool_response": "answer",
 }
+SIDES = {"system": "system", "user": "user", "assistant": "assistant", "call": "assistant", "answer": "user"}
 
 
 def side_of(message: Any) -> str | None:
     """The side that a message's role belongs to, before it is checked."""
     role = message.get("role", message.get("from")) if isinstance(message, dict) else None
-    return ROLES.get(role) if isinstance(role, str) else None
+    return SIDES[ROLES[role]] if isinstance(role, str) and role in ROLES else None

@@ -15,7 +15,7 @@ from typing import Any
 from gpt_jax.data.dialogue import TEXT, Context, Dialogue, Turn, add_turn, finish
 from gpt_jax.data.preferences import chosen_side, preferred_key
 from gpt_jax.data.reading import Reading
-from gpt_jax.data.row_keys import LISTS, PAIRS, ROLES, side_of
+from gpt_jax.data.row_keys import LISTS, PAIRS, ROLES, SIDES, side_of
 from gpt_jax.errors import UserError
 
 TextReader = Callable[[str, str, str | None, Reading], list[Dialogue]]  # (text, where, source, reading)
@@ -286,7 +286,7 @@ def _said(message: Any, where: str, reading: Reading) -> _Said:
     if role in ("call", "answer"):
         _note_tool(f"{where}: found {role_key!r} {message[role_key]!r}, a tool's", reading)
         texts = [_tagged("tool_call" if role == "call" else "tool_response", "\n".join(texts))]
-    side = {"call": "assistant", "answer": "user"}.get(role, role)
+    side = SIDES[role]
     context = any(_no_target(message, key, where) for key in sorted(message.keys() & _COUNTED.keys()))
     return _Said(
         where, side, "\n".join(text for text in texts if text.strip()), tool or side != role or bool(calls), context

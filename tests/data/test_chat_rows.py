@@ -154,6 +154,15 @@ ROWS = {
         {"prompt": [Q, A], "completion": [Q, B]},
         (Turn("user", "q"), Context("assistant", "a"), *chat("q", "b")),
     ),
+    "a call in the prompt": (
+        {"conversations": [Q, {"from": "function_call", "value": "c"}, {"from": "observation", "value": "on"}],
+         "chosen": A, "rejected": B},
+        (Turn("user", "q"), Context("assistant", "<tool_call>\nc\n</tool_call>"), *chat(ANSWER, "a")),
+    ),
+    "a call that is the answer": (
+        {"prompt": "q", "chosen": [{"role": "tool_call", "content": "c"}], "rejected": "b"},
+        chat("q", "<tool_call>\nc\n</tool_call>"),
+    ),
     "Anthropic's preferences": (
         {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: Human: r\n\nAssistant: b",
          "rejected": "\n\nHuman: q\n\nAssistant: a\n\nHuman: Human: r\n\nAssistant: c"},
