@@ -227,15 +227,18 @@ def _text_row(text: str, where: str, source: str | None, reading: Reading) -> li
 
 def _rows(values: Iterable[tuple[str, Any]], container: str, reading: Reading) -> Iterator[Dialogue]:
     """The dialogues of values, (where, value) each. A value that is a UserError is a row that could not be read."""
+    found = reading.of_a_row()
     for where, row in itertools.chain.from_iterable(single_rows(value, where) for where, value in values):
         try:
             if isinstance(row, UserError):
                 raise row
-            shape, dialogues = read_row(row, where, reading, _text_row)
+            shape, dialogues = read_row(row, where, found, _text_row)
         except UserError as error:
             if not reading.skips(error):
                 raise
+            found = reading.of_a_row()
             continue
+        reading.add(found)
         yield from _counted(dialogues, f"row of {shape} in {container}", where, reading)
 
 

@@ -373,11 +373,12 @@ def _note_tool(found: str, reading: Reading) -> None:
 
 
 def _note_unread(found: Mapping[str, Any], read: set[str], whose: str, reading: Reading) -> None:
-    if found.keys() <= read:  # nearly always, and updating a counter is slow
+    if found.keys() <= read:  # nearly always
         return
-    reading.unread.update(
-        f"{key!r} {whose}" for key, value in found.items() if key not in read and value not in ("", [], {})
-    )
+    for key, value in found.items():
+        if key not in read and value not in ("", [], {}):
+            name = f"{key!r} {whose}"
+            reading.unread[name] = reading.unread.get(name, 0) + 1  # += is slow for a key that is new
 
 
 def _kind(value: Any) -> str:

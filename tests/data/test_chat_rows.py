@@ -405,6 +405,25 @@ def test_bad_rows_are_skipped_counted_and_listed_by_choice(tmp_path):
     assert reading.skipped == 4
 
 
+def test_what_is_found_in_a_row_counts_only_where_the_row_is_read(tmp_path):
+    bad = said({"role": "system", "content": "S"}, A | {"weight": 0}, Q, Q | {"name": "x"}, A | {"tool_calls": [LAMP]},
+               Q, score=1, tools=[1])  # fmt: skip
+    worse = {"system": "S", "text": "x" * 100_000, "score": 1}  # parts of a document, then refused
+    pair = {"prompt": [Q, A, Q], "chosen": [A, Q], "rejected": [B], "score": 1}
+    path, reading = tmp_path / "rows.jsonl", Reading(on_error="skip")
+    path.write_text("\n".join(map(json.dumps, [bad, said(Q, A), worse, pair, bad])))
+    assert [dialogue.turns for dialogue in corpus.read_corpus(str(path), reading)] == [chat("q", "a")]
+    assert reading.skipped == 4
+    assert (reading.tools, reading.context, reading.joined, reading.rejected, reading.parts) == (0, 0, 0, 0, 0)
+    assert not reading.unread
+    good = said(*bad["messages"], A, score=1, tools=[1])
+    path.write_text("\n".join(map(json.dumps, [good, bad, good, {"text": "x " * 50_000}])))
+    reading = Reading(on_error="skip")
+    assert len(list(corpus.read_corpus(str(path), reading))) == 2 + reading.parts
+    assert (reading.tools, reading.context, reading.joined, reading.skipped) == (4, 2, 2, 1)
+    assert reading.unread == {"'name' of messages": 2, "'score' of rows": 2}
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("chunk", [7, 2**20])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
