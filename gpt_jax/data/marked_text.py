@@ -16,7 +16,8 @@ def read_marked(
     chunks: Iterable[str], where: Callable[[int], str], reading: Reading, source: str | None = None
 ) -> Iterator[Dialogue]:
     turns: list[Turn] = []
-    size, line, lost = 0, 1, False  # lost: inside a bad dialogue that is skipped
+    size, line = 0, 1
+    refused = lost = False  # up to the next end: whether an error is counted, whether turns are passed over
     for line, marker, text in _pieces(chunks, where):
         size += len(text)
         if size > files.MAX_DIALOGUE:
@@ -27,20 +28,22 @@ def read_marked(
                 if not lost:
                     add_turn(turns, Turn(marker[2:-2], text), where(line))
                 continue
-            if marker == END:
-                closed, skipping = turns, lost
-                turns, size, lost = [], 0, False
-                dialogue = None if skipping else finish(closed, where(line), source)
-            if text.strip():
-                found = text.strip()[:40]
-                raise UserError(f"{where(line)}: found {found!r} outside any dialogue: {_HOW_MARKED}")
+            if marker == END and (turns or not refused):
+                dialogue = finish(turns, where(line), source)
         except UserError as error:
-            if not reading.skips(error):
+            if not refused and not reading.skips(error):
                 raise
-            turns, lost = [], marker in (USER, ASSISTANT)
+            turns, refused, lost = [], True, True
+        if marker == END:
+            turns, size, refused, lost = [], 0, False, False
         if dialogue:
             yield dialogue
-    if turns:
+        if marker in ("", END) and text.strip():  # a dialogue may begin after it all the same
+            error = UserError(f"{where(line)}: found {text.strip()[:40]!r} outside any dialogue: {_HOW_MARKED}")
+            if not reading.skips(error):
+                raise error
+            refused = True
+    if turns and not refused:
         error = UserError(f"{where(line)}: the last dialogue is not closed: write {END} after it")
         if not reading.skips(error):
             raise error

@@ -405,6 +405,35 @@ def test_bad_rows_are_skipped_counted_and_listed_by_choice(tmp_path):
     assert reading.skipped == 4
 
 
+GOOD = "<|user|>q<|assistant|>a<|end_of_text|>\n"
+BAD_MARKED = {  # with how many dialogues are bad
+    "no marker of a turn": ("q a<|end_of_text|>", 1),
+    "no marker of a turn, twice": ("q a<|end_of_text|>\nq a<|end_of_text|>", 2),
+    "no turn": ("<|end_of_text|>", 1),
+    "a question alone": ("<|user|>q<|end_of_text|>", 1),
+    "a question alone, then no marker": ("<|user|>q<|end_of_text|>q a<|end_of_text|>", 2),
+    "two questions": ("<|user|>q<|user|>q<|assistant|>a<|user|><|end_of_text|>", 1),
+    "an answer first": ("<|assistant|>a<|user|>q<|assistant|>a<|end_of_text|>", 1),
+    "an empty answer": ("<|user|>q<|assistant|><|end_of_text|>", 1),
+    "no marker of the question": ("q<|assistant|>a<|end_of_text|>", 1),
+    "text before a bad one": ("stray<|user|>q<|end_of_text|>", 1),
+    "text between": ("stray", 1),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MARKED)
+@pytest.mark.parametrize("before", ["", GOOD])
+@pytest.mark.parametrize("chunk", [7, 2**20])
+def test_a_bad_dialogue_of_marked_text_counts_once(tmp_path, monkeypatch, name, before, chunk):
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    text, count = BAD_MARKED[name]
+    path, reading = tmp_path / "chats.txt", Reading(on_error="skip")
+    path.write_text(f"{before}{text}{GOOD}")
+    expected = [chat("q", "a")] * (2 if before else 1)
+    assert [dialogue.turns for dialogue in corpus.read_corpus(str(path), reading)] == expected
+    assert reading.skipped == count
+
+
 def test_what_is_found_in_a_row_counts_only_where_the_row_is_read(tmp_path):
     bad = said({"role": "system", "content": "S"}, A | {"weight": 0}, Q, Q | {"name": "x"}, A | {"tool_calls": [LAMP]},
                Q, score=1, tools=[1])  # fmt: skip
