@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.data import files
+from gpt_jax.data.row_keys import is_message
 from gpt_jax.errors import UserError
 
+_BETWEEN = re.compile(r"[\s,]*")  # two values
 _LIST_OF_ROWS = re.compile(rb"\[\s*(\[\s*)?\{")
 
 
@@ -61,32 +63,53 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def json_values(path: Path) -> Iterator[tuple[str, Any]]:
-    """The values of a list, or of a file that has one after another, each with the line that it begins in."""
-    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    """The values of a list, or of a file that has one after another, each with the line that it begins in.
+
+    A list of messages is one value, a dialogue; of any other list only one item at a time is held.
+    """
+    decode = json.JSONDecoder().raw_decode
     text, at, line = "", 0, 1
     begun = in_list = closed = False
     for chunk in itertools.chain(files.text_chunks(path), [None]):
         text, at = text[at:] + (chunk or ""), 0
         while True:
-            start, at = at, between.match(text, at).end()
+            start, at = at, _BETWEEN.match(text, at).end()
             line += text.count("\n", start, at)
             if at == len(text):
                 break
             if closed:
                 raise UserError(f"{path}:{line}: found {text[at : at + 40]!r} after the end of the list")
-            if text[at] == "]" if in_list else text[at] == "[" and not begun:
-                begun, in_list, closed, at = True, not in_list, in_list, at + 1
+            too_long = len(text) - at > files.MAX_DIALOGUE
+            may_go_on = chunk is not None and not too_long  # the rest of a value may be in the next chunk
+            if in_list and text[at] == "]":
+                in_list, closed, at = False, True, at + 1
                 continue
+            if not begun and text[at] == "[":
+                first = _first_item(text, at)
+                if first is None and may_go_on:
+                    break
+                if not is_message(first):
+                    begun, in_list, at = True, True, at + 1
+                    continue
             begun = True
             try:
                 value, end = decode(text, at)
             except (ValueError, RecursionError) as error:
-                if chunk is not None and len(text) - at <= files.MAX_DIALOGUE:
-                    break  # the rest of it is in the next chunk
+                if may_go_on:
+                    break
                 line += text.count("\n", at, getattr(error, "pos", at))
-                raise UserError(f"{path}:{line}: not valid JSON: {getattr(error, 'msg', error)}") from None
+                found = "not valid JSON" + f", or a row of over {files.MAX_DIALOGUE:,} characters" * too_long
+                raise UserError(f"{path}:{line}: {found}: {getattr(error, 'msg', error)}") from None
             yield f"{path}:{line}", value
             line += text.count("\n", at, end)
             at = end
     if in_list:
         raise UserError(f"{path}:{line}: the list of rows is not closed: is the file cut?")
+
+
+def _first_item(text: str, at: int) -> Any:
+    """The first item of the list that begins at `at`; None where it is not whole."""
+    try:
+        return json.JSONDecoder().raw_decode(text, _BETWEEN.match(text, at + 1).end())[0]
+    except (ValueError, RecursionError):
+        return None

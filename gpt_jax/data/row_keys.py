@@ -35,3 +35,10 @@ def side_of(message: Any) -> str | None:
     """The side that a message's role belongs to, before it is checked."""
     role = message.get("role", message.get("from")) if isinstance(message, dict) else None
     return SIDES[ROLES[role]] if isinstance(role, str) and role in ROLES else None
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value looks like a message. A row may have a `role` or `from` too, that says where it is from."""
+    return isinstance(value, dict) and (
+        ("role" in value and "content" in value) or ("from" in value and "value" in value) or side_of(value) is not None
+    )

@@ -15,7 +15,7 @@ from typing import Any
 from gpt_jax.data.dialogue import TEXT, Context, Dialogue, Turn, add_turn, finish
 from gpt_jax.data.preferences import chosen_side, preferred_key
 from gpt_jax.data.reading import Reading
-from gpt_jax.data.row_keys import LISTS, PAIRS, ROLES, SIDES, side_of
+from gpt_jax.data.row_keys import LISTS, PAIRS, ROLES, SIDES, is_message, side_of
 from gpt_jax.errors import UserError
 
 TextReader = Callable[[str, str, str | None, Reading], list[Dialogue]]  # (text, where, source, reading)
@@ -48,9 +48,7 @@ def single_rows(value: Any, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(item, dict) and ("role" in item or "from" in item) for item in value
-    )
+    return isinstance(value, list) and all(map(is_message, value))
 
 
 def read_row(

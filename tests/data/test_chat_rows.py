@@ -480,6 +480,42 @@ def test_a_file_of_one_list_is_read_in_chunks(tmp_path, monkeypatch, indent, chu
         write(json.dumps([said(Q, A)], indent=1) + "\nx")
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("chunk", [7, 2**20])
+def test_a_list_of_messages_is_one_dialogue_over_however_many_lines(tmp_path, monkeypatch, indent, chunk):
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    path, reading = tmp_path / "chat.json", Reading()
+    one, last = [Q, A | {"content": "日\n"}], [{"from": "human", "value": "r"}, {"from": "gpt", "value": "b"}]
+    path.write_text("\n" + json.dumps(one, indent=indent))
+    [dialogue] = corpus.read_corpus(str(path), reading)
+    assert dialogue.turns == chat("q", "日")
+    assert reading.examples.popitem()[1].startswith(f"{path}:2: ")
+    several = "\n".join(json.dumps(row, indent=indent) for row in (one, said(Q, A), last))
+    path.write_text(several)
+    assert [dialogue.turns for dialogue in corpus.read_corpus(str(path))] == [
+        chat("q", "日"), chat("q", "a"), chat("r", "b")
+    ]  # fmt: skip
+    path.write_text("[\n" + ",\n".join(json.dumps(message, indent=indent) for message in one) + "\n]\n")
+    assert [dialogue.turns for dialogue in corpus.read_corpus(str(path))] == [chat("q", "日")]
+    path.write_text("[" + json.dumps(Q) + ",\n" + json.dumps(A | {"role": "alien"}) + "]")
+    with pytest.raises(UserError, match=rf"{path.name}:1, messages\[1\]: 'role' is 'alien', not one of"):
+        list(corpus.read_corpus(str(path)))
+    rows = [{"from": "a library", "text": "one"}, {"from": "a library", "text": "two"}]  # of which none is a message
+    path.write_text(json.dumps(rows, indent=indent))
+    assert [dialogue.turns for dialogue in corpus.read_corpus(str(path))] == [document("one"), document("two")]
+
+
+def test_a_list_of_rows_is_a_stream_and_one_of_messages_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_DIALOGUE", 2000)
+    monkeypatch.setattr(files, "CHUNK", 100)
+    path = tmp_path / "rows.json"
+    path.write_text("[\n" + ",\n".join([json.dumps(said(Q, A))] * 100) + "\n]")
+    assert len(list(corpus.read_corpus(str(path)))) == 100
+    path.write_text("[\n" + ",\n".join(map(json.dumps, [Q, A] * 100)) + "\n]")
+    with pytest.raises(UserError, match=r"rows.json:\d+: not valid JSON, or a row of over 2,000 characters"):
+        list(corpus.read_corpus(str(path)))
+
+
 def test_all_dialogues_of_an_id_are_one_source(tmp_path):
     path = tmp_path / "rows.jsonl"
     text = "<|user|>{}<|assistant|>a<|end_of_text|>"
