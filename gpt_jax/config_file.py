@@ -1,6 +1,6 @@
-"""Reads the Python file behind `--config=`; a mistake in it costs one line with file, line number and what is wrong.
+"""Reads what `--config=` names, a Python file or the `config.json` of a run that goes on, and `--config.x=y` after it.
 
-A run's `config.json` is such a file too.
+A mistake in a file costs one line with file, line number and what is wrong.
 """
 
 import difflib

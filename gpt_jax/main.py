@@ -1,4 +1,5 @@
-"""Trains a model: `python -m gpt_jax.main --config=configs/chat.py [--workdir=RUN] [--config.x.y=VALUE ...]`.
+"""Trains a model, in a new run or one that goes on by its own config:
+`python -m gpt_jax.main --config=configs/chat.py [--workdir=RUN] [--config.x.y=VALUE ...]`.
 
 Without `--config`, the run of `--workdir=RUN` goes on, by its own config and what the command line changes in it.
 """

@@ -26,7 +26,7 @@ def first_sentence(file: Path) -> str:
     """The first sentence of a module's docstring, without the command that it names."""
     text = ast.get_docstring(ast.parse(file.read_text())) or ""
     sentence = re.split(r"\.(?: |$)", " ".join(text.split("\n\n")[0].split()))[0]
-    return re.split(r": `(?:python|runs)|; `runs/|; docs/", sentence)[0]
+    return re.split(r":? `python|; `runs/|; docs/", sentence)[0]
 
 
 def lines_of(folder: Path, indent: int = 0, *, with_files: bool) -> list[str]:

@@ -1,4 +1,7 @@
-"""A run's folder, written and read again; lists, reports, alerts: `runs.plot_loss(runs.load_metrics(folder))`."""
+"""A run's folder, written and read again; lists, reports, alerts.
+
+`runs.plot_loss(runs.load_metrics(folder))`
+"""
 
 from gpt_jax.runs.load import RunData, find_runs, last_samples, load_metrics, load_run, load_samples
 from gpt_jax.runs.plots import (

@@ -1,4 +1,4 @@
-"""The routes of the server.
+"""The routes of the server; page.html beside it is the page.
 
 GET  /                      a page to chat with the run
 POST /v1/chat/completions   OpenAI's protocol, as do the next three

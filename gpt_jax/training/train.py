@@ -1,4 +1,4 @@
-"""A run from its config to its last step: makes what it consists of, or reads it from its folder, and runs the loop."""
+"""A run from its config to its last step: made, or read from its folder with what changed told, and trained."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""The cost of a compiled function, as planned and as timed."""
+"""Costs and times of a compiled function, dispatch by dispatch, as data, tables and traces."""
 
 import itertools
 import json

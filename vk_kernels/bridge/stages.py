@@ -1,4 +1,4 @@
-"""A function on its way to the device, as in `jax.stages`: traced and lowered for given types, then compiled.
+"""A function on its way to the device, as in `jax.stages`: lowered, then compiled; its text, cost and profile.
 
 lowered = vk_kernels.jit(fn).lower(x)  # x may be a jax.ShapeDtypeStruct
 print(lowered.as_text(), lowered.cost())
