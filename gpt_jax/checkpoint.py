@@ -1,4 +1,4 @@
-"""Checkpoints: one directory a step holds the train state and the position in the run, committed together.
+"""Checkpoints: one directory a step holds train state and position, committed together; damaged ones are passed over.
 
 Orbax's `Checkpointer` writes the arrays; what a run needs around that stands here and in storage/checkpoint_files.py.
 Not `CheckpointManager`, which counts a damaged directory as a step and refuses to save over it (the claim of
