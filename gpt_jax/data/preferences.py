@@ -35,9 +35,9 @@ def chosen_side(row: Mapping[str, Any], better: str, where: str) -> Chosen:
     """
     worse = _SIDES[better]
     rest = {key: value for key, value in row.items() if key not in (better, worse)}
-    chosen, rejected = (_messages(row[key]) for key in (better, worse))
+    chosen = _messages(row[better])
     if isinstance(chosen, list) and (not chosen or side_of(chosen[0]) != "assistant"):
-        read, plain = _whole(rest, chosen, rejected, better, where)
+        read, plain = _whole(rest, chosen, _messages(row[worse]), better, where)
     else:
         read, plain = _answered(rest, chosen, f"{where}: found {better!r} and {worse!r}")
     rest = {key: value for key, value in rest.items() if key not in read}
@@ -66,18 +66,21 @@ def _messages(side: Any) -> Any:
     """A side as a list of messages where it is one, a message alone, or a transcript of Human and Assistant."""
     if isinstance(side, dict):
         return [side]
-    if isinstance(side, str) and (parts := _HUMAN.split(side))[0].strip() == "" and len(parts) > 1:
-        roles = {"Human": "user", "Assistant": "assistant"}
-        turns = zip(parts[1::2], parts[2::2], strict=True)
-        return [{"role": roles[role], "content": text.strip()} for role, text in turns]
+    if isinstance(side, str) and side.lstrip().startswith(("Human:", "Assistant:")):
+        before, *parts = _HUMAN.split(side)
+        if not before.strip():
+            roles = {"Human": "user", "Assistant": "assistant"}
+            turns = zip(parts[::2], parts[1::2], strict=True)
+            return [{"role": roles[role], "content": text.strip()} for role, text in turns]
     return side
 
 
 def _prompt(prompt: Any) -> Any:
     """A prompt, as `_messages` reads a side; the last `Assistant:` of a transcript is where the answer begins."""
     messages = _messages(prompt)
-    opens = isinstance(prompt, str) and messages[-1:] == [{"role": "assistant", "content": ""}]
-    return messages[:-1] if opens else messages
+    if messages is not prompt and messages[-1] == {"role": "assistant", "content": ""}:
+        return messages[:-1]
+    return messages
 
 
 def _whole(
