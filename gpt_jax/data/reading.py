@@ -1,4 +1,4 @@
-"""How a source is read, and what is found in it on the way."""
+"""How a source is read: whether a bad row stops or is skipped, and counts of what is found on the way."""
 
 import collections
 import dataclasses

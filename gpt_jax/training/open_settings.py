@@ -1,4 +1,4 @@
-"""Fills in what a config leaves open, from the run that is resumed or the donor, and says what of them may change.
+"""Fills in what a config leaves open, from the run that is resumed or the donor; refuses what may not change.
 
 A setting of `config.model` that has no value (None) is the donor's. It knows nothing of JAX, so that a mistake costs no
 start of it.
