@@ -155,12 +155,19 @@ def source_size(source: str) -> int:
 
 
 def _files(paths: list[Path], in_folder: bool, reading: Reading) -> Iterator[Dialogue]:
+    before: Dialogue | None = None
     for path in paths:
         try:
-            yield from _file(path, reading)
+            for dialogue in _file(path, reading):
+                if before:
+                    yield before
+                before = dialogue
         except UserError as error:
             if not in_folder or not reading.skips(error):
                 raise
+            before = before and Dialogue(*before)  # a part of a document whose rest cannot be read is its end
+    if before:
+        yield before
 
 
 def _file(path: Path, reading: Reading) -> Iterator[Dialogue]:

@@ -56,7 +56,8 @@ def _answered(rest: Mapping[str, Any], chosen: Any, found: str) -> tuple[set[str
     for key in LISTS:
         if isinstance(rest.get(key), list):
             return {key}, {"prompt": rest[key], "completion": chosen}
-    for question, _, answer in PAIRS:
+    pairs = sorted(PAIRS, key=lambda pair: not rest.get(pair[0]))  # an empty question hides none that says something
+    for question, _, answer in pairs:
         if question in rest:
             return {question}, {question: _prompt(rest[question]), answer: chosen}
     raise UserError(f"{found}, but no 'prompt' that they answer")
@@ -76,20 +77,29 @@ def _messages(side: Any) -> Any:
 
 
 def _prompt(prompt: Any) -> Any:
-    """A prompt, as `_messages` reads a side; the last `Assistant:` of a transcript is where the answer begins."""
+    """A prompt, as `_messages` reads a side; the last `Assistant:` of a transcript is where the answer begins.
+
+    Any text may begin with `Human:`. A transcript begins with an empty line, as Anthropic's do, and has no empty turn.
+    """
+    if not isinstance(prompt, str):
+        return _messages(prompt)
+    if not prompt.startswith("\n\nHuman:"):
+        return prompt
     messages = _messages(prompt)
-    if messages is not prompt and messages[-1] == {"role": "assistant", "content": ""}:
-        return messages[:-1]
-    return messages
+    if messages[-1] == {"role": "assistant", "content": ""}:
+        messages = messages[:-1]
+    return messages if all(message["content"] for message in messages) else prompt
 
 
 def _whole(
     rest: Mapping[str, Any], chosen: list[Any], rejected: Any, better: str, where: str
 ) -> tuple[set[str], dict[str, Any]]:
     """The same as `_answered` gives, of a row whose chosen side is the whole dialogue, the prompt in it."""
-    prompt = _prompt(rest.get("prompt"))
+    prompt = rest.get("prompt")
     texts = [message.get("content", message.get("value")) for message in chosen if isinstance(message, dict)]
-    if isinstance(prompt, str) and prompt.strip() and not any(prompt.strip() in str(text) for text in texts):
+    in_it = isinstance(prompt, str) and any(prompt.strip() in str(text) for text in texts)
+    prompt = prompt if in_it else _prompt(prompt)
+    if isinstance(prompt, str) and prompt.strip() and not in_it:
         raise UserError(f"{where}: the 'prompt' is not in the {better!r} dialogue, which begins with another turn")
     if isinstance(prompt, list) and chosen[: len(prompt)] != prompt:
         raise UserError(f"{where}: the 'prompt' is not how the {better!r} dialogue begins")

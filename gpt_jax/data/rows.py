@@ -173,8 +173,11 @@ def _pair(row: Mapping[str, Any], used: set[str], where: str, better: str) -> tu
         for number, turn in enumerate(row["history"] if isinstance(row["history"], list) else [row["history"]]):
             if not isinstance(turn, list) or len(turn) != 2:
                 raise UserError(f"{where}, history[{number}]: found {_kind(turn)}, not a question and its answer")
+            asked, answered = turn
+            context = {"weight": 0} if better else {}  # which both sides of a preference share
             messages += [
-                {"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": answered, **context},
             ]
     said = row[answer]
     if not isinstance(said, list):

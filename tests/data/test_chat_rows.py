@@ -185,6 +185,27 @@ ROWS = {
         {"prompt": "\n\nHuman: q\n\nAssistant:", "completion": "a"},
         chat("Human: q\n\nAssistant:", "a"),
     ),
+    "a prompt that only begins like a transcript": (
+        {"prompt": "Assistant: write it", "chosen": "a", "rejected": "b"},
+        chat("Assistant: write it", "a"),
+    ),
+    "a transcript with an empty turn": (
+        {"prompt": "\n\nHuman: q\n\nAssistant:\n\nHuman: r\n\nAssistant:", "chosen": "a", "rejected": "b"},
+        chat("Human: q\n\nAssistant:\n\nHuman: r\n\nAssistant:", "a"),
+    ),
+    "dialogues with a prompt that begins like a transcript": (
+        {"prompt": "\n\nHuman: q", "chosen": [{"role": "user", "content": "Human: q"}, A],
+         "rejected": [{"role": "user", "content": "Human: q"}, B]},
+        chat("Human: q", "a"),
+    ),
+    "preferences with a history": (
+        {"prompt": "r", "history": [["q", "h"]], "chosen": "a", "rejected": "b"},
+        (Turn("user", "q"), Context("assistant", "h"), *chat("r", "a")),
+    ),
+    "an empty prompt beside a question": (
+        {"prompt": "", "question": "q", "chosen": "a", "rejected": "b"},
+        chat("q", "a"),
+    ),
     "OpenAI's preferences": (
         {"input": {"messages": [Q], "tools": []}, "preferred_output": [A], "non_preferred_output": [B]},
         chat("q", "a"),

@@ -257,3 +257,15 @@ def test_one_set_of_chats_gives_the_same_tokens_in_every_format(tmp_path):
 def test_an_end_of_a_document_may_be_cut_by_a_chunk(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(files, "CHUNK", chunk)
     assert read(put(tmp_path / "a.txt", "日\r\n<|end_of_text|>本<|endoftext|>"))[0] == documents("日", "本")
+
+
+def test_a_document_whose_rest_cannot_be_read_ends_before_the_next_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 2**14)
+    long = "\n\n".join(f"Paragraph {n} has some words." for n in range(6_000)).encode()
+    (tmp_path / "1.txt").write_bytes(long + b"\xff")
+    (tmp_path / "2.txt").write_text("another file")
+    reading = Reading(on_error="skip")
+    *parts, last = corpus.read_corpus(str(tmp_path), reading)
+    assert reading.skipped == 1
+    assert last.turns[0].text == "another file"
+    assert [isinstance(part, Part) for part in parts] == [True] * (len(parts) - 1) + [False]
