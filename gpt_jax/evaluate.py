@@ -31,6 +31,7 @@ from gpt_jax.backend import check_heads, describe, enter_backend, is_device_erro
 from gpt_jax.config import BACKENDS, TARGETS, Field, text_problem
 from gpt_jax.config_file import WHOLE
 from gpt_jax.data.corpus import check_source
+from gpt_jax.data.names import is_hugging_face
 from gpt_jax.errors import UserError
 from gpt_jax.evaluation import questions
 from gpt_jax.evaluation.encoding import Encoding
@@ -41,6 +42,7 @@ from gpt_jax.evaluation.results import as_json, as_tables, may_replace
 from gpt_jax.evaluation.scorer import Scorer
 from gpt_jax.evaluation.sources import NamedTexts, all_texts, validation_sources, validation_texts
 from gpt_jax.model.gpt import GPT, ModelConfig
+from gpt_jax.runs.find import find_run
 from gpt_jax.storage.files import replacing, writing
 from vk_kernels import VulkanError
 
@@ -73,15 +75,25 @@ def evaluate(names: Sequence[str]) -> None:
         raise UserError(f"--validation_of={FLAGS.validation_of} has no data of its own: give a run")
     for source in FLAGS.data:
         check_source(source)
+    for name in names:
+        check_model(name, has_work=bool(FLAGS.data or asked.reference or asked.last_word or asked.choices))
     results = []
     for name in names:
         with contextlib.ExitStack() as stack:
             results.append(evaluate_model(open_model(name), asked, stack))
     text = as_json(results)
+    print(text if FLAGS.json else as_tables(results), end="" if FLAGS.json else "\n", flush=True)  # before a full disk
     if FLAGS.output:
         with writing(FLAGS.output), replacing(Path(FLAGS.output)) as file:
             file.write(text)
-    print(text if FLAGS.json else as_tables(results), end="" if FLAGS.json else "\n")
+
+
+def check_model(name: str, *, has_work: bool) -> None:
+    """Raises UserError for a model that is not there, or that has no data of its own and is given none."""
+    if not is_hugging_face(name):
+        find_run(name)
+    elif not has_work:
+        raise UserError(f"{name} has no data of its own: give --data=FILE or --validation_of=RUN")
 
 
 class Asked(NamedTuple):
@@ -138,11 +150,7 @@ def evaluate_model(opened: OpenedModel, asked: Asked, stack: contextlib.ExitStac
 
 
 def texts_to_measure(opened: OpenedModel, asked: Asked) -> NamedTexts | None:
-    """The texts of --data and --validation_of, or else the model's own validation data; None: questions alone count.
-
-    Raises:
-      UserError: the model has no data of its own.
-    """
+    """The texts of --data and --validation_of, or else the model's own validation data; None: questions alone count."""
     if FLAGS.data or asked.reference:
         texts = [all_texts(source, say) for source in FLAGS.data]
         if asked.reference:
@@ -153,9 +161,7 @@ def texts_to_measure(opened: OpenedModel, asked: Asked) -> NamedTexts | None:
         return itertools.chain.from_iterable(texts)
     if asked.last_word or asked.choices:
         return None
-    if opened.data is None:
-        raise UserError(f"{opened.name} has no data of its own: give --data=FILE or --validation_of=RUN")
-    return validation_texts(opened.config, opened.data, say)
+    return validation_texts(opened.config, opened.data or {}, say)
 
 
 class Progress:
@@ -219,7 +225,8 @@ def check_flags() -> None:
     if FLAGS.output and not Path(FLAGS.output).absolute().parent.is_dir():
         raise UserError(f"--output={FLAGS.output}: there is no folder {Path(FLAGS.output).parent}")
     if FLAGS.output and not may_replace(Path(FLAGS.output)):
-        raise UserError(f"--output={FLAGS.output} is a file of something else, which would be lost: give another name")
+        found = f"--output={FLAGS.output} is a folder, or a file of something else that would be lost"
+        raise UserError(f"{found}: give another name")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def as_json(results: Results) -> str:
 
 
 def may_replace(file: Path) -> bool:
-    """Whether results may take the place of what is there: nothing, an empty file, other results, or no file at all."""
+    """Whether results may take the place of what is there: nothing, an empty file, other results, or a device."""
+    if file.is_dir():
+        return False
     if not file.is_file() or file.stat().st_size == 0:
         return True
     try:

@@ -31,6 +31,7 @@ from gpt_jax.evaluation.sources import validation_texts
 from gpt_jax.evaluation.windows import Window
 from gpt_jax.huggingface.donor import read_donor
 from gpt_jax.model.gpt import GPT, ModelConfig
+from gpt_jax.storage.files import StorageError
 from vk_kernels import OutOfMemoryError
 
 BLOCK = 32
@@ -173,7 +174,8 @@ def test_two_sources_of_one_name_are_two_rows(run, command, tmp_path):
 def test_output_takes_the_place_of_results_alone(content, run, command, tmp_path):
     file = tmp_path / "there"
     file.write_text(content)
-    with pytest.raises(UserError, match=r"there is a file of something else, which would be lost: give another name"):
+    lost = r"there is a folder, or a file of something else that would be lost: give another name"
+    with pytest.raises(UserError, match=lost):
         command(str(run), f"--output={file}", f"--data={run.parent / 'chats.jsonl'}")
     assert file.read_text() == content
     file.write_text("")
@@ -181,7 +183,29 @@ def test_output_takes_the_place_of_results_alone(content, run, command, tmp_path
     file.write_text(as_json([]))
     assert may_replace(file)
     assert may_replace(tmp_path / "none")
+    assert not may_replace(tmp_path)
     assert may_replace(Path("/dev/stdout"))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"), [("nowhere", "there is no run nowhere"), (OLD_GPT2, "no data of its own")]
+)
+def test_a_model_that_cannot_be_measured_is_told_before_any_is(other, message, run, command, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate_model", lambda *_: pytest.fail("one is measured"))
+    with pytest.raises(UserError, match=message):
+        command(str(run), other)
+
+
+def test_figures_are_printed_before_a_disk_that_is_full(run, monkeypatch, capsys):
+    values = flags.FlagValues()
+    evaluate.define_flags(values)
+    monkeypatch.setattr(evaluate, "FLAGS", values)
+    arguments = parse_flags(
+        ["evaluate", str(run), f"--data={run.parent / 'chats.jsonl'}", "--output=/dev/full"], values
+    )
+    with pytest.raises(StorageError):
+        evaluate.main(arguments)
+    assert "chats.jsonl" in capsys.readouterr().out
 
 
 QUESTIONS = [
@@ -410,4 +434,4 @@ def test_a_model_without_data_or_markers_says_what_to_give(command):
     with pytest.raises(UserError, match=r"--prompts=chat: the tokenizer of hf:.* has no markers of turns"):
         command(OLD_GPT2, "--backend=xla", "--prompts=chat", "--data=default")
     with pytest.raises(UserError, match=r"has no tokenizer: put its tokenizer.json there"):
-        command(OLD_GPT2.replace("old", "tied"), "--backend=xla")
+        command(OLD_GPT2.replace("old", "tied"), "--backend=xla", "--data=default")
