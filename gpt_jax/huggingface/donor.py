@@ -93,7 +93,8 @@ def with_markers(donor: HuggingFaceModel) -> HuggingFaceModel:
     """The donor with a tokenizer that has the chat's three markers.
 
     What it lacked comes after its other tokens, and its vocabulary grows where there is no room. The row of the end of
-    text is that of its own end of text; that of another marker is the mean of all rows of its tokens.
+    text is that of its own end of text; that of another marker is the mean of those of its word, such as `user`: where
+    nothing trains them, they differ all the same.
 
     Raises:
       UserError: it has no tokenizer.
@@ -105,7 +106,7 @@ def with_markers(donor: HuggingFaceModel) -> HuggingFaceModel:
     tokenizer, added = with_all_markers(donor.tokenizer)
     numbers = {marker: tokenizer.token_to_id(marker) for marker in added}
     size = max(donor.model["vocab_size"], *(number + 1 for number in numbers.values()))
-    known = sorted(set(donor.tokenizer.get_vocab().values()))
+    words = {marker: donor.tokenizer.encode(marker.strip("<|>"), add_special_tokens=False).ids for marker in added}
     end = None if donor.end_of_text is None else donor.tokenizer.token_to_id(donor.end_of_text)
     params = dict(donor.params)
     for name, axis in _VOCABULARY_AXIS.items():
@@ -116,10 +117,16 @@ def with_markers(donor: HuggingFaceModel) -> HuggingFaceModel:
         grown[: len(rows)] = rows
         for marker, number in numbers.items():
             copied = marker == END and end is not None
-            grown[number] = rows[end] if copied else rows[known].mean(axis=0, dtype=np.float64)
+            grown[number] = rows[end] if copied else rows[words[marker]].mean(axis=0, dtype=np.float64)
         params[name] = np.ascontiguousarray(np.moveaxis(grown, 0, axis))
+    note = f"its tokenizer lacks {', '.join(added)}: their rows begin as its own end of text, or as the words in them"
     return dataclasses.replace(
-        donor, params=params, model={**donor.model, "vocab_size": size}, tokenizer=tokenizer, missing=()
+        donor,
+        params=params,
+        model={**donor.model, "vocab_size": size},
+        tokenizer=tokenizer,
+        missing=(),
+        notes=(*donor.notes, note),
     )
 
 

@@ -73,7 +73,9 @@ def check_new_tokens(config: ConfigDict, of_donor: Tokenizer | Path, params: Map
     still = [name for name in _VOCABULARY_AXIS if name in params and not is_trained(name)]
     if not file or not still:
         return
-    told = "tokens"
+    told, way_out = "tokens", "leave data.tokenizer empty"
+    if isinstance(of_donor, Path) and not of_donor.is_file():
+        way_out = f"its own, {of_donor}, does not exist: give it as data.tokenizer=PATH"
     if file != NEW_TOKENIZER:
         if isinstance(of_donor, Path) and not of_donor.is_file():
             return
@@ -84,7 +86,7 @@ def check_new_tokens(config: ConfigDict, of_donor: Tokenizer | Path, params: Map
     why = "adapters (config.lora.rank) leave" if config.lora.rank else "config.optimizer.frozen leaves"
     raise UserError(
         f"config.data.tokenizer is {file}, with {told} that are not the donor's, and {why} {' and '.join(still)} as "
-        "begun, so that their rows would never be trained: leave data.tokenizer empty, or have these trained"
+        f"begun, so that their rows would never be trained: {way_out}, or have these trained"
     )
 
 

@@ -85,7 +85,11 @@ def test_the_first_kind_of_tokenizer_is_read_and_given_the_markers(tmp_path):
     assert ready.model["vocab_size"] == max(262, size + 3) == len(ready.params["wte"])
     np.testing.assert_array_equal(ready.params["wte"][:size], donor.params["wte"][:size])
     np.testing.assert_array_equal(ready.params["wte"][end], donor.params["wte"][0])
-    np.testing.assert_allclose(ready.params["wte"][user], donor.params["wte"][:size].mean(0), rtol=1e-6)
+    for marker, word in ((user, "user"), (assistant, "assistant")):  # not one row for both, which adapters would keep
+        rows = donor.params["wte"][donor.tokenizer.encode(word).ids]
+        np.testing.assert_allclose(ready.params["wte"][marker], rows.mean(0), rtol=1e-6)
+    assert np.abs(ready.params["wte"][user] - ready.params["wte"][assistant]).max() > 1e-3
+    assert ready.notes[-1].startswith(f"its tokenizer lacks {', '.join(MARKERS)}: their rows begin as")
     assert donor.tokenizer.token_to_id("<|user|>") is None  # what was read stays as it is
     save(ready.tokenizer, tmp_path / "tokenizer.json")
     text = "the <|user|> moon"

@@ -157,6 +157,11 @@ def test_tokens_that_are_new_need_rows_that_are_trained(donor, words, others, tm
             check_new_tokens(make_config(init_from=str(donor), data__tokenizer=file, **changes), words, tied)
         taken = make_config(init_from=str(donor), data__tokenizer=str(tmp_path / "others.json"), **changes)
         check_new_tokens(taken, tmp_path / "missing.json", tied)  # it is taken to be the donor's
+        new_tokenizer = make_config(init_from=str(donor), data__tokenizer="new", **changes)
+        with pytest.raises(
+            UserError, match=r"missing.json, does not exist: give it as data.tokenizer=PATH, or have these"
+        ):
+            check_new_tokens(new_tokenizer, tmp_path / "missing.json", tied)
     check_new_tokens(make_config(init_from=str(donor), data__tokenizer="new"), words, tied)
     both = make_config(data__tokenizer="new", optimizer__frozen=("wte", "head"))
     with pytest.raises(UserError, match="leaves wte and head as begun"):
