@@ -4,7 +4,7 @@ A setting of `config.model` that has no value (None) is the donor's. It knows no
 start of it.
 """
 
-import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,6 @@ from gpt_jax.errors import UserError
 from gpt_jax.runs.info import read_config
 from gpt_jax.storage.checkpoint_files import CHECKPOINTS, saved_steps
 from gpt_jax.training.donor import Donor, find_donor
-
-logger = logging.getLogger(__name__)
 
 _FREE = ("dropout_rate", "dtype", "remat")  # settings of a model that its parameters go with whatever they are
 _CHOSEN = (*_FREE, "soft_cap", "vocab_size", "block_size")  # settings that may be others than the donor's
@@ -80,10 +78,9 @@ def _go_on(config: ConfigDict, saved: Mapping[str, Any], workdir: Path) -> None:
     """Takes what is open, and the donor, from the run's own config; refuses what its checkpoints do not go with."""
     began_with = saved["init_from"] or ""
     if config.init_from not in (None, "", began_with):
-        logger.warning(
-            "config.init_from=%s is not read: the run in %s goes on from its own checkpoint%s",
-            *(config.init_from, workdir, f", and began with {began_with}" if began_with else ""),
-        )
+        more = f", and began with {began_with}" if began_with else ""
+        told = f"config.init_from={config.init_from} is not read: the run in {workdir} goes on from its own checkpoint"
+        print(f"warning: {told}{more}", file=sys.stderr)
     config.init_from = began_with
     for name, value in config.model.items():
         if value is None:
@@ -93,7 +90,7 @@ def _go_on(config: ConfigDict, saved: Mapping[str, Any], workdir: Path) -> None:
     fixed += [name for name in _OF_THE_LOSS if name != "data.weights" or not config.data.validation]
     values = dict(leaves(config))
     for name in fixed:
-        if saved[name] is not None and _plain(values[name]) != _plain(saved[name]):
+        if saved[name] is not None and _meaning(name, values[name]) != _meaning(name, saved[name]):
             raise UserError(
                 f"the run in {workdir} does not fit this config: {name} was {_plain(saved[name])}, now "
                 f"{_plain(values[name])}: give the first, or another --workdir with --config.init_from={workdir}"
@@ -147,6 +144,13 @@ def _tokenizer_of(donor: Donor) -> Any:
     if not isinstance(donor.tokenizer, Path):
         return donor.tokenizer
     return load_tokenizer(donor.tokenizer) if donor.tokenizer.is_file() else None
+
+
+def _meaning(name: str, value: Any) -> Any:
+    """A value such that those of one meaning are equal: of weights the shares, of equal ones nothing."""
+    if name != "data.weights":
+        return _plain(value)
+    return [] if len(set(value)) <= 1 else [round(weight / sum(value), 9) for weight in value]
 
 
 def _plain(value: Any) -> Any:

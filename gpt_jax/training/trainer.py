@@ -171,7 +171,7 @@ class Trainer:
     def _windows_seen(self, position: dict[str, Any]) -> int:
         """The number of windows of the endless order that the run has had, by the position of its checkpoint."""
         if position.get("order", self.order) != self.order:
-            self.log("data: another seed or other weights than before: windows are drawn anew, in another order")
+            self.log("data: another seed, weights or targets than before: windows are drawn anew, in another order")
             return 0
         return position.get("next_window", self.tokens_seen // self.config.model.block_size)
 

@@ -154,17 +154,26 @@ def test_losses_on_data_of_their_own_do_not_depend_on_the_weights(tmp_path):
     assert fill_in(config, run).data.weights == (1, 2)
 
 
-def test_a_donor_that_is_not_read_is_told(donor, tmp_path, caplog):
+@pytest.mark.parametrize(("saved", "now"), [((1, 3), (2, 6)), ((), (2, 2)), ((1, 1, 1), ())])
+def test_weights_that_mean_the_same_are_the_same(saved, now, tmp_path):
+    run, config = write_run(tmp_path / "run", data__weights=saved), chat_tiny.get_config()
+    config.data.weights = now
+    assert fill_in(config, run).data.weights == now
+
+
+def test_a_donor_that_is_not_read_is_told(donor, tmp_path, capsys):
     run = write_run(tmp_path / "run", init_from=str(donor))
     filled = fill_in(finetuning("another", data__targets="all"), run)
     assert filled.init_from == str(donor)
-    [told] = caplog.messages
-    assert told == f"config.init_from=another is not read: the run in {run} goes on from its own checkpoint, and " + (
-        f"began with {donor}"
+    [told] = capsys.readouterr().err.splitlines()
+    assert (
+        told
+        == f"warning: config.init_from=another is not read: the run in {run} goes on from its own checkpoint, and "
+        + (f"began with {donor}")
     )
     fill_in(filled, run)
     fill_in(chat_tiny.get_config(), run)
-    assert caplog.messages == [told]
+    assert capsys.readouterr().err == ""
 
 
 # ---- the short command

@@ -194,7 +194,7 @@ def test_another_batch_size_goes_on_with_the_next_window(corpus, tmp_path, monke
     np.testing.assert_array_equal(np.concatenate([batch["inputs"] for batch in taken]), straight["inputs"])
 
     train_and_evaluate(configuration(corpus, *changes, "--config.num_steps=7", "--config.seed=1"), tmp_path)
-    assert "another seed or other weights than before: windows are drawn anew" in (tmp_path / "log.txt").read_text()
+    assert "another seed, weights or targets than before: windows are drawn anew" in (tmp_path / "log.txt").read_text()
     with pytest.raises(UserError, match=r"does not fit this config: model.block_size was 24, now 12"):
         train_and_evaluate(configuration(corpus, *changes, "--config.model.block_size=12"), tmp_path)
 
