@@ -55,9 +55,9 @@ def validation_texts(
     choices: dict[str, Any] = {name: data[name] for name in ("tool_calls", "on_error") if name in data}
     reading = Reading(**choices)
     found = {"dialogues": 0, "bytes": 0}
-    own, sources = data.get("validation"), validation_sources(config)
+    sources = validation_sources(config)
+    fraction = 1.0 if data.get("validation") else data.validation_fraction
     for source in sources:
-        fraction = 1.0 if own else data.validation_fraction
         for is_validation, dialogue in split_dialogues(read_corpus(source, reading), fraction):
             if is_validation:
                 found["dialogues"] += 1

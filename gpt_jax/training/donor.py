@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from gpt_jax.config import with_defaults
 from gpt_jax.data.names import HUGGING_FACE, TOKENIZER_FILE, is_hugging_face
+from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.runs.find import find_run
 from gpt_jax.runs.info import CONFIG_FILE, read_config
@@ -54,6 +55,13 @@ def find_donor(name: str, tokenizer: str = "") -> Donor:
         read_parameters=functools.partial(_read_checkpoint, found.checkpoint),
         checkpoint=found.checkpoint,
     )
+
+
+def tokenizer_of(donor: Tokenizer | Path) -> Tokenizer | None:
+    """The tokenizer that `Donor.tokenizer` is, or is the file of; None where that file is missing."""
+    if not isinstance(donor, Path):
+        return donor
+    return load_tokenizer(donor) if donor.is_file() else None
 
 
 def model_of(workdir: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.runs.info import read_info
 from gpt_jax.storage.checkpoint_files import CHECKPOINTS, saved_steps
-from gpt_jax.training.donor import find_donor
+from gpt_jax.training.donor import find_donor, tokenizer_of
 from gpt_jax.training.trainable import trained_parameters
 
 FROM_DONOR = "from the donor"  # in run.json: where the run's tokenizer is from
@@ -73,16 +73,16 @@ def check_new_tokens(config: ConfigDict, of_donor: Tokenizer | Path, params: Map
     still = [name for name in _VOCABULARY_AXIS if name in params and not is_trained(name)]
     if not file or not still:
         return
-    told, way_out = "tokens", "leave data.tokenizer empty"
-    if isinstance(of_donor, Path) and not of_donor.is_file():
-        way_out = f"its own, {of_donor}, does not exist: give it as data.tokenizer=PATH"
+    told, known = "tokens", tokenizer_of(of_donor)
     if file != NEW_TOKENIZER:
-        if isinstance(of_donor, Path) and not of_donor.is_file():
-            return
-        known = load_tokenizer(of_donor) if isinstance(of_donor, Path) else of_donor
-        if not (new := load_tokenizer(file).get_vocab().keys() - known.get_vocab().keys()):
+        # A bare checkpoint is taken at the user's word: it is the donor's.
+        new = set() if known is None else load_tokenizer(file).get_vocab().keys() - known.get_vocab().keys()
+        if not new:
             return
         told = f"{len(new):,} tokens"
+    way_out = "leave data.tokenizer empty"
+    if known is None:
+        way_out = f"its own, {of_donor}, does not exist: give it as data.tokenizer=PATH"
     why = "adapters (config.lora.rank) leave" if config.lora.rank else "config.optimizer.frozen leaves"
     raise UserError(
         f"config.data.tokenizer is {file}, with {told} that are not the donor's, and {why} {' and '.join(still)} as "
@@ -103,14 +103,11 @@ def map_token_rows(
       The parameters, and a line about the rows; '' if they stay where they were.
     """
     of_donor = find_donor(config.init_from, config.data.tokenizer).tokenizer
-    if not isinstance(of_donor, Path):
-        known = of_donor
-    elif of_donor.is_file():
-        known = load_tokenizer(of_donor)
-    elif config.data.tokenizer == NEW_TOKENIZER:
+    known = tokenizer_of(of_donor)
+    if known is None and config.data.tokenizer == NEW_TOKENIZER:
         kept = {name: value for name, value in donor.items() if name not in _VOCABULARY_AXIS}
         return kept, f"tokens: {of_donor} does not exist and the tokenizer is new, so no row of a token is taken"
-    else:
+    if known is None:
         return donor, f"tokens: {of_donor} does not exist: {config.data.tokenizer} is taken to be the donor's tokenizer"
     if known.to_str() == tokenizer.to_str() and all(
         donor[name].shape == fresh[name].shape for name in _VOCABULARY_AXIS if name in donor and name in fresh

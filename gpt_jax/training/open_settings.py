@@ -18,7 +18,7 @@ from gpt_jax.data.tokenizer import load as load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.runs.info import read_config
 from gpt_jax.storage.checkpoint_files import CHECKPOINTS, saved_steps
-from gpt_jax.training.donor import Donor, find_donor
+from gpt_jax.training.donor import Donor, find_donor, tokenizer_of
 
 _FREE = ("dropout_rate", "dtype", "remat")  # settings of a model that its parameters go with whatever they are
 _CHOSEN = (*_FREE, "soft_cap", "vocab_size", "block_size")  # settings that may be others than the donor's
@@ -134,16 +134,10 @@ def _open_size(config: ConfigDict, donor: Donor) -> int:
     if file in ("", NEW_TOKENIZER):
         return donor.model["vocab_size"]
     given = load_tokenizer(file)
-    of_donor = _tokenizer_of(donor)
+    of_donor = tokenizer_of(donor.tokenizer)
     if of_donor is not None and of_donor.to_str() == given.to_str():
         return donor.model["vocab_size"]
     return given.get_vocab_size()
-
-
-def _tokenizer_of(donor: Donor) -> Any:
-    if not isinstance(donor.tokenizer, Path):
-        return donor.tokenizer
-    return load_tokenizer(donor.tokenizer) if donor.tokenizer.is_file() else None
 
 
 def _meaning(name: str, value: Any) -> Any:
