@@ -106,7 +106,10 @@ def with_markers(donor: HuggingFaceModel) -> HuggingFaceModel:
     tokenizer, added = with_all_markers(donor.tokenizer)
     numbers = {marker: tokenizer.token_to_id(marker) for marker in added}
     size = max(donor.model["vocab_size"], *(number + 1 for number in numbers.values()))
-    words = {marker: donor.tokenizer.encode(marker.strip("<|>"), add_special_tokens=False).ids for marker in added}
+    known = sorted(set(donor.tokenizer.get_vocab().values()))  # for a tokenizer that cannot spell a word
+    words = {
+        marker: donor.tokenizer.encode(marker.strip("<|>"), add_special_tokens=False).ids or known for marker in added
+    }
     end = None if donor.end_of_text is None else donor.tokenizer.token_to_id(donor.end_of_text)
     params = dict(donor.params)
     for name, axis in _VOCABULARY_AXIS.items():

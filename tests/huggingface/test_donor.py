@@ -1,5 +1,6 @@
 """Models that transformers saved, read as donors: they answer as they did there, or are refused in a line."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from gpt_jax.data.dialogue import MARKERS
 from gpt_jax.data.names import is_hugging_face
@@ -94,6 +96,15 @@ def test_the_first_kind_of_tokenizer_is_read_and_given_the_markers(tmp_path):
     save(ready.tokenizer, tmp_path / "tokenizer.json")
     text = "the <|user|> moon"
     assert encode(load(tmp_path / "tokenizer.json"), text) == donor.tokenizer.encode(text).ids
+
+
+def test_a_tokenizer_that_cannot_spell_the_markers_words_gives_them_the_mean_row():
+    donor = read_donor(f"hf:{MODELS / 'old'}")
+    small = Tokenizer(models.BPE({"b": 0, "c": 1}, []))
+    ready = with_markers(dataclasses.replace(donor, tokenizer=small, end_of_text=None))
+    for marker in MARKERS:
+        row = ready.params["wte"][ready.tokenizer.token_to_id(marker)]
+        np.testing.assert_allclose(row, donor.params["wte"][:2].mean(0), rtol=1e-6)
 
 
 def test_a_tokenizer_with_the_markers_stays_as_it_is(tmp_path):
